@@ -1,0 +1,63 @@
+# make demo    from nothing to a finished sweep
+# make test    all tests
+# make check   lint, types and tests, as before a commit
+# make clean   removes .venv and caches; runs/ and data/ are never touched
+#
+# PYTHON=python3.12 chooses the interpreter of .venv.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --constraint constraints.txt
+
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+export PIP_NO_INPUT = 1
+export PIP_REQUIRE_VIRTUALENV = 0
+
+.PHONY: help demo test lint types check format clean
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n 's/^# //p' Makefile
+
+# What is run lands in this directory, whatever SDA_RAY_ROOT says: it may hold precious data.
+demo: export SDA_RAY_ROOT = $(CURDIR)
+demo: .venv/installed
+	$(BIN)/sda-ray simulate --preset demo
+	$(BIN)/sda-ray sweep sweeps/demo.py
+
+test: .venv/installed-dev
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: .venv/installed-dev
+	$(BIN)/mypy
+
+check: lint types test
+
+format: .venv/installed-dev
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:
+	rm -rf .venv build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find sda_ray sweeps tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp is made after everything is installed: an interrupted installation is done again.
+.venv/installed: .venv/created pyproject.toml constraints.txt
+	$(PIP) --editable .
+	@touch $@
+
+.venv/installed-dev: .venv/installed
+	$(PIP) --editable '.[dev]'
+	@touch $@
+
+.venv/created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	    echo "sda_ray needs Python 3.10 or later, but '$(PYTHON)' is older or missing." \
+	        "Try: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1; }
+	$(PYTHON) -m venv --clear .venv || { \
+	    echo "'$(PYTHON) -m venv' failed. On Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	@touch $@

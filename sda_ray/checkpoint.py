@@ -1,0 +1,210 @@
+r"""Run directories and the checkpoints in them.
+
+A checkpoint is a flat dict of tensors plus one JSON text, with a SHA-256 digest over all of it. It
+is read with `weights_only=True`: no code in a file is ever executed.
+"""
+
+import copy
+import hashlib
+import json
+import logging
+import os
+import random
+import string
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import UserError
+from .files import open_atomic
+
+__all__ = ["RunPath", "load_checkpoint", "new_id", "new_name", "save_checkpoint", "save_state"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunPath:
+    r"""Creates the path of a run, `runs/{name}_{id}`, and names every file in it."""
+
+    directory: Path
+
+    @property
+    def name(self) -> str:
+        return self.directory.name.rpartition("_")[0]
+
+    @property
+    def id(self) -> str:
+        return self.directory.name.rpartition("_")[2]
+
+    config = property(lambda self: self.directory / "config.json")
+    state = property(lambda self: self.directory / "state.pth")
+    checkpoint = property(lambda self: self.directory / "checkpoint.pth")
+    previous = property(lambda self: self.directory / "checkpoint.prev.pth")
+    metrics = property(lambda self: self.directory / "metrics.jsonl")
+    record = property(lambda self: self.directory / "run.json")
+    samples = property(lambda self: self.directory / "samples.png")
+    error = property(lambda self: self.directory / "error.txt")
+    lease = property(lambda self: self.directory / "lease.json")
+
+    @staticmethod
+    def all(runs: Path) -> "Iterator[RunPath]":
+        r"""Yields the run directories in `runs`, in the order of their names."""
+
+        for directory in sorted(runs.glob("*_" + "[a-z0-9]" * 8)):
+            if directory.is_dir():
+                yield RunPath(directory)
+
+    @classmethod
+    def of_id(cls, runs: Path, id: str) -> "RunPath | None":
+        r"""Returns the run directory of an id, or None if there is none."""
+
+        return next((path for path in cls.all(runs) if path.id == id), None)
+
+    @classmethod
+    def find(cls, runs: Path, run: str) -> "RunPath":
+        r"""Finds a run by its path, name, id or an unambiguous beginning of one.
+
+        Raises:
+            UserError: If there is no such run, or more than one.
+        """
+
+        if (Path(run) / "config.json").is_file():
+            return cls(Path(run).resolve())
+
+        every = list(cls.all(runs))
+        exact = [path for path in every if run in (path.directory.name, path.name, path.id)]
+        found = exact or [p for p in every if p.name.startswith(run) or p.id.startswith(run)]
+
+        if len(found) == 1:
+            return found[0]
+
+        if found:
+            names = ", ".join(path.directory.name for path in found[:5])
+            raise UserError(f"'{run}' could be any of {len(found)} runs: {names}. Give its id.")
+
+        raise UserError(f"there is no run '{run}' in {runs}, which holds {len(every)} runs.")
+
+
+def new_id() -> str:
+    r"""Returns a random run id: 8 characters of a-z and 0-9."""
+
+    return "".join(random.SystemRandom().choices(string.ascii_lowercase + string.digits, k=8))
+
+
+def new_name(id: str, number: int) -> str:
+    r"""Returns the name `{adjective}-{noun}-{number}` that goes with an id."""
+
+    from coolname import RandomGenerator
+    from coolname.data import config
+
+    words = RandomGenerator(copy.deepcopy(config), random.Random(id)).generate(2)
+
+    return f"{words[0]}-{words[1]}-{number}"
+
+
+def _digest(tensors: dict[str, Tensor], info: str) -> str:
+    digest = hashlib.sha256(info.encode())
+
+    for key in sorted(tensors):
+        x = tensors[key].detach().cpu().contiguous()
+        digest.update(f"{key} {x.dtype} {tuple(x.shape)}".encode())
+        digest.update(x.reshape(-1).view(torch.uint8).numpy() if x.numel() else b"")
+
+    return digest.hexdigest()
+
+
+def save_checkpoint(
+    path: RunPath,
+    tensors: dict[str, Tensor],
+    info: dict[str, Any],
+    hold: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> None:
+    r"""Saves a checkpoint and keeps the one before as `checkpoint.prev.pth`.
+
+    The file is written aside, synced and renamed: at every instant there is a whole checkpoint.
+
+    Arguments:
+        path: The run.
+        tensors: All tensors by name.
+        info: Everything else, as JSON.
+        hold: Entered around the renames, see :meth:`sda_ray.lease.Lease.hold`.
+
+    Raises:
+        OSError: If the file cannot be written. The checkpoints that exist are then untouched.
+    """
+
+    text = json.dumps(info)
+    content = {"tensors": tensors, "info": text, "sha256": _digest(tensors, text)}
+
+    def keep_previous() -> None:
+        if path.checkpoint.exists():
+            os.replace(path.checkpoint, path.previous)
+
+    _save(content, path.checkpoint, hold, keep_previous)
+
+
+def save_state(
+    path: RunPath,
+    tensors: dict[str, Tensor],
+    hold: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> None:
+    r"""Saves a state dict as `state.pth`, in the format of upstream: weights and nothing else.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
+
+    _save({key: x.detach().cpu().contiguous() for key, x in tensors.items()}, path.state, hold)
+
+
+def _save(
+    content: Any,
+    file: Path,
+    hold: Callable[[], AbstractContextManager[None]],
+    before: Callable[[], None] = lambda: None,
+) -> None:
+    with ExitStack() as held, open_atomic(file) as stream:
+        try:
+            torch.save(content, stream)
+            stream.flush()
+        except RuntimeError as error:  # torch 2.13 hides a full disk behind a RuntimeError
+            raise OSError(f"cannot write {file}: {error}") from error
+
+        os.fsync(stream.fileno())
+        held.enter_context(hold())
+        before()
+
+
+def load_checkpoint(path: RunPath) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    r"""Loads the newest whole checkpoint of a run.
+
+    A damaged one is passed over with a warning in favour of the one before.
+
+    Returns:
+        The tensors, on the CPU, and the info, or None if there is no whole checkpoint.
+    """
+
+    for file in (path.checkpoint, path.previous):
+        if not file.exists():
+            continue
+
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+            tensors, text = content["tensors"], content["info"]
+
+            if _digest(tensors, text) == content["sha256"]:
+                return tensors, json.loads(text)
+
+            reason = "its checksum is wrong"
+        except Exception as error:  # whatever a damaged file provokes in torch
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+
+        logger.warning("%s is damaged (%s) and is passed over.", file, reason)
+
+    return None

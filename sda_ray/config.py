@@ -1,0 +1,209 @@
+r"""CONFIG: the settings of one training, their defaults, and their checks.
+
+The first 12 keys and their defaults are those of SDA, so that configurations can be exchanged.
+
+References:
+    | Score-based Data Assimilation (Rozet et al., 2023)
+    | https://arxiv.org/abs/2306.10574
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+from .files import read_json, write_json
+from .keys import (
+    ACTIVATIONS,
+    KEYS,
+    SCHEDULERS,
+    check_value,
+    did_you_mean,
+    format_value,
+    parse_value,
+    show,
+)
+
+__all__ = [
+    "ACTIVATIONS",
+    "CONFIG",
+    "SCHEDULERS",
+    "Config",
+    "check_config",
+    "check_value",
+    "did_you_mean",
+    "format_value",
+    "load_config",
+    "parse_overrides",
+    "parse_value",
+    "save_config",
+    "schedule",
+]
+
+Config = dict[str, Any]
+
+MAX_WEIGHTS = 10**9  # 4 GB; the defaults have 23 million
+
+CONFIG: Config = {name: key.default for name, key in KEYS.items()}
+
+
+def check_config(config: Any, size: int | None = None, length: int | None = None) -> Config:
+    r"""Returns a configuration in its normal form, in the order of CONFIG, if all of it is right.
+
+    Arguments:
+        config: The configuration, with all keys of CONFIG.
+        size: The number of grid cells along each axis of the data, if known.
+        length: The number of snapshots in a trajectory of the data, if known.
+
+    Raises:
+        UserError: If anything is wrong. The message has one line for each fault.
+    """
+
+    if not isinstance(config, Mapping):
+        raise UserError(
+            f"The configuration is {show(config)}, but must be a dict of CONFIG's keys."
+        )
+
+    faults, checked = [], {}
+
+    for name in config:
+        if name not in KEYS:
+            faults.append(f"CONFIG has no key {show(name)}.{did_you_mean(name, KEYS)}")
+
+    for name, key in KEYS.items():
+        if name not in config:
+            faults.append(f"{name} is missing. It is {key.accepts}; CONFIG has {key.default!r}.")
+            continue
+
+        try:
+            checked[name] = check_value(name, config[name])
+        except UserError as e:
+            faults.append(str(e))
+
+    if faults := faults + list(_conflicts(checked, size, length)):
+        raise UserError("\n".join(faults))
+
+    return checked
+
+
+def parse_overrides(overrides: Iterable[str]) -> Config:
+    r"""Returns the values given as `key=value`, typed by the key and not yet checked.
+
+    Raises:
+        UserError: If one is not of this form, is given twice, or its key is unknown.
+    """
+
+    parsed: Config = {}
+
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        name = name.strip()
+
+        if not equals:
+            raise UserError(f"{override!r} is not of the form key=value, as epochs=256.")
+
+        if name in parsed:
+            raise UserError(f"{name} is given twice.")
+
+        parsed[name] = parse_value(name, text)
+
+    return parsed
+
+
+def load_config(file: Path | str) -> Config:
+    r"""Returns the checked configuration in a JSON file, by SDA or by us.
+
+    Keys that SDA does not know may be missing, and then have their defaults.
+
+    Raises:
+        UserError: If the file is unreadable or the configuration wrong. The message names it.
+    """
+
+    config = read_json(file)
+
+    try:
+        if isinstance(config, dict):
+            config = {name: key.default for name, key in KEYS.items() if key.ours} | config
+
+        return check_config(config)
+    except UserError as e:
+        raise UserError("\n".join(f"{file}: {line}" for line in str(e).split("\n"))) from e
+
+
+def save_config(config: Config, file: Path | str) -> None:
+    r"""Writes a configuration as a flat JSON object, atomically."""
+
+    write_json(file, config)
+
+
+def schedule(name: str, s: float) -> float:
+    r"""Returns the factor of the learning rate at a progress :math:`s = e / E` in :math:`[0, 1]`.
+
+    Arguments:
+        name: `linear` is :math:`1 - s`, `cosine` :math:`(1 + \cos \pi s) / 2` and `exponential`
+            :math:`\exp(-7 s^2)`.
+        s: The epoch over the number of epochs.
+    """
+
+    if name == "linear":
+        return 1 - s
+    elif name == "cosine":
+        return (1 + math.cos(math.pi * s)) / 2
+    elif name == "exponential":
+        return math.exp(-7 * s**2)
+
+    raise UserError(f"scheduler is {show(name)}, but must be {KEYS['scheduler'].accepts}.")
+
+
+def _conflicts(config: Config, size: int | None, length: int | None) -> Iterable[str]:
+    r"""Yields what is wrong between values that are right by themselves."""
+
+    channels, blocks = config.get("hidden_channels"), config.get("hidden_blocks")
+    window, kernel = config.get("window"), config.get("kernel_size")
+
+    if channels and blocks and len(channels) != len(blocks):
+        yield (
+            f"hidden_channels {channels} has {len(channels)} levels and hidden_blocks {blocks} "
+            f"has {len(blocks)}, but both must have the same number of levels."
+        )
+
+    if channels and size is not None:
+        reduction = 2 ** (len(channels) - 1)
+
+        if size % reduction:
+            yield (
+                f"hidden_channels {channels} has {len(channels)} levels and halves the size of "
+                f"the data (={size}) {len(channels) - 1} times, but {size} must be divisible by "
+                f"{reduction}. Take fewer levels."
+            )
+        elif kernel and size // reduction < kernel // 2:
+            yield (
+                f"kernel_size is {kernel}, but must be at most {2 * (size // reduction) + 1}: the "
+                f"last of {len(channels)} levels has size {size // reduction} (data of {size}). "
+                "Take a smaller kernel or fewer levels."
+            )
+
+    if window and length is not None and window > length:
+        yield f"window is {window}, but must be at most {length}, the snapshots of a trajectory."
+
+    if len(config) == len(KEYS) and (weights := _weights(config)) > MAX_WEIGHTS:
+        yield (
+            f"The network would have about {weights:.1e} weights, but must have at most "
+            f"{MAX_WEIGHTS:.0e}. Take fewer hidden_channels, hidden_blocks or a smaller kernel."
+        )
+
+
+def _weights(config: Config) -> int:
+    r"""Returns roughly how many weights the network has: its convolutions and projections."""
+
+    taps, levels = config["kernel_size"] ** 2, config["hidden_channels"]
+    widths = (4 * config["window"] + 1, *levels)  # head and tail are two of width 2 * window
+
+    blocks = (
+        2 * n * c * (2 * taps * c + config["embedding"])
+        for n, c in zip(config["hidden_blocks"], levels, strict=False)
+    )
+    between = (2 * taps * a * b for a, b in zip(widths, levels, strict=False))
+
+    return sum(blocks) + sum(between) + 256 * config["embedding"]

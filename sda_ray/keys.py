@@ -1,0 +1,217 @@
+r"""The table of CONFIG's keys: their types, defaults and bounds, and values of one key."""
+
+import difflib
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
+
+from .errors import UserError
+
+__all__ = [
+    "ACTIVATIONS",
+    "KEYS",
+    "OPTIMIZERS",
+    "SCHEDULERS",
+    "Key",
+    "check_value",
+    "did_you_mean",
+    "format_value",
+    "parse_value",
+    "show",
+]
+
+ACTIVATIONS: tuple[str, ...] = ("ELU", "GELU", "ReLU", "SELU", "SiLU")
+OPTIMIZERS: tuple[str, ...] = ("AdamW",)
+SCHEDULERS: tuple[str, ...] = ("linear", "cosine", "exponential")
+
+MAX_LEVELS = 16
+
+
+@dataclass(frozen=True)
+class Key:
+    r"""Creates the description of a key of CONFIG.
+
+    Arguments:
+        default: The default value.
+        about: One line for people.
+        kind: `int`, `float`, `str` or `tuple` (of integers).
+        low: The lowest number accepted.
+        high: The highest number accepted.
+        above: Whether `low` itself is not accepted.
+        odd: Whether the number must be odd.
+        options: The words accepted.
+        ours: Whether SDA does not know the key, so that a file may lack it.
+    """
+
+    default: Any
+    about: str
+    kind: type
+    low: float = 1
+    high: float = math.inf
+    above: bool = False
+    odd: bool = False
+    options: tuple[str, ...] = ()
+    ours: bool = False
+
+    @property
+    def accepts(self) -> str:
+        r"""What the key accepts, in words."""
+
+        if self.options:
+            *others, last = self.options
+            return f"{', '.join(others)} or {last}" if others else last
+
+        what = {int: "an integer", float: "a number", tuple: "a list of integers"}[self.kind]
+        what = what.replace("an integer", "an odd integer") if self.odd else what
+
+        if self.above:
+            return f"{what} above {self.low} and at most {self.high}"
+
+        return f"{what} from {self.low} to {self.high}"
+
+
+# Upper bounds are far from sensible values: they keep a stranger's file from exhausting memory.
+KEYS: dict[str, Key] = {
+    "window": Key(5, "consecutive snapshots that the network sees", int, 3, 1023, odd=True),
+    "embedding": Key(64, "features of the time embedding", int, 1, 4096),
+    "hidden_channels": Key((96, 192, 384), "channels at each level", tuple, 2, 4096),
+    "hidden_blocks": Key((3, 3, 3), "residual blocks at each level", tuple, 1, 256),
+    "kernel_size": Key(3, "size of the convolutions' kernels", int, 1, 63, odd=True),
+    "activation": Key("SiLU", "activation function", str, options=ACTIVATIONS),
+    "epochs": Key(4096, "passes over the training trajectories", int, 1, 10**8),
+    "batch_size": Key(32, "windows per training step", int, 1, 2**20),
+    "optimizer": Key("AdamW", "optimizer", str, options=OPTIMIZERS),
+    "learning_rate": Key(2e-4, "learning rate at the start", float, 0, 100, above=True),
+    "weight_decay": Key(1e-3, "weight decay, on all parameters", float, 0, 100),
+    "scheduler": Key("linear", "decay of the learning rate", str, options=SCHEDULERS),
+    "seed": Key(0, "seed of weights, batches and noise", int, 0, 2**63 - 1, ours=True),
+}
+
+
+def did_you_mean(word: Any, words: Iterable[str]) -> str:
+    r"""Returns ` Did you mean 'x'?` for the word that is closest, else nothing."""
+
+    lower = {w.lower(): w for w in words}
+    close = difflib.get_close_matches(str(word).lower()[:64], lower, n=1)
+
+    return f" Did you mean '{lower[close[0]]}'?" if close else ""
+
+
+def check_value(name: str, value: Any) -> Any:
+    r"""Returns a value of CONFIG in its normal form: int, float, str or tuple of int.
+
+    Integral floats pass as integers, since JSON and many tools know only one kind of number.
+
+    Raises:
+        UserError: If the key is unknown, or the value not accepted.
+    """
+
+    key = _key(name)
+    fault = UserError(f"{name} is {show(value)}, but must be {key.accepts}.")
+
+    if key.kind is str:
+        if not isinstance(value, str) or value not in key.options:
+            raise UserError(f"{fault}{did_you_mean(value, key.options)}")
+
+        return str(value)
+
+    if key.kind is tuple:
+        if not isinstance(value, list | tuple):
+            raise fault
+
+        if not 1 <= len(value) <= MAX_LEVELS:
+            raise UserError(f"{name} has {len(value)} levels, but must have 1 to {MAX_LEVELS}.")
+
+        return tuple(_number(v, int, key, fault) for v in value)
+
+    return _number(value, key.kind, key, fault)
+
+
+def parse_value(name: str, text: str) -> Any:
+    r"""Returns the value that a text stands for, typed by the key and not yet checked.
+
+    The levels of `hidden_channels` and `hidden_blocks` are separated by commas, with or without
+    brackets.
+
+    Example:
+        >>> parse_value("hidden_channels", "96,192,384")
+        (96, 192, 384)
+        >>> parse_value("learning_rate", "1e-3")
+        0.001
+
+    Raises:
+        UserError: If the key is unknown, or the text is not of its type.
+    """
+
+    key, text = _key(name), text.strip()
+
+    try:
+        if key.kind is str:
+            return text.strip("'\"")
+        elif key.kind is tuple:
+            levels = text.strip("()[]").rstrip(",").split(",")
+            return tuple(_integer(level) for level in levels)
+        elif key.kind is int:
+            return _integer(text)
+        else:
+            return float(text)
+    except ValueError as e:
+        raise UserError(f"{name} is {show(text)}, but must be {key.accepts}.") from e
+
+
+def format_value(value: Any) -> str:
+    r"""Returns a text that :func:`parse_value` turns back into the value."""
+
+    if isinstance(value, list | tuple):
+        return ",".join(map(str, value))
+
+    return value if isinstance(value, str) else repr(value)
+
+
+def show(value: Any) -> str:
+    r"""Returns a value as it is shown in messages: never longer than a line."""
+
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _key(name: str) -> Key:
+    if name not in KEYS:
+        raise UserError(f"CONFIG has no key {show(name)}.{did_you_mean(name, KEYS)}")
+
+    return KEYS[name]
+
+
+def _integer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        number = float(text)  # as 1e3
+
+        if not number.is_integer():
+            raise
+
+        return int(number)
+
+
+def _number(value: Any, kind: type, key: Key, fault: UserError) -> int | float:
+    if isinstance(value, bool) or not isinstance(value, Real):  # numpy's numbers are Real too
+        raise fault
+
+    number: Any = value
+
+    if not key.low <= number <= key.high or (key.above and number == key.low):  # as NaN
+        raise fault
+
+    if kind is float:
+        return float(number)
+
+    if not isinstance(number, Integral) and not float(number).is_integer():
+        raise fault
+
+    if key.odd and number % 2 == 0:
+        raise fault
+
+    return int(number)

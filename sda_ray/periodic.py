@@ -1,0 +1,202 @@
+r"""Convolutions of periodic fields, as few and as small operations as the maths allows.
+
+Feature maps are kept in memory with their channels last, from the first convolution to the last:
+the kernels of the convolutions and of the layer norm are fastest there, and any operation that
+falls back to the other layout costs a copy before and after.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+__all__ = ["CircularConv2d", "circular_pad", "upsampled_conv2d"]
+
+
+def circular_pad(x: Tensor, padding: int) -> Tensor:
+    r"""Pads a periodic field with its own opposite borders.
+
+    The result has its channels last in memory, whatever the layout of the field.
+
+    Arguments:
+        x: The field, with shape :math:`(B, C, H, W)`.
+        padding: The number :math:`p` of cells to add on each side, at most :math:`\min(H, W)`.
+
+    Returns:
+        The padded field, with shape :math:`(B, C, H + 2p, W + 2p)`.
+    """
+
+    if padding > min(x.shape[-2:]):
+        raise ValueError(
+            f"padding is {padding}, but must be at most the size of the field, here "
+            f"{tuple(x.shape[-2:])}. Use a smaller kernel or fewer levels."
+        )
+
+    return _CircularPad.apply(x, padding)
+
+
+class _CircularPad(torch.autograd.Function):
+    # As a composition of slices, autograd would write one full-size gradient for each of them.
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: int) -> Tensor:
+        B, C, H, W = x.shape
+        ctx.p = p
+
+        out = _empty(x, (B, C, H + 2 * p, W + 2 * p))
+        y = out.permute(0, 2, 3, 1)
+
+        y[:, p : H + p, p : W + p] = x.permute(0, 2, 3, 1)
+        y[:, p : H + p, :p] = y[:, p : H + p, W : W + p]
+        y[:, p : H + p, W + p :] = y[:, p : H + p, p : 2 * p]
+        y[:, :p] = y[:, H : H + p]
+        y[:, H + p :] = y[:, p : 2 * p]
+
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        p = ctx.p
+        B, C, H, W = grad.shape[:2] + tuple(n - 2 * p for n in grad.shape[2:])
+
+        out = _empty(grad, (B, C, H, W))
+        x, y = out.permute(0, 2, 3, 1), grad.permute(0, 2, 3, 1)
+
+        x.copy_(y[:, p : H + p, p : W + p])
+
+        # Pairs of the cells that were copied and of their copies
+        rows = ((slice(0, p), slice(H + p, None)), (slice(H - p, H), slice(0, p)))
+        columns = ((slice(0, p), slice(W + p, None)), (slice(W - p, W), slice(0, p)))
+
+        for i, k in rows:
+            x[:, i] += y[:, k, p : W + p]
+
+        for j, m in columns:
+            x[:, :, j] += y[:, p : H + p, m]
+
+        for i, k in rows:
+            for j, m in columns:
+                x[:, i, j] += y[:, k, m]
+
+        return out, None
+
+
+class _Interleave(torch.autograd.Function):
+    # Puts together the four phases that `upsampled_conv2d` computes, and adds the skip.
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, skip: Tensor) -> Tensor:
+        B, C, H, W = skip.shape
+        ctx.phases = tuple(_phases(C, H // 2, W // 2, y.shape[-1] - W // 2))
+        ctx.shape, ctx.dtype = y.shape, y.dtype
+
+        out = _empty(skip, (B, C, H, W), dtype=torch.result_type(y, skip))
+        x, y, skip = (z.permute(0, 2, 3, 1) for z in (out, y, skip))
+
+        for fine, coarse in ctx.phases:
+            torch.add(y[coarse], skip[fine], out=x[fine])
+
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        out = _empty(grad, ctx.shape, dtype=ctx.dtype)
+        x, y = grad.permute(0, 2, 3, 1), out.permute(0, 2, 3, 1)
+
+        # Each phase leaves out one row and one column, if its convolution has an even kernel.
+        for border in (y[:, 0], y[:, -1], y[:, :, 0], y[:, :, -1]):
+            border.zero_()
+
+        for fine, coarse in ctx.phases:
+            y[coarse] = x[fine]
+
+        return out, grad
+
+
+def _phases(C: int, H: int, W: int, shift: int) -> Sequence[tuple[Any, Any]]:
+    r"""Returns where the values of each phase belong and where they come from."""
+
+    every = slice(None)
+
+    return [
+        (
+            (every, slice(a, None, 2), slice(b, None, 2)),
+            (
+                every,
+                slice(a * shift, a * shift + H),
+                slice(b * shift, b * shift + W),
+                slice((2 * a + b) * C, (2 * a + b + 1) * C),
+            ),
+        )
+        for a in (0, 1)
+        for b in (0, 1)
+    ]
+
+
+def _empty(x: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty(
+        tuple(shape),
+        dtype=dtype or x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last,
+    )
+
+
+def upsampled_conv2d(x: Tensor, weight: Tensor, bias: Tensor, skip: Tensor) -> Tensor:
+    r"""Computes a circular convolution of the doubled field, without doubling it.
+
+    In a field whose cells are repeated twice along each axis, several of the :math:`k^2` taps see
+    the same value. Their weights are summed first, for each of the four positions of an output
+    within a cell of the field, which leaves :math:`(p + 1)^2` taps, where :math:`p = (k - 1) / 2`.
+
+    Arguments:
+        x: The field, with shape :math:`(B, C, H, W)`.
+        weight: The weights, with shape :math:`(C', C, k, k)`.
+        bias: The biases, with shape :math:`(C')`.
+        skip: What is added to the result, with shape :math:`(B, C', 2H, 2W)`.
+
+    Returns:
+        The sum of the convolution and the skip, with shape :math:`(B, C', 2H, 2W)`.
+    """
+
+    p = weight.shape[-1] // 2
+
+    phases = []
+
+    for a in (0, 1):
+        for b in (0, 1):
+            # The row in phase a sees pairs of taps. The first pair, or the last, has one tap.
+            i, j = (p + a) % 2, (p + b) % 2
+            w = F.pad(weight, (j, 1 - j, i, 1 - i))
+            w = w.unflatten(-2, (p + 1, 2)).unflatten(-1, (p + 1, 2)).sum((-3, -1))
+            phases.append(w)
+
+    y = F.conv2d(circular_pad(x, (p + 1) // 2), torch.cat(phases), bias.repeat(4))
+
+    return _Interleave.apply(y, skip)
+
+
+class CircularConv2d(nn.Conv2d):
+    r"""Creates a convolution of periodic fields that keeps their size, or divides it.
+
+    Arguments:
+        in_channels: The number of input channels.
+        out_channels: The number of output channels.
+        kernel_size: The size of the kernel. It must be odd.
+        stride: The stride.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = circular_pad(x, self.kernel_size[0] // 2)
+
+        return F.conv2d(x, self.weight, self.bias, self.stride)

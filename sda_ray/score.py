@@ -1,0 +1,339 @@
+r"""Score networks of Kolmogorov-flow trajectories."""
+
+import stat
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import ACTIVATIONS, check_config, load_config
+from .errors import UserError
+from .nn import UNet
+
+__all__ = ["MCScoreNet", "ScoreUNet", "TimeEmbedding", "load_score", "make_score"]
+
+MAX_SIZE = 4096  # cells along an axis; a file that claims more is not one of ours
+
+
+class TimeEmbedding(nn.Sequential):
+    r"""Creates an embedding of the diffusion time.
+
+    The network sees :math:`\cos(k \pi t)`, then :math:`\sin(k \pi t)`, for :math:`k = 1 \dots 16`.
+
+    Arguments:
+        features: The number of embedding features.
+    """
+
+    freqs: Tensor
+
+    def __init__(self, features: int) -> None:
+        super().__init__(nn.Linear(32, 256), nn.SiLU(), nn.Linear(256, features))
+
+        self.register_buffer("freqs", torch.pi * torch.arange(1, 16 + 1))
+
+    def forward(self, t: Tensor) -> Tensor:
+        t = self.freqs * t.unsqueeze(-1)
+        t = torch.cat((t.cos(), t.sin()), dim=-1)
+
+        return super().forward(t)
+
+
+class ScoreUNet(nn.Module):
+    r"""Creates a U-Net score network of windows of a Kolmogorov flow.
+
+    It estimates the noise in a window. The forcing of the flow is part of its input.
+
+    Arguments:
+        channels: The number :math:`C` of channels of a window: 2 for each of its snapshots.
+        embedding: The number of time embedding features.
+        size: The number of grid cells along each axis.
+        kwargs: Keyword arguments passed to :class:`sda_ray.nn.UNet`.
+    """
+
+    forcing: Tensor
+
+    def __init__(self, channels: int, embedding: int = 64, size: int = 64, **kwargs: Any) -> None:
+        super().__init__()
+
+        self.embedding = TimeEmbedding(embedding)
+        self.network = UNet(channels + 1, channels, embedding, **kwargs)
+
+        y = 2 * torch.pi / size * (torch.arange(size) + 1 / 2)
+        self.register_buffer("forcing", torch.sin(4 * y).expand(1, size, size).clone())
+
+    def forward(self, x: Tensor, t: Tensor, c: Tensor | None = None) -> Tensor:
+        r"""
+        Arguments:
+            x: The noisy windows :math:`x(t)`, with shape :math:`(*, C, H, W)`.
+            t: The times, with shape :math:`()` or :math:`(*)`.
+            c: There is no context: must be None.
+
+        Returns:
+            The estimated noise, with shape :math:`(*, C, H, W)`.
+        """
+
+        if c is not None:
+            raise ValueError("c is given, but this network has no context: it must be None.")
+
+        if x.shape[-2:] != self.forcing.shape[-2:]:
+            raise ValueError(
+                f"x has fields of {_by(x.shape[-2:])}, but must have fields of "
+                f"{_by(self.forcing.shape[-2:])}, for which the network was made."
+            )
+
+        y = x.reshape(-1, *x.shape[-3:])
+        f = self.forcing.to(y.dtype).expand(len(y), -1, -1, -1)
+        e = self.embedding(t.reshape(-1))
+
+        return self.network(torch.cat((y, f), dim=1), e).reshape(x.shape)
+
+
+class MCScoreNet(nn.Module):
+    r"""Creates a score network of trajectories from one of windows.
+
+    A trajectory is taken for a Markov chain of order :math:`k`: the score of a snapshot depends
+    on the window of :math:`2k + 1` snapshots around it alone.
+
+    References:
+        | Score-based Data Assimilation (Rozet et al., 2023)
+        | https://arxiv.org/abs/2306.10574
+
+    Arguments:
+        kernel: The score network of windows, of :math:`(2k + 1) C` channels.
+        order: The order :math:`k` of the chain, at least 1.
+    """
+
+    def __init__(self, kernel: nn.Module, order: int) -> None:
+        super().__init__()
+
+        self.kernel = kernel
+        self.order = order
+
+    def forward(self, x: Tensor, t: Tensor, c: Tensor | None = None) -> Tensor:
+        r"""
+        Arguments:
+            x: The noisy trajectories :math:`x(t)`, with shape :math:`(B, L, C, H, W)`.
+            t: The times, with shape :math:`()` or :math:`(B)`.
+            c: The context passed to the kernel.
+
+        Returns:
+            The estimated noise, with shape :math:`(B, L, C, H, W)`.
+
+        Raises:
+            UserError: If the trajectories are shorter than a window.
+        """
+
+        x = self.unfold(x)
+
+        if t.dim() > 0:
+            t = t.reshape(-1, 1).expand(x.shape[:2])
+
+        return self.fold(self.kernel(x, t, c))
+
+    def unfold(self, x: Tensor) -> Tensor:
+        r"""Returns the windows of trajectories, with shape
+        :math:`(B, L - 2k, (2k + 1) C, H, W)`."""
+
+        window = 2 * self.order + 1
+
+        if x.dim() != 5 or x.shape[1] < window:
+            raise UserError(
+                f"x has shape {tuple(x.shape)}, but must have shape (B, L, C, H, W) with L at "
+                f"least {window}, the window of the network."
+            )
+
+        return x.unfold(1, window, 1).movedim(-1, 2).flatten(2, 3)
+
+    def fold(self, x: Tensor) -> Tensor:
+        r"""Returns the snapshot at the center of each window, after those before the first
+        center and before those after the last."""
+
+        k = self.order
+        x = x.unflatten(2, (2 * k + 1, -1))
+
+        return torch.cat((x[:, 0, :k], x[:, :, k], x[:, -1, k + 1 :]), dim=1)
+
+
+def make_score(
+    window: int,
+    embedding: int,
+    hidden_channels: Sequence[int],
+    hidden_blocks: Sequence[int],
+    kernel_size: int,
+    activation: str,
+    size: int = 64,
+    **absorb: Any,
+) -> MCScoreNet:
+    r"""Creates the score network that a config describes.
+
+    Arguments:
+        window: The number of snapshots of a window. It must be odd and at least 3.
+        embedding: The number of time embedding features.
+        hidden_channels: The number of channels of each level of the U-Net.
+        hidden_blocks: The number of residual blocks of each level.
+        kernel_size: The size of the convolution kernels. It must be odd.
+        activation: The name of the activation function.
+        size: The number of grid cells along each axis.
+        absorb: The settings of the config that do not concern the network.
+    """
+
+    if activation not in ACTIVATIONS:
+        raise UserError(
+            f"activation is {activation!r}, but must be one of {', '.join(ACTIVATIONS)}."
+        )
+
+    kernel = ScoreUNet(
+        channels=2 * window,
+        embedding=embedding,
+        size=size,
+        hidden_channels=tuple(hidden_channels),
+        hidden_blocks=tuple(hidden_blocks),
+        kernel_size=kernel_size,
+        activation=getattr(nn, activation),
+    )
+
+    return MCScoreNet(kernel, order=window // 2)
+
+
+def load_score(run_directory: Path | str, device: str | torch.device = "cpu") -> MCScoreNet:
+    r"""Loads the score network of a finished run, by SDA or by us.
+
+    Nothing in the files is executed, and no weight is taken before all of them are known to fit
+    the config.
+
+    Arguments:
+        run_directory: The directory, with `config.json` and `state.pth`.
+        device: Where to load the network.
+
+    Raises:
+        UserError: If the run is not finished or its files do not belong together.
+    """
+
+    run = Path(run_directory)
+
+    if not run.is_dir():
+        raise UserError(f"{run} is not a directory. Give the directory of a run.")
+
+    config = load_config(_inside(run, "config.json"))
+
+    if not (run / "state.pth").exists():
+        raise UserError(
+            f"{run / 'state.pth'} does not exist: the run is not finished. Resume it with "
+            f"`sda-ray train --resume {run}`."
+        )
+
+    file = _inside(run, "state.pth")
+    state = _load_state(file)
+    size = _field_size(file, state)
+
+    try:
+        check_config(config, size=size)
+    except UserError as e:
+        raise UserError(f"{file} is for fields of {size}x{size}, but {run / 'config.json'}: {e}")
+
+    # The number of blocks is compared first, since the time to make a network grows with it.
+    if 12 * sum(config["hidden_blocks"]) > len(state):
+        raise UserError(
+            f"{file} has {len(state)} entries, but hidden_blocks {config['hidden_blocks']} in "
+            f"{run / 'config.json'} need more. They are not of the same run."
+        )
+
+    with torch.device("meta"):
+        score = make_score(**config, size=size)
+
+    expected = score.state_dict()
+    _check_state(file, state, expected)
+
+    score = score.to_empty(device=device)
+    score.load_state_dict(state, strict=True)
+
+    return score
+
+
+def _inside(run: Path, name: str) -> Path:
+    r"""Returns the path of a file in a run directory, if it is a regular file therein."""
+
+    file = run / name
+
+    try:
+        target = file.resolve(strict=True)
+        regular = stat.S_ISREG(target.stat().st_mode)
+    except (OSError, RuntimeError) as e:
+        raise UserError(f"{file} cannot be read: {e}.")
+
+    if not regular:
+        raise UserError(f"{file} is not a regular file.")
+
+    if not target.is_relative_to(run.resolve()):
+        raise UserError(
+            f"{file} is a link to {target}, out of the run directory. Copy the file instead."
+        )
+
+    return file
+
+
+def _load_state(file: Path) -> dict[str, Tensor]:
+    try:
+        # Mapped rather than read, so that a file is never in memory twice.
+        mmap = zipfile.is_zipfile(file)
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as e:  # any kind of damage, each with its own kind of exception
+        reason = str(e).partition("\n")[0]
+        raise UserError(f"{file} is damaged, or not a file of weights: {reason}") from e
+
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(x, Tensor) for key, x in state.items()
+    ):
+        raise UserError(f"{file} holds something else than a state dict: tensors by name.")
+
+    return dict(state)
+
+
+def _field_size(file: Path, state: dict[str, Tensor]) -> int:
+    shape = tuple(state["kernel.forcing"].shape) if "kernel.forcing" in state else None
+
+    if shape is None or len(shape) != 3 or shape[1] != shape[2] or not 0 < shape[1] <= MAX_SIZE:
+        found = "no 'kernel.forcing'" if shape is None else f"'kernel.forcing' of shape {shape}"
+        raise UserError(
+            f"{file} has {found}, but must have one of shape (1, N, N), N at most {MAX_SIZE}: the "
+            "size of the fields is taken from it."
+        )
+
+    return shape[1]
+
+
+def _check_state(file: Path, state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    wrong = []
+
+    for key in [*expected, *(key for key in state if key not in expected)]:
+        if key not in state:
+            wrong.append(f"'{key}' is missing")
+        elif key not in expected:
+            wrong.append(f"'{key}' is unknown")
+        elif (found := _kind(state[key])) != (wanted := _kind(expected[key])):
+            wrong.append(f"'{key}' is {found}, but must be {wanted}")
+
+    if wrong:
+        more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise UserError(
+            f"{file} does not fit {file.with_name('config.json')}: {'; '.join(wrong[:3])}{more}."
+        )
+
+    # An expanded tensor takes no space in the file, but would in memory.
+    needed = sum(x.numel() * x.element_size() for x in expected.values())
+
+    if needed > file.stat().st_size:
+        raise UserError(f"{file} is shorter than the {needed} bytes of weights it should hold.")
+
+
+def _kind(x: Tensor) -> str:
+    layout = "" if x.layout is torch.strided else f" ({x.layout})"
+
+    return f"{x.dtype} of shape {tuple(x.shape)}{layout}".removeprefix("torch.")
+
+
+def _by(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))

@@ -1,0 +1,317 @@
+r"""SPACE: which keys of CONFIG a sweep varies, and over what."""
+
+import itertools
+import math
+import random
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from .config import Config, check_config, check_value, did_you_mean, format_value
+from .domain import (
+    Choice,
+    Range,
+    Space,
+    choice,
+    decode,
+    describe,
+    encode,
+    integer,
+    loguniform,
+    space_from_json,
+    space_to_json,
+    split,
+    uniform,
+)
+from .errors import UserError
+from .keys import KEYS, show
+
+__all__ = [
+    "Choice",
+    "Range",
+    "Space",
+    "check_space",
+    "choice",
+    "decode",
+    "describe",
+    "draw",
+    "integer",
+    "loguniform",
+    "space_from_json",
+    "space_to_json",
+    "uniform",
+]
+
+MAX_COMBINATIONS = 4096
+
+
+def check_space(
+    space: Any,
+    config: Config,
+    size: int | None = None,
+    length: int | None = None,
+    pruner: str = "",
+) -> Space:
+    r"""Returns a space whose values are in normal form, if a sweep can draw from all of it.
+
+    Every combination of the options (of a range, of its bounds) is tried in CONFIG; if there are
+    more than 4096, as many at random. What a function will return is only known in :func:`draw`.
+
+    Arguments:
+        space: A dict of keys of CONFIG, or of groups as `"hidden_channels,hidden_blocks"` whose
+            options are tuples of one value for each key; or a function of an Optuna trial that
+            returns a dict of keys and values.
+        config: The configuration that the space varies.
+        size: The number of grid cells along each axis of the data, if known.
+        length: The number of snapshots in a trajectory of the data, if known.
+        pruner: What stops trials early. Only with `none` may `epochs` vary.
+
+    Raises:
+        UserError: If anything is wrong. The message has one line for each fault.
+    """
+
+    if callable(space):
+        return space
+
+    if not isinstance(space, Mapping) or not space:
+        raise UserError(
+            f"SPACE is {show(space)}, but must be a dict of keys of CONFIG and their ranges, as "
+            "{'learning_rate': loguniform(1e-4, 1e-3)}, or a function of a trial."
+        )
+
+    checked: dict[str, Choice | Range] = {}
+    names = {",".join(split(str(name))): domain for name, domain in space.items()}
+    faults = list(_misplaced([key for name in space for key in split(str(name))], pruner))
+
+    for name, domain in names.items():
+        try:
+            checked[name] = _check_domain(name, domain)
+        except UserError as e:
+            faults += str(e).split("\n")
+
+    if faults := faults or list(_conflicts(checked, config, size, length)):
+        raise UserError("\n".join(faults))
+
+    return checked
+
+
+def draw(space: Space, trial: Any, pruner: str = "") -> Config:
+    r"""Returns values for keys of CONFIG, as a trial suggests them.
+
+    Options that are not scalars are suggested as text, see :func:`encode`.
+
+    Arguments:
+        space: A space, as :func:`check_space` returns it.
+        trial: A trial of Optuna, or whatever has its `suggest_*` methods.
+        pruner: What stops trials early, see :func:`check_space`.
+
+    Raises:
+        UserError: If a function returns anything but keys of CONFIG and accepted values.
+    """
+
+    if not callable(space):
+        return decode({name: _suggest(trial, name, domain) for name, domain in space.items()})
+
+    values = space(_Trial(trial))
+
+    if not isinstance(values, Mapping):
+        raise UserError(f"SPACE returned {show(values)}, but must return a dict of CONFIG's keys.")
+
+    if faults := list(_misplaced(list(values), pruner)):
+        raise UserError("\n".join(faults))
+
+    return decode(values)
+
+
+class _Trial:
+    r"""Wraps a trial so that a function may suggest options that are not scalars."""
+
+    def __init__(self, trial: Any) -> None:
+        self._trial = trial
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._trial, name)
+
+    def suggest_categorical(self, name: str, choices: Any) -> Any:
+        options = {_label(o): o for o in choices}
+        return options[self._trial.suggest_categorical(name, list(options))]
+
+
+def _label(option: Any) -> Any:
+    return option if isinstance(option, str | int | float | None) else repr(option)
+
+
+def _suggest(trial: Any, name: str, domain: Choice | Range) -> Any:
+    if isinstance(domain, Choice):
+        return trial.suggest_categorical(name, [encode(name, o) for o in domain.options])
+
+    if domain.step is None:
+        return trial.suggest_float(name, domain.low, domain.high, log=domain.log)
+
+    return trial.suggest_int(name, domain.low, domain.high, step=domain.step, log=domain.log)
+
+
+def _misplaced(keys: list[Any], pruner: str) -> Iterator[str]:
+    r"""Yields what is wrong with the keys of a space, whatever their values."""
+
+    for key in dict.fromkeys(keys):
+        if key not in KEYS:
+            yield f"SPACE has {show(key)}, which CONFIG has not.{did_you_mean(key, KEYS)}"
+        elif keys.count(key) > 1:
+            yield f"SPACE has {key!r} {keys.count(key)} times, but may have it once."
+        elif key == "window":
+            yield (
+                "SPACE has 'window', but the denoising losses of different windows are not "
+                "comparable. Set it in CONFIG, and make a sweep for each window."
+            )
+        elif key == "epochs" and pruner != "none":
+            yield (
+                "SPACE has 'epochs', but pruned trials are compared at equal epochs. Set it in "
+                "CONFIG, or take pruner='none'."
+            )
+
+
+def _check_domain(name: str, domain: Any) -> Choice | Range:
+    if not isinstance(domain, Choice | Range):
+        raise UserError(
+            f"SPACE[{name!r}] is {show(domain)}, but must be choice(…), uniform(…), "
+            "loguniform(…) or integer(…)."
+        )
+
+    keys = split(name)
+
+    if any(key not in KEYS for key in keys):
+        return domain  # said by _misplaced
+
+    try:
+        if isinstance(domain, Choice):
+            return _check_choice(keys, domain)
+
+        return _check_range(keys, domain)
+    except UserError as e:
+        raise UserError("\n".join(f"SPACE[{name!r}]: {f}" for f in str(e).split("\n")))
+
+
+def _check_choice(keys: list[str], domain: Choice) -> Choice:
+    if not domain.options:
+        raise UserError("the choice is empty, but must have at least one option.")
+
+    options: list[Any] = []
+    faults = []
+
+    for option in domain.options:
+        try:
+            options.append(_check_option(keys, option))
+        except UserError as e:
+            faults.append(str(e))
+
+    if faults and len(domain.options) == 1 and isinstance(domain.options[0], tuple):
+        faults.append("choice takes its options one by one, as choice(64, 128).")
+
+    for option in dict.fromkeys(options):
+        if (n := options.count(option)) > 1:
+            faults.append(f"the choice has {show(option)} {n} times, but may have it once.")
+
+    if faults:
+        raise UserError("\n".join(faults))
+
+    return Choice(tuple(options))
+
+
+def _check_option(keys: list[str], option: Any) -> Any:
+    if len(keys) == 1:
+        return check_value(keys[0], option)
+
+    if not isinstance(option, tuple) or len(option) != len(keys):
+        raise UserError(f"{show(option)} must be a tuple of {len(keys)} values, one for each key.")
+
+    return tuple(check_value(key, value) for key, value in zip(keys, option, strict=True))
+
+
+def _check_range(keys: list[str], domain: Range) -> Range:
+    kind = KEYS[keys[0]].kind if len(keys) == 1 else tuple
+
+    if kind not in (int, float):
+        raise UserError("values that are no numbers, and groups of keys, take choice(…).")
+
+    if (kind is int) != (domain.step is not None):
+        raise UserError(
+            f"{keys[0]} is {KEYS[keys[0]].accepts}: take "
+            f"{'integer' if kind is int else 'uniform or loguniform'}(…)."
+        )
+
+    low, high = (check_value(keys[0], bound) for bound in (domain.low, domain.high))
+
+    if low >= high:
+        raise UserError(f"the lower bound {low} must be below the upper bound {high}.")
+
+    if domain.log and low <= 0:
+        raise UserError(f"the lower bound is {low}, but must be above 0 for a logarithm.")
+
+    if domain.step is not None:
+        _check_step(keys[0], domain, high - low)
+
+    return Range(low, high, domain.log, domain.step)
+
+
+def _check_step(key: str, domain: Range, width: int) -> None:
+    step = domain.step
+
+    if isinstance(step, bool) or not isinstance(step, int) or step < 1 or width % step:
+        raise UserError(f"step is {show(step)}, but must be a divisor of {width}, high - low.")
+
+    if domain.log and step != 1:
+        raise UserError(f"step is {step}, but must be 1 with log=True.")
+
+    if KEYS[key].odd and step % 2:
+        raise UserError(f"step is {step}, but must be even, since {key} must be odd.")
+
+
+def _conflicts(
+    space: Mapping[str, Choice | Range], config: Config, size: int | None, length: int | None
+) -> Iterator[str]:
+    r"""Yields what is wrong with combinations of values that are right by themselves."""
+
+    combinations = list(_combinations(space))
+    found: dict[str, list[Config]] = {}
+
+    for values in combinations:
+        try:
+            check_config(config | values, size, length)
+        except UserError as e:
+            for fault in str(e).split("\n"):
+                found.setdefault(fault, []).append(values)
+
+    for fault, where in itertools.islice(found.items(), 8):
+        if len(where) == len(combinations):
+            yield fault
+        else:
+            keys = [key for key in where[0] if key in fault] or list(where[0])
+            case = " ".join(f"{key}={format_value(where[0][key])}" for key in keys)
+            yield f"{fault} ({len(where)} of {len(combinations)} combinations, as {case})"
+
+    if len(found) > 8:
+        yield f"and {len(found) - 8} faults more."
+
+    if found and {"hidden_channels", "hidden_blocks"} <= space.keys():
+        yield (
+            "Options of two keys are joined by a key 'hidden_channels,hidden_blocks' with "
+            "options as ((64, 128), (3, 3))."
+        )
+
+
+def _combinations(space: Mapping[str, Choice | Range]) -> Iterator[Config]:
+    cases = [d.options if isinstance(d, Choice) else (d.low, d.high) for d in space.values()]
+    drawn: Any = itertools.product(*cases)
+
+    if math.prod(map(len, cases)) > MAX_COMBINATIONS:
+        rng = random.Random(0)
+        drawn = ([rng.choice(case) for case in cases] for _ in range(MAX_COMBINATIONS))
+
+    for values in drawn:
+        combination: Config = {}
+
+        for name, value in zip(space, values, strict=True):
+            keys = split(name)
+            combination |= zip(keys, value if len(keys) > 1 else (value,), strict=True)
+
+        yield combination

@@ -1,0 +1,134 @@
+r"""One run, from its config to its weights."""
+
+import signal
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+from .data import TrajectoryDataset
+from .runs import Run
+from .score import load_score
+from .training import Diverged, Metrics, TrainState, Validation, epochs
+
+__all__ = ["Interrupted", "Stop", "default_device", "train"]
+
+
+class Interrupted(RuntimeError):
+    r"""Signals that a training was asked to stop and has saved a checkpoint."""
+
+
+class Stop:
+    r"""Creates the wish to stop, which a training looks at after every step."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    @contextmanager
+    def on_signals(self) -> Iterator["Stop"]:
+        r"""Takes SIGINT and SIGTERM as the wish to stop. A second SIGINT interrupts at once."""
+
+        def wish(number: int, frame: FrameType | None) -> None:
+            if self.signal == signal.SIGINT == number:
+                raise KeyboardInterrupt
+
+            self.signal = number
+
+        before = {n: signal.signal(n, wish) for n in (signal.SIGINT, signal.SIGTERM)}
+
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def train(
+    run: Run,
+    data: Path,
+    device: str = "cpu",
+    rungs: Iterable[int] = (),
+    init: Path | None = None,
+    stop: Stop | None = None,
+) -> Iterator[Metrics]:
+    r"""Trains a score network and yields the metrics of each epoch.
+
+    Whatever an epoch leaves on disk is there before its metrics are yielded, so that the caller
+    may stop, or be killed, at any yield; closing the generator saves a checkpoint. A run that has
+    a checkpoint goes on from it.
+
+    Arguments:
+        run: The run, open.
+        data: The directory of `train.h5` and `valid.h5`.
+        device: Where to train.
+        rungs: Epochs at which a checkpoint is saved in any case.
+        init: The directory of a run whose weights to begin with.
+        stop: Looked at after every step.
+
+    Raises:
+        Diverged: If the loss is not finite or has exploded. The run is marked `diverged`.
+        Interrupted: If it was asked to stop. A checkpoint is saved.
+    """
+
+    config = run.config
+
+    if torch.device(device).type == "cuda":
+        _make_deterministic()
+
+    # Data
+    trainset = TrajectoryDataset(data / "train.h5", window=config["window"])
+    validset = TrajectoryDataset(data / "valid.h5", window=config["window"])
+    validation = Validation(validset, device)
+
+    # Network
+    state = TrainState(config, size=trainset.shape[-1], device=device)
+    run.load(state)
+
+    if init is not None and state.saved is None:
+        state.score.load_state_dict(load_score(init).state_dict())
+        run.save(state)
+
+    # Training
+    def after_step(state: TrainState) -> None:
+        wanted = stop is not None and stop.signal is not None
+
+        if wanted or run.due:
+            run.save(state)
+
+        if wanted:
+            raise Interrupted("asked to stop")
+
+    rungs = {*rungs, config["epochs"]}
+
+    try:
+        for metrics in epochs(state, trainset, validation, after_step):
+            run.log(metrics)
+
+            if metrics["epoch"] in rungs or run.due:
+                run.save(state)
+
+            yield metrics
+    except GeneratorExit:  # the caller stops here
+        run.save(state)
+        raise
+    except Diverged as error:
+        run.set_status("diverged", reason=str(error))
+        raise
+
+    run.finish(state)
+
+
+def _make_deterministic() -> None:
+    r"""Makes CUDA compute the same bits every time, where it can."""
+
+    import os
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.benchmark = False

@@ -1,0 +1,138 @@
+r"""Tests for the layout of the package: what each module may import, and how long it may be."""
+
+import ast
+import graphlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sda_ray
+
+PACKAGE = Path(sda_ray.__file__).parent
+MODULES = sorted(file.stem for file in PACKAGE.glob("*.py") if file.stem != "__init__")
+
+# A module imports from its own floor and from those below.
+FLOORS = {
+    0: "errors keys config files hdf5 lease provenance",
+    1: "flow data domain",
+    2: "nn score",
+    3: "diffusion guidance",
+    4: "training checkpoint samples pruner",
+    5: "runs train",
+    6: "space study cluster",
+    7: "trial driver sweep table",
+    8: "simulate",
+    9: "cli",
+}
+FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
+
+# Who may import the libraries that are heavy, or whose behaviour we have to work around.
+IMPORTERS = {
+    "optuna": {"study"},
+    "ray": {"trial", "driver", "sweep", "simulate", "cluster", "cli"},
+    "wandb": {"runs"},
+}
+
+
+def imports(module: str) -> set[str]:
+    r"""Returns what a module imports anywhere in it: `.x` for our own modules, else the package."""
+
+    names: set[str] = set()
+
+    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.add((node.module or "").split(".")[0])
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add("." + node.module)
+        elif isinstance(node, ast.ImportFrom):
+            names |= {"." + alias.name for alias in node.names}
+
+    return names
+
+
+def neighbours(module: str) -> set[str]:
+    r"""Returns which of our own modules a module imports."""
+
+    return {name[1:] for name in imports(module) if name.startswith(".")} & set(MODULES)
+
+
+def loaded_by(code: str) -> set[str]:
+    r"""Returns the packages that a fresh interpreter has loaded after some code."""
+
+    code += "\nimport sys; print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return {name for name in run.stdout.split() if "." not in name}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_module_has_a_floor(module: str) -> None:
+    assert module in FLOOR, f"Give {module}.py a floor in {Path(__file__).name}."
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_never_go_up(module: str) -> None:
+    higher = {name for name in neighbours(module) if FLOOR[name] > FLOOR[module]}
+    assert not higher, f"{module} (floor {FLOOR[module]}) imports {higher}."
+
+
+def test_imports_have_no_cycle() -> None:
+    graph = {module: neighbours(module) for module in MODULES}
+    assert len(list(graphlib.TopologicalSorter(graph).static_order())) == len(MODULES)
+
+
+@pytest.mark.parametrize("library", IMPORTERS)
+def test_library_is_imported_only_where_it_may(library: str) -> None:
+    assert {module for module in MODULES if library in imports(module)} <= IMPORTERS[library]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_package_is_imported_relatively_and_by_name(module: str) -> None:
+    assert "sda_ray" not in imports(module)
+    assert "import *" not in (PACKAGE / f"{module}.py").read_text()
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_module_lists_its_names(module: str) -> None:
+    tree = ast.parse((PACKAGE / f"{module}.py").read_text())
+    assigned = [t for n in tree.body if isinstance(n, ast.Assign) for t in n.targets]
+
+    assert "__all__" in [t.id for t in assigned if isinstance(t, ast.Name)]
+
+
+@pytest.mark.parametrize("file", sorted(PACKAGE.parent.glob("*/*.py")), ids=lambda f: f.name)
+def test_file_is_short(file: Path) -> None:
+    if file.parent.name in ("sda_ray", "sweeps", "benchmarks"):
+        assert len(file.read_text().splitlines()) <= 320
+
+
+def test_training_needs_neither_ray_nor_optuna_nor_wandb() -> None:
+    loaded = loaded_by("import sda_ray.train")
+
+    assert "torch" in loaded
+    assert not loaded & {"ray", "optuna", "wandb", "matplotlib", "pandas"}
+
+
+def test_package_is_light() -> None:
+    loaded = loaded_by("import sda_ray; sda_ray.CONFIG; sda_ray.choice(1); dir(sda_ray)")
+    assert not loaded & {"torch", "numpy", "h5py", "ray", "optuna", "wandb", "rich"}
+
+
+def test_public_names_are_found() -> None:
+    for name in sda_ray.__all__:
+        assert getattr(sda_ray, name).__class__ is not None
+
+    with pytest.raises(AttributeError, match="has no attribute 'Swep'"):
+        _ = sda_ray.Swep
+
+
+def test_version_is_that_of_the_installed_package() -> None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        assert sda_ray.__version__ == version("sda_ray")
+    except PackageNotFoundError:
+        pytest.skip("sda_ray is not installed, only on the path")
