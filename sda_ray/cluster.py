@@ -24,7 +24,7 @@ def local_cpus() -> int:
 
 
 @contextmanager
-def connect(address: str | None = None, cpus: int | None = None) -> Iterator[None]:
+def connect(address: str | None = None, cpus: int | None = None) -> Iterator[Path]:
     r"""Starts a Ray of our own on this machine, or attaches to the one at an address.
 
     Our own Ray counts the CPUs of this process' affinity, keeps its files in a private directory,
@@ -34,58 +34,53 @@ def connect(address: str | None = None, cpus: int | None = None) -> Iterator[Non
         address: The address of a running cluster, such as `auto` on its head.
         cpus: The number of CPUs of our own Ray.
 
+    Yields:
+        A private directory that ends with the block.
+
     Raises:
         UserError: If there is no cluster at the address.
     """
 
-    # Ray would change into a directory per trial, renice its workers and give up after 30 s.
+    # Ray would change into a directory per trial, renice its workers, give up on a slow start
+    # after 30 s, send usage statistics and print what we print better.
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune prints nothing: we do
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 
-    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+    if address is None:
+        os.environ.pop("RAY_ADDRESS", None)
 
-    if address is not None:
-        import ray
-
-        try:
-            ray.init(address=address, **quiet)
-        except ConnectionError as error:
-            raise UserError(
-                f"there is no Ray at '{address}': {error}. Start one, or leave --address out to "
-                "use this machine alone."
-            ) from error
-
-        try:
-            yield
-        finally:
-            ray.shutdown()
-
-        return
-
-    if "ray" not in sys.modules:  # Ray 2.60 reads its authentication mode when it is imported
-        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
-
-    os.environ.pop("RAY_ADDRESS", None)
+        if "ray" not in sys.modules:  # Ray 2.60 reads its authentication mode at its import
+            os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
 
     import ray
 
     _sweep_out()
-    directory = tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=_short_directory())
+    directory = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=_short_directory()))
+    local = {
+        "num_cpus": cpus or local_cpus(),
+        "include_dashboard": False,
+        "object_store_memory": STORE,
+        "_temp_dir": str(directory),
+    }
 
     try:
         ray.init(
-            address="local",
-            num_cpus=cpus or local_cpus(),
-            include_dashboard=False,
-            object_store_memory=STORE,
-            _temp_dir=directory,
-            **quiet,
+            address=address or "local",
+            log_to_driver=False,
+            logging_level="ERROR",
+            **({} if address else local),
         )
-        yield
+        yield directory
+    except ConnectionError as error:
+        raise UserError(
+            f"there is no Ray at '{address}': {error}. Start one, or leave --address out to use "
+            "this machine alone."
+        ) from error
     finally:
         ray.shutdown()
         shutil.rmtree(directory, ignore_errors=True)

@@ -6,10 +6,10 @@ cannot tell a bug from a lost machine: lost workers are adopted here.
 """
 
 import logging
-import tempfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -66,27 +66,32 @@ class Driver:
         self.done = False  # nothing is left to do
         self.fault: BaseException | None = None
 
-    def run(self, resources: dict[str, float], reuse: bool) -> None:
+    def run(self, resources: dict[str, float], reuse: bool, scratch: Path) -> None:
         r"""Runs trials until nothing is left to do, or until it is asked to stop.
+
+        Arguments:
+            resources: What Ray shall keep for a trial: `cpu` and `gpu`.
+            reuse: Whether the process of a trial is kept for the next one.
+            scratch: A directory for what Tune writes, which is nothing to keep.
 
         Raises:
             BaseException: Whatever went wrong in the driver itself. The study is left such that
                 the same command carries on.
         """
 
-        with tempfile.TemporaryDirectory(prefix="sda-tune-") as directory:
-            tune.run(
-                tune.with_resources(Trial, resources),
-                name="sweep",
-                storage_path=directory,
-                search_alg=_Searcher(self),
-                scheduler=_Scheduler(self),
-                num_samples=-1,
-                max_failures=0,
-                reuse_actors=reuse,
-                raise_on_failed_trial=False,
-                verbose=0,
-            )
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # we say it ourselves
+        tune.run(
+            tune.with_resources(Trial, resources),
+            name="sweep",
+            storage_path=str(scratch / "tune"),
+            search_alg=_Searcher(self),
+            scheduler=_Scheduler(self),
+            num_samples=-1,
+            max_failures=0,
+            reuse_actors=reuse,
+            raise_on_failed_trial=False,
+            verbose=0,
+        )
 
         if self.fault is not None:
             raise self.fault
@@ -220,7 +225,7 @@ class Driver:
         if len(self.errors) >= 3 and len(set(self.errors[:3])) == 1:
             self.stop()
 
-    def on_error(self, tune_id: str) -> None:
+    def on_error(self, tune_id: str, reason: str) -> None:
         r"""Takes in that a worker was lost. Its run is adopted, unless it was lost too often."""
 
         index = self.live.pop(tune_id, None)
@@ -232,12 +237,12 @@ class Driver:
         record = next(r for r in self.study.records() if r.index == index)
 
         if self.lost[index] > LOST:
-            error = f"its worker died {self.lost[index]} times"
+            error = f"its worker died {self.lost[index]} times, last of: {reason}"
             self.study.tell(record, "failed", error)
             self.notify("failed", replace(record, error=error))
             self._failed(error)
         else:
-            self.notify("lost", record)
+            self.notify("lost", replace(record, error=reason))
 
     def guard(self, error: BaseException) -> None:
         r"""Keeps an error of our own from tearing Tune down: the sweep stops in good order."""
@@ -295,6 +300,16 @@ class _Scheduler(FIFOScheduler):
 
     def on_trial_error(self, controller: Any, trial: Any) -> None:
         try:
-            self.driver.on_error(trial.trial_id)
+            self.driver.on_error(trial.trial_id, _reason(trial))
         except Exception as error:
             self.driver.guard(error)
+
+
+def _reason(trial: Any) -> str:
+    r"""Returns the last line of what Tune noted of a lost worker."""
+
+    file = Path(trial.error_file or "")
+    lines = file.read_text().splitlines() if file.is_file() else []
+    said = [line.strip() for line in lines if line.strip()]
+
+    return said[-1].partition(". Some common causes")[0][:300] if said else "unknown"

@@ -340,7 +340,9 @@ def _drive(
             "record": {"sweep": sweep.name, "data": info.fingerprint},
         }
 
-        with connect(address), LiveTable(sweep.name, sweep.trials, runs, study.records) as table:
+        table = LiveTable(sweep.name, sweep.trials, runs, study.records)
+
+        with connect(address) as scratch, table:
             from .driver import Driver  # imports Ray, which must be set up by then
 
             slots = _Slots(cpus, gpus, parallel)
@@ -355,7 +357,7 @@ def _drive(
             )
 
             with _on_signals(driver.stop):
-                driver.run({"cpu": cpus, "gpu": gpus}, reuse=gpus == 0)
+                driver.run({"cpu": cpus, "gpu": gpus}, gpus == 0, scratch)
 
         if not driver.done:
             _interrupted(sweep, driver.errors)

@@ -236,7 +236,8 @@ def test_corrections_are_scaled_sample_by_sample() -> None:
 
 
 def test_times_fall_from_one_and_progress_is_told() -> None:
-    eps, done = Gaussian(0.0, 1.0), []
+    eps = Gaussian(0.0, 1.0)
+    done: list[int] = []
     VPSDE(eps, (4,)).sample((2,), steps=4, progress=done.append)
 
     assert eps.calls == [1.0, 0.75, 0.5, 0.25]

@@ -90,18 +90,19 @@ class Normal(nn.Module):
         return sde.sigma(t) * x / (sde.mu(t) ** 2 + sde.sigma(t) ** 2)
 
 
-def test_gaussian_score_samples_the_posterior() -> None:
-    std = 0.5
-    y = torch.tensor([[1.0], [-2.0]]).expand(2, 4096)
-    # For standard normal data the error of the denoised x has variance sigma² / (mu² + sigma²).
-    prior = VPSDE(Normal(), ())
-    score = GaussianScore(y, lambda x: x, std, prior, gamma=1.0)
-    x = VPSDE(score, (4096,)).sample((2,), steps=256)
+@pytest.mark.parametrize("t", [0.01, 0.3, 0.9])
+def test_gaussian_score_is_exact_for_normal_data(t: float) -> None:
+    std, sde, time = 0.5, VPSDE(Normal(), ()), torch.tensor(t).double()
+    x, y = torch.randn(2, 8).double(), torch.randn(2, 8).double()
+    mu, sigma = sde.mu(time), sde.sigma(time)
 
-    mean, deviation = y[:, 0] / (1 + std**2), std / (1 + std**2) ** 0.5
+    # For such data, the variance of what is not known of x at time t is sigma² / (mu² + sigma²).
+    score = GaussianScore(y, lambda x: x, std, sde, gamma=mu**2 / (mu**2 + sigma**2))
 
-    assert torch.allclose(x.mean(1), mean, atol=0.1)
-    assert torch.allclose(x.std(1), torch.tensor(deviation), atol=0.1)
+    mean, var = y / (1 + std**2), std**2 / (1 + std**2)
+    exact = sigma * (x - mu * mean) / (mu**2 * var + sigma**2)
+
+    assert torch.allclose(score(x, time), exact, rtol=1e-4)
 
 
 def test_gaussian_score_is_the_gradient_of_the_log_likelihood() -> None:

@@ -12,7 +12,7 @@ CONFIGS = [
     {"hidden_channels": (4, 6, 8), "hidden_blocks": (2, 1, 1), "kernel_size": 3},
     {"hidden_channels": (4, 6, 8), "hidden_blocks": (1, 1, 1), "kernel_size": 5},
     {"hidden_channels": (6,), "hidden_blocks": (2,), "kernel_size": 7},
-    {"hidden_channels": (4, 6), "hidden_blocks": (0, 1), "kernel_size": 1},
+    {"hidden_channels": (4, 6), "hidden_blocks": (1, 1), "kernel_size": 1},
 ]
 
 
@@ -28,7 +28,7 @@ def test_layer_norm_standardizes_with_the_unbiased_variance(channels: int) -> No
 
     assert torch.allclose(y, normalize(x), rtol=0, atol=1e-13)
     assert torch.allclose(y.mean(1), torch.zeros(()).double(), atol=1e-6)
-    assert torch.allclose(y.var(1), torch.ones(()).double(), atol=0.1)
+    assert torch.allclose(y.var(1), x.var(1) / (x.var(1) + 1e-5))
 
 
 def test_residual_block_is_modulated() -> None:
@@ -38,8 +38,11 @@ def test_residual_block_is_modulated() -> None:
     assert torch.allclose(block(x, e), x + torch.tanh(x + block.project(e)))
 
 
-@pytest.mark.parametrize("activation", ["ELU", "GELU", "ReLU", "SELU", "SiLU"])
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize(
+    ("config", "activation"),
+    [(config, "SiLU") for config in CONFIGS]
+    + [(CONFIGS[0], activation) for activation in ("ELU", "GELU", "ReLU", "SELU")],
+)
 def test_unet_equals_plain_formulation(config: dict, activation: str) -> None:
     unet = UNet(3, 2, 5, activation=getattr(nn, activation), **config).double()
     x = torch.randn(2, 3, 16, 8, dtype=torch.double, requires_grad=True)
@@ -90,5 +93,5 @@ def test_weights_have_channels_last_in_memory_and_their_usual_shapes() -> None:
 
 
 def test_levels_of_channels_and_blocks_must_agree() -> None:
-    with pytest.raises(ValueError, match="shorter"):
+    with pytest.raises(ValueError, match="argument"):
         UNet(3, 2, 5, (4, 6), (1, 1, 1))

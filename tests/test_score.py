@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sda_ray.config import CONFIG
 from sda_ray.errors import UserError
-from sda_ray.score import MCScoreNet, load_score, make_score
+from sda_ray.score import MCScoreNet, ScoreUNet, load_score, make_score
 
 REFERENCE = Path(__file__).parent / "reference"
 RUN = REFERENCE / "runs" / "crimson-cloud-4_6k7cjnx7"
@@ -78,13 +78,16 @@ def test_chain_gives_the_outputs_of_sda(golden: dict[str, Tensor]) -> None:
 )
 def test_network_equals_plain_formulation(changes: dict) -> None:
     score = small(**changes).double()
-    window, size = 2 * score.order + 1, score.kernel.forcing.shape[-1]
+    kernel = score.kernel
+    assert isinstance(kernel, ScoreUNet)
+
+    window, size = 2 * score.order + 1, kernel.forcing.shape[-1]
     activation = changes.get("activation", "SiLU")
     y = (torch.arange(size, dtype=torch.double) + 0.5) * 2 * torch.pi / size
 
-    # What a float32 buffer rounded is no part of the comparison.
-    score.kernel.forcing.copy_(torch.sin(4 * y).expand(size, size))
-    score.kernel.embedding.freqs.copy_(torch.pi * torch.arange(1, 17, dtype=torch.double))
+    # What the buffers lost to rounding in float32 is no part of the comparison.
+    kernel.forcing.copy_(torch.sin(4 * y).expand(size, size))
+    kernel.embedding.freqs.copy_(torch.pi * torch.arange(1, 17, dtype=torch.double))
 
     state = score.state_dict()
     x = torch.randn(2, window + 2, 2, size, size, dtype=torch.double)
@@ -95,7 +98,7 @@ def test_network_equals_plain_formulation(changes: dict) -> None:
 
     x = x[:, :window].flatten(1, 2)
     z = plain_kernel(strip(state, "kernel."), x, t, activation)
-    assert torch.allclose(score.kernel(x, t), z, rtol=0, atol=1e-12)
+    assert torch.allclose(kernel(x, t), z, rtol=0, atol=1e-12)
 
 
 @torch.no_grad()
@@ -165,7 +168,7 @@ def test_trajectory_shorter_than_the_window_is_refused() -> None:
 
 
 def test_fields_of_another_size_are_refused() -> None:
-    with pytest.raises(ValueError, match="fields of 8x8, but must have fields of 16x16"):
+    with pytest.raises(ValueError, match=r"\(2, 1, 6, 8, 8\), but .* fields of \(16, 16\)"):
         small()(torch.zeros(2, 3, 2, 8, 8), torch.tensor(0.5))
 
 
@@ -225,13 +228,13 @@ def test_old_format_of_torch_is_read(run: Path) -> None:
     state = torch.load(run / "state.pth", weights_only=True)
     torch.save(state, run / "state.pth", _use_new_zipfile_serialization=False)
 
-    assert load_score(run).kernel.forcing.shape == (1, 64, 64)
+    assert load_score(run).state_dict().keys() == state.keys()
 
 
 def test_unfinished_run_says_how_to_resume(run: Path) -> None:
     (run / "state.pth").unlink()
 
-    with pytest.raises(UserError, match="not finished.*sda-ray train --resume"):
+    with pytest.raises(UserError, match=r"not finished.*sda-ray train --resume"):
         load_score(run)
 
 
@@ -246,8 +249,7 @@ def test_missing_run_is_named(tmp_path: Path) -> None:
         ({"embedding": 16}, r"'kernel\.embedding\.2\.weight' is float32 of shape \(8, 256\), but"),
         ({"window": 5}, r"'kernel\.network\.heads\.0\.weight' is .*\(8, 7, 3, 3\), but .*; "),
         ({"hidden_blocks": [1, 1]}, "is unknown"),
-        ({"hidden_blocks": [1, 3]}, "need more"),
-        ({"hidden_blocks": [1, 10**5]}, "need more"),
+        ({"hidden_blocks": [1, 3]}, "is missing.*, and 9 more"),
         ({"hidden_channels": [8] * 8, "hidden_blocks": [1] * 8}, "fields of 64x64, but"),
     ],
 )
@@ -279,7 +281,7 @@ def edit(run: Path, **changes: object) -> None:
         ({"kernel__embedding__freqs": torch.zeros(16).to_sparse()}, "sparse"),
         ({"kernel__forcing": None}, r"has no 'kernel\.forcing'"),
         ({"kernel__forcing": torch.zeros(1, 64, 32)}, r"of shape \(1, 64, 32\), but"),
-        ({"kernel__forcing": torch.zeros(1, 1, 1).expand(1, 10**6, 10**6)}, "N at most 4096"),
+        ({"kernel__forcing": torch.zeros(1, 1, 1).expand(1, 10**6, 10**6)}, "with N at most 4096"),
         ({"kernel__forcing": torch.zeros(1, 1, 1).expand(1, 4096, 4096)}, "is shorter than"),
         ({"extra": 1.0}, "something else than a state dict"),
     ],
