@@ -10,11 +10,11 @@ References:
 """
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-__all__ = ["Action", "Record", "Rules", "decide", "in_top", "order", "reveal"]
+__all__ = ["Action", "Record", "Rules", "decide", "order", "reveal", "top"]
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,12 @@ class Record:
 
         return waits or self.state == "pruned"
 
+    @property
+    def outcome(self) -> str:
+        r"""The state in the eyes of other runs: what came of a hidden run is hidden too."""
+
+        return "pruned" if self.shown is not None and self.state != "failed" else self.state
+
 
 @dataclass(frozen=True)
 class Rules:
@@ -81,6 +87,7 @@ class Rules:
         min_epochs: The first rung, or None if nothing is pruned.
         eta: One in `eta` runs goes on at each rung.
         finalists: The least number of runs with a full budget in the end.
+        excused: The number of failed runs, the first ones, that are no reason to draw no more.
     """
 
     target: int
@@ -88,6 +95,7 @@ class Rules:
     min_epochs: int | None = None
     eta: int = 3
     finalists: int = 1
+    excused: int = 0
 
     @property
     def rungs(self) -> tuple[int, ...]:
@@ -104,74 +112,99 @@ class Rules:
     def after(self, epoch: int) -> int:
         r"""Returns the first rung after an epoch."""
 
-        return next(rung for rung in self.rungs if rung > epoch)
+        return next((rung for rung in self.rungs if rung > epoch), self.epochs)
 
     @property
     def failures(self) -> int:
         r"""The number of failed runs that are replaced."""
 
-        return max(3, self.target // 4)
+        return self.excused + max(3, self.target // 4)
 
 
 @dataclass(frozen=True)
 class Action:
     r"""Creates a decision: `adopt`, `promote`, `draw`, `wait` or `stop`.
 
-    A run is adopted or promoted up to the epoch `until`. With `hidden`, the values that come of it
-    count for no other run.
+    A run is adopted or promoted up to the epoch `until`, and its values count for others up to the
+    epoch `shown`, or all of them.
     """
 
     kind: str
     record: Record | None = None
     until: int = 0
-    hidden: bool = False
+    shown: int | None = None
 
 
-def order(record: Record) -> tuple[float, int]:
-    r"""Orders runs from best to worst: the furthest first, then the lowest value."""
+def order(record: Record) -> tuple[int, int, float, int]:
+    r"""Orders runs from best to worst: complete ones by their last value, then the furthest."""
 
-    return (-record.last, record.values.get(record.last, math.inf), record.index)
+    rank = {"complete": 0, "diverged": 2, "failed": 3}.get(record.state, 1)
+    progress = 0 if rank == 0 else -record.last
+
+    return (rank, progress, _finite(record.values.get(record.last)), record.index)
 
 
-def in_top(record: Record, rung: int, records: Sequence[Record], eta: int) -> bool:
-    r"""Tells whether a run is among the best :math:`1 / \eta` at a rung.
+def _finite(value: float | None) -> float:
+    r"""Returns a value that compares: what is missing or not a number is the worst."""
+
+    return value if value is not None and math.isfinite(value) else math.inf
+
+
+def top(rung: int, records: Sequence[Record], rules: Rules) -> list[Record]:
+    r"""Returns the best :math:`1 / \eta` of the runs at a rung, from the best on.
 
     A run that diverged counts as the worst at every rung that it was bound for.
     """
 
-    def value(other: Record) -> float | None:
-        if other.state == "diverged":
-            return math.inf if rung <= other.until else None
+    def value(record: Record) -> float | None:
+        if record.outcome == "diverged":
+            return math.inf if rung <= rules.after(record.last) else None
 
-        return other.visible.get(rung)
+        return _finite(record.visible[rung]) if rung in record.visible else None
 
-    here = [(x, other.index) for other in records if (x := value(other)) is not None]
-    best = sorted(here)[: len(here) // eta]
+    here = [(x, r.index, r) for r in records if (x := value(r)) is not None]
+    best = sorted(here, key=lambda item: item[:2])[: len(here) // rules.eta]
 
-    return any(index == record.index and x < math.inf for x, index in best)
+    return [record for x, _, record in best if x < math.inf]
+
+
+def _promotable(records: Sequence[Record], rules: Rules) -> Iterator[tuple[int, Record]]:
+    r"""Yields rungs and the runs that the rule sends on from there, in the order of the rule."""
+
+    for rung in reversed(rules.rungs[:-1]):
+        for record in top(rung, records, rules):
+            stands = max(record.visible, default=0) == rung
+
+            if stands and (record.paused or record.outcome != record.state):
+                yield rung, record
 
 
 def reveal(records: Sequence[Record], rules: Rules) -> list[Record]:
-    r"""Lets hidden values count, as far as the rule itself would have let the run go on."""
+    r"""Lets hidden values count, as far as the rule itself would have let their runs go on.
+
+    They come one by one and in the order of the rule, as if the runs were sent on only now.
+    """
+
+    shown = list(records)
 
     while True:
-        shown = [
-            replace(record, shown=None if after == rules.epochs else after)
-            if record.shown in rules.rungs[:-1]
-            and (after := rules.after(record.shown)) in record.values
-            and in_top(record, record.shown, records, rules.eta)
-            else record
-            for record in records
-        ]
+        for rung, record in _promotable(shown, rules):
+            after = rules.after(rung)
 
-        if shown == list(records):
+            if record.paused:
+                return shown
+
+            if after in record.values or record.state == "diverged":
+                whole = after == rules.epochs or after not in record.values
+                i = shown.index(record)
+                shown[i] = replace(record, shown=None if whole else after)
+                break
+        else:
             return shown
-
-        records = shown
 
 
 def decide(
-    records: Sequence[Record], live: Collection[int], rules: Rules, exhausted: bool
+    records: Sequence[Record], live: Collection[int], rules: Rules, exhausted: bool = False
 ) -> Action:
     r"""Decides what a free slot is used for.
 
@@ -188,15 +221,12 @@ def decide(
     # Runs left behind by a dead driver, or by a lost worker
     for record in idle:
         if record.state == "running" and not record.paused:
-            return Action("adopt", record, record.until, hidden=record.shown is not None)
+            return Action("adopt", record, record.until, record.shown)
 
     # Runs that have come to be among the best, from the top rung down
-    for rung in reversed(rules.rungs[:-1]):
-        paused = [r for r in idle if r.paused and max(r.visible, default=0) == rung]
-
-        for record in sorted(paused, key=lambda r: (r.visible[rung], r.index)):
-            if in_top(record, rung, records, rules.eta):
-                return Action("promote", record, rules.after(rung))
+    for rung, record in _promotable(records, rules):
+        if record.paused and record.index not in live:
+            return Action("promote", record, rules.after(rung))
 
     # New runs
     failed = sum(record.state == "failed" for record in records)
@@ -204,14 +234,14 @@ def decide(
     if len(records) - failed < rules.target and failed <= rules.failures and not exhausted:
         return Action("draw", until=rules.rungs[0])
 
-    if live:
+    # The sweep shall end with finished models. Runs in flight may still bring better ones.
+    if any(record.until < record.epochs for record in records if record.index in live):
         return Action("wait")
 
-    # The sweep shall end with finished models
     complete = sum(record.state == "complete" for record in records)
     paused = sorted((record for record in idle if record.paused), key=order)
 
-    if complete < rules.finalists and paused:
-        return Action("promote", paused[0], rules.epochs, hidden=True)
+    if complete + len(live) < rules.finalists and paused:
+        return Action("promote", paused[0], rules.epochs, shown=paused[0].last)
 
-    return Action("stop")
+    return Action("wait" if live else "stop")

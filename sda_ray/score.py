@@ -1,5 +1,6 @@
 r"""Score networks of Kolmogorov-flow trajectories."""
 
+import os
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -147,8 +148,7 @@ class MCScoreNet(nn.Module):
         return x.unfold(1, window, 1).movedim(-1, 2).flatten(2, 3)
 
     def fold(self, x: Tensor) -> Tensor:
-        r"""Returns the snapshot at the center of each window, after those before the first
-        center and before those after the last."""
+        r"""Returns the center of each window, and what is before the first and after the last."""
 
         k = self.order
         x = x.unflatten(2, (2 * k + 1, -1))
@@ -237,9 +237,7 @@ def load_score(run_directory: Path | str, device: str | torch.device = "cpu") ->
         score = make_score(**config, size=size)
 
     _check_state(file, state, score.state_dict())
-
-    score = score.to_empty(device=device)
-    score.load_state_dict(state, strict=True)
+    score.to_empty(device=device).load_state_dict(state)
 
     return score
 
@@ -248,16 +246,12 @@ def _inside(run: Path, name: str) -> Path:
     r"""Returns the path of a file in a run directory, if it is a regular file therein."""
 
     file = run / name
-
-    try:
-        target = file.resolve(strict=True)
-    except (OSError, RuntimeError) as e:
-        raise UserError(f"{file} cannot be read: {e}.")
+    target = Path(os.path.realpath(file))
 
     if not target.is_file():
-        raise UserError(f"{file} is not a regular file.")
+        raise UserError(f"{file} is missing, or not a regular file.")
 
-    if not target.is_relative_to(run.resolve()):
+    if not target.is_relative_to(os.path.realpath(run)):
         raise UserError(
             f"{file} is a link to {target}, out of the run directory. Copy the file instead."
         )
@@ -274,9 +268,7 @@ def _load_state(file: Path) -> dict[str, Tensor]:
         reason = str(e).partition("\n")[0]
         raise UserError(f"{file} is damaged, or not a file of weights: {reason}") from e
 
-    if not isinstance(state, dict) or not all(
-        isinstance(key, str) and isinstance(x, Tensor) for key, x in state.items()
-    ):
+    if not isinstance(state, dict) or not all(isinstance(x, Tensor) for x in state.values()):
         raise UserError(f"{file} holds something else than a state dict: tensors by name.")
 
     return dict(state)

@@ -28,9 +28,11 @@ def divergence(x: Tensor) -> Tensor:
     return u - u.roll(1, dims=-2) + v - v.roll(1, dims=-1)
 
 
-@pytest.fixture
-def threads() -> Iterator[None]:
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    # More would wait for each other if the machine is busy.
     before = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 
@@ -73,11 +75,10 @@ def test_prior_is_free_of_divergence_and_scaled(size: int) -> None:
 
 
 @pytest.mark.parametrize("size", [20, 64])
-def test_bits_depend_on_the_seed_alone(size: int, threads: None) -> None:
+def test_bits_depend_on_the_seed_alone(size: int) -> None:
     seeds = [3, 1, 4, 15, 9, 2, 6, 5, 35, 8]
     flow = KolmogorovFlow(size)
 
-    torch.set_num_threads(1)
     alone = torch.cat([flow.transition(flow.prior([seed])) for seed in seeds])
 
     for n in (1, 2):
@@ -85,11 +86,8 @@ def test_bits_depend_on_the_seed_alone(size: int, threads: None) -> None:
         assert torch.equal(KolmogorovFlow(size).transition(flow.prior(seeds)), alone)
 
 
-def test_bits_at_256_do_not_depend_on_threads_and_batch(
-    threads: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bits_at_256_do_not_depend_on_threads_and_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     x = KolmogorovFlow(256).prior([0, 1])
-    torch.set_num_threads(1)
     y = KolmogorovFlow(256).transition(x)
 
     monkeypatch.setitem(module.CELLS, "cpu", 2 * 256**2)

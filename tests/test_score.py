@@ -238,6 +238,13 @@ def test_unfinished_run_says_how_to_resume(run: Path) -> None:
         load_score(run)
 
 
+def test_run_without_config_is_refused(run: Path) -> None:
+    (run / "config.json").unlink()
+
+    with pytest.raises(UserError, match=r"config\.json is missing"):
+        load_score(run)
+
+
 def test_missing_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no-run is not a directory"):
         load_score(tmp_path / "no-run")
@@ -341,5 +348,5 @@ def test_files_that_are_not_regular_are_refused(run: Path) -> None:
     (run / "state.pth").unlink()
     os.mkfifo(run / "state.pth")
 
-    with pytest.raises(UserError, match=r"state\.pth is not a regular file"):
+    with pytest.raises(UserError, match=r"state\.pth is missing, or not a regular file"):
         load_score(run)

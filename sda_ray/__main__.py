@@ -1,0 +1,8 @@
+r"""Runs the command line as `python -m sda_ray`."""
+
+from .cli import main
+
+__all__: list[str] = []
+
+if __name__ == "__main__":
+    main()
