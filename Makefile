@@ -17,7 +17,7 @@ export PIP_REQUIRE_VIRTUALENV = 0
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n 's/^# //p' Makefile
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
 # What is run lands in this directory, whatever SDA_RAY_ROOT says: it may hold precious data.
 demo: export SDA_RAY_ROOT = $(CURDIR)
@@ -58,6 +58,6 @@ clean:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 	    echo "sda_ray needs Python 3.10 or later, but '$(PYTHON)' is older or missing." \
 	        "Try: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1; }
-	$(PYTHON) -m venv --clear .venv || { \
+	@$(PYTHON) -m venv --clear .venv || { \
 	    echo "'$(PYTHON) -m venv' failed. On Debian and Ubuntu: apt install python3-venv"; exit 1; }
 	@touch $@

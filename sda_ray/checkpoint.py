@@ -6,6 +6,7 @@ is read with `weights_only=True`: no code in a file is ever executed.
 
 import copy
 import hashlib
+import io
 import json
 import logging
 import os
@@ -103,7 +104,8 @@ def new_name(id: str, number: int) -> str:
     from coolname import RandomGenerator
     from coolname.data import config
 
-    words = RandomGenerator(copy.deepcopy(config), random.Random(id)).generate(2)
+    own: Any = copy.deepcopy(config)  # the generator changes it
+    words = RandomGenerator(own, random.Random(id)).generate(2)
 
     return f"{words[0]}-{words[1]}-{number}"
 
@@ -114,7 +116,8 @@ def _digest(tensors: dict[str, Tensor], info: str) -> str:
     for key in sorted(tensors):
         x = tensors[key].detach().cpu().contiguous()
         digest.update(f"{key} {x.dtype} {tuple(x.shape)}".encode())
-        digest.update(x.reshape(-1).view(torch.uint8).numpy() if x.numel() else b"")
+        content: Any = x.reshape(-1).view(torch.uint8).numpy()
+        digest.update(content)
 
     return digest.hexdigest()
 
@@ -144,7 +147,12 @@ def save_checkpoint(
 
     def keep_previous() -> None:
         if path.checkpoint.exists():
-            os.replace(path.checkpoint, path.previous)
+            path.previous.unlink(missing_ok=True)
+
+            try:  # a link leaves the newest one in its place until the rename
+                os.link(path.checkpoint, path.previous)
+            except OSError:  # a file system without links
+                os.replace(path.checkpoint, path.previous)
 
     _save(content, path.checkpoint, hold, keep_previous)
 
@@ -182,9 +190,10 @@ def _save(
 
 
 def load_checkpoint(path: RunPath) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    r"""Loads the newest whole checkpoint of a run.
+    r"""Loads the newest whole checkpoint of a run. Only the owner of the run may call this.
 
-    A damaged one is passed over with a warning in favour of the one before.
+    A damaged one is set aside as `checkpoint.damaged.pth`, with a warning, in favour of the one
+    before: it must not become the previous one of the next.
 
     Returns:
         The tensors, on the CPU, and the info, or None if there is no whole checkpoint.
@@ -194,17 +203,25 @@ def load_checkpoint(path: RunPath) -> tuple[dict[str, Tensor], dict[str, Any]] |
         if not file.exists():
             continue
 
+        data = file.read_bytes()  # a disk that fails to read is another matter than damage
+
         try:
-            content = torch.load(file, map_location="cpu", weights_only=True)
-            tensors, text = content["tensors"], content["info"]
-
-            if _digest(tensors, text) == content["sha256"]:
-                return tensors, json.loads(text)
-
-            reason = "its checksum is wrong"
+            return _load(data)
         except Exception as error:  # whatever a damaged file provokes in torch
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = str(error).partition("\n")[0] or type(error).__name__
 
-        logger.warning("%s is damaged (%s) and is passed over.", file, reason)
+        aside = file.with_suffix(".damaged.pth")
+        os.replace(file, aside)
+        logger.warning("%s is damaged (%s). It is now %s.", file, reason, aside.name)
 
     return None
+
+
+def _load(data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    tensors, text = content["tensors"], content["info"]
+
+    if _digest(tensors, text) != content["sha256"]:
+        raise ValueError("its checksum is wrong")
+
+    return tensors, json.loads(text)

@@ -1,26 +1,32 @@
 r"""Ray, started for one command or attached to on request, and never found by accident."""
 
+import fcntl
 import os
 import secrets
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from .errors import UserError
 
-__all__ = ["connect", "local_cpus"]
+__all__ = ["Slots", "connect", "local_cpus"]
 
 STORE = 100 * 2**20  # bytes of shared memory; nothing large goes through Ray
 PREFIX = "sda-ray-"
+LONGEST = 24  # characters of a directory in which the paths of Ray's sockets stay short enough
 
 
 def local_cpus() -> int:
     r"""Returns the number of CPUs that this process may use, by its affinity."""
 
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+
+    return os.cpu_count() or 1
 
 
 @contextmanager
@@ -50,6 +56,7 @@ def connect(address: str | None = None, cpus: int | None = None) -> Iterator[Pat
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 
     if address is None:
         os.environ.pop("RAY_ADDRESS", None)
@@ -59,46 +66,121 @@ def connect(address: str | None = None, cpus: int | None = None) -> Iterator[Pat
 
     import ray
 
-    _sweep_out()
-    directory = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=_short_directory()))
-    local = {
-        "num_cpus": cpus or local_cpus(),
-        "include_dashboard": False,
-        "object_store_memory": STORE,
-        "_temp_dir": str(directory),
-    }
+    with _private_directory() as directory:
+        local = {
+            "num_cpus": cpus or local_cpus(),
+            "include_dashboard": False,
+            "object_store_memory": STORE,
+            "_temp_dir": str(directory),
+        }
 
-    try:
-        ray.init(
-            address=address or "local",
-            log_to_driver=False,
-            logging_level="ERROR",
-            **({} if address else local),
-        )
-        yield directory
-    except ConnectionError as error:
+        try:
+            ray.init(
+                address=address or "local",
+                log_to_driver=False,
+                logging_level="ERROR",
+                **({} if address else local),
+            )
+        except (ConnectionError, ValueError) as error:
+            ray.shutdown()
+
+            if address is None:
+                raise
+
+            raise UserError(
+                f"there is no Ray at '{address}': {error} Start one, or leave --address out to "
+                "use this machine alone."
+            ) from error
+
+        try:
+            yield directory
+        finally:
+            ray.shutdown()
+
+
+class Slots:
+    r"""Creates the count of the trials that fit at a time.
+
+    Arguments:
+        cpus: The CPUs of a trial.
+        gpus: The GPUs of a trial.
+        most: The most trials at a time, if not as many as fit.
+    """
+
+    def __init__(self, cpus: float, gpus: float, most: int | None = None) -> None:
+        self.wanted = {key: x for key, x in {"CPU": cpus, "GPU": gpus}.items() if x > 0}
+        self.most = most
+
+    def __call__(self) -> int:
+        r"""Returns the number of trials that fit on the nodes of the cluster, as it is now."""
+
+        total = sum(self._on(node["Resources"]) for node in _nodes())
+
+        return total if self.most is None else min(total, self.most)
+
+    def _on(self, resources: dict[str, float]) -> int:
+        return min(int(resources.get(key, 0) // x) for key, x in self.wanted.items())
+
+    def check_local(self) -> None:
+        r"""Raises a UserError if a Ray of our own on this machine could never hold a trial."""
+
+        import torch
+
+        here: dict[str, float] = {"CPU": local_cpus(), "GPU": torch.cuda.device_count()}
+        self._check({"this machine": here})
+
+    def check(self) -> None:
+        r"""Raises a UserError if no node can ever hold a trial: Ray would wait for ever."""
+
+        self._check({f"node {n['NodeManagerHostname']}": n["Resources"] for n in _nodes()})
+
+    def _check(self, nodes: dict[str, dict[str, float]]) -> None:
+        if any(self._on(resources) for resources in nodes.values()):
+            return
+
+        has = [
+            f"{name} has " + " ".join(f"{key}={found.get(key, 0):g}" for key in ("CPU", "GPU"))
+            for name, found in nodes.items()
+        ]
+        wanted = " ".join(f"{key}={x:g}" for key, x in self.wanted.items())
         raise UserError(
-            f"there is no Ray at '{address}': {error}. Start one, or leave --address out to use "
-            "this machine alone."
-        ) from error
-    finally:
-        ray.shutdown()
-        shutil.rmtree(directory, ignore_errors=True)
+            f"a trial wants {wanted}, but {', '.join(has)}. Lower --cpus-per-trial or "
+            "--gpus-per-trial."
+        )
 
 
-def _short_directory() -> str:
-    r"""Returns the temporary directory, if its path is short enough for Ray's sockets."""
+def _nodes() -> list[dict[str, Any]]:
+    import ray
 
-    directory = tempfile.gettempdir()
-
-    return directory if len(directory) <= 24 else "/tmp"
+    return [node for node in ray.nodes() if node["Alive"]]
 
 
-def _sweep_out() -> None:
-    r"""Removes the directories of processes of ours that were killed."""
+@contextmanager
+def _private_directory() -> Iterator[Path]:
+    r"""Makes a directory that ends with the block, and removes those of killed processes.
 
-    for directory in Path(_short_directory()).glob(f"{PREFIX}*"):
-        pid = directory.name.removeprefix(PREFIX).partition("-")[0]
+    Each is locked by its process for as long as that lives, in whatever container.
+    """
 
-        if pid.isdigit() and not Path("/proc", pid).exists() and Path("/proc").exists():
-            shutil.rmtree(directory, ignore_errors=True)
+    parent = tempfile.gettempdir() if len(tempfile.gettempdir()) <= LONGEST else "/tmp"
+
+    with ExitStack() as held:
+        directory = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+        held.callback(shutil.rmtree, directory, ignore_errors=True)
+        lock = held.enter_context(open(directory / "lock", "w"))
+        fcntl.flock(lock, fcntl.LOCK_EX)
+
+        for other in Path(parent).glob(f"{PREFIX}*"):
+            if other != directory and not _is_locked(other):
+                shutil.rmtree(other, ignore_errors=True)
+
+        yield directory
+
+
+def _is_locked(directory: Path) -> bool:
+    try:
+        with open(directory / "lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return False
+    except OSError:  # in use, not ours, or just being made
+        return True

@@ -61,7 +61,7 @@ def _read_done(file: Path, origin: Origin, n: int) -> list[bool]:
         with h5py.File(file, "r") as f:
             found = read_origin(f)
             done = get_dataset(file, f, "done")[...] if found == origin else np.empty(0)
-    except OSError as e:
+    except (OSError, RuntimeError, KeyError, TypeError) as e:
         raise UserError(f"{file} is damaged ({e}). Delete it, or use another --data.") from e
 
     if found is not None and found != origin:
@@ -121,8 +121,10 @@ def _create_file(file: Path, n: int, origin: Origin) -> None:
         f.attrs.update(asdict(origin))
 
     with open(file, "r+b") as raw:
-        # A sparse file would be full of promises on a full disk.
-        os.posix_fallocate(raw.fileno(), 0, os.path.getsize(file))
+        # A sparse file would be a promise that a full disk cannot keep.
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(raw.fileno(), 0, os.path.getsize(file))
+
         os.fsync(raw.fileno())
 
 

@@ -1,20 +1,20 @@
 r"""Leases: who may write to a run or a sweep.
 
 A lease is a small JSON file that names its holder (host, boot, process) and an attempt number that
-only ever grows. Whoever writes under a lease first looks whether its number is still the highest,
-holding a file lock meanwhile: a holder that was frozen, cut off or taken for dead finds a higher
-number when it comes back and writes nothing more.
+only ever grows. Whoever writes under a lease first looks whether it is still the holder, with a
+file lock in hand: a holder that was frozen, cut off or taken for dead finds another one when it
+comes back, and writes nothing more.
 """
 
 import fcntl
-import json
+import logging
 import os
 import signal
 import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -24,21 +24,41 @@ from .files import read_json, write_json
 
 __all__ = ["Lease", "LeaseLost", "holder", "is_alive"]
 
+logger = logging.getLogger(__name__)
+
 HEARTBEAT = 10.0  # seconds between two signs of life
 STALE = 60.0  # seconds without one after which a holder on another host counts as dead
+DEATH = 10.0  # seconds that a killed process may take to end
 
 
 class LeaseLost(RuntimeError):
-    r"""Signals that another process holds the lease now: nothing more may be written."""
+    r"""Signals that the lease is no longer held: nothing more may be written."""
 
 
-def _boot() -> str:
-    file = Path("/proc/sys/kernel/random/boot_id")
-    return file.read_text().strip() if file.exists() else ""
+def _place() -> dict[str, str]:
+    r"""Returns where process numbers have the meaning they have here: host, boot, container."""
+
+    boot, space = Path("/proc/sys/kernel/random/boot_id"), "/proc/self/ns/pid"
+
+    return {
+        "host": socket.gethostname(),
+        "boot": boot.read_text().strip() if boot.exists() else "",
+        "space": os.readlink(space) if os.path.exists(space) else "",
+    }
 
 
 def _started(pid: int) -> str | None:
     r"""Returns when a process started, in clock ticks since boot, or None if it does not run."""
+
+    if not Path("/proc/self/stat").exists():  # not Linux: the time stays unknown
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return None
+        except PermissionError:
+            pass
+
+        return ""
 
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
@@ -50,14 +70,24 @@ def _started(pid: int) -> str | None:
 
 
 def holder(file: Path) -> dict[str, Any] | None:
-    r"""Returns what a lease file says of its holder, or None if nobody holds it."""
+    r"""Returns what a lease file says of its last holder, or None if it says nothing of use.
+
+    Its `pid` is None if the lease was given back.
+    """
 
     try:
         found = read_json(file)
     except UserError:  # never taken, or damaged
         return None
 
-    return found if isinstance(found, dict) else None
+    if not isinstance(found, dict):
+        return None
+
+    pid, attempt = found.get("pid"), found.get("attempt")
+    words = all(isinstance(found.get(key), str) for key in ("host", "boot", "space", "since"))
+    process = pid is None or (type(pid) is int and pid > 0 and isinstance(found["started"], str))
+
+    return found if words and process and type(attempt) is int else None
 
 
 def is_alive(file: Path, patience: float = STALE) -> bool:
@@ -69,36 +99,71 @@ def is_alive(file: Path, patience: float = STALE) -> bool:
 
     found = holder(file)
 
-    if found is None or found.get("pid") is None:
+    if found is None or found["pid"] is None:
         return False
 
-    if (found["host"], found["boot"]) == (socket.gethostname(), _boot()):
+    here = _place()
+
+    if _is_here(found):
         return _started(found["pid"]) == found["started"]
 
-    if found["host"] == socket.gethostname():  # the same host before its last boot
+    if found["host"] == here["host"] and found["boot"] != here["boot"]:  # before its last boot
         return False
 
-    before, deadline = file.stat().st_mtime_ns, time.monotonic() + patience
+    logger.warning(
+        "%s was last held by process %d on %s, which cannot be seen from here: watching for a "
+        "sign of life for %.0f s.",
+        file,
+        found["pid"],
+        found["host"],
+        patience,
+    )
+    before, deadline = _pulse(file), time.monotonic() + patience
 
     while time.monotonic() < deadline:
         time.sleep(min(1.0, patience / 10))
 
-        if file.stat().st_mtime_ns != before:
-            return True
+        if _pulse(file) != before:
+            return (holder(file) or found)["pid"] is not None
 
     return False
+
+
+def _is_here(found: dict[str, Any]) -> bool:
+    return all(found[key] == value for key, value in _place().items())
+
+
+def _pulse(file: Path) -> int:
+    r"""Returns when a lease was last written or touched, 0 if it is gone."""
+
+    try:
+        with open(file) as f:  # NFS looks at the server again when a file is opened
+            return os.fstat(f.fileno()).st_mtime_ns
+    except OSError:
+        return 0
 
 
 def _kill(found: dict[str, Any]) -> None:
     r"""Kills a holder on this host and waits for its end, lest it wake up with a lock in hand."""
 
-    pid, here = found.get("pid"), (socket.gethostname(), _boot())
+    pid = found["pid"]
 
-    if pid in (None, os.getpid()) or (found.get("host"), found.get("boot")) != here:
+    if pid in (None, os.getpid()) or not _is_here(found):
         return
 
-    while _started(pid) == found.get("started"):
-        os.kill(pid, signal.SIGKILL)
+    deadline = time.monotonic() + DEATH
+
+    while _started(pid) == found["started"]:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            return
+        except PermissionError:
+            raise UserError(f"process {pid} belongs to another user: ask for its end.")
+
+        if time.monotonic() > deadline:
+            raise UserError(f"process {pid} does not end, perhaps for a disk that hangs.")
+
         time.sleep(0.01)
 
 
@@ -106,45 +171,66 @@ class Lease:
     r"""Creates a lease and takes it.
 
     Arguments:
-        file: The lease file. A lock file of the same name with suffix `.lock` lies beside it.
+        file: The lease file. A lock file of the same name with suffix `.lock` lies beside it. If
+            the directory is renamed under :meth:`hold`, this attribute must follow at once.
         what: What is held, for messages, such as "run crimson-cloud-4_6k7cjnx7".
         attempt: The number of this attempt, if the caller counts them. Otherwise one more than
             the highest before.
         takeover: Whether to take the lease from a holder that seems to live. On this host its
             process is killed; elsewhere the attempt number keeps it from writing.
+        patience: How long to watch for the heartbeat of a holder on another host, in seconds.
 
     Raises:
-        UserError: If another process holds the lease.
+        UserError: If another process holds the lease, or the file cannot be written.
         LeaseLost: If an attempt of this or a higher number took the lease before.
     """
 
     def __init__(
-        self, file: Path, what: str, attempt: int | None = None, takeover: bool = False
+        self,
+        file: Path,
+        what: str,
+        attempt: int | None = None,
+        takeover: bool = False,
+        patience: float = STALE,
     ) -> None:
         self.file = file
         self.what = what
+        self._over = threading.Event()
 
-        found = holder(file) or {}
+        try:
+            while not self._take(attempt, takeover, patience):
+                pass  # somebody was quicker
+        except OSError as error:
+            raise UserError(f"{what} cannot be taken: {error}.") from error
 
-        if takeover:
+        threading.Thread(target=self._beat, name="lease", daemon=True).start()
+
+    def _take(self, attempt: int | None, takeover: bool, patience: float) -> bool:
+        found = holder(self.file)
+
+        if found is not None and takeover:
             _kill(found)
-        elif is_alive(file):
+        elif found is not None and is_alive(self.file, patience):
             raise UserError(
-                f"{what} is in use by process {found.get('pid')} on {found.get('host')} since "
-                f"{found.get('since')}. Wait for it to end, or stop it, and try again."
+                f"{self.what} is in use by process {found['pid']} on {found['host']} since "
+                f"{found['since']}. Wait for it to end, or stop it, and try again."
             )
 
         with self._lock():
-            last = int((holder(file) or {}).get("attempt", 0))
+            now = holder(self.file)
+
+            if now != found and not takeover:
+                return False
+
+            last = 0 if now is None else now["attempt"]
 
             if attempt is not None and attempt <= last:
-                raise LeaseLost(f"attempt {attempt} at {what} comes after attempt {last}")
+                raise LeaseLost(f"attempt {attempt} at {self.what} comes after attempt {last}")
 
             self.attempt = last + 1 if attempt is None else attempt
             self._write(os.getpid())
 
-        self._over = threading.Event()
-        threading.Thread(target=self._beat, name="lease", daemon=True).start()
+        return True
 
     @contextmanager
     def _lock(self) -> Iterator[None]:
@@ -157,16 +243,15 @@ class Lease:
             os.close(descriptor)
 
     def _write(self, pid: int | None) -> None:
-        since = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        self._holder = {
+        mine = {
             "attempt": self.attempt,
-            "host": socket.gethostname(),
-            "boot": _boot(),
             "pid": pid,
             "started": None if pid is None else _started(pid),
-            "since": since,
+            "since": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            **_place(),
         }
-        write_json(self.file, self._holder)
+        write_json(self.file, mine)
+        self._mine = mine
 
     def _beat(self) -> None:
         while not self._over.wait(HEARTBEAT):
@@ -180,25 +265,34 @@ class Lease:
 
     @contextmanager
     def hold(self) -> Iterator[None]:
-        r"""Holds the lease for the duration of one write.
+        r"""Holds the lease for the duration of one write. Not to be nested.
 
         Raises:
-            LeaseLost: If another attempt has taken the lease.
+            LeaseLost: If another attempt has taken the lease, or it was given back.
+            OSError: If the lease cannot be read: who holds it is not known then.
         """
 
         with self._lock():
-            if (holder(self.file) or {}) != json.loads(json.dumps(self._holder)):
-                raise LeaseLost(f"{self.what} was taken over from attempt {self.attempt}")
+            found = holder(self.file)
+
+            if self._over.is_set():
+                raise LeaseLost(f"{self.what} was given back by attempt {self.attempt}")
+
+            if found is None:
+                raise OSError(f"{self.file} cannot be read")
+
+            if found != self._mine:
+                raise LeaseLost(
+                    f"{self.what} was taken over from attempt {self.attempt} by process "
+                    f"{found['pid']} on {found['host']}"
+                )
 
             yield
 
     def release(self) -> None:
         r"""Gives the lease back, if it is still held. The attempt number stays on record."""
 
-        self._over.set()
+        with suppress(LeaseLost, OSError), self.hold():
+            self._write(None)
 
-        try:
-            with self.hold():
-                self._write(None)
-        except (LeaseLost, OSError):
-            pass
+        self._over.set()

@@ -8,29 +8,26 @@ from typing import Any
 
 import torch
 
-__all__ = ["provenance"]
+__all__ = ["differences", "provenance"]
 
-PACKAGES = ("sda_ray", "torch", "numpy", "h5py", "ray", "optuna", "wandb")
+PACKAGES = (
+    "sda_ray",
+    "coolname",
+    "h5py",
+    "matplotlib",
+    "numpy",
+    "optuna",
+    "ray",
+    "rich",
+    "torch",
+    "wandb",
+)
+
+DECISIVE = ("sda_ray", "numpy", "torch")  # the packages that bits depend on
 
 
 def provenance(device: str | torch.device = "cpu") -> dict[str, Any]:
     r"""Returns what bits depend on beside the config: versions, code, device and threads."""
-
-    def git(*command: str) -> str | None:
-        here = Path(__file__).parent
-        done = subprocess.run(["git", *command], cwd=here, capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    def installed(package: str) -> str:
-        try:
-            return version(package)
-        except ImportError:
-            return "not installed"
-
-    try:
-        commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "-uno")
-    except FileNotFoundError:
-        commit, changes = None, None
 
     cuda = torch.device(device).type == "cuda"
 
@@ -40,10 +37,52 @@ def provenance(device: str | torch.device = "cpu") -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "versions": {
             "python": platform.python_version(),
-            **{package: installed(package) for package in PACKAGES},
+            **{package: _version(package) for package in PACKAGES},
         },
-        "commit": commit,
-        "dirty": bool(changes),
+        **_commit(),
+    }
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    r"""Returns in which decisive respects two provenances differ."""
+
+    def decisive(found: dict[str, Any]) -> dict[str, Any]:
+        versions = {name: found.get("versions", {}).get(name) for name in DECISIVE}
+        return {"device": found.get("device"), "threads": found.get("threads"), **versions}
+
+    then = decisive(before)
+
+    return [key for key, value in decisive(now).items() if then[key] != value]
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except ImportError:
+        return "not installed"
+
+
+def _commit() -> dict[str, Any]:
+    r"""Returns the commit of the package's own repository, if it runs from one."""
+
+    def git(*command: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", *command], cwd=here.parent, capture_output=True, text=True, timeout=10
+            )
+        except (FileNotFoundError, subprocess.TimeoutExpired):
+            return None
+
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    here = Path(__file__)
+
+    if git("ls-files", "--error-unmatch", here.name) is None:  # perhaps in a venv in another one
+        return {"commit": None, "dirty": None}
+
+    return {
+        "commit": git("rev-parse", "HEAD"),
+        "dirty": bool(git("status", "--porcelain", "--untracked-files=no", ".")),
     }
 
 

@@ -196,8 +196,8 @@ def reveal(records: Sequence[Record], rules: Rules) -> list[Record]:
 
             if after in record.values or record.state == "diverged":
                 whole = after == rules.epochs or after not in record.values
-                i = shown.index(record)
-                shown[i] = replace(record, shown=None if whole else after)
+                revealed = replace(record, shown=None if whole else after)
+                shown = [revealed if r.index == record.index else r for r in shown]
                 break
         else:
             return shown

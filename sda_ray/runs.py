@@ -1,10 +1,7 @@
-r"""Runs: what a training leaves in its directory and shows on W&B."""
+r"""Runs: what a training leaves in its directory."""
 
 import logging
-import os
 import time
-from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -20,73 +17,23 @@ from .checkpoint import (
 )
 from .config import Config, load_config, save_config
 from .errors import UserError
-from .files import (
-    append_line,
-    cut_torn_line,
-    read_json,
-    read_lines,
-    remove_leftovers,
-    write_atomic,
-    write_json,
-)
-from .lease import Lease
+from .files import remove_leftovers, write_atomic
+from .history import History
+from .lease import Lease, LeaseLost
 from .provenance import provenance
+from .record import Record, read_record
 from .samples import draw_samples
+from .tracking import Tracker, Wandb
 from .training import Metrics, TrainState
 
 __all__ = ["Run", "Wandb", "read_record"]
 
 logger = logging.getLogger(__name__)
 
+WANDB = Wandb()
+
 CHECKPOINT_SECONDS = 60.0  # between two checkpoints, unless they cost more than …
 CHECKPOINT_COST = 0.03  # … this part of the time
-
-NOISY = ("seconds", "time")  # keys of metrics.jsonl that no two attempts share
-
-
-@dataclass(frozen=True)
-class Wandb:
-    r"""Creates the W&B settings of a run. Offline needs no account and no network."""
-
-    mode: str = "offline"
-    project: str = "sda-kolmogorov"
-    entity: str | None = None
-    tags: tuple[str, ...] = ()
-    group: str | None = None
-    job_type: str = "train"
-
-    @staticmethod
-    def from_options(
-        mode: str | None = None,
-        project: str | None = None,
-        entity: str | None = None,
-        tags: str | None = None,
-    ) -> "Wandb":
-        r"""Returns settings: options first, then the variables `WANDB_*`, then the defaults."""
-
-        env = os.environ.get
-        mode = mode or env("WANDB_MODE") or "offline"
-        labels = tags or env("WANDB_TAGS") or ""
-
-        if mode not in ("online", "offline", "disabled"):
-            raise UserError(f"W&B's mode is '{mode}', but must be online, offline or disabled.")
-
-        return Wandb(
-            mode,
-            project or env("WANDB_PROJECT") or "sda-kolmogorov",
-            entity or env("WANDB_ENTITY") or None,
-            tuple(tag.strip() for tag in labels.split(",") if tag.strip()),
-        )
-
-
-def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
-def read_record(path: RunPath) -> dict[str, Any]:
-    r"""Returns the `run.json` of a run, or an empty dict if there is none, as in SDA's runs."""
-
-    return read_json(path.record) if path.record.exists() else {}
 
 
 class Run:
@@ -104,9 +51,10 @@ class Run:
         takeover: Whether to take the run from a process that seems to be at it.
         record: What `run.json` shall say beside what is found out here.
         device: Where the run trains, for the record.
+        interval: The least time between two checkpoints, in seconds.
 
     Raises:
-        UserError: If another process is at the run.
+        UserError: If another process is at the run, or its directory cannot be used.
     """
 
     def __init__(
@@ -115,104 +63,109 @@ class Run:
         config: Config,
         id: str | None = None,
         number: int | None = None,
-        wandb: Wandb = Wandb(),  # noqa: B008 (frozen)
+        wandb: Wandb = WANDB,
         attempt: int | None = None,
         takeover: bool = False,
         record: dict[str, Any] | None = None,
         device: str | torch.device = "cpu",
+        interval: float = CHECKPOINT_SECONDS,
     ) -> None:
-        runs.mkdir(parents=True, exist_ok=True)
-        id = id or new_id()
-        path = RunPath.of_id(runs, id)
-        self._wandb = None
-        self._link: Path | None = None
+        self.id = id or new_id()
+        self._least = self._interval = interval
+        self._closed = False
+        self._link = runs / f".{self.id}"
 
-        if path is None:
-            number = number or 1 + sum(1 for _ in RunPath.all(runs))
-            path = self._create(runs, id, new_name(id, number), config, wandb)
+        try:
+            name = self._make_directory(runs, number, wandb)
+            self.lease = Lease(self.path.lease, f"run {name}_{self.id}", attempt, takeover)
 
-        self.path = path
-        self.lease = Lease(path.lease, f"run {path.directory.name}", attempt, takeover)
+            try:
+                self._open(name, config, wandb, record or {}, device)
+            except BaseException:
+                self.lease.release()
+                raise
+        except OSError as error:
+            raise UserError(f"a run in {runs} cannot be written: {error}.") from error
 
-        with self.lease.hold():
-            remove_leftovers(path.directory)
-            cut_torn_line(path.metrics)
-
-            if not path.config.exists():
-                save_config(config, path.config)
-
-        self.config = load_config(path.config)
-        self.lines = {line["epoch"]: line for line in read_lines(path.metrics)}
-        self.record = {"id": path.id, "name": path.name, "created": _now(), "exact": True}
-        self.record |= read_record(path) | (record or {})
-        self._begin_attempt(provenance(device))
-
-        if self._wandb is None and wandb.mode != "disabled":
-            self._wandb = _init_wandb(path, path.name, self.config, wandb)
-
-        self._replay()
-        self.interval = CHECKPOINT_SECONDS
         self._last_save = time.monotonic()
 
-    def _create(
-        self, runs: Path, id: str, name: str, config: Config, wandb: Wandb
-    ) -> RunPath:
-        r"""Makes the run's directory. Online, the W&B server gives the name.
+    def _make_directory(self, runs: Path, number: int | None, wandb: Wandb) -> str:
+        r"""Finds the run's directory, or makes one, and returns the run's name.
 
-        W&B wants a directory before it tells the name: it starts under a provisional one, which
-        stays behind as a link for as long as W&B writes.
+        A run that gets its name from the W&B server starts in the provisional directory `.{id}`,
+        since W&B wants a directory before it tells the name.
         """
 
-        if wandb.mode != "online":
-            path = RunPath(runs / f"{name}_{id}")
-            path.directory.mkdir()
-            return path
+        runs.mkdir(parents=True, exist_ok=True)
 
-        provisional = runs / f".{id}"
-        provisional.unlink() if provisional.is_symlink() else None
-        provisional.mkdir(exist_ok=True)
-        self._wandb = _init_wandb(RunPath(provisional), None, config, wandb)
-        given = self._wandb.name if self._wandb is not None else None
-        path = RunPath(runs / f"{_safe(given) or name}_{id}")
-        provisional.rename(path.directory)
-        provisional.symlink_to(path.directory.name)
-        self._link = provisional
+        if (path := RunPath.of_id(runs, self.id)) is not None:
+            self.path = path
+            return path.name
 
-        return path
+        number = 1 + sum(1 for _ in RunPath.all(runs)) if number is None else number
+        name = new_name(self.id, number)
+        provisional = wandb.mode == "online" or self._link.is_dir()
+        self.path = RunPath(self._link if provisional else runs / f"{name}_{self.id}")
 
-    def _begin_attempt(self, now: dict[str, Any]) -> None:
-        attempts = self.record.setdefault("attempts", [])
-        first = attempts[0] if attempts else now
-        differs = [k for k in ("device", "threads", "versions") if first.get(k) != now[k]]
+        if self._link.is_symlink():  # its target was deleted
+            self._link.unlink()
 
-        if differs:
-            self.record["exact"] = False
-            logger.warning(
-                "%s goes on with another %s than it began with: its bits may differ from those "
-                "of an uninterrupted run.",
-                self.path.directory.name,
-                " and ".join(differs),
-            )
+        self.path.directory.mkdir(exist_ok=True)
 
-        attempts.append({"number": self.lease.attempt, "started": _now(), **now})
-        self.set_status("running")
+        return name
 
-    def _replay(self) -> None:
-        r"""Sends what W&B's server has not got of the epochs in `metrics.jsonl`."""
+    def _open(
+        self,
+        name: str,
+        config: Config,
+        wandb: Wandb,
+        record: dict[str, Any],
+        device: str | torch.device,
+    ) -> None:
+        with self.lease.hold():
+            remove_leftovers(self.path.directory)
 
-        if self._wandb is None or self._wandb.offline:
-            return
+            if not self.path.config.exists():
+                save_config(config, self.path.config)
 
-        for epoch in sorted(e for e in self.lines if e >= self._wandb.starting_step):
-            self._send(self.lines[epoch])
+        self.config = load_config(self.path.config)
+        self.history = History(self.path.metrics, self.lease.hold)
+        named = self.path.directory != self._link
+        self.tracker = Tracker(self.path.directory, self.id, name, self.config, wandb, named=named)
 
-    def set_status(self, status: str, **more: Any) -> None:
-        r"""Writes `run.json` with a new status."""
+        try:
+            self._settle(named)
+            self.record = Record(self.path, self.lease.hold, record)
+            self.record.begin(self.lease.attempt, provenance(device))
+        except BaseException:
+            self.tracker.finish(good=False)
+            raise
 
-        self.record |= {"status": status, "updated": _now(), **more}
+        for epoch in sorted(self.lines):
+            if epoch >= self.tracker.next_step:
+                self._send(self.lines[epoch])
+
+    def _settle(self, named: bool) -> None:
+        r"""Gives the provisional directory its name; a link stays for as long as W&B writes."""
 
         with self.lease.hold():
-            write_json(self.path.record, self.record)
+            if self._link.is_symlink():  # of an attempt that was killed
+                self._link.unlink()
+
+            if not named:
+                path = RunPath(self._link.with_name(f"{_safe(self.tracker.name)}_{self.id}"))
+                self._link.rename(path.directory)
+
+                if self.tracker.writes:
+                    self._link.symlink_to(path.directory.name)
+
+                self.path, self.lease.file, self.history.file = path, path.lease, path.metrics
+
+    @property
+    def lines(self) -> dict[int, Metrics]:
+        r"""The metrics of the epochs that are done, by epoch."""
+
+        return self.history.lines
 
     def log(self, metrics: Metrics) -> None:
         r"""Appends an epoch to `metrics.jsonl`, then sends it to W&B.
@@ -220,41 +173,37 @@ class Run:
         An epoch that is there already was done again after a resume: it is compared instead.
         """
 
-        before = self.lines.get(metrics["epoch"])
-
-        if before is None:
-            with self.lease.hold():
-                append_line(self.path.metrics, metrics)
-
-            self.lines[metrics["epoch"]] = metrics
+        if metrics["epoch"] not in self.lines:
+            self.history.add(metrics)
             self._send(metrics)
-            return
-
-        differs = [
-            key
-            for key, value in metrics.items()
-            if key not in NOISY and key in before and before[key] != value
-        ]
-
-        if differs:
+        elif differs := self.history.differences(metrics):
             self.record["exact"] = False
             logger.warning(
                 "epoch %d of %s came out different when it was done again: %s.",
                 metrics["epoch"],
                 self.path.directory.name,
-                ", ".join(f"{key} {before[key]} before, {metrics[key]} now" for key in differs),
+                differs,
             )
 
     def _send(self, metrics: Metrics) -> None:
-        if self._wandb is not None:
-            sent = {key: x for key, x in metrics.items() if key != "epoch"}
-            self._wandb.log(sent, step=metrics["epoch"], commit=True)
+        values = {key: x for key, x in metrics.items() if key != "epoch"}
+        self.tracker.log(values, step=metrics["epoch"])
 
     def load(self, state: TrainState) -> None:
         r"""Brings a state to the newest checkpoint of the run, if there is one."""
 
-        if (found := load_checkpoint(self.path)) is not None:
-            state.load(*found)
+        with self.lease.hold():
+            found = load_checkpoint(self.path)
+
+        if found is not None:
+            try:
+                state.load(*found)
+            except ValueError as error:
+                raise UserError(f"{self.path.checkpoint} does not fit config.json: {error}.")
+        elif self.lines:
+            logger.warning(
+                "%s has no whole checkpoint: it starts again.", self.path.directory.name
+            )
 
     def save(self, state: TrainState) -> None:
         r"""Saves a checkpoint, unless the newest one is at this very step.
@@ -268,99 +217,80 @@ class Run:
         start = time.monotonic()
 
         try:
+            self.history.write()
             save_checkpoint(self.path, state.tensors(), state.info(), self.lease.hold)
             state.saved = state.position
         except OSError as error:
-            logger.warning("%s: no checkpoint was saved: %s", self.path.directory.name, error)
+            logger.warning(
+                "%s: no checkpoint was saved, and the one before stays: %s.",
+                self.path.directory.name,
+                error,
+            )
 
         self._last_save = time.monotonic()
-        self.interval = max(CHECKPOINT_SECONDS, (self._last_save - start) / CHECKPOINT_COST)
+        self._interval = max(self._least, (self._last_save - start) / CHECKPOINT_COST)
 
     @property
     def due(self) -> bool:
         r"""Whether it is time for a checkpoint."""
 
-        return time.monotonic() - self._last_save >= self.interval
+        return time.monotonic() - self._last_save >= self._interval
 
     def finish(self, state: TrainState) -> None:
-        r"""Saves the weights as `state.pth`, and `samples.png`, and marks the run finished."""
+        r"""Saves the weights as `state.pth`, and `samples.png`, and marks the run finished.
+
+        Raises:
+            UserError: If these files cannot be written. Resuming the run writes them.
+        """
 
         self.save(state)
-        save_state(self.path, state.score.state_dict(), self.lease.hold)
-        image = draw_samples(state.sde, self.config["seed"])
 
-        with self.lease.hold():
-            write_atomic(self.path.samples, image)
-            self.path.previous.unlink(missing_ok=True)
+        try:
+            self.history.write()
+            save_state(self.path, state.score.state_dict(), self.lease.hold)
+            image = draw_samples(state.sde, self.config["seed"])
 
-        if self._wandb is not None:
-            import wandb
+            with self.lease.hold():
+                write_atomic(self.path.samples, image)
+                self.path.previous.unlink(missing_ok=True)
 
-            picture = wandb.Image(str(self.path.samples))
-            self._wandb.log({"samples": picture}, step=state.epoch + 1, commit=True)
+            self.tracker.log_image("samples", self.path.samples, state.epoch + 1)
+            self.record.write("finished", epoch=state.epoch)
+        except OSError as error:
+            sweep = self.record.get("sweep")
+            again = f"sweep {sweep}" if sweep else f"train --resume {self.id}"
+            raise UserError(
+                f"{self.path.directory.name} is trained to its end, but its files cannot be "
+                f"written: {error}. Make room and finish it by `sda-ray {again}`."
+            ) from error
 
-        self.set_status("finished", epoch=state.epoch)
-
-    def close(self, status: str | None = None, **more: Any) -> None:
+    def close(self, status: str, **more: Any) -> None:
         r"""Ends the attempt: status, W&B, lease. Safe to repeat."""
 
-        if self._wandb is not None:
-            good = (status or self.record["status"]) != "failed"
-            self._wandb.finish(exit_code=0 if good else 1)
-            self._wandb = None
+        if self._closed:
+            return
 
-        if self._link is not None:
-            self._link.unlink(missing_ok=True)
-            self._link = None
+        self._closed = True
 
-        if status is not None:
-            self.record["attempts"][-1]["ended"] = _now()
-            self.set_status(status, **more)
+        try:
+            self.record.end(status, **more)
+        except (LeaseLost, OSError) as error:
+            logger.warning("run.json keeps its status: %s.", error)
+
+        self.tracker.finish(good=status != "failed")
+
+        try:
+            with self.lease.hold():
+                if self._link.is_symlink():
+                    self._link.unlink()
+        except (LeaseLost, OSError):
+            pass
 
         self.lease.release()
 
 
-def _safe(name: str | None) -> str:
+def _safe(name: str) -> str:
     r"""Returns a name given by a server as it may stand in a path."""
 
-    return "".join(c if c.isalnum() or c in "-." else "-" for c in name or "").lstrip(".")[:128]
-
-
-def _init_wandb(path: RunPath, name: str | None, config: Config, wandb: Wandb) -> Any:
-    r"""Starts W&B in a run's directory; offline, if the server does not answer."""
-
-    import wandb as client
-
-    def init(mode: str) -> Any:
-        return client.init(
-            mode=mode,  # type: ignore[arg-type]
-            dir=path.directory,
-            project=wandb.project,
-            entity=wandb.entity,
-            id=path.id.lstrip("."),
-            name=name,
-            resume="allow",
-            config=config,
-            tags=wandb.tags,
-            group=wandb.group,
-            job_type=wandb.job_type,
-            settings=client.Settings(
-                init_timeout=8,
-                finish_timeout=8,
-                silent=True,
-                console="off",
-                disable_git=True,
-                x_transaction_log_flush_interval=1.0,  # a kill loses 1 s of rows, not 15
-            ),
-        )
-
-    try:
-        return init(wandb.mode)
-    except Exception as error:  # a dead server, a bad key: training never stops for W&B
-        if wandb.mode == "offline":
-            raise
-
-        logger.warning("W&B cannot be reached (%s): the run goes on offline.", error)
-        client.teardown()
-
-        return init("offline")
+    allowed = (c if (c.isascii() and c.isalnum()) or c in "-." else "-" for c in name)
+    return "".join(allowed).lstrip(".")[:128] or "run"

@@ -6,7 +6,7 @@ import torch
 
 from .diffusion import VPSDE
 from .flow import vorticity
-from .training import SAMPLES, rng
+from .streams import SAMPLES, rng
 
 __all__ = ["draw_samples"]
 

@@ -4,21 +4,46 @@ import os
 import signal
 import sys
 import time
+from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from .checkpoint import RunPath
 from .config import Config, check_config, load_config
 from .data import check_data
 from .errors import UserError
-from .runs import Run, Wandb, read_record
+from .lease import LeaseLost
+from .record import read_record
+from .runs import CHECKPOINT_SECONDS, Run
+from .score import load_score
+from .tracking import Wandb
 from .train import Interrupted, Stop, default_device, train
 from .training import Diverged
 
 __all__ = ["resume_run", "start_replicas", "start_run"]
 
+# The settings that make the network
+NETWORK = (
+    "window",
+    "embedding",
+    "hidden_channels",
+    "hidden_blocks",
+    "kernel_size",
+    "activation",
+)
+
 
 def start_run(
-    runs: Path, data: Path, config: Config, init: str | None, device: str | None, wandb: Wandb
+    runs: Path,
+    data: Path,
+    config: Config,
+    init: str | None,
+    device: str | None,
+    wandb: Wandb,
+    interval: float = CHECKPOINT_SECONDS,
 ) -> None:
     r"""Trains a new run.
 
@@ -29,34 +54,53 @@ def start_run(
         init: The run whose weights to begin with.
         device: Where to train, by default on a GPU if there is one.
         wandb: How to log to W&B.
+        interval: The least time between two checkpoints, in seconds.
     """
 
     info = check_data(data)
     config = check_config(config, size=info.size, length=info.length)
-    record = {"data": info.fingerprint}
+    record: dict[str, Any] = {"data": info.fingerprint, "wandb": asdict(wandb)}
+    device = _check_device(device)
     parent = None
 
     if init is not None:
         parent = RunPath.find(runs, init)
-        _check_init(parent, config)
+        _check_init(parent, config, info.size)
         record["parent"] = parent.id
 
-    device = _check_device(device)
-    _follow(Run(runs, config, wandb=wandb, record=record, device=device), data, device, parent)
+    run = Run(runs, config, wandb=wandb, record=record, device=device, interval=interval)
+    _follow(run, data, device, parent)
 
 
 def resume_run(
-    runs: Path, data: Path, name: str, device: str | None, wandb: Wandb, takeover: bool
+    runs: Path,
+    data: Path,
+    name: str,
+    device: str | None,
+    wandb: Wandb | None = None,
+    takeover: bool = False,
+    interval: float = CHECKPOINT_SECONDS,
 ) -> None:
-    r"""Goes on with a run from its newest checkpoint."""
+    r"""Goes on with a run from its newest checkpoint.
+
+    Arguments:
+        runs: The directory of all runs.
+        data: The directory of the data.
+        name: The run, see :meth:`sda_ray.checkpoint.RunPath.find`.
+        device: Where to train, by default on a GPU if there is one.
+        wandb: How to log to W&B, by default as before.
+        takeover: Whether to end a process that is at the run.
+        interval: The least time between two checkpoints, in seconds.
+    """
 
     path = RunPath.find(runs, name)
-    record = read_record(path)
-    info = check_data(data)
+    record = _check_resume(path)
 
-    if record.get("status") == "finished":
+    if record.get("status") == "finished" and path.state.is_file():
         print(f"{path.directory.name} is finished: {path.state}")
         return
+
+    info = check_data(data)
 
     if record.get("data", info.fingerprint) != info.fingerprint:
         raise UserError(
@@ -64,19 +108,53 @@ def resume_run(
             "its data with --data."
         )
 
-    if record.get("sweep"):
-        raise UserError(
-            f"{path.directory.name} belongs to sweep '{record['sweep']}', which decides how far "
-            f"it goes: carry on with `sda-ray sweep {record['sweep']}`."
-        )
-
     config = check_config(load_config(path.config), size=info.size, length=info.length)
     parent = RunPath.of_id(runs, record["parent"]) if record.get("parent") else None
     device = _check_device(device)
+    kept = record.get("wandb", {})
+
     run = Run(
-        path.directory.parent, config, path.id, wandb=wandb, takeover=takeover, device=device
+        path.directory.parent,
+        config,
+        path.id,
+        wandb=wandb or Wandb(**kept | {"tags": tuple(kept.get("tags", ()))}),
+        takeover=takeover,
+        device=device,
+        interval=interval,
     )
     _follow(run, data, device, parent)
+
+
+def _check_resume(path: RunPath) -> dict[str, Any]:
+    r"""Returns the record of a run, if it is one that can be gone on with by itself."""
+
+    name = path.directory.name
+
+    if RunPath.of_id(path.directory.parent, path.id) != path:
+        raise UserError(
+            f"{path.directory} cannot be gone on with: a run is a directory of its own "
+            "{name}_{id}, with an id of 8 characters a-z and 0-9. Start from its weights with "
+            "`sda-ray train --init`."
+        )
+
+    if not path.config.is_file():
+        raise UserError(f"{name} has no config.json: it was stopped before it began. Remove it.")
+
+    record = read_record(path)
+
+    if record.get("sweep"):
+        raise UserError(
+            f"{name} belongs to sweep '{record['sweep']}', which decides how far it goes: carry "
+            f"on with `sda-ray sweep {record['sweep']}`."
+        )
+
+    if record.get("status") == "diverged":
+        raise UserError(
+            f"{name} diverged ({record.get('reason')}), and would do so again. Start another with "
+            f"`sda-ray train --config {path.id} learning_rate=…`."
+        )
+
+    return record
 
 
 def start_replicas(config: Config, count: int, root: Path, runs: Path, **options: object) -> None:
@@ -100,10 +178,9 @@ def start_replicas(config: Config, count: int, root: Path, runs: Path, **options
     launch(sweep, root=root, runs=runs, job_type="replica", **options)  # type: ignore[arg-type]
 
 
-def _check_init(parent: RunPath, config: Config) -> None:
+def _check_init(parent: RunPath, config: Config, size: int) -> None:
     theirs = load_config(parent.config)
-    shape = ("window", "embedding", "hidden_channels", "hidden_blocks", "kernel_size")
-    differs = [f"{k} is {config[k]}, not {theirs[k]}" for k in shape if config[k] != theirs[k]]
+    differs = [f"{k} is {config[k]}, not {theirs[k]}" for k in NETWORK if config[k] != theirs[k]]
 
     if differs:
         raise UserError(
@@ -111,16 +188,14 @@ def _check_init(parent: RunPath, config: Config) -> None:
             "settings that leave the network as it is can change."
         )
 
-    if not parent.state.is_file():
+    if (found := load_score(parent.directory).kernel.forcing.shape[-1]) != size:
         raise UserError(
-            f"{parent.directory.name} has no state.pth: it is not finished. Go on with it by "
-            f"`sda-ray train --resume {parent.id}`."
+            f"the weights of {parent.directory.name} are for fields of {found}x{found}, but the "
+            f"data are {size}x{size}."
         )
 
 
 def _check_device(device: str | None) -> str:
-    import torch
-
     name = device or default_device()
 
     try:
@@ -134,26 +209,29 @@ def _check_device(device: str | None) -> str:
 def _follow(run: Run, data: Path, device: str, parent: RunPath | None) -> None:
     r"""Trains an open run to its end, and shows it."""
 
-    path, total = run.path, run.config["epochs"]
+    path, total, done = run.path, run.config["epochs"], max(run.lines, default=0)
     print(f"run {path.directory.name}: {total} epochs on {device} in {path.directory}", flush=True)
-    resume = f"sda-ray train --resume {path.id}"
+    init = parent.directory if parent is not None else None
     status, code = "failed", 1
 
     try:
-        with Stop().on_signals() as stop, _Progress(total) as progress:
-            init = parent.directory if parent is not None else None
-
+        with Stop().on_signals() as stop, _Progress(total, done) as progress:
             for metrics in train(run, data, device, init=init, stop=stop):
                 progress.show(metrics["epoch"], metrics["loss_train"], metrics["loss_valid"])
 
         status, code = "finished", 0
         print(f"finished: {os.path.relpath(path.state)}, {os.path.relpath(path.samples)}")
-    except Interrupted:
+    except (Interrupted, KeyboardInterrupt):
         status, code = "interrupted", 128 + (stop.signal or signal.SIGINT)
-        print(f"Stopped at a checkpoint. Go on with `{resume}`.")
+        print(f"Stopped. Go on with `sda-ray train --resume {path.id}`.")
     except Diverged as error:
         status, code = "diverged", 1
         print(f"diverged: {error}. Try a smaller learning_rate.", file=sys.stderr)
+    except LeaseLost as error:
+        print(f"{error}: this process stops.", file=sys.stderr)
+    except UserError:  # the disk is full at the end
+        status = "interrupted"
+        raise
     finally:
         run.close(status)
 
@@ -164,19 +242,19 @@ def _follow(run: Run, data: Path, device: str, parent: RunPath | None) -> None:
 class _Progress:
     r"""Creates a progress bar with losses and time left; off a terminal, a line now and then."""
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, total: int, done: int) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
         console = Console()
-        self.total = total
-        self.said = 0.0
+        self.total, self.done = total, done
+        self.start = self.said = time.monotonic()
         self.bar = None
 
         if console.is_terminal:
             columns = "[bold]{task.description}", BarColumn(), MofNCompleteColumn()
             self.bar = Progress(*columns, TimeRemainingColumn(), console=console)
-            self.task = self.bar.add_task("epoch", total=total)
+            self.task = self.bar.add_task("epoch", total=total, completed=done)
 
     def __enter__(self) -> "_Progress":
         if self.bar is not None:
@@ -195,4 +273,6 @@ class _Progress:
             self.bar.update(self.task, completed=epoch, description=losses)
         elif time.monotonic() - self.said > 10 or epoch == self.total:
             self.said = time.monotonic()
-            print(f"epoch {epoch}/{self.total}: {losses}", flush=True)
+            left = (self.said - self.start) * (self.total - epoch) / max(1, epoch - self.done)
+            time_left = timedelta(seconds=round(left))
+            print(f"epoch {epoch}/{self.total}: {losses}, {time_left} left", flush=True)

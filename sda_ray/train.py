@@ -1,5 +1,6 @@
 r"""One run, from its config to its weights."""
 
+import os
 import signal
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -9,9 +10,11 @@ from types import FrameType
 import torch
 
 from .data import TrajectoryDataset
+from .errors import UserError
 from .runs import Run
 from .score import load_score
-from .training import Diverged, Metrics, TrainState, Validation, epochs
+from .training import Diverged, Metrics, TrainState, epochs
+from .validation import Validation
 
 __all__ = ["Interrupted", "Stop", "default_device", "train"]
 
@@ -28,7 +31,10 @@ class Stop:
 
     @contextmanager
     def on_signals(self) -> Iterator["Stop"]:
-        r"""Takes SIGINT and SIGTERM as the wish to stop. A second SIGINT interrupts at once."""
+        r"""Takes SIGINT, SIGTERM and SIGHUP as the wish to stop, unless they are ignored.
+
+        A second SIGINT interrupts at once.
+        """
 
         def wish(number: int, frame: FrameType | None) -> None:
             if self.signal == signal.SIGINT == number:
@@ -36,7 +42,11 @@ class Stop:
 
             self.signal = number
 
-        before = {n: signal.signal(n, wish) for n in (signal.SIGINT, signal.SIGTERM)}
+        before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+
+        for number, handler in before.items():
+            if handler is not signal.SIG_IGN:  # as under nohup
+                signal.signal(number, wish)
 
         try:
             yield self
@@ -90,9 +100,14 @@ def train(
     state = TrainState(config, size=trainset.shape[-1], device=device)
     run.load(state)
 
-    if init is not None and state.saved is None:
+    if state.saved is None and init is not None:
         state.score.load_state_dict(load_score(init).state_dict())
         run.save(state)
+    elif state.saved is None and "parent" in run.record:
+        raise UserError(
+            f"{run.path.directory.name} has no checkpoint, and began with the weights of run "
+            f"'{run.record['parent']}', which is gone. Start a new run."
+        )
 
     # Training
     def after_step(state: TrainState) -> None:
@@ -118,7 +133,7 @@ def train(
         run.save(state)
         raise
     except Diverged as error:
-        run.set_status("diverged", reason=str(error))
+        run.record.write("diverged", reason=str(error))
         raise
 
     run.finish(state)
@@ -126,8 +141,6 @@ def train(
 
 def _make_deterministic() -> None:
     r"""Makes CUDA compute the same bits every time, where it can."""
-
-    import os
 
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -4,7 +4,7 @@ Tune receives numbers only: the run's directory, its checkpoints and its resumpt
 trial's process is kept for the next trial, so that everything ends in :meth:`Trial.close`.
 """
 
-import os
+import signal
 import time
 import traceback
 from collections.abc import Iterator
@@ -16,14 +16,16 @@ from ray.tune import Trainable
 __all__ = ["REPORT_SECONDS", "Trial"]
 
 REPORT_SECONDS = 2.0  # epochs shorter than this are reported together
+LOOK_SECONDS = 0.2  # between two looks for the wish to stop
 
 
 class Trial(Trainable):
     r"""Creates a trial: one run, or a stretch of one between two rungs.
 
     Its config has `runs`, `data`, `config`, `run_id`, `index`, `attempt`, `rungs`, `record`,
-    `wandb` and `cpus`. A step trains for 2 s or up to the next rung and returns `epochs`, the list
-    of (epoch, value), and `event`: `running`, `finished`, `diverged` or `failed`.
+    `wandb`, `cpus` and `request`. A step trains for 2 s or up to the next rung and returns
+    `epochs`, the list of (epoch, value); `event`: `running`, `complete`, `diverged`, `interrupted`
+    or `failed`; and `error`. After all events but the first the attempt has ended.
     """
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -38,23 +40,29 @@ class Trial(Trainable):
         return True
 
     def step(self) -> dict[str, Any]:
+        from .train import Interrupted
         from .training import Diverged
 
         values: list[tuple[int, float]] = []
+        event, error = "running", ""
 
         try:
             if self.training is None:
                 values += self._open()
 
-            return {"event": self._advance(values), "epochs": values, "error": ""}
-        except Diverged as error:
-            self.close("diverged")
-            return {"event": "diverged", "epochs": values, "error": str(error)}
-        except Exception as error:  # a bug or a bad configuration: told once, not tried again
+            event = self._advance(values)
+        except Interrupted:
+            event = "interrupted"
+        except Diverged as e:
+            event, error = "diverged", str(e)
+        except Exception as e:  # a bug or a bad configuration: told once, not tried again
+            event, error = "failed", f"{type(e).__name__}: {e}"
             self._keep(traceback.format_exc())
-            self.close("failed")
-            reason = f"{type(error).__name__}: {error}"
-            return {"event": "failed", "epochs": values, "error": reason}
+
+        if event != "running":
+            self.close("finished" if event == "complete" else event)
+
+        return {"event": event, "epochs": values, "error": error}
 
     def _open(self) -> list[tuple[int, float]]:
         r"""Opens the run and returns the values that it has already."""
@@ -62,7 +70,8 @@ class Trial(Trainable):
         import ray
         import torch
 
-        from .runs import Run, Wandb
+        from .runs import Run
+        from .tracking import Wandb
         from .train import train
 
         spec = self.spec
@@ -77,10 +86,11 @@ class Trial(Trainable):
             wandb=Wandb(**spec["wandb"]),
             attempt=spec["attempt"],
             takeover=True,
-            record=spec["record"],
+            record=spec["record"] | {"trial": spec["index"]},
             device=device,
         )
-        self.training = train(self.run, Path(spec["data"]), device, spec["rungs"])
+        stop = _stop(Path(spec["request"]))
+        self.training = train(self.run, Path(spec["data"]), device, spec["rungs"], stop=stop)
 
         return [(epoch, line["loss_valid"]) for epoch, line in self.run.lines.items()]
 
@@ -98,9 +108,7 @@ class Trial(Trainable):
             if epoch in self.spec["rungs"] or time.monotonic() - start > REPORT_SECONDS:
                 return "running"
 
-        self.close("finished")
-
-        return "finished"
+        return "complete"
 
     def _keep(self, error: str) -> None:
         if self.run is not None:
@@ -127,5 +135,25 @@ class Trial(Trainable):
     def cleanup(self) -> None:
         self.close("interrupted")
 
-    def save_checkpoint(self, checkpoint_dir: str) -> None:
-        assert not os.listdir(checkpoint_dir), "Tune keeps no checkpoints of ours"
+
+def _stop(request: Path) -> Any:
+    r"""Returns the wish to stop that is expressed by the existence of a file."""
+
+    from .train import Stop
+
+    class Request(Stop):
+        looked = 0.0
+
+        @property
+        def signal(self) -> int | None:
+            if self._signal is None and time.monotonic() - self.looked > LOOK_SECONDS:
+                self.looked = time.monotonic()
+                self._signal = signal.SIGTERM if request.exists() else None
+
+            return self._signal
+
+        @signal.setter
+        def signal(self, number: int | None) -> None:
+            self._signal = number
+
+    return Request()

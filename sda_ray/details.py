@@ -1,0 +1,107 @@
+r"""Runs in full: their metrics, where they came from, and how they compare."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import RunPath
+from .config import CONFIG, Config
+from .curves import best, pace, read_metrics
+from .errors import UserError
+from .inventory import Entry, measured
+
+__all__ = ["compare", "differences", "in_full", "origin"]
+
+
+def in_full(entry: Entry) -> tuple[Entry, list[dict[str, Any]]]:
+    r"""Returns a run with its size, and its metrics; if those are damaged, says so."""
+
+    entry = measured(entry)
+
+    try:
+        return entry, read_metrics(entry.path)
+    except (UserError, OSError) as error:
+        faults = dict.fromkeys((*entry.faults, *str(error).splitlines()))
+        return replace(entry, status="damaged", faults=tuple(faults)), []
+
+
+def origin(entry: Entry, runs: Path) -> dict[str, Any]:
+    r"""Returns where a run came from, by label."""
+
+    record, path = entry.record, entry.path
+    attempts = [a for a in record.get("attempts") or () if isinstance(a, dict)]
+    last = attempts[-1] if attempts else {}
+    parent = RunPath.of_id(runs, str(record["parent"])) if record.get("parent") else None
+    number = path.name.rpartition("-")[2]
+    exact = {True: "yes", False: "no: it went on elsewhere, or an epoch came out different"}
+    commit = f"{last.get('commit')}{' with changes' if last.get('dirty') else ''}"
+    found = {
+        "directory": path.directory,
+        "began": record.get("created"),
+        "sweep": entry.sweep,
+        "trial": record.get("trial", number if entry.sweep and number.isdigit() else None),
+        "parent": parent.directory.name if parent else record.get("parent"),
+        "attempts": len(attempts) or None,
+        "exact": exact.get(record["exact"]) if isinstance(record.get("exact"), bool) else None,
+        "commit": commit if last.get("commit") else None,
+        "data": record.get("data"),
+        "reason": record.get("reason"),
+        "weights": path.state if path.state.is_file() else None,
+        "from": None if record else "a training without records, as by upstream SDA",
+    }
+
+    return {label: value for label, value in found.items() if value is not None}
+
+
+def differences(config: Config) -> Config:
+    r"""Returns the values of a config that are not those of CONFIG."""
+
+    return {key: value for key, value in config.items() if CONFIG.get(key) != value}
+
+
+def compare(found: Sequence[Entry], lines: Sequence[list[dict[str, Any]]]) -> dict[str, Any]:
+    r"""Compares runs: where their configs differ, and what came of it.
+
+    Arguments:
+        found: The runs.
+        lines: Their metrics.
+
+    Returns:
+        `metrics` and `config`, each a list of values by key; `equal`, the keys of the config that
+        all have in common; `notes`, what forbids a comparison of the losses.
+    """
+
+    configs = [entry.config or {} for entry in found]
+    rows = {key: [config.get(key) for config in configs] for key in CONFIG}
+    differ = {key: row for key, row in rows.items() if any(x != row[0] for x in row)}
+    tops = [best(x) or {} for x in lines]
+    metrics: dict[str, list[Any]] = {
+        "status": [entry.status for entry in found],
+        "epoch": [entry.epoch for entry in found],
+        "epochs": [entry.epochs for entry in found],
+        "loss_valid": [entry.loss_valid for entry in found],
+        "best loss_valid": [top.get("loss_valid") for top in tops],
+        "best epoch": [top.get("epoch") for top in tops],
+    }
+
+    tables = [{line["epoch"]: line.get("loss_valid") for line in x} for x in lines]
+    common = set.intersection(*(set(table) for table in tables)) if tables else set()
+
+    if common and len({max(table) for table in tables}) > 1:
+        last = max(common)
+        metrics[f"loss_valid at epoch {last}"] = [table[last] for table in tables]
+
+    metrics["seconds per epoch"] = [pace(x) for x in lines]
+    data = {str(entry.record["data"]) for entry in found if entry.record.get("data")}
+    notes = []
+
+    if "window" in differ:
+        notes.append("the windows differ: losses of different windows are not comparable.")
+
+    if len(data) > 1:
+        notes.append("the runs were trained and validated on different data.")
+
+    equal = [key for key in CONFIG if key not in differ]
+
+    return {"metrics": metrics, "config": differ, "equal": equal, "notes": notes}

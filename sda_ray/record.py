@@ -1,0 +1,84 @@
+r"""The record of a run: `run.json`, what a run is beside its configuration and its numbers."""
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from datetime import datetime, timezone
+from typing import Any
+
+from .checkpoint import RunPath
+from .errors import UserError
+from .files import read_json, write_json
+from .provenance import differences
+
+__all__ = ["Record", "read_record"]
+
+logger = logging.getLogger(__name__)
+
+
+def read_record(path: RunPath) -> dict[str, Any]:
+    r"""Returns the `run.json` of a run, or an empty dict if there is none, as in SDA's runs."""
+
+    record = read_json(path.record) if path.record.exists() else {}
+
+    if not isinstance(record, dict):
+        raise UserError(f"{path.record} is damaged: it is not a JSON object.")
+
+    return record
+
+
+class Record(dict[str, Any]):
+    r"""Creates the record of a run, or opens it. It reaches the disk with each new status.
+
+    Arguments:
+        path: The run.
+        hold: Entered around each write, see :meth:`sda_ray.lease.Lease.hold`.
+        more: What it shall say beside what is there.
+    """
+
+    def __init__(
+        self,
+        path: RunPath,
+        hold: Callable[[], AbstractContextManager[None]],
+        more: dict[str, Any],
+    ) -> None:
+        super().__init__(id=path.id, name=path.name, created=_now(), exact=True)
+        self.update(read_record(path))
+        self.update(more)
+        self.path = path
+        self.hold = hold
+
+    def begin(self, attempt: int, provenance: dict[str, Any]) -> None:
+        r"""Records the begin of an attempt, and whether bits may change with it."""
+
+        attempts = self.setdefault("attempts", [])
+
+        if attempts and (differs := differences(attempts[0], provenance)):
+            self["exact"] = False
+            logger.warning(
+                "%s goes on with another %s than it began with: its bits may differ from those "
+                "of an uninterrupted run.",
+                self.path.directory.name,
+                " and ".join(differs),
+            )
+
+        attempts.append({"number": attempt, "started": _now(), **provenance})
+        self.write("running")
+
+    def end(self, status: str, **more: Any) -> None:
+        r"""Records the end of an attempt."""
+
+        self["attempts"][-1]["ended"] = _now()
+        self.write(status, **more)
+
+    def write(self, status: str, **more: Any) -> None:
+        r"""Writes the record, with a new status."""
+
+        self.update(status=status, updated=_now(), **more)
+
+        with self.hold():
+            write_json(self.path.record, self)
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -1,0 +1,205 @@
+r"""What W&B is told of a run. This is the only module that imports wandb.
+
+W&B never stands in the way: whatever fails here is a warning, and the training goes on.
+`metrics.jsonl` is the truth.
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .config import Config
+from .errors import UserError
+
+__all__ = ["Tracker", "Wandb"]
+
+logger = logging.getLogger(__name__)
+
+PATIENCE = 8.0  # seconds that W&B may take to begin, and to end
+
+# Where W&B's server is, and who asks. What a run is called and where it goes, we say ourselves.
+CONNECTION = (
+    "WANDB_API_KEY",
+    "WANDB_APP_URL",
+    "WANDB_BASE_URL",
+    "WANDB_CACHE_DIR",
+    "WANDB_CONFIG_DIR",
+    "WANDB_CREDENTIALS_FILE",
+    "WANDB_DATA_DIR",
+    "WANDB_HTTP_TIMEOUT",
+    "WANDB_IDENTITY_TOKEN_FILE",
+    "WANDB_INSECURE_DISABLE_SSL",
+)
+
+
+@dataclass(frozen=True)
+class Wandb:
+    r"""Creates the W&B settings of a run. Offline needs no account and no network."""
+
+    mode: str = "offline"
+    project: str = "sda-kolmogorov"
+    entity: str | None = None
+    tags: tuple[str, ...] = ()
+    group: str | None = None
+    job_type: str = "train"
+
+    @staticmethod
+    def from_options(
+        mode: str | None = None,
+        project: str | None = None,
+        entity: str | None = None,
+        tags: str | None = None,
+    ) -> "Wandb":
+        r"""Returns settings: options first, then the variables `WANDB_*`, then the defaults."""
+
+        env = os.environ.get
+        mode = mode or env("WANDB_MODE") or "offline"
+        labels = tags or env("WANDB_TAGS") or ""
+
+        if mode not in ("online", "offline", "disabled"):
+            raise UserError(f"W&B's mode is '{mode}', but must be online, offline or disabled.")
+
+        return Wandb(
+            mode,
+            project or env("WANDB_PROJECT") or "sda-kolmogorov",
+            entity or env("WANDB_ENTITY") or None,
+            tuple(tag.strip() for tag in labels.split(",") if tag.strip()),
+        )
+
+
+class Tracker:
+    r"""Creates a W&B run, or goes on with it; offline, if the server does not answer.
+
+    Arguments:
+        directory: Where W&B puts its own files, in `wandb/`.
+        id: The id of the run.
+        name: The name of the run.
+        config: The config of the run.
+        wandb: The settings.
+        named: Whether the run has its name already. Otherwise the server gives it one.
+    """
+
+    def __init__(
+        self, directory: Path, id: str, name: str, config: Config, wandb: Wandb, named: bool = True
+    ) -> None:
+        self._run: Any = None
+        self.name = name
+
+        if wandb.mode == "disabled":
+            return
+
+        try:
+            given = name if named or wandb.mode == "offline" else None
+            self._run = _init(directory, id, given, config, wandb, wandb.mode)
+            self.name = self._run.name or name
+        except Exception as error:  # a dead server, a bad key
+            logger.warning("W&B cannot be used: %s", error)
+
+            if wandb.mode == "online":
+                self._retreat(directory, id, config, wandb)
+
+    def _retreat(self, directory: Path, id: str, config: Config, wandb: Wandb) -> None:
+        import wandb as client
+
+        try:
+            client.teardown()  # else the next one waits for the dead server, too
+            self._run = _init(directory, id, self.name, config, wandb, "offline")
+            logger.warning("The run goes on offline, in %s.", directory / "wandb")
+        except Exception as error:
+            logger.warning("W&B cannot be used offline either: %s", error)
+
+    @property
+    def writes(self) -> bool:
+        r"""Whether W&B writes to its directory."""
+
+        return self._run is not None
+
+    @property
+    def next_step(self) -> float:
+        r"""The first step that the server has not got; without a server, none is missing."""
+
+        online = self._run is not None and not self._run.offline
+        return self._run.starting_step if online else float("inf")
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        r"""Sends the values of a step. Steps must grow."""
+
+        if self._run is None:
+            return
+
+        try:
+            self._run.log(values, step=step, commit=True)
+        except Exception as error:
+            logger.warning("W&B has failed (%s). The run goes on without it.", error)
+            self._run = None
+
+    def log_image(self, key: str, file: Path, step: int) -> None:
+        r"""Sends a picture."""
+
+        if self._run is not None:
+            import wandb
+
+            self.log({key: wandb.Image(str(file))}, step)
+
+    def finish(self, good: bool = True) -> None:
+        r"""Ends the W&B run, within seconds. Safe to repeat."""
+
+        run, self._run = self._run, None
+
+        try:
+            if run is not None:
+                run.finish(exit_code=0 if good else 1)
+        except Exception as error:
+            logger.warning("W&B has not ended well: %s", error)
+
+
+def _init(
+    directory: Path, id: str, name: str | None, config: Config, wandb: Wandb, mode: str
+) -> Any:
+    import wandb as client
+
+    settings = client.Settings(
+        init_timeout=PATIENCE,
+        finish_timeout=PATIENCE,
+        silent=True,
+        console="off",
+        disable_git=True,
+        reinit="create_new",  # the default returns a run that was not finished
+        x_transaction_log_flush_interval=1.0,  # a kill loses 1 s of rows, not 15
+    )
+
+    with _own_environment():
+        return client.init(
+            mode=mode,  # type: ignore[arg-type]
+            dir=directory,
+            project=wandb.project,
+            entity=wandb.entity,
+            id=id,
+            name=name,
+            resume="allow",
+            config=config,
+            tags=wandb.tags,
+            group=wandb.group,
+            job_type=wandb.job_type,
+            settings=settings,
+        )
+
+
+@contextmanager
+def _own_environment() -> Iterator[None]:
+    r"""Hides the variables by which W&B would give this run another id, name, group or sweep."""
+
+    hidden = {k: v for k, v in os.environ.items() if k.startswith("WANDB_")}
+
+    for key in hidden.keys() - set(CONNECTION):
+        del os.environ[key]
+
+    try:
+        yield
+    finally:
+        for key, value in hidden.items():
+            os.environ.setdefault(key, value)
