@@ -5,10 +5,8 @@ Parsing is kept apart from reading, which needs torch: `sda-ray --help` stays qu
 
 import argparse
 import io
-import json
-import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +65,7 @@ def add_runs_parser(command: Callable[[str, str, str], argparse.ArgumentParser])
             help=help,
             description=(description or help).strip(),
             formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
             argument_default=argparse.SUPPRESS,  # else it would undo what stands before it
         )
         added.add_argument("--json", action="store_true", help="for programs")
@@ -136,45 +135,8 @@ def _print(*parts: "RenderableType") -> None:
         console.print(part)
 
 
-def _dump(found: Any) -> None:
-    print(json.dumps(_plain(found), indent=2, allow_nan=False))
-
-
-def _plain(x: Any, depth: int = 16) -> Any:
-    r"""Returns an object as JSON has it: no NaN (None instead), paths as text, bounded depth."""
-
-    if isinstance(x, float):
-        return x if math.isfinite(x) else None
-    elif isinstance(x, str | int | None):
-        return x
-    elif depth == 0:
-        return "…"
-    elif isinstance(x, dict):
-        return {str(key): _plain(value, depth - 1) for key, value in x.items()}
-    elif isinstance(x, list | tuple):
-        return [_plain(value, depth - 1) for value in x]
-
-    return str(x)
-
-
-def _row(entry: "Entry") -> dict[str, Any]:
-    return {
-        "name": entry.path.name,
-        "id": entry.path.id,
-        "directory": entry.path.directory,
-        "status": entry.status,
-        "epoch": entry.epoch,
-        "epochs": entry.epochs,
-        "loss_valid": entry.loss_valid,
-        "sweep": entry.sweep,
-        "size": entry.size,
-        "age": round(entry.age),
-        "faults": entry.faults,
-        "config": entry.config,
-    }
-
-
 def _list(args: argparse.Namespace) -> None:
+    from .details import as_json, row
     from .inventory import SORTS, entries, select
     from .render import listing, size
 
@@ -197,7 +159,7 @@ def _list(args: argparse.Namespace) -> None:
     chosen = select(every, args.sweep, args.status, settings, args.sort, args.limit)
 
     if args.json:
-        _dump([_row(entry) for entry in chosen])
+        print(as_json([row(entry) for entry in chosen]))
     elif chosen:
         total = size(sum(entry.size or 0 for entry in chosen))
         _print(listing(chosen), f"\n{len(chosen)} of {len(every)} runs, {total}")
@@ -222,7 +184,7 @@ def _find(args: argparse.Namespace, run: str) -> "Entry":
 
 
 def _show(args: argparse.Namespace) -> None:
-    from .details import differences, in_full, origin
+    from .details import as_json, differences, in_full, origin, row
     from .render import portrait
 
     entry, lines = in_full(_find(args, args.run))
@@ -231,13 +193,13 @@ def _show(args: argparse.Namespace) -> None:
     if args.json:
         differs = differences(entry.config or {})
         more = {"origin": source, "differs": differs, "record": entry.record, "metrics": lines}
-        _dump(_row(entry) | more)
+        print(as_json(row(entry) | more))
     else:
         _print(portrait(entry, lines, source, _console().width))
 
 
 def _compare(args: argparse.Namespace) -> None:
-    from .details import compare, in_full
+    from .details import as_json, compare, in_full, row
     from .render import comparison
 
     full = [in_full(_find(args, run)) for run in (args.run, *args.others)]
@@ -249,14 +211,15 @@ def _compare(args: argparse.Namespace) -> None:
     found = compare(entries, lines)
 
     if args.json:
-        _dump({"runs": [_row(entry) for entry in entries], **found})
+        print(as_json({"runs": [row(entry) for entry in entries], **found}))
     else:
         _print(comparison(entries, found))
 
 
 def _prune(args: argparse.Namespace) -> None:
+    from .details import as_json
     from .reclaim import prune
-    from .render import savings, size
+    from .render import clean, savings, size
 
     paths, spared = _prunable(args)
     files = {path.directory.name: found for path, found in paths.items()}
@@ -264,9 +227,9 @@ def _prune(args: argparse.Namespace) -> None:
     done: dict[str, int] = {}
 
     if not args.json:
-        _print(*(f"{name} is left as it is: {reason}" for name, reason in spared.items()))
+        _print(*(clean(f"{name} stays: {reason}", 500) for name, reason in spared.items()))
         _print(savings(files)) if files else None
-        print(f"{len(files)} finished runs have resumable state: {size(total)}.")
+        print(f"Resumable state of {_runs(files)} that finished: {size(total)}.")
 
     errors: dict[str, str] = {}
 
@@ -280,14 +243,22 @@ def _prune(args: argparse.Namespace) -> None:
     if args.json:
         rows = {name: {file.name: n for file, n in found.items()} for name, found in files.items()}
         freed = sum(done.values())
-        _dump({"runs": rows, "size": total, "spared": spared, "errors": errors, "freed": freed})
+        print(
+            as_json(
+                {"runs": rows, "size": total, "spared": spared, "errors": errors, "freed": freed}
+            )
+        )
     elif done:
-        print(f"Freed {size(sum(done.values()))} in {len(done)} runs.")
+        print(f"Freed {size(sum(done.values()))} in {_runs(done)}.")
     elif files and not errors:
         print("Nothing was removed." + ("" if args.yes else " Give --yes to do it."))
 
     if errors:
         raise UserError("\n".join(errors.values()))
+
+
+def _runs(found: Sized) -> str:
+    return "1 run" if len(found) == 1 else f"{len(found)} runs"
 
 
 def _prunable(

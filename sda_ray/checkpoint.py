@@ -22,9 +22,18 @@ import torch
 from torch import Tensor
 
 from .errors import UserError
-from .files import open_atomic
+from .files import open_atomic, sync_directory, write_atomic
 
-__all__ = ["RunPath", "load_checkpoint", "new_id", "new_name", "save_checkpoint", "save_state"]
+__all__ = [
+    "RunPath",
+    "keep_checkpoint",
+    "load_checkpoint",
+    "new_id",
+    "new_name",
+    "read_checkpoint",
+    "save_checkpoint",
+    "save_state",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +56,7 @@ class RunPath:
     state = property(lambda self: self.directory / "state.pth")
     checkpoint = property(lambda self: self.directory / "checkpoint.pth")
     previous = property(lambda self: self.directory / "checkpoint.prev.pth")
+    decay = property(lambda self: self.directory / "checkpoint.decay.pth")
     metrics = property(lambda self: self.directory / "metrics.jsonl")
     record = property(lambda self: self.directory / "run.json")
     samples = property(lambda self: self.directory / "samples.png")
@@ -157,6 +167,25 @@ def save_checkpoint(
     _save(content, path.checkpoint, hold, keep_previous)
 
 
+def keep_checkpoint(
+    path: RunPath, hold: Callable[[], AbstractContextManager[None]] = nullcontext
+) -> None:
+    r"""Keeps the newest checkpoint as `checkpoint.decay.pth` beside those that follow.
+
+    Raises:
+        OSError: If that cannot be done.
+    """
+
+    with hold():
+        path.decay.unlink(missing_ok=True)
+
+        try:
+            os.link(path.checkpoint, path.decay)
+            sync_directory(path.directory)
+        except OSError:  # a file system without links
+            write_atomic(path.decay, path.checkpoint.read_bytes())
+
+
 def save_state(
     path: RunPath,
     tensors: dict[str, Tensor],
@@ -215,6 +244,20 @@ def load_checkpoint(path: RunPath) -> tuple[dict[str, Tensor], dict[str, Any]] |
         logger.warning("%s is damaged (%s). It is now %s.", file, reason, aside.name)
 
     return None
+
+
+def read_checkpoint(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    r"""Returns what is in a file of a checkpoint. Anyone may call this at any time.
+
+    Raises:
+        ValueError: If the file cannot be read or is damaged. The message names it.
+    """
+
+    try:
+        return _load(file.read_bytes())
+    except Exception as error:  # whatever a damaged file provokes in torch
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{file} is damaged ({reason})") from error
 
 
 def _load(data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -167,8 +167,9 @@ def _private_directory() -> Iterator[Path]:
     with ExitStack() as held:
         directory = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
         held.callback(shutil.rmtree, directory, ignore_errors=True)
-        lock = held.enter_context(open(directory / "lock", "w"))
+        lock = held.enter_context(open(directory / "new", "w"))
         fcntl.flock(lock, fcntl.LOCK_EX)
+        os.replace(directory / "new", directory / "lock")  # never there without being locked
 
         for other in Path(parent).glob(f"{PREFIX}*"):
             if other != directory and not _is_locked(other):

@@ -152,9 +152,9 @@ def chart(
 
     def up(value: float) -> float:  # from 0 at the bottom to 1 at the top
         if logarithmic:
-            return math.log(value / low) / math.log(high / low)
+            return (math.log(value) - math.log(low)) / (math.log(high) - math.log(low))
 
-        return (value - low) / (high - low or 1.0)
+        return (value / 2 - low / 2) / (high / 2 - low / 2 or 1.0)  # halves cannot overflow
 
     cells: dict[tuple[int, int], tuple[int, str]] = {}
 

@@ -1,5 +1,7 @@
 r"""Runs in full: their metrics, where they came from, and how they compare."""
 
+import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +13,49 @@ from .curves import best, pace, read_metrics
 from .errors import UserError
 from .inventory import Entry, measured
 
-__all__ = ["compare", "differences", "in_full", "origin"]
+__all__ = ["as_json", "attempts", "compare", "differences", "in_full", "origin", "row"]
+
+
+def row(entry: Entry) -> dict[str, Any]:
+    r"""Returns an entry as JSON has it."""
+
+    return {
+        "name": entry.path.name,
+        "id": entry.path.id,
+        "directory": entry.path.directory,
+        "status": entry.status,
+        "epoch": entry.epoch,
+        "epochs": entry.epochs,
+        "loss_valid": entry.loss_valid,
+        "sweep": entry.sweep,
+        "size": entry.size,
+        "age": round(entry.age),
+        "faults": entry.faults,
+        "config": entry.config,
+    }
+
+
+def as_json(found: Any) -> str:
+    r"""Returns anything as JSON that every program can read, whatever was in a stranger's file."""
+
+    return json.dumps(_plain(found), indent=2, allow_nan=False)
+
+
+def _plain(x: Any, depth: int = 16) -> Any:
+    r"""Returns an object as JSON has it: no NaN (None instead), paths as text, bounded depth."""
+
+    if isinstance(x, float):
+        return x if math.isfinite(x) else None
+    elif isinstance(x, str | int | None):
+        return x
+    elif depth == 0:
+        return "…"
+    elif isinstance(x, dict):
+        return {str(key): _plain(value, depth - 1) for key, value in x.items()}
+    elif isinstance(x, list | tuple):
+        return [_plain(value, depth - 1) for value in x]
+
+    return str(x)
 
 
 def in_full(entry: Entry) -> tuple[Entry, list[dict[str, Any]]]:
@@ -26,12 +70,20 @@ def in_full(entry: Entry) -> tuple[Entry, list[dict[str, Any]]]:
         return replace(entry, status="damaged", faults=tuple(faults)), []
 
 
+def attempts(record: dict[str, Any]) -> list[dict[str, Any]]:
+    r"""Returns the attempts in a record, as far as they are such."""
+
+    found = record.get("attempts")
+
+    return [x for x in found if isinstance(x, dict)] if isinstance(found, list) else []
+
+
 def origin(entry: Entry, runs: Path) -> dict[str, Any]:
     r"""Returns where a run came from, by label."""
 
     record, path = entry.record, entry.path
-    attempts = [a for a in record.get("attempts") or () if isinstance(a, dict)]
-    last = attempts[-1] if attempts else {}
+    tries = attempts(record)
+    last = tries[-1] if tries else {}
     parent = RunPath.of_id(runs, str(record["parent"])) if record.get("parent") else None
     number = path.name.rpartition("-")[2]
     exact = {True: "yes", False: "no: it went on elsewhere, or an epoch came out different"}
@@ -40,9 +92,9 @@ def origin(entry: Entry, runs: Path) -> dict[str, Any]:
         "directory": path.directory,
         "began": record.get("created"),
         "sweep": entry.sweep,
-        "trial": record.get("trial", number if entry.sweep and number.isdigit() else None),
+        "trial": record.get("trial", int(number) if entry.sweep and number.isdecimal() else None),
         "parent": parent.directory.name if parent else record.get("parent"),
-        "attempts": len(attempts) or None,
+        "attempts": len(tries) or None,
         "exact": exact.get(record["exact"]) if isinstance(record.get("exact"), bool) else None,
         "commit": commit if last.get("commit") else None,
         "data": record.get("data"),
@@ -72,17 +124,16 @@ def compare(found: Sequence[Entry], lines: Sequence[list[dict[str, Any]]]) -> di
         all have in common; `notes`, what forbids a comparison of the losses.
     """
 
-    configs = [entry.config or {} for entry in found]
-    rows = {key: [config.get(key) for config in configs] for key in CONFIG}
-    differ = {key: row for key, row in rows.items() if any(x != row[0] for x in row)}
+    rows = {key: [(entry.config or {}).get(key) for entry in found] for key in CONFIG}
+    differ = {key: row for key, row in rows.items() if len({x for x in row if x is not None}) > 1}
     tops = [best(x) or {} for x in lines]
     metrics: dict[str, list[Any]] = {
         "status": [entry.status for entry in found],
         "epoch": [entry.epoch for entry in found],
         "epochs": [entry.epochs for entry in found],
         "loss_valid": [entry.loss_valid for entry in found],
-        "best loss_valid": [top.get("loss_valid") for top in tops],
-        "best epoch": [top.get("epoch") for top in tops],
+        "loss_valid_best": [top.get("loss_valid") for top in tops],
+        "epoch_best": [top.get("epoch") for top in tops],
     }
 
     tables = [{line["epoch"]: line.get("loss_valid") for line in x} for x in lines]
@@ -90,11 +141,12 @@ def compare(found: Sequence[Entry], lines: Sequence[list[dict[str, Any]]]) -> di
 
     if common and len({max(table) for table in tables}) > 1:
         last = max(common)
-        metrics[f"loss_valid at epoch {last}"] = [table[last] for table in tables]
+        metrics[f"loss_valid_at_{last}"] = [table[last] for table in tables]
 
-    metrics["seconds per epoch"] = [pace(x) for x in lines]
+    metrics["seconds"] = [pace(x) for x in lines]
     data = {str(entry.record["data"]) for entry in found if entry.record.get("data")}
-    notes = []
+    unread = [entry.path.directory.name for entry in found if entry.config is None]
+    notes = [f"the config of {name} cannot be read." for name in unread]
 
     if "window" in differ:
         notes.append("the windows differ: losses of different windows are not comparable.")

@@ -3,13 +3,16 @@ r"""Diffusion: how data become noise, and noise becomes data."""
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Size, Tensor, nn
 
-__all__ = ["VPSDE", "SubSubVPSDE", "SubVPSDE"]
+from .config import ALPHAS
+from .errors import UserError
+from .score import load_network
 
-ALPHAS = ("lin", "cos", "exp")
+__all__ = ["VPSDE", "SubSubVPSDE", "SubVPSDE", "load_sde"]
 
 
 class VPSDE(nn.Module):
@@ -227,6 +230,36 @@ class SubSubVPSDE(VPSDE):
 
     def sigma(self, t: Tensor) -> Tensor:
         return 1 - self.alpha(t) + self.eta
+
+
+def load_sde(
+    run_directory: Path | str, device: str | torch.device = "cpu", length: int | None = None
+) -> VPSDE:
+    r"""Loads the diffusion of a finished run, by SDA or by us: its network and its `alpha`.
+
+    The network is that of trajectories, see :func:`sda_ray.score.load_score`.
+
+    Arguments:
+        run_directory: The directory, with `config.json` and `state.pth`.
+        device: Where to load the network.
+        length: The number :math:`L` of snapshots of a trajectory; those of a window if None.
+
+    Returns:
+        The noise scheduler, of event shape :math:`(L, 2, N, N)`.
+
+    Raises:
+        UserError: If the run is not finished, its files do not belong together, or the
+            trajectories are shorter than a window.
+    """
+
+    score, config = load_network(run_directory, device)
+    window, size = config["window"], score.state_dict()["kernel.forcing"].shape[-1]
+    length = window if length is None else length
+
+    if length < window:
+        raise UserError(f"length is {length}, but must be at least {window}, the run's window.")
+
+    return VPSDE(score, (length, 2, size, size), alpha=config["alpha"]).eval()
 
 
 def _noise(like: Tensor, shape: Sequence[int], generator: torch.Generator | None) -> Tensor:

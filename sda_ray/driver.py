@@ -67,6 +67,7 @@ class Driver:
         self.exhausted = False
         self.stopping = False  # asked to stop
         self.done = False  # nothing is left to do
+        self.hopeless = False  # all runs fail for one reason
         self.fault: Exception | None = None
 
     def stop(self) -> None:
@@ -88,7 +89,7 @@ class Driver:
         if len(self.live) >= self.slots():
             return None
 
-        records = self.study.records()
+        records = self._reveal()
         action = decide(records, self._busy(), self.rules, self.exhausted)
 
         if action.kind == "stop":
@@ -118,8 +119,19 @@ class Driver:
             "attempt": record.attempt,
         }
 
+    def _reveal(self) -> list[Record]:
+        r"""Returns the runs. What is revealed once stays so, whatever other runs do later."""
+
+        records = self.study.records()
+
+        for before, after in zip(records, reveal(records, self.rules), strict=True):
+            if before.shown != after.shown:
+                self.study.show(before, after.shown)
+
+        return self.study.records()
+
     def _draw(self, records: list[Record]) -> Record | None:
-        drawn = self.propose(reveal(records, self.rules))
+        drawn = self.propose(records)
 
         if drawn is None:
             return None
@@ -182,7 +194,7 @@ class Driver:
             return False
 
         live = self._busy() - {record.index}
-        action = decide(self.study.records(), live, self.rules, self.exhausted)
+        action = decide(self._reveal(), live, self.rules, self.exhausted)
 
         if action.record is None or action.record.index != record.index:
             return False
@@ -199,6 +211,7 @@ class Driver:
         complete = any(record.state == "complete" for record in self.study.records())
 
         if len(self.errors) >= ALIKE and len(kinds) == 1 and not complete:
+            self.hopeless = True
             self.stop()
 
     def lose(self, trial: str, reason: str) -> None:

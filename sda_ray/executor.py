@@ -69,7 +69,10 @@ def execute(driver: Driver, resources: dict[str, float], scratch: Path) -> None:
 
 @contextmanager
 def _on_signals(stop: Callable[[], None]) -> Iterator[None]:
-    r"""Stops in good order at SIGINT or SIGTERM; a second one interrupts at once."""
+    r"""Stops in good order at SIGINT, SIGTERM and SIGHUP, unless they are ignored.
+
+    A second one interrupts at once.
+    """
 
     def handle(number: int, frame: Any) -> None:
         for other in before:
@@ -84,7 +87,11 @@ def _on_signals(stop: Callable[[], None]) -> Iterator[None]:
     def interrupt(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
 
-    before = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}
+    every = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {n: was for n in every if (was := signal.getsignal(n)) is not signal.SIG_IGN}
+
+    for number in before:
+        signal.signal(number, handle)
 
     try:
         yield

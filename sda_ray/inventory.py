@@ -7,7 +7,6 @@ wrong stands in :attr:`Entry.faults`. Nothing here writes.
 import contextlib
 import math
 import os
-import socket
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -20,7 +19,7 @@ from .config import Config, load_config
 from .curves import check_regular, last_metrics
 from .errors import UserError
 from .files import read_json
-from .lease import STALE, holder, is_alive
+from .lease import STALE, _place, holder, is_alive
 
 __all__ = [
     "SORTS",
@@ -176,19 +175,21 @@ def _status_without_record(path: RunPath, names: set[str], faults: list[str]) ->
 def is_held(path: RunPath, quiet: float = STALE) -> bool:
     r"""Tells at once whether a process seems to be at a run.
 
-    Watching the heartbeat of a holder on another host would take a minute: its file's time is
-    compared with our clock instead, which is wrong where clocks differ by more than `quiet`.
+    Watching the heartbeat of a holder on another host would take a minute: the time of its file
+    is compared with our clock instead, which errs where clocks differ by more than `quiet`
+    seconds.
     """
 
-    with contextlib.suppress(OSError, UserError, KeyError):
-        found = holder(check_regular(path.lease)) or {}
-        kinds = {"host": str, "boot": str, "pid": int}
+    with contextlib.suppress(OSError, UserError):
+        found, here = holder(check_regular(path.lease)), _place()
 
-        if not all(isinstance(found.get(key), kind) for key, kind in kinds.items()):
-            return False  # nobody's, or damaged
+        if found is None or found["pid"] is None:
+            return False
 
-        if found["host"] == socket.gethostname():
-            return is_alive(path.lease, patience=0)
+        same_space = (found["boot"], found["space"]) == (here["boot"], here["space"])
+
+        if found["host"] == here["host"] and (same_space or found["boot"] != here["boot"]):
+            return is_alive(path.lease, patience=0)  # its process decides, at once
 
         return time.time() - path.lease.stat().st_mtime < quiet
 

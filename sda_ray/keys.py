@@ -11,8 +11,10 @@ from .errors import UserError
 
 __all__ = [
     "ACTIVATIONS",
+    "ALPHAS",
     "KEYS",
     "OPTIMIZERS",
+    "PRECISIONS",
     "SCHEDULERS",
     "Key",
     "check_value",
@@ -24,7 +26,9 @@ __all__ = [
 
 ACTIVATIONS: tuple[str, ...] = ("ELU", "GELU", "ReLU", "SELU", "SiLU")
 OPTIMIZERS: tuple[str, ...] = ("AdamW",)
-SCHEDULERS: tuple[str, ...] = ("linear", "cosine", "exponential")
+SCHEDULERS: tuple[str, ...] = ("linear", "cosine", "exponential", "constant", "wsd")
+ALPHAS: tuple[str, ...] = ("cos", "lin", "exp")
+PRECISIONS: tuple[str, ...] = ("fp32", "bf16", "tf32")
 
 MAX_LEVELS = 16
 
@@ -36,13 +40,16 @@ class Key:
     Arguments:
         default: The default value.
         about: One line for people.
-        kind: `int`, `float`, `str` or `tuple` (of integers).
+        kind: `int`, `float`, `str` or `tuple`.
         low: The lowest number accepted.
         high: The highest number accepted.
         above: Whether `low` itself is not accepted.
+        below: Whether `high` itself is not accepted.
         odd: Whether the number must be odd.
         options: The words accepted.
         ours: Whether SDA does not know the key, so that a file may lack it.
+        item: The kind of the items of a tuple, `int` or `float`.
+        count: The number of items of a tuple, if it is fixed.
     """
 
     default: Any
@@ -51,9 +58,12 @@ class Key:
     low: float = 1
     high: float = math.inf
     above: bool = False
+    below: bool = False
     odd: bool = False
     options: tuple[str, ...] = ()
     ours: bool = False
+    item: type = int
+    count: int | None = None
 
     @property
     def accepts(self) -> str:
@@ -63,11 +73,19 @@ class Key:
             *others, last = self.options
             return f"{', '.join(others)} or {last}" if others else last
 
-        what = {int: "an integer", float: "a number", tuple: "a list of integers"}[self.kind]
-        what = what.replace("an integer", "an odd integer") if self.odd else what
+        if self.kind is tuple:
+            items = "integers" if self.item is int else "numbers"
+            what = f"a list of {items}" if self.count is None else f"{self.count} {items}"
+        elif self.kind is int:
+            what = "an odd integer" if self.odd else "an integer"
+        else:
+            what = "a number"
 
         if self.above:
             return f"{what} above {self.low} and at most {self.high}"
+
+        if self.below:
+            return f"{what} from {self.low} to below {self.high}"
 
         return f"{what} from {self.low} to {self.high}"
 
@@ -87,6 +105,15 @@ KEYS: dict[str, Key] = {
     "weight_decay": Key(1e-3, "weight decay, on all parameters", float, 0, 100),
     "scheduler": Key("linear", "decay of the learning rate", str, options=SCHEDULERS),
     "seed": Key(0, "seed of weights, batches and noise", int, 0, 2**63 - 1, ours=True),
+    "alpha": Key("cos", "decay of the signal in the noise", str, options=ALPHAS, ours=True),
+    "dropout": Key(0.0, "rate of dropout", float, 0, 1, below=True, ours=True),
+    "betas": Key(
+        (0.9, 0.999), "AdamW's betas", tuple, 0, 1, below=True, ours=True, item=float, count=2
+    ),
+    "warmup": Key(0, "epochs of linear warm-up", int, 0, 10**8, ours=True),
+    "grad_clip": Key(0.0, "highest norm of the gradient, 0 for any", float, 0, 1e9, ours=True),
+    "ema": Key(0.0, "decay of averaged weights, 0 for none", float, 0, 1, below=True, ours=True),
+    "precision": Key("fp32", "arithmetic of training", str, options=PRECISIONS, ours=True),
 }
 
 
@@ -100,7 +127,7 @@ def did_you_mean(word: Any, words: Iterable[str]) -> str:
 
 
 def check_value(name: str, value: Any) -> Any:
-    r"""Returns a value of CONFIG in its normal form: int, float, str or tuple of int.
+    r"""Returns a value of CONFIG in its normal form: int, float, str or tuple of numbers.
 
     Integral floats pass as integers, since JSON and many tools know only one kind of number.
 
@@ -121,10 +148,13 @@ def check_value(name: str, value: Any) -> Any:
         if not isinstance(value, list | tuple):
             raise fault
 
+        if key.count is not None and len(value) != key.count:
+            raise fault
+
         if not 1 <= len(value) <= MAX_LEVELS:
             raise UserError(f"{name} has {len(value)} levels, but must have 1 to {MAX_LEVELS}.")
 
-        return tuple(_number(v, int, key, fault) for v in value)
+        return tuple(_number(v, key.item, key, fault) for v in value)
 
     return _number(value, key.kind, key, fault)
 
@@ -132,8 +162,8 @@ def check_value(name: str, value: Any) -> Any:
 def parse_value(name: str, text: str) -> Any:
     r"""Returns the value that a text stands for, typed by the key and not yet checked.
 
-    The levels of `hidden_channels` and `hidden_blocks` are separated by commas, with or without
-    brackets.
+    The items of `hidden_channels`, `hidden_blocks` and `betas` are separated by commas, with or
+    without brackets.
 
     Example:
         >>> parse_value("hidden_channels", "96,192,384")
@@ -151,8 +181,8 @@ def parse_value(name: str, text: str) -> Any:
         if key.kind is str:
             return text.strip("'\"")
         elif key.kind is tuple:
-            levels = text.strip("()[]").rstrip(",").split(",")
-            return tuple(_integer(level) for level in levels)
+            items = text.strip("()[]").rstrip(",").split(",")
+            return tuple(_integer(item) if key.item is int else float(item) for item in items)
         elif key.kind is int:
             return _integer(text)
         else:
@@ -202,7 +232,10 @@ def _number(value: Any, kind: type, key: Key, fault: UserError) -> int | float:
 
     number: Any = value
 
-    if not key.low <= number <= key.high or (key.above and number == key.low):  # as NaN
+    if not key.low <= number <= key.high:  # as NaN
+        raise fault
+
+    if (key.above and number == key.low) or (key.below and number == key.high):
         raise fault
 
     if kind is float:

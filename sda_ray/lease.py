@@ -85,7 +85,9 @@ def holder(file: Path) -> dict[str, Any] | None:
 
     pid, attempt = found.get("pid"), found.get("attempt")
     words = all(isinstance(found.get(key), str) for key in ("host", "boot", "space", "since"))
-    process = pid is None or (type(pid) is int and pid > 0 and isinstance(found["started"], str))
+    process = pid is None or (
+        type(pid) is int and pid > 0 and isinstance(found.get("started"), str)
+    )
 
     return found if words and process and type(attempt) is int else None
 

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .periodic import CircularConv2d, upsampled_conv2d
+from .precision import full
 
-__all__ = ["LayerNorm", "ModResidualBlock", "UNet", "UpTail"]
+__all__ = ["LayerNorm", "ModResidualBlock", "Residue", "UNet", "UpTail"]
 
 
 class LayerNorm(nn.Module):
@@ -17,7 +18,8 @@ class LayerNorm(nn.Module):
 
     .. math:: y = \frac{x - \mathbb{E}[x]}{\sqrt{\mathbb{V}[x] + \epsilon}}
 
-    The variance is the unbiased one.
+    The variance is the unbiased one. Features of less than single precision are standardized in
+    single precision.
 
     Arguments:
         eps: A numerical stability term.
@@ -32,6 +34,7 @@ class LayerNorm(nn.Module):
         # Torch's layer norm has the biased variance: r times the unbiased one.
         C = x.shape[1]
         r = (C - 1) / C
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
         weight = x.new_full((C,), math.sqrt(r))
 
         x = x.permute(0, 2, 3, 1)
@@ -58,6 +61,46 @@ class ModResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, e: Tensor) -> Tensor:
         return x + self.residue(x + self.project(e))
+
+
+class Residue(nn.Sequential):
+    r"""Creates the residue of a block: two convolutions of normalized features.
+
+    While it trains, random features between the convolutions are zero. They are drawn from
+    torch's global generator.
+
+    Arguments:
+        channels: The number of channels.
+        kernel_size: The size of the kernels.
+        activation: The constructor of the activation function.
+        dropout: The probability :math:`p \in [0, 1)` that a feature is zero. The others are scaled
+            by :math:`1 / (1 - p)`.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int,
+        activation: Callable[[], nn.Module],
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__(
+            LayerNorm(),
+            CircularConv2d(channels, channels, kernel_size),
+            activation(),
+            CircularConv2d(channels, channels, kernel_size),
+        )
+
+        self.dropout = dropout  # no module, so that the names of the weights stay
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm, first, activation, second = self
+        x = activation(first(norm(x)))
+
+        if self.training and self.dropout:
+            x = F.dropout(x, self.dropout)
+
+        return second(x)
 
 
 class UpTail(nn.ModuleList):
@@ -104,6 +147,7 @@ class UNet(nn.Module):
             ascent.
         kernel_size: The size of the convolution kernels. It must be odd.
         activation: The constructor of the activation function.
+        dropout: The probability that a feature within a block is zero in training.
     """
 
     def __init__(
@@ -115,6 +159,7 @@ class UNet(nn.Module):
         hidden_blocks: Sequence[int] = (2, 3, 5),
         kernel_size: int = 3,
         activation: Callable[[], nn.Module] = nn.ReLU,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
 
@@ -124,12 +169,7 @@ class UNet(nn.Module):
                     nn.Linear(mod_features, channels),
                     nn.Unflatten(-1, (-1, 1, 1)),
                 ),
-                residue=nn.Sequential(
-                    LayerNorm(),
-                    CircularConv2d(channels, channels, kernel_size),
-                    activation(),
-                    CircularConv2d(channels, channels, kernel_size),
-                ),
+                residue=Residue(channels, kernel_size, activation, dropout),
             )
 
         heads: list[nn.Module] = []
@@ -168,7 +208,11 @@ class UNet(nn.Module):
         skips: list[Tensor] = []
 
         for head, level in zip(self.heads, self.descent, strict=True):
-            x = head(x)
+            if skips:
+                x = head(x).to(x.dtype)
+            else:
+                with full(x):
+                    x = head(x)
 
             for block in level:  # type: ignore[attr-defined]
                 x = block(x, e)
@@ -181,6 +225,8 @@ class UNet(nn.Module):
             for block in level:  # type: ignore[attr-defined]
                 x = block(x, e)
 
-            x = tail(x, skips.pop()) if skips else tail(x)
+            if skips:
+                x = tail(x, skips.pop())
 
-        return x
+        with full(x):
+            return tail(x)

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .precision import lower
+
 __all__ = ["CircularConv2d", "circular_pad", "upsampled_conv2d"]
 
 
@@ -176,7 +178,8 @@ def upsampled_conv2d(x: Tensor, weight: Tensor, bias: Tensor, skip: Tensor) -> T
             w = w.unflatten(-2, (p + 1, 2)).unflatten(-1, (p + 1, 2)).sum((-3, -1))
             phases.append(w)
 
-    y = F.conv2d(circular_pad(x, (p + 1) // 2), torch.cat(phases), bias.repeat(4))
+    x = circular_pad(lower(x), (p + 1) // 2)
+    y = F.conv2d(x, torch.cat(phases), bias.repeat(4))
 
     return _Interleave.apply(y, skip)
 
@@ -197,6 +200,6 @@ class CircularConv2d(nn.Conv2d):
         super().__init__(in_channels, out_channels, kernel_size, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = circular_pad(x, self.kernel_size[0] // 2)
+        x = circular_pad(lower(x), self.kernel_size[0] // 2)
 
         return F.conv2d(x, self.weight, self.bias, self.stride)

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from . import __version__
+
 __all__ = ["differences", "provenance"]
 
 PACKAGES = (
-    "sda_ray",
     "coolname",
     "h5py",
     "matplotlib",
@@ -37,6 +38,7 @@ def provenance(device: str | torch.device = "cpu") -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "versions": {
             "python": platform.python_version(),
+            "sda_ray": __version__,
             **{package: _version(package) for package in PACKAGES},
         },
         **_commit(),

@@ -55,10 +55,7 @@ def refusal(entry: Entry) -> str | None:
 
 def _tells_holder(file: Path) -> bool:
     with contextlib.suppress(OSError, UserError):
-        found = holder(check_regular(file)) or {}
-        pid, names = found.get("pid", ""), (found.get("host"), found.get("boot"))
-
-        return pid is None or (type(pid) is int and all(isinstance(x, str) for x in names))
+        return holder(check_regular(file)) is not None
 
     return False
 

@@ -192,6 +192,8 @@ class Run:
     def load(self, state: TrainState) -> None:
         r"""Brings a state to the newest checkpoint of the run, if there is one."""
 
+        some = self.path.checkpoint.exists() or self.path.previous.exists()
+
         with self.lease.hold():
             found = load_checkpoint(self.path)
 
@@ -200,7 +202,7 @@ class Run:
                 state.load(*found)
             except ValueError as error:
                 raise UserError(f"{self.path.checkpoint} does not fit config.json: {error}.")
-        elif self.lines:
+        elif some:
             logger.warning(
                 "%s has no whole checkpoint: it starts again.", self.path.directory.name
             )
@@ -247,8 +249,8 @@ class Run:
 
         try:
             self.history.write()
-            save_state(self.path, state.score.state_dict(), self.lease.hold)
-            image = draw_samples(state.sde, self.config["seed"])
+            save_state(self.path, state.result.state_dict(), self.lease.hold)
+            image = draw_samples(state.result_sde, self.config["seed"])
 
             with self.lease.hold():
                 write_atomic(self.path.samples, image)

@@ -4,7 +4,6 @@ Optuna's samplers never see the study itself but a view of it, made anew for eac
 are those that a sampler makes the right thing of, see :func:`view`.
 """
 
-import itertools
 import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -59,22 +58,20 @@ def propose(
         nothing new to draw.
     """
 
+    methods: Iterator[optuna.samplers.BaseSampler] = (
+        _grid(records)
+        if sampler == "grid"
+        else (_sampler(sampler, (seed, len(records), i)) for i in range(REDRAWS))
+    )
     seen = {_text(record.config) for record in records}
-
-    # Each run has used up one combination of the grid at least.
-    attempts = itertools.count(len(records)) if sampler == "grid" else range(REDRAWS)
 
     with quiet():
         trials = view(records) if sampler == "tpe" else []
 
-        for attempt in attempts:
-            method = _sampler(sampler, (seed, len(records), attempt))
+        for method in methods:
             study = optuna.create_study(sampler=method, direction="minimize")
             study.add_trials(trials)
             values = draw(study.ask())
-
-            if isinstance(method, _Grid) and method.rest > 0:
-                return None
 
             if _text(values) not in seen:
                 return values, study.get_trials(deepcopy=False)[-1]
@@ -129,20 +126,43 @@ def _sampler(name: str, entropy: tuple[int, int, int]) -> optuna.samplers.BaseSa
 
     if name == "tpe":
         return optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True)
-    elif name == "random":
-        return optuna.samplers.RandomSampler(seed=seed)
+
+    return optuna.samplers.RandomSampler(seed=seed)
+
+
+def _grid(records: Sequence[Record]) -> Iterator["_Grid"]:
+    r"""Yields samplers for the combinations after that of the newest run, in order."""
+
+    done: list[tuple[int, int]] = []
+
+    if records:
+        trial = records[-1].trial
+
+        for name, distribution in trial.distributions.items():
+            options = _options(name, distribution)
+            done.append((options.index(trial.params[name]), len(options)))
     else:
-        return _Grid(entropy[-1])
+        yield (first := _Grid([]))
+        done = first.done
+
+    while done:
+        i, count = done.pop()
+
+        if i + 1 < count:
+            yield (after := _Grid([*(j for j, _ in done), i + 1]))
+            done = after.done
 
 
 class _Grid(optuna.samplers.BaseSampler):
-    r"""Creates a sampler that takes the `index`-th of all combinations of options.
+    r"""Creates a sampler that takes given options, by their numbers, and then the first ones.
 
-    What is left of the index in the end, `rest`, is above 0 if there are not as many.
+    What it took stands in `done`, as pairs of a number and the count of options. The parameters
+    may depend on each other: the last one changes first.
     """
 
-    def __init__(self, index: int) -> None:
-        self.rest = index
+    def __init__(self, given: list[int]) -> None:
+        self.given = given
+        self.done: list[tuple[int, int]] = []
 
     def infer_relative_search_space(self, study: Any, trial: Any) -> dict[str, Any]:
         return {}
@@ -154,7 +174,8 @@ class _Grid(optuna.samplers.BaseSampler):
         self, study: Any, trial: Any, param_name: str, param_distribution: Any
     ) -> Any:
         options = _options(param_name, param_distribution)
-        self.rest, i = divmod(self.rest, len(options))
+        i = self.given[len(self.done)] if len(self.done) < len(self.given) else 0
+        self.done.append((i, len(options)))
 
         return options[i]
 

@@ -2,7 +2,7 @@ r"""Pictures of what a network has learnt: the vorticity of unconditional sample
 
 import io
 
-import torch
+import numpy as np
 
 from .diffusion import VPSDE
 from .flow import vorticity
@@ -30,11 +30,11 @@ def draw_samples(sde: VPSDE, seed: int, count: int = 2, steps: int = 64) -> byte
 
     generator = rng(SAMPLES, seed, device=sde.device)
     x = sde.sample((count,), steps=steps, generator=generator)
-    w = vorticity(x.unflatten(1, (-1, 2)).cpu())
+    w = vorticity(x.unflatten(1, (-1, 2)).cpu()).numpy()
 
     figure = Figure(figsize=(2 * w.shape[1], 2 * count), dpi=64)
     axes = figure.subplots(count, w.shape[1], squeeze=False)
-    limit = float(torch.nan_to_num(w).abs().max()) or 1.0
+    limit = float(np.abs(np.nan_to_num(w)).max()) or 1.0
 
     for i, row in enumerate(axes):
         for j, ax in enumerate(row):

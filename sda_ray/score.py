@@ -1,7 +1,6 @@
 r"""Score networks of Kolmogorov-flow trajectories."""
 
-import os
-import zipfile
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,13 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import ACTIVATIONS, check_config, load_config
+from .config import ACTIVATIONS, Config, check_config, load_config
 from .errors import UserError
 from .nn import UNet
+from .precision import full
+from .weights import check_alpha, check_weights, field_size, inside, read_weights
 
-__all__ = ["MCScoreNet", "ScoreUNet", "TimeEmbedding", "load_score", "make_score"]
-
-MAX_SIZE = 4096  # cells along an axis; a file that claims more is not one of ours
+__all__ = [
+    "MCScoreNet",
+    "ScoreUNet",
+    "TimeEmbedding",
+    "load_network",
+    "load_score",
+    "make_score",
+]
 
 
 class TimeEmbedding(nn.Sequential):
@@ -86,7 +92,9 @@ class ScoreUNet(nn.Module):
 
         y = x.reshape(-1, *x.shape[-3:])
         f = self.forcing.to(y.dtype).expand(len(y), -1, -1, -1)
-        e = self.embedding(t.reshape(-1))
+
+        with full(y):
+            e = self.embedding(t.reshape(-1))
 
         return self.network(torch.cat((y, f), dim=1), e).reshape(x.shape)
 
@@ -164,9 +172,14 @@ def make_score(
     kernel_size: int,
     activation: str,
     size: int = 64,
+    alpha: str = "cos",
+    dropout: float = 0.0,
     **absorb: Any,
 ) -> MCScoreNet:
     r"""Creates the score network that a config describes.
+
+    The weights of a network for another `alpha` than SDA's are of no use without it. A buffer
+    `alpha_lin` or `alpha_exp` in the state dict keeps SDA from loading them as if they were.
 
     Arguments:
         window: The number of snapshots of a window. It must be odd and at least 3.
@@ -176,6 +189,9 @@ def make_score(
         kernel_size: The size of the convolution kernels. It must be odd.
         activation: The name of the activation function.
         size: The number of grid cells along each axis.
+        alpha: The decay of the signal that the network is for, see
+            :class:`sda_ray.diffusion.VPSDE`.
+        dropout: The probability that a feature within a block is zero in training.
         absorb: The settings of the config that do not concern the network.
     """
 
@@ -192,13 +208,18 @@ def make_score(
         hidden_blocks=tuple(hidden_blocks),
         kernel_size=kernel_size,
         activation=getattr(nn, activation),
+        dropout=dropout,
     )
+    score = MCScoreNet(kernel, order=window // 2)
 
-    return MCScoreNet(kernel, order=window // 2)
+    if alpha != "cos":
+        score.register_buffer(f"alpha_{alpha}", torch.ones(()))
+
+    return score
 
 
 def load_score(run_directory: Path | str, device: str | torch.device = "cpu") -> MCScoreNet:
-    r"""Loads the score network of a finished run, by SDA or by us.
+    r"""Loads the score network of a finished run, by SDA or by us. It does not drop out.
 
     Nothing in the files is executed, and no weight is taken before all of them are known to fit
     the config.
@@ -211,12 +232,29 @@ def load_score(run_directory: Path | str, device: str | torch.device = "cpu") ->
         UserError: If the run is not finished or its files do not belong together.
     """
 
+    score, config = load_network(run_directory, device)
+
+    if config["alpha"] != "cos":
+        warnings.warn(
+            f"The network of {run_directory} is for alpha={config['alpha']}: it samples wrongly "
+            "with a VPSDE of another alpha. Load both by load_sde.",
+            stacklevel=2,
+        )
+
+    return score
+
+
+def load_network(
+    run_directory: Path | str, device: str | torch.device = "cpu"
+) -> tuple[MCScoreNet, Config]:
+    r"""Loads the score network of a finished run as :func:`load_score`, and its config."""
+
     run = Path(run_directory)
 
     if not run.is_dir():
         raise UserError(f"{run} is not a directory. Give the directory of a run.")
 
-    config = load_config(_inside(run, "config.json"))
+    config = load_config(inside(run, "config.json"))
 
     if not (run / "state.pth").exists():
         raise UserError(
@@ -224,9 +262,9 @@ def load_score(run_directory: Path | str, device: str | torch.device = "cpu") ->
             f"`sda-ray train --resume {run}`."
         )
 
-    file = _inside(run, "state.pth")
-    state = _load_state(file)
-    size = _field_size(file, state)
+    file = inside(run, "state.pth")
+    state = read_weights(file)
+    size = field_size(file, state)
 
     try:
         check_config(config, size=size)
@@ -236,84 +274,8 @@ def load_score(run_directory: Path | str, device: str | torch.device = "cpu") ->
     with torch.device("meta"):
         score = make_score(**config, size=size)
 
-    _check_state(file, state, score.state_dict())
+    check_alpha(file, state, config["alpha"])
+    check_weights(file, state, score.state_dict())
     score.to_empty(device=device).load_state_dict(state)
 
-    return score
-
-
-def _inside(run: Path, name: str) -> Path:
-    r"""Returns the path of a file in a run directory, if it is a regular file therein."""
-
-    file = run / name
-    target = Path(os.path.realpath(file))
-
-    if not target.is_file():
-        raise UserError(f"{file} is missing, or not a regular file.")
-
-    if not target.is_relative_to(os.path.realpath(run)):
-        raise UserError(
-            f"{file} is a link to {target}, out of the run directory. Copy the file instead."
-        )
-
-    return file
-
-
-def _load_state(file: Path) -> dict[str, Tensor]:
-    try:
-        # Mapped rather than read, so that a file is never in memory twice.
-        mmap = zipfile.is_zipfile(file)
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as e:  # any kind of damage, each with its own kind of exception
-        reason = str(e).partition("\n")[0]
-        raise UserError(f"{file} is damaged, or not a file of weights: {reason}") from e
-
-    if not isinstance(state, dict) or not all(isinstance(x, Tensor) for x in state.values()):
-        raise UserError(f"{file} holds something else than a state dict: tensors by name.")
-
-    return dict(state)
-
-
-def _field_size(file: Path, state: dict[str, Tensor]) -> int:
-    if "kernel.forcing" not in state:
-        raise UserError(f"{file} has no 'kernel.forcing'. It is not the state of a score network.")
-
-    shape = tuple(state["kernel.forcing"].shape)
-
-    if len(shape) != 3 or shape[1] != shape[2] or not 0 < shape[1] <= MAX_SIZE:
-        raise UserError(
-            f"{file} has 'kernel.forcing' of shape {shape}, but it must be (1, N, N), with N at "
-            f"most {MAX_SIZE}: the size of the fields."
-        )
-
-    return shape[1]
-
-
-def _check_state(file: Path, state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    wrong = []
-
-    for key in [*expected, *(key for key in state if key not in expected)]:
-        if key not in state:
-            wrong.append(f"'{key}' is missing")
-        elif key not in expected:
-            wrong.append(f"'{key}' is unknown")
-        elif (found := _kind(state[key])) != (wanted := _kind(expected[key])):
-            wrong.append(f"'{key}' is {found}, but must be {wanted}")
-
-    if wrong:
-        more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise UserError(
-            f"{file} does not fit {file.with_name('config.json')}: {'; '.join(wrong[:3])}{more}."
-        )
-
-    # An expanded tensor takes no space in the file, but would in memory.
-    needed = sum(x.numel() * x.element_size() for x in expected.values())
-
-    if needed > file.stat().st_size:
-        raise UserError(f"{file} is shorter than the {needed} bytes of weights it should hold.")
-
-
-def _kind(x: Tensor) -> str:
-    layout = "" if x.layout is torch.strided else f" ({x.layout})"
-
-    return f"{x.dtype} of shape {tuple(x.shape)}{layout}".removeprefix("torch.")
+    return score.eval(), config

@@ -3,9 +3,7 @@ r"""Single trainings as a person runs them: with progress, Ctrl-C, and what to d
 import os
 import signal
 import sys
-import time
 from dataclasses import asdict
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +13,17 @@ from .checkpoint import RunPath
 from .config import Config, check_config, load_config
 from .data import check_data
 from .errors import UserError
+from .extension import check_extension, describe_extension
 from .lease import LeaseLost
+from .progress import Progress
 from .record import read_record
 from .runs import CHECKPOINT_SECONDS, Run
-from .score import load_score
+from .score import load_network
 from .tracking import Wandb
 from .train import Interrupted, Stop, default_device, train
 from .training import Diverged
 
-__all__ = ["resume_run", "start_replicas", "start_run"]
+__all__ = ["extend_run", "resume_run", "start_replicas", "start_run"]
 
 # The settings that make the network
 NETWORK = (
@@ -33,6 +33,7 @@ NETWORK = (
     "hidden_blocks",
     "kernel_size",
     "activation",
+    "alpha",
 )
 
 
@@ -70,6 +71,43 @@ def start_run(
 
     run = Run(runs, config, wandb=wandb, record=record, device=device, interval=interval)
     _follow(run, data, device, parent)
+
+
+def extend_run(
+    runs: Path,
+    data: Path,
+    name: str,
+    changes: Config,
+    device: str | None,
+    wandb: Wandb,
+    interval: float = CHECKPOINT_SECONDS,
+) -> None:
+    r"""Trains a longer version of a run, from where the two part; the run itself stays as it is.
+
+    Arguments:
+        runs: The directory of all runs.
+        data: The directory of the data.
+        name: The run, see :meth:`sda_ray.checkpoint.RunPath.find`.
+        changes: What shall change: `epochs`.
+        device: Where to train, by default on a GPU if there is one.
+        wandb: How to log to W&B.
+        interval: The least time between two checkpoints, in seconds.
+    """
+
+    info = check_data(data)
+    path = RunPath.find(runs, name)
+    config = check_config(check_extension(path, changes), size=info.size, length=info.length)
+    device = _check_device(device)
+    record = describe_extension(path, info.fingerprint, device)
+    run = Run(
+        runs,
+        config,
+        wandb=wandb,
+        record={**record, "data": info.fingerprint, "wandb": asdict(wandb)},
+        device=device,
+        interval=interval,
+    )
+    _follow(run, data, device, path)
 
 
 def resume_run(
@@ -188,7 +226,9 @@ def _check_init(parent: RunPath, config: Config, size: int) -> None:
             "settings that leave the network as it is can change."
         )
 
-    if (found := load_score(parent.directory).kernel.forcing.shape[-1]) != size:
+    found = load_network(parent.directory)[0].state_dict()["kernel.forcing"].shape[-1]
+
+    if found != size:
         raise UserError(
             f"the weights of {parent.directory.name} are for fields of {found}x{found}, but the "
             f"data are {size}x{size}."
@@ -215,7 +255,7 @@ def _follow(run: Run, data: Path, device: str, parent: RunPath | None) -> None:
     status, code = "failed", 1
 
     try:
-        with Stop().on_signals() as stop, _Progress(total, done) as progress:
+        with Stop().on_signals() as stop, Progress(total, done) as progress:
             for metrics in train(run, data, device, init=init, stop=stop):
                 progress.show(metrics["epoch"], metrics["loss_train"], metrics["loss_valid"])
 
@@ -237,42 +277,3 @@ def _follow(run: Run, data: Path, device: str, parent: RunPath | None) -> None:
 
     if code:
         sys.exit(code)
-
-
-class _Progress:
-    r"""Creates a progress bar with losses and time left; off a terminal, a line now and then."""
-
-    def __init__(self, total: int, done: int) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-        console = Console()
-        self.total, self.done = total, done
-        self.start = self.said = time.monotonic()
-        self.bar = None
-
-        if console.is_terminal:
-            columns = "[bold]{task.description}", BarColumn(), MofNCompleteColumn()
-            self.bar = Progress(*columns, TimeRemainingColumn(), console=console)
-            self.task = self.bar.add_task("epoch", total=total, completed=done)
-
-    def __enter__(self) -> "_Progress":
-        if self.bar is not None:
-            self.bar.start()
-
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-
-    def show(self, epoch: int, loss_train: float, loss_valid: float) -> None:
-        losses = f"loss_train {loss_train:.4f}, loss_valid {loss_valid:.4f}"
-
-        if self.bar is not None:
-            self.bar.update(self.task, completed=epoch, description=losses)
-        elif time.monotonic() - self.said > 10 or epoch == self.total:
-            self.said = time.monotonic()
-            left = (self.said - self.start) * (self.total - epoch) / max(1, epoch - self.done)
-            time_left = timedelta(seconds=round(left))
-            print(f"epoch {epoch}/{self.total}: {losses}, {time_left} left", flush=True)

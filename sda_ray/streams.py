@@ -1,11 +1,14 @@
 r"""Random numbers without a state: every draw is a function of what it is for."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 
-__all__ = ["INIT", "NOISE", "ORDER", "SAMPLES", "START", "VALID", "rng"]
+__all__ = ["DROPOUT", "INIT", "NOISE", "ORDER", "SAMPLES", "START", "VALID", "rng", "seeded"]
 
-INIT, ORDER, START, NOISE, VALID, SAMPLES = range(6)  # streams of random numbers
+INIT, ORDER, START, NOISE, VALID, SAMPLES, DROPOUT = range(7)  # streams of random numbers
 
 
 def rng(stream: int, *key: int, device: str | torch.device = "cpu") -> torch.Generator:
@@ -15,3 +18,17 @@ def rng(stream: int, *key: int, device: str | torch.device = "cpu") -> torch.Gen
     seed = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
 
     return torch.Generator(device).manual_seed(int(seed >> np.uint64(1)))
+
+
+@contextmanager
+def seeded(stream: int, *key: int, device: str | torch.device = "cpu") -> Iterator[None]:
+    r"""Makes what draws from torch's global generators a function of a stream and numbers.
+
+    The generators are as they were before when it is left.
+    """
+
+    device = torch.device(device)
+
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(rng(stream, *key).initial_seed())
+        yield

@@ -14,7 +14,7 @@ from typing import Any
 
 import optuna
 from optuna.storages import JournalStorage
-from optuna.storages.journal import BaseJournalFileLock, JournalFileBackend
+from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from .checkpoint import RunPath
@@ -63,7 +63,10 @@ class Study:
         trials = self.study.get_trials(deepcopy=False)
         newest = {t.user_attrs["run_id"]: t for t in trials if "run_id" in t.user_attrs}
 
-        return sorted(map(_record, newest.values()), key=lambda record: record.index)
+        shown = self._shown()
+        records = [_record(trial, shown) for trial in newest.values()]
+
+        return sorted(records, key=lambda record: record.index)
 
     def add(self, record: Record, drawn: FrozenTrial, supersedes: int | None = None) -> Record:
         r"""Adds the record of a run that is about to start, in one line of the journal."""
@@ -80,14 +83,13 @@ class Study:
                     "until": record.until,
                     "epochs": record.epochs,
                     "attempt": record.attempt,
-                    "shown": record.shown,
                     "config": record.config,
                     "supersedes": supersedes,
                 },
             )
         )
 
-        return _record(self.study.get_trials(deepcopy=False)[-1])
+        return _record(self.study.get_trials(deepcopy=False)[-1], self._shown())
 
     def start(self, record: Record, until: int, shown: int | None) -> Record:
         r"""Records that a run goes on, as a new attempt, up to an epoch.
@@ -95,21 +97,32 @@ class Study:
         A run whose record is closed gets a new record that supersedes the closed one.
         """
 
+        record = self.show(self._again(record), shown)
         attempt = record.attempt + 1
 
         if record.trial.state.is_finished():
-            revived = replace(
-                record, state="running", until=until, shown=shown, attempt=attempt
-            )
+            revived = replace(record, state="running", until=until, attempt=attempt)
             return self.add(revived, record.trial, supersedes=record.trial.number)
 
-        return self._set(self.extend(record, until, shown), attempt=attempt)
+        return self._set(record, until=until, attempt=attempt)
 
     def extend(self, record: Record, until: int, shown: int | None) -> Record:
         r"""Records that a run in flight may go up to an epoch."""
 
-        # In this order: a kill in between must not lay open what is hidden.
-        return self._set(record, shown=shown, until=until)
+        return self._set(self.show(self._again(record), shown), until=until)
+
+    def show(self, record: Record, shown: int | None) -> Record:
+        r"""Records up to which epoch the values of a run count for others.
+
+        It stands in the study itself, since the run's trial may be finished, and before whatever
+        follows from it.
+        """
+
+        if record.shown != shown:
+            key = f"shown/{record.run_id}"
+            self.storage.set_study_user_attr(self.study._study_id, key, shown)
+
+        return self._again(record)
 
     def report(self, record: Record, values: dict[int, float]) -> Record:
         r"""Records the values of epochs that the study has not got."""
@@ -136,6 +149,13 @@ class Study:
 
         return self._again(record)
 
+    def close(self) -> None:
+        r"""Tells the paused runs of a finished sweep pruned: nothing is left open."""
+
+        for record in self.records():
+            if record.state == "running" and record.paused:
+                self.tell(record, "pruned")
+
     def _set(self, record: Record, **attrs: Any) -> Record:
         for key, value in attrs.items():
             if record.trial.user_attrs.get(key) != value:
@@ -144,10 +164,13 @@ class Study:
         return self._again(record)
 
     def _again(self, record: Record) -> Record:
-        return _record(self.study.get_trials(deepcopy=False)[record.trial.number])
+        return _record(self.study.get_trials(deepcopy=False)[record.trial.number], self._shown())
+
+    def _shown(self) -> dict[str, Any]:
+        return self.storage.get_study_user_attrs(self.study._study_id)
 
 
-def _record(trial: FrozenTrial) -> Record:
+def _record(trial: FrozenTrial, shown: dict[str, Any]) -> Record:
     attrs = trial.user_attrs
     diverged = trial.state.is_finished() and attrs.get("status") == "diverged"
 
@@ -158,7 +181,7 @@ def _record(trial: FrozenTrial) -> Record:
         until=attrs["until"],
         epochs=attrs["epochs"],
         values=dict(trial.intermediate_values),
-        shown=attrs["shown"],
+        shown=shown.get(f"shown/{attrs['run_id']}"),
         attempt=attrs["attempt"],
         config=attrs["config"],
         trial=trial,
@@ -189,7 +212,7 @@ def reconcile(study: Study, runs: Path) -> None:
             study.tell(record, "diverged", found.get("reason", ""))
 
 
-class _Lock(BaseJournalFileLock):
+class _Lock:
     r"""Creates Optuna's lock on a journal from our lease, and undoes torn appends."""
 
     def __init__(self, file: Path, lease: Lease) -> None:
@@ -227,7 +250,9 @@ def _open(file: Path, lease: Lease) -> JournalStorage:
             write_atomic(file.with_suffix(".journal.torn"), torn)
 
         # A lock that a killed writer left would stall Optuna for 30 s, dashboards included.
-        for lock in file.parent.glob(f"{file.name}.lock*"):
-            lock.unlink(missing_ok=True)
+        for stale in file.parent.glob(f"{file.name}.lock*"):
+            stale.unlink(missing_ok=True)
 
-    return JournalStorage(JournalFileBackend(str(file), lock_obj=_Lock(file, lease)))
+    lock: Any = _Lock(file, lease)
+
+    return JournalStorage(JournalFileBackend(str(file), lock_obj=lock))

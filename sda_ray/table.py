@@ -1,11 +1,11 @@
-r"""What people look at: the live table of a sweep and its leaderboard."""
+r"""What people look at: the live table of a sweep, its leaderboard, and what to do next."""
 
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -15,53 +15,65 @@ from rich.text import Text
 
 from .checkpoint import RunPath
 from .config import format_value
-from .pruner import Record, order
+from .pruner import Record, Rules, order
 
-__all__ = ["LiveTable", "leaderboard"]
+__all__ = ["LiveTable", "announce", "conclude", "leaderboard"]
 
 STYLES = {
     "running": "cyan",
     "complete": "green",
     "paused": "yellow",
+    "pruned": "yellow",
     "diverged": "red",
     "failed": "bold red",
 }
+REFRESH = 4  # times a second
+KEY = 9  # characters that a key of CONFIG has at least
 
 
 def _status(record: Record) -> str:
-    return "paused" if record.paused else record.state
+    return "paused" if record.paused and record.state == "running" else record.state
 
 
-def _rows(records: Sequence[Record], runs: Path, style: str = "") -> Table:
-    names = {path.id: path.name for path in RunPath.all(runs)}
-    keys = list(dict.fromkeys(key for record in records for key in record.config))
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("#", justify="right")
-    table.add_column("run", no_wrap=True)
-    table.add_column("status")
-    table.add_column("epoch", justify="right")
-    table.add_column("loss_valid", justify="right")
+def _loss(record: Record) -> str:
+    loss = record.values.get(record.last, math.nan)
 
-    for key in keys:
-        table.add_column(key, justify="right")
-
-    for record in records:
-        loss = record.values.get(record.last, math.nan)
-        status = _status(record)
-        table.add_row(
-            str(record.index),
-            f"{names.get(record.run_id, '…')}_{record.run_id}",
-            Text(status, style=STYLES.get(status, "")),
-            f"{record.last}/{record.epochs}",
-            "–" if math.isnan(loss) else f"{loss:.4f}",
-            *(_short(record.config.get(key)) for key in keys),
-        )
-
-    return table
+    return "–" if math.isnan(loss) else f"{loss:.4f}"
 
 
 def _short(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else format_value(value)
+
+
+def _rows(records: Sequence[Record], names: dict[str, str], width: int) -> Table:
+    r"""Returns a table of runs that fits a width: keys, then names are left out for it."""
+
+    keys = list(dict.fromkeys(key for record in records for key in record.config))
+    wide = width >= 80 + 8 * len(keys)
+    keys = keys[: max(0, width - 45) // (KEY + 2)]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+
+    for column, least in {"#": 3, "run": 8, "status": 8, "epoch": 5, "loss_valid": 6}.items():
+        left = column in ("run", "status")
+        table.add_column(
+            column, justify="left" if left else "right", no_wrap=True, min_width=least
+        )
+
+    for key in keys:
+        table.add_column(key, justify="right", no_wrap=True, min_width=KEY)
+
+    for record in records:
+        status = _status(record)
+        table.add_row(
+            str(record.index),
+            f"{names.get(record.run_id, '…')}_{record.run_id}" if wide else record.run_id,
+            Text(status, style=STYLES.get(status, "")),
+            f"{record.last}/{record.epochs}",
+            _loss(record),
+            *(_short(record.config[key]) if key in record.config else "–" for key in keys),
+        )
+
+    return table
 
 
 class LiveTable:
@@ -83,57 +95,92 @@ class LiveTable:
         self.records = records
         self.start = time.monotonic()
         self.console = Console()
+        self.names: dict[str, str] = {}
+        self.now: list[Record] = []
         self.live: Live | None = None
 
     def __enter__(self) -> "LiveTable":
         if self.console.is_terminal:
-            self.live = Live(console=self.console, auto_refresh=False, transient=True)
-            self.live.__enter__()
+            self.live = Live(
+                console=self.console,
+                get_renderable=self._render,  # by itself: time passes without events, too
+                refresh_per_second=REFRESH,
+                transient=True,
+                vertical_overflow="crop",
+            )
+            self.live.start()
 
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.live is not None:
-            self.live.__exit__(kind, error, trace)
+            self.live.stop()
 
     def notify(self, event: str, record: Record) -> None:
         r"""Shows that something happened to a run."""
 
         if self.live is not None:
-            self.live.update(self._render(), refresh=True)
+            self.now = self.records()
         elif event != "running":
             self._print(event, record)
 
     def _print(self, event: str, record: Record) -> None:
-        said = {"draw": "starts", "adopt": "is resumed", "promote": "is promoted"}
-        loss = f", loss_valid {record.values[record.last]:.4f}" if record.values else ""
+        said = {
+            "draw": "starts",
+            "adopt": "is resumed",
+            "promote": "is promoted",
+            "lost": "is lost",
+        }
         config = " ".join(f"{key}={_short(x)}" for key, x in record.config.items())
         print(
             f"[{time.monotonic() - self.start:6.1f} s] run {record.index} {record.run_id} "
-            f"{said.get(event, event)}: epoch {record.last}/{record.epochs}{loss}, {config}"
+            f"{said.get(event, event)}: epoch {record.last}/{record.epochs}, "
+            f"loss_valid {_loss(record)}, {config}"
             + (f": {record.error}" if record.error else ""),
             flush=True,
         )
 
     def _render(self) -> RenderableType:
-        records = self.records()
+        records = self.now
         running = [r for r in records if _status(r) == "running"]
         rest = sorted((r for r in records if _status(r) != "running"), key=order)
-        room = max(3, self.console.size.height - len(running) - 5)
+        width, height = self.console.size
+        room = max(1, height - len(running) - 4)
         counts = {s: sum(_status(r) == s for r in records) for s in STYLES}
         said = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
+        elapsed = int(time.monotonic() - self.start)
         head = Text.assemble(
             ("sweep ", "bold"),
             (self.title, "bold cyan"),
-            f"  {len(records)}/{self.target} runs: {said}  {time.monotonic() - self.start:.0f} s",
+            f"  {elapsed // 60}:{elapsed % 60:02}  {len(records)}/{self.target} runs: "
+            f"{said or 'starting'}",
+            overflow="ellipsis",
+            no_wrap=True,
         )
+        self._name(running + rest[:room])
+        parts: list[RenderableType] = [head, _rows(running + rest[:room], self.names, width)]
 
-        return Group(head, _rows([*running, *rest[:room]], self.runs))
+        if len(rest) > room:
+            parts.append(Text(f"and {len(rest) - room} more", style="dim"))
+
+        return Group(*parts)
+
+    def _name(self, records: Sequence[Record]) -> None:
+        r"""Looks for the names of runs that are new. A run has its name from its first start."""
+
+        if any(record.run_id not in self.names for record in records):
+            self.names |= {path.id: path.name for path in RunPath.all(self.runs)}
+
+
+def announce(title: str, rules: Rules, records: Sequence[Record], directory: Path) -> None:
+    r"""Prints what a sweep is about to do."""
+
+    rungs = ", ".join(map(str, rules.rungs))
+    print(f"sweep '{title}' in {directory}: {rules.target} trials, rungs at epochs {rungs}")
+
+    if records:
+        open_ = sum(record.state == "running" for record in records)
+        print(f"carried on: {len(records)} runs so far, {open_} of them under way", flush=True)
 
 
 def leaderboard(title: str, records: Sequence[Record], runs: Path, count: int = 10) -> None:
@@ -141,16 +188,46 @@ def leaderboard(title: str, records: Sequence[Record], runs: Path, count: int = 
 
     console = Console(width=None if sys.stdout.isatty() else 160)
     finished = sorted((r for r in records if r.values), key=order)
+    names = {path.id: path.name for path in RunPath.all(runs)}
     console.print(Text(f"\nLeaderboard of {title}", style="bold"))
-    console.print(_rows(finished[:count], runs))
+    console.print(_rows(finished[:count], names, console.width))
 
     if len(finished) > count:
         console.print(f"and {len(finished) - count} more.")
 
-    seeds = {record.config.get("seed") for record in records}
-
-    if len(seeds) <= 1:
+    if len({record.config.get("seed") for record in records}) <= 1:
         console.print(
             f"One seed, selected as the best of {len(records)}: the winner's loss is flattered "
             "by the selection. Train it again with other seeds before you quote it."
         )
+
+
+def conclude(
+    title: str, target: int, records: Sequence[Record], directory: Path, runs: Path
+) -> None:
+    r"""Prints the leaderboard of a finished sweep, and the commands to try next."""
+
+    leaderboard(title, records, runs)
+    complete = sorted((r for r in records if r.state == "complete"), key=order)
+
+    if not complete:
+        print("No run is complete: run.json and error.txt in the run directories say why.")
+        return
+
+    best = complete[0]
+    path = RunPath.of_id(runs, best.run_id)
+    values = " ".join(f"{key}={format_value(x)}" for key, x in best.config.items())
+    print(f"\nBest configuration: {values}")
+
+    if path is None:
+        print(f"Its directory, of run {best.run_id}, is gone.")
+        return
+
+    run, here = path.directory.name, os.path.relpath(path.directory)
+    journal = os.path.relpath(directory / "study.journal")
+    print(f"Its weights:        {here}/state.pth\n")
+    print("What next?")
+    print(f"  sda-ray sweep {title} --trials {2 * target}   # go on searching")
+    print(f"  sda-ray train --config {run} --replicas 3   # other seeds")
+    print(f"  optuna-dashboard {journal}   # curves")
+    print(f"  python -c \"from sda_ray import load_score; print(load_score('{here}'))\"")

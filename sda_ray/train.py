@@ -3,16 +3,21 @@ r"""One run, from its config to its weights."""
 import os
 import signal
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
 import torch
 
+from .checkpoint import RunPath
+from .config import steady_epochs
 from .data import TrajectoryDataset
 from .errors import UserError
+from .extension import carry_over, keep_start
+from .lease import LeaseLost
+from .precision import strict
 from .runs import Run
-from .score import load_score
+from .score import load_network
 from .training import Diverged, Metrics, TrainState, epochs
 from .validation import Validation
 
@@ -78,7 +83,8 @@ def train(
         data: The directory of `train.h5` and `valid.h5`.
         device: Where to train.
         rungs: Epochs at which a checkpoint is saved in any case.
-        init: The directory of a run whose weights to begin with.
+        init: The directory of a run whose weights to begin with, or whose checkpoint, if the
+            run's record says that it extends that one.
         stop: Looked at after every step.
 
     Raises:
@@ -100,8 +106,10 @@ def train(
     state = TrainState(config, size=trainset.shape[-1], device=device)
     run.load(state)
 
-    if state.saved is None and init is not None:
-        state.score.load_state_dict(load_score(init).state_dict())
+    if state.saved is None and init is not None and "extends" in run.record:
+        carry_over(run, state, RunPath(init))
+    elif state.saved is None and init is not None:
+        state.begin(load_network(init)[0].state_dict())
         run.save(state)
     elif state.saved is None and "parent" in run.record:
         raise UserError(
@@ -119,7 +127,8 @@ def train(
         if wanted:
             raise Interrupted("asked to stop")
 
-    rungs = {*rungs, config["epochs"]}
+    rungs = {*rungs, config["epochs"], steady_epochs(config)}
+    keep_start(run, state)  # if the run was killed before it did so
 
     try:
         for metrics in epochs(state, trainset, validation, after_step):
@@ -127,10 +136,13 @@ def train(
 
             if metrics["epoch"] in rungs or run.due:
                 run.save(state)
+                keep_start(run, state)
 
             yield metrics
     except GeneratorExit:  # the caller stops here
-        run.save(state)
+        with suppress(LeaseLost):
+            run.save(state)
+
         raise
     except Diverged as error:
         run.record.write("diverged", reason=str(error))
@@ -145,3 +157,4 @@ def _make_deterministic() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cudnn.benchmark = False
+    strict()

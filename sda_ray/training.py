@@ -1,7 +1,7 @@
 r"""The training loop: one epoch at a time, every step a function of `(seed, epoch, step)`.
 
 Nothing random is remembered between steps. What step :math:`k` of epoch :math:`e` draws (windows,
-times, noise) comes from generators seeded by :math:`(\text{seed}, e, k)`, so that a run may stop
+times, noise, dropout) comes from generators seeded by :math:`(\text{seed}, e, k)`, so that a run may stop
 after any step and go on elsewhere as if nothing had happened.
 """
 
@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from .config import Config, schedule
+from .averaging import average_of, follow
+from .config import Config, learning_rate
 from .data import TrajectoryDataset
 from .diffusion import VPSDE
+from .precision import lowered
 from .score import MCScoreNet, make_score
-from .streams import INIT, NOISE, ORDER, START, rng
+from .streams import DROPOUT, INIT, NOISE, ORDER, START, rng, seeded
 from .validation import Validation
 
 __all__ = ["Diverged", "Metrics", "TrainState", "epochs", "train_epoch"]
@@ -34,6 +36,8 @@ class Diverged(RuntimeError):
 class TrainState:
     r"""Creates everything that training changes: network, moments of AdamW and position.
 
+    The network drops out during a step alone.
+
     Arguments:
         config: A checked config.
         size: The side :math:`H = W` of the states.
@@ -43,13 +47,14 @@ class TrainState:
     score: MCScoreNet
 
     def __init__(self, config: Config, size: int, device: str | torch.device = "cpu") -> None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(rng(INIT, config["seed"]).initial_seed())
-            self.score = make_score(**config, size=size).to(device)
+        with seeded(INIT, config["seed"]):
+            self.score = make_score(**config, size=size).to(device).eval()
 
         self.config = config
         self.device = torch.device(device)
-        self.sde = VPSDE(self.score.kernel, shape=(2 * config["window"], size, size)).to(device)
+        self.shape = 2 * config["window"], size, size
+        self.sde = self._sde(self.score)
+        self.average = average_of(self.score) if config["ema"] else None
         self.lr = config["learning_rate"]
         self.moments = {
             name: {
@@ -68,6 +73,27 @@ class TrainState:
     def position(self) -> tuple[int, int]:
         return self.epoch, self.step
 
+    @property
+    def result(self) -> MCScoreNet:
+        r"""The network that the run is judged by and leaves: the averaged one, if there is one."""
+
+        return self.score if self.average is None else self.average
+
+    @property
+    def result_sde(self) -> VPSDE:
+        r"""The diffusion over windows with the network that the run is judged by."""
+
+        return self._sde(self.result)
+
+    def _sde(self, score: MCScoreNet) -> VPSDE:
+        return VPSDE(score.kernel, self.shape, self.config["alpha"]).to(self.device)
+
+    def begin(self, weights: dict[str, Tensor]) -> None:
+        r"""Takes over the weights that another run left."""
+
+        self.score.load_state_dict(weights)
+        self.result.load_state_dict(weights)
+
     def tensors(self) -> dict[str, Tensor]:
         r"""Returns all tensors by name. They share memory with the state."""
 
@@ -75,6 +101,9 @@ class TrainState:
 
         for name, moments in self.moments.items():
             named |= {f"optimizer.{name}.{key}": x for key, x in moments.items()}
+
+        if self.average is not None:
+            named |= {f"average.{name}": x.detach() for name, x in self.average.named_parameters()}
 
         return {**named, "losses": self.losses[: self.step]}
 
@@ -103,8 +132,8 @@ class TrainState:
         self.saved = self.position
 
     @torch.no_grad()
-    def update(self) -> None:
-        r"""Takes a step of AdamW along the gradients, and clears them.
+    def update(self, n: int) -> None:
+        r"""Takes step number n, from 1, of AdamW along the gradients, and clears them.
 
         The function rather than the class `torch.optim.AdamW`, whose constructor imports
         torch._dynamo: seconds for each process that trains. The bits are the same.
@@ -112,6 +141,10 @@ class TrainState:
 
         parameters: list[Tensor] = list(self.score.parameters())
         moments = self.moments.values()
+        beta1, beta2 = self.config["betas"]
+
+        if self.config["grad_clip"]:
+            torch.nn.utils.clip_grad_norm_(parameters, self.config["grad_clip"])
 
         adamw(
             parameters,
@@ -122,8 +155,8 @@ class TrainState:
             [m["step"] for m in moments],
             fused=True,
             amsgrad=False,
-            beta1=0.9,
-            beta2=0.999,
+            beta1=beta1,
+            beta2=beta2,
             lr=self.lr,
             weight_decay=self.config["weight_decay"],
             eps=1e-8,
@@ -132,6 +165,9 @@ class TrainState:
 
         for p in parameters:
             p.grad = None
+
+        if self.average is not None:
+            follow(self.average, self.score, self.config["ema"], n)
 
 
 def _differences(expected: dict[str, Tensor], found: dict[str, Tensor]) -> str:
@@ -169,7 +205,7 @@ def train_epoch(
         losses[: state.step] = state.losses[: state.step]
         state.losses = losses
 
-    state.lr = config["learning_rate"] * schedule(config["scheduler"], e / config["epochs"])
+    state.lr = learning_rate(config, e)
 
     for k in range(state.step, len(batches)):
         indices = batches[k]
@@ -177,9 +213,15 @@ def train_epoch(
         noise_rng = rng(NOISE, seed, e, k, device=state.device)
 
         x = trainset.windows(indices, starts).to(state.device, non_blocking=True)
-        loss = state.sde.loss(x, generator=noise_rng)
+        dropout = seeded(DROPOUT, seed, e, k, device=state.device)
+        state.sde.train()
+
+        with dropout, lowered(config["precision"], state.device):
+            loss = state.sde.loss(x, generator=noise_rng)
+
+        state.sde.eval()
         loss.backward()
-        state.update()
+        state.update(n=e * len(batches) + k + 1)
 
         state.losses[k] = loss.detach() * len(indices)
         state.step += 1
@@ -201,7 +243,8 @@ def epochs(
     r"""Trains to the end of the config's epochs and yields the metrics of each.
 
     Yields:
-        `epoch` (from 1), `loss_train`, `loss_valid`, `loss_valid_se`, `lr` and `seconds`.
+        `epoch` (from 1), `loss_train`, `loss_valid`, `loss_valid_se`, `lr` and `seconds`, and
+        `loss_valid_raw`, that of the weights themselves, if they are averaged.
 
     Raises:
         Diverged: If a loss is not finite or has exploded.
@@ -210,16 +253,19 @@ def epochs(
     while state.epoch < state.config["epochs"]:
         start = time.monotonic()
         loss_train = train_epoch(state, trainset, after_step)
-        loss_valid, error = validation(state.sde)
+        loss_valid, error = validation(state.result_sde)
+        losses = {"loss_train": loss_train, "loss_valid": loss_valid}
 
-        for key, loss in (("loss_train", loss_train), ("loss_valid", loss_valid)):
+        if state.average is not None:
+            losses["loss_valid_raw"], _ = validation(state.sde)
+
+        for key, loss in losses.items():
             if not loss < EXPLODED:
                 raise Diverged(f"{key} is {loss:.3g} after epoch {state.epoch}")
 
         yield {
             "epoch": state.epoch,
-            "loss_train": loss_train,
-            "loss_valid": loss_valid,
+            **losses,
             "loss_valid_se": error,
             "lr": state.lr,
             "seconds": round(time.monotonic() - start, 3),

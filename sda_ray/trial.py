@@ -4,11 +4,11 @@ Tune receives numbers only: the run's directory, its checkpoints and its resumpt
 trial's process is kept for the next trial, so that everything ends in :meth:`Trial.close`.
 """
 
-import signal
 import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from signal import SIGTERM
 from typing import Any
 
 from ray.tune import Trainable
@@ -143,17 +143,18 @@ def _stop(request: Path) -> Any:
 
     class Request(Stop):
         looked = 0.0
+        number: int | None = None
 
         @property
         def signal(self) -> int | None:
-            if self._signal is None and time.monotonic() - self.looked > LOOK_SECONDS:
+            if self.number is None and time.monotonic() - self.looked > LOOK_SECONDS:
                 self.looked = time.monotonic()
-                self._signal = signal.SIGTERM if request.exists() else None
+                self.number = SIGTERM if request.exists() else None
 
-            return self._signal
+            return self.number
 
         @signal.setter
         def signal(self, number: int | None) -> None:
-            self._signal = number
+            self.number = number
 
     return Request()

@@ -13,14 +13,17 @@ from sda_ray.config import (
     ACTIVATIONS,
     CONFIG,
     SCHEDULERS,
+    Config,
     check_config,
     check_value,
     format_value,
+    learning_rate,
     load_config,
     parse_overrides,
     parse_value,
     save_config,
     schedule,
+    steady_epochs,
 )
 from sda_ray.errors import UserError
 from sda_ray.keys import KEYS
@@ -38,6 +41,17 @@ UPSTREAM = {
     "learning_rate": 2e-4,
     "weight_decay": 1e-3,
     "scheduler": "linear",
+}
+
+OURS = {
+    "seed": 0,
+    "alpha": "cos",
+    "dropout": 0.0,
+    "betas": (0.9, 0.999),
+    "warmup": 0,
+    "grad_clip": 0.0,
+    "ema": 0.0,
+    "precision": "fp32",
 }
 
 BAD: list[tuple[dict[Any, Any], str]] = [
@@ -82,6 +96,17 @@ BAD: list[tuple[dict[Any, Any], str]] = [
     ({"optimizer": "SGD"}, "optimizer is 'SGD', but must be AdamW"),
     ({"seed": -1}, "seed is -1"),
     ({"seed": 1e300}, "seed is 1e+300"),
+    ({"alpha": "sin"}, "alpha is 'sin', but must be cos, lin or exp. Did you mean 'lin'?"),
+    ({"dropout": 1}, "dropout is 1, but must be a number from 0 to below 1"),
+    ({"ema": -0.1}, "ema is -0.1, but must be a number from 0 to below 1"),
+    ({"betas": (0.9,)}, "betas is (0.9,), but must be 2 numbers from 0 to below 1"),
+    ({"betas": (0.9, 1.0)}, "betas is (0.9, 1.0), but must be 2 numbers"),
+    ({"betas": (0.9, "x")}, "betas is (0.9, 'x'), but must be 2 numbers"),
+    ({"betas": 0.9}, "betas is 0.9, but must be 2 numbers"),
+    ({"warmup": 1.5}, "warmup is 1.5, but must be an integer"),
+    ({"warmup": 5000}, "warmup is 5000, but must be at most epochs, here 4096"),
+    ({"grad_clip": math.inf}, "grad_clip is inf, but must be a number"),
+    ({"precision": "fp16"}, "precision is 'fp16', but must be fp32, bf16 or tf32"),
 ]
 
 
@@ -91,14 +116,17 @@ def values(name: str) -> st.SearchStrategy[Any]:
     if key.options:
         return st.sampled_from(key.options)
     elif key.kind is float:
-        return st.floats(key.low, key.high, exclude_min=key.above)
+        return st.floats(key.low, key.high, exclude_min=key.above, exclude_max=key.below)
+    elif key.item is float:
+        items = st.floats(key.low, key.high, exclude_max=key.below)
+        return st.lists(items, min_size=key.count or 1, max_size=key.count).map(tuple)
 
     integers = st.integers(int(key.low), int(key.high)).filter(lambda i: not key.odd or i % 2)
     return integers if key.kind is int else st.lists(integers, min_size=1, max_size=5).map(tuple)
 
 
 def test_defaults_are_those_of_sda() -> None:
-    assert CONFIG == UPSTREAM | {"seed": 0}
+    assert CONFIG == UPSTREAM | OURS
     assert list(CONFIG)[:12] == list(UPSTREAM)
     assert check_config(CONFIG, size=64, length=64) == CONFIG
 
@@ -167,6 +195,7 @@ def test_levels_may_have_brackets(text: str) -> None:
 
 def test_overrides_are_typed_by_the_key() -> None:
     overrides = ["epochs=1e3", "learning_rate=1", "activation=GELU", "hidden_blocks=2"]
+    overrides += ["betas=(0.5, 0.95)", "ema=0.999"]
     parsed = parse_overrides(overrides)
 
     assert parsed == {
@@ -174,6 +203,8 @@ def test_overrides_are_typed_by_the_key() -> None:
         "learning_rate": 1.0,
         "activation": "GELU",
         "hidden_blocks": (2,),
+        "betas": (0.5, 0.95),
+        "ema": 0.999,
     }
     assert type(parsed["epochs"]) is int
     assert type(parsed["learning_rate"]) is float
@@ -206,10 +237,11 @@ def test_saved_configuration_loads(tmp_path: Path) -> None:
     assert load_config(tmp_path / "config.json") == config
 
 
-def test_configuration_of_sda_loads(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ours", [{}, {"seed": 3}])
+def test_configurations_of_sda_and_of_before_load(ours: Config, tmp_path: Path) -> None:
     file = tmp_path / "config.json"
-    file.write_text(json.dumps(UPSTREAM))
-    assert load_config(file) == CONFIG
+    file.write_text(json.dumps(UPSTREAM | ours))
+    assert load_config(file) == CONFIG | ours
 
 
 @pytest.mark.parametrize(
@@ -243,7 +275,7 @@ def test_schedule_decays_from_one_towards_zero(name: str) -> None:
     factors = [schedule(name, i / 64) for i in range(65)]
 
     assert factors[0] == 1
-    assert math.isclose(factors[-1], 0, abs_tol=1e-3)
+    assert math.isclose(factors[-1], 1 if name == "constant" else 0, abs_tol=1e-3)
     assert factors == sorted(factors, reverse=True)
 
 
@@ -252,8 +284,30 @@ def test_schedule_is_as_defined() -> None:
     assert math.isclose(schedule("cosine", 1 / 3), 0.75)
     assert math.isclose(schedule("exponential", 0.5), math.exp(-7 / 4))
 
+    assert schedule("constant", 0.99) == schedule("wsd", 0.9) == 1
+    assert math.isclose(schedule("wsd", 0.95), 0.5)
+
     with pytest.raises(UserError, match="scheduler is 'lineal'"):
         schedule("lineal", 0.5)
+
+
+def test_learning_rate_rises_over_the_warmup_then_follows_the_schedule() -> None:
+    config = CONFIG | {"epochs": 8, "learning_rate": 1.0}
+    cold = [learning_rate(config, e) for e in range(8)]
+    warm = [learning_rate(config | {"warmup": 4}, e) for e in range(8)]
+
+    assert cold == [schedule("linear", e / 8) for e in range(8)]
+    assert warm == [0.25 * cold[0], 0.5 * cold[1], 0.75 * cold[2], *cold[3:]]
+
+
+@pytest.mark.parametrize("epochs", [1, 7, 10, 11, 20, 256, 999, 4096])
+def test_steady_epochs_are_those_whose_rates_depend_on_no_later_one(epochs: int) -> None:
+    config = CONFIG | {"epochs": epochs, "scheduler": "wsd"}
+    steady = [learning_rate(config, e) == config["learning_rate"] for e in range(epochs)]
+
+    assert steady_epochs(config) == sum(steady) == epochs - steady[::-1].index(True)
+    assert steady_epochs(config | {"scheduler": "constant"}) == epochs
+    assert steady_epochs(config | {"scheduler": "cosine"}) == 0
 
 
 def test_activations_are_those_of_torch() -> None:

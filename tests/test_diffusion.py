@@ -86,7 +86,7 @@ def test_perturbed_data_have_mean_mu_and_deviation_sigma(SDE: type[VPSDE], alpha
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"alpha": "tan"}, "alpha is 'tan', but must be one of lin"), ({"eta": 0.0}, "eta is 0")],
+    [({"alpha": "tan"}, "alpha is 'tan', but must be one of cos"), ({"eta": 0.0}, "eta is 0")],
 )
 def test_wrong_schedule_is_refused(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):

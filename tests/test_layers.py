@@ -15,13 +15,13 @@ MODULES = sorted(file.stem for file in PACKAGE.glob("[!_]*.py"))
 
 # A module imports from its own floor and from those below.
 FLOORS = {
-    0: "errors keys config files hdf5 lease provenance streams",
-    1: "domain data flow generation periodic solver",
+    0: "errors keys config files hdf5 lease precision provenance streams",
+    1: "domain data flow generation periodic solver weights",
     2: "nn score",
     3: "diffusion guidance",
-    4: "training validation checkpoint samples pruner",
-    5: "record history tracking runs train curves inventory reclaim",
-    6: "space sampler study cluster render",
+    4: "averaging training validation checkpoint samples pruner",
+    5: "record history tracking runs extension train curves inventory reclaim",
+    6: "space sampler study cluster details render",
     7: "trial driver executor sweep table",
     8: "session simulate browse",
     9: "cli",

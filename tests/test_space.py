@@ -97,7 +97,10 @@ def fixed(name: str) -> st.SearchStrategy[Any]:
     if key.options:
         return st.sampled_from(key.options)
     elif key.kind is float:
-        return st.floats(key.low, key.high, exclude_min=key.above)
+        return st.floats(key.low, key.high, exclude_min=key.above, exclude_max=key.below)
+    elif key.item is float:
+        items = st.floats(key.low, key.high, exclude_max=key.below)
+        return st.lists(items, min_size=key.count or 1, max_size=key.count).map(tuple)
 
     integers = st.integers(int(key.low), int(key.high)).filter(lambda i: not key.odd or i % 2)
     return integers if key.kind is int else st.lists(integers, min_size=1, max_size=5).map(tuple)

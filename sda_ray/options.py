@@ -1,0 +1,167 @@
+r"""The options of the command line, and where its files are."""
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import __version__
+from .config import format_value
+from .keys import KEYS
+
+__all__ = ["parse"]
+
+PROMISE = "Every command may be killed and run again: it goes on where it was."
+
+SIMULATE = """
+Simulates Kolmogorov flow and writes train.h5, valid.h5 and test.h5 (8:1:1) to the data directory.
+Only what is missing is computed. `full` is the data set of SDA: 1024 trajectories on a 256x256
+grid, averaged to 64x64. `demo` is 64 trajectories on a 64x64 grid, about half a minute on two
+cores: for trying things out, not for results.
+"""
+
+TRAIN = """
+Trains one score network, from a configuration to state.pth, in its own directory
+runs/{name}_{id}/. Settings are those of SDA unless key=value says otherwise:
+"""
+
+SWEEP = """
+Runs a sweep: many trials in parallel, each a training in its own run directory. SWEEP is a script,
+such as sweeps/demo.py, or the name of a sweep that was started before. The same command starts a
+sweep, carries it on after a crash, and, with a larger --trials, extends it.
+"""
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    r"""Parses arguments. Those of the form key=value may stand anywhere among the options.
+
+    Paths come back absolute; `data_given` says whether `data` was an option.
+    """
+
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    unknown = [x for x in rest if x.startswith("-") or "=" not in x or "settings" not in args]
+
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+
+    if rest:
+        args.settings += rest
+
+    _locate(args)
+
+    return args
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sda-ray",
+        description="Hyperparameter sweeps for score-based data assimilation. " + PROMISE,
+    )
+    parser.add_argument("--version", action="version", version=f"sda-ray {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, help: str, description: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(
+            name,
+            help=help,
+            description=description.strip(),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        where = added.add_argument_group("places")
+        where.add_argument("--root", help="default: $SDA_RAY_ROOT, else here")
+        where.add_argument("--data", help="the data directory (default: ROOT/data)")
+
+        if name != "simulate":
+            where.add_argument("--runs", help="the directory of all runs (default: ROOT/runs)")
+
+        return added
+
+    _add_simulate(command("simulate", "make a data set", SIMULATE))
+    _add_train(command("train", "train one network", f"{TRAIN}\n{_keys()}"))
+    _add_sweep(command("sweep", "search for good settings", SWEEP))
+
+    return parser
+
+
+def _keys() -> str:
+    return "\n".join(
+        f"  {name:16} {key.about} ({format_value(key.default)}; {key.accepts})"
+        for name, key in KEYS.items()
+    )
+
+
+def _add_simulate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preset", choices=("full", "demo"), default="full")
+    parser.add_argument("--trajectories", type=int, metavar="N", help="instead of the preset's")
+    parser.add_argument("--size", type=int, metavar="CELLS", help="instead of the preset's")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: all CPUs)")
+    parser.add_argument("--address", help="a Ray cluster (default: this machine alone)")
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings, as epochs=64")
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument("--resume", metavar="RUN", help="go on with a run (path, name or id)")
+    start.add_argument("--init", metavar="RUN", help="start from the weights of a run")
+    parser.add_argument("--config", metavar="RUN", help="settings of a run, or a config.json")
+    parser.add_argument("--replicas", type=int, metavar="N", help="N runs with seeds seed … + N-1")
+    parser.add_argument("--device", help="cpu, cuda, … (default: cuda if there is one)")
+    parser.add_argument(
+        "--takeover", action="store_true", help="with --resume: even if a process is at it"
+    )
+    _add_resources(parser, "resources of replicas")
+    _add_wandb(parser)
+
+
+def _add_sweep(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("sweep", metavar="SWEEP", help="a script, or the name of a sweep")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of all trials")
+    parser.add_argument("--name", help="another name than the script's")
+    parser.add_argument("--trials", type=int, metavar="N", help="the number of trials wanted")
+    parser.add_argument(
+        "--fix", action="append", default=[], metavar="key=value", help="take a key out of SPACE"
+    )
+    _add_resources(parser, "resources of trials")
+    _add_wandb(parser)
+
+
+def _add_resources(parser: argparse.ArgumentParser, title: str) -> None:
+    group = parser.add_argument_group(title)
+    group.add_argument("--address", help="a Ray cluster (default: this machine alone)")
+    group.add_argument("--cpus-per-trial", type=float, metavar="N", help="default: 1")
+    group.add_argument("--gpus-per-trial", type=float, metavar="N", help="default: 1 if any")
+    group.add_argument("--parallel", type=int, metavar="N", help="at most N at a time")
+
+
+def _add_wandb(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("W&B (options, then variables WANDB_*, then offline)")
+    group.add_argument("--wandb", choices=("online", "offline", "disabled"))
+    group.add_argument("--project", help="default: sda-kolmogorov")
+    group.add_argument("--entity")
+    group.add_argument("--tags", metavar="A,B")
+
+
+def _locate(args: argparse.Namespace) -> None:
+    r"""Makes root, runs and data absolute. Nothing else looks at these variables."""
+
+    here = Path.cwd()
+
+    if args.root or os.environ.get("SDA_RAY_ROOT"):
+        root = Path(args.root or os.environ["SDA_RAY_ROOT"])
+    elif (here / "runs").is_dir() or (here / "data").is_dir():
+        root = here
+    elif os.environ.get("SCRATCH"):
+        root = Path(os.environ["SCRATCH"]) / "sda" / "kolmogorov"
+    else:
+        root = here
+
+    def absolute(path: str | None, default: Path) -> Path:
+        return Path(os.path.abspath(Path(path).expanduser())) if path else default
+
+    args.root = absolute(str(root), here)
+    args.data_given = args.data is not None
+    args.data = absolute(args.data, args.root / "data")
+    args.runs = absolute(getattr(args, "runs", None), args.root / "runs")

@@ -1,0 +1,66 @@
+r"""Arithmetic of training: fp32 throughout, or lower inside the network where it does no harm.
+
+In bf16, the convolutions and projections between the first and the last convolution take and give
+bfloat16. The stream of features that they add to, the statistics of the layer norm and everything
+around the network are in fp32. So is whatever happens outside of :func:`lowered`, as validation
+and sampling.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+__all__ = ["full", "lower", "lowered", "strict"]
+
+
+@contextmanager
+def lowered(precision: str, device: torch.device) -> Iterator[None]:
+    r"""Computes with a lower precision for as long as it is entered.
+
+    Arguments:
+        precision: `fp32`, `bf16` or `tf32`. The latter means something on CUDA only.
+        device: Where the network is.
+    """
+
+    if precision == "bf16":
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            yield
+    elif precision == "tf32" and device.type == "cuda":
+        _allow_tf32(True)
+
+        try:
+            yield
+        finally:
+            _allow_tf32(False)
+    else:
+        yield
+
+
+def strict() -> None:
+    r"""Makes CUDA compute fp32 in fp32: torch takes TF32 for convolutions unless told not to."""
+
+    _allow_tf32(False)
+
+
+def _allow_tf32(allowed: bool) -> None:
+    torch.backends.cudnn.allow_tf32 = allowed
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
+def full(x: Tensor) -> torch.autocast:
+    r"""Returns a context in which a tensor's device keeps to full precision."""
+
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def lower(x: Tensor) -> Tensor:
+    r"""Returns a tensor as the next convolution will want it.
+
+    Autocast would lower it too, but only after it was padded.
+    """
+
+    device = x.device.type
+
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x

@@ -1,0 +1,254 @@
+r"""Sweeps without Ray and without networks: a formula trains, everything else is real.
+
+What is played here is the executor (who asks the driver for trials and tells it results) and the
+trials (who write run directories). Both may die at any moment.
+"""
+
+import json
+import math
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from sda_ray.checkpoint import RunPath
+from sda_ray.driver import Driver
+from sda_ray.lease import Lease
+from sda_ray.pruner import Record, Rules
+from sda_ray.sampler import propose
+from sda_ray.study import Study, reconcile
+
+__all__ = ["Crash", "Sweeping", "diverges", "draw", "fails", "loss", "outcomes"]
+
+
+class Crash(BaseException):
+    r"""Signals the death of the driver."""
+
+
+def loss(config: dict[str, Any], epoch: int) -> float:
+    r"""Returns curves that cross: what is good early is not what is good in the end."""
+
+    x = math.log10(config["learning_rate"])
+
+    return (x + 2.5) ** 2 / epoch + abs(math.sin(1e3 * x)) * epoch / 20
+
+
+def diverges(config: dict[str, Any], epoch: int) -> bool:
+    return config["learning_rate"] > 0.03 and epoch > 100 * (config["learning_rate"] - 0.03)
+
+
+def fails(config: dict[str, Any], epoch: int) -> bool:
+    return epoch == 2 and int(1e6 * config["learning_rate"]) % 7 == 0
+
+
+def never(config: dict[str, Any], epoch: int) -> bool:
+    return False
+
+
+class Training:
+    r"""Creates a trial: the same contract as :class:`sda_ray.trial.Trial`, on real files."""
+
+    def __init__(self, sweeping: "Sweeping", spec: dict[str, Any]) -> None:
+        self.sweeping = sweeping
+        self.spec = spec
+        path = RunPath.of_id(sweeping.runs, spec["run_id"])
+        self.path = path or RunPath(sweeping.runs / f"run-{spec['index']}_{spec['run_id']}")
+        self.path.directory.mkdir(exist_ok=True)
+        self.checkpoint = self.path.directory / "checkpoint.pth"
+        self.opened = False
+
+    def step(self, count: int) -> dict[str, Any]:
+        r"""Trains for some epochs, or to the next rung."""
+
+        config, rungs = self.spec["config"], self.sweeping.rules.rungs
+        lines = self.path.metrics.read_text().splitlines() if self.path.metrics.exists() else []
+        known = {line["epoch"]: line["loss_valid"] for line in map(json.loads, lines)}
+        values = [] if self.opened else list(known.items())
+        epoch = int(self.checkpoint.read_text()) if self.checkpoint.exists() else 0
+        self.opened = True
+
+        for _ in range(count):
+            if epoch == rungs[-1]:
+                break
+
+            epoch += 1
+
+            if self.sweeping.diverges(config, epoch):
+                return self.end("diverged", values, "exploded")
+
+            if self.sweeping.fails(config, epoch):
+                return self.end("failed", values, f"RuntimeError: epoch {epoch}")
+
+            if epoch not in known:
+                line = {"epoch": epoch, "loss_valid": loss(config, epoch)}
+
+                with open(self.path.metrics, "a") as file:
+                    file.write(json.dumps(line) + "\n")
+
+            values.append((epoch, loss(config, epoch)))
+            self.checkpoint.write_text(str(epoch))
+
+            if epoch in rungs[:-1]:
+                break
+
+        if epoch == rungs[-1]:
+            self.path.state.write_text(repr(loss(config, epoch)))
+            return self.end("finished", values) | {"event": "complete"}
+
+        return {"event": "running", "epochs": values, "error": ""}
+
+    def end(self, status: str, values: list[Any], error: str = "") -> dict[str, Any]:
+        self.path.record.write_text(json.dumps({"status": status, "reason": error}))
+
+        return {"event": status, "epochs": values, "error": error}
+
+
+class Sweeping:
+    r"""Creates a sweep in a directory, which may be driven, killed and driven again.
+
+    Arguments:
+        directory: Where runs and study are.
+        rules: The rules.
+        sampler: The sampler.
+        diverges: Tells whether a configuration diverges at an epoch.
+        fails: Tells whether a configuration fails at an epoch.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        rules: Rules,
+        sampler: str = "random",
+        diverges: Callable[[dict[str, Any], int], bool] = never,
+        fails: Callable[[dict[str, Any], int], bool] = never,
+    ) -> None:
+        self.runs = directory / "runs"
+        self.runs.mkdir(parents=True, exist_ok=True)
+        self.journal = directory / "study.journal"
+        self.rules = rules
+        self.sampler = sampler
+        self.diverges = diverges
+        self.fails = fails
+        self.appends = 0
+        self.promotions: list[tuple[Record, list[Record]]] = []
+
+    def drive(
+        self, slots: int = 1, rng: random.Random | None = None, crash: int | None = None
+    ) -> list[Record]:
+        r"""Drives the sweep to its end and returns its runs.
+
+        Arguments:
+            slots: The trials at a time.
+            rng: Decides who comes next, who is lost, and when the driver dies; by default the
+                oldest trial makes an epoch at a time and nobody dies.
+            crash: The number of appends to the journal after which the driver dies.
+
+        Raises:
+            Crash: If the driver died.
+        """
+
+        lease = Lease(self.journal.with_name("lease.json"), "the sweep")
+
+        try:
+            study = Study(self.journal, "simulated", lease)
+            self._count(study, crash)
+            reconcile(study, self.runs)
+            self._drive(study, slots, rng)
+            study.close()
+
+            return study.records()
+        finally:
+            lease.release()
+
+    def _count(self, study: Study, crash: int | None) -> None:
+        r"""Counts the appends to the journal, and dies after a number of them."""
+
+        append = study.storage._backend.append_logs
+
+        def count(logs: list[dict[str, Any]]) -> None:
+            append(logs)
+            self.appends += 1
+
+            if self.appends == crash:
+                raise Crash
+
+        study.storage._backend.append_logs = count  # type: ignore[method-assign]
+
+    def _drive(self, study: Study, slots: int, rng: random.Random | None) -> None:
+        def notify(event: str, record: Record) -> None:
+            if event == "promote" and record.shown is None:
+                self.promotions.append((record, study.records()))
+
+        failed = sum(r.state == "failed" for r in study.records())
+        driver = Driver(
+            study,
+            replace(self.rules, excused=failed),
+            lambda seen: propose(draw, seen, 0, self.sampler),
+            {"config": {"epochs": self.rules.epochs}},
+            lambda: slots,
+            notify,
+            self.runs.parent / "stop",
+        )
+        trials: dict[str, Training] = {}
+        open_: list[str] = []  # paused, and not closed yet
+        names = map(str, range(10**6))
+        step = 0
+
+        while True:
+            step += 1
+            assert step < 10**4, "the sweep does not end"
+
+            if rng is not None and rng.random() < 0.03:
+                raise Crash
+
+            if rng is None or rng.random() < 0.5:
+                name = next(names)
+
+                try:
+                    spec = driver.suggest(name)
+                except StopIteration:
+                    if not driver.done:  # asked to stop, by itself
+                        raise Crash
+
+                    assert not trials
+                    return
+
+                if spec is not None:
+                    assert spec["run_id"] not in {t.spec["run_id"] for t in trials.values()}
+                    assert spec["index"] not in driver.closing, "its process is at it still"
+                    trials[name] = Training(self, spec)
+                    continue
+
+            if open_ and rng is not None and rng.random() < 0.5:
+                open_.pop()
+
+            if trials:
+                name = next(iter(trials)) if rng is None else rng.choice(list(trials))
+
+                if rng is not None and rng.random() < 0.05:
+                    del trials[name]
+                    driver.lose(name, "killed")
+                    continue
+
+                result = trials[name].step(1 if rng is None else rng.randint(1, 3))
+
+                def close(status: str, name: str = name) -> Callable[[], bool]:
+                    if rng is not None:
+                        open_.append(name)
+
+                    return lambda: name not in open_
+
+                if not driver.report(name, result, close):
+                    del trials[name]
+
+
+def draw(trial: Any) -> dict[str, Any]:
+    return {"learning_rate": trial.suggest_float("learning_rate", 1e-4, 1e-1, log=True)}
+
+
+def outcomes(records: list[Record]) -> Iterator[tuple[Any, ...]]:
+    r"""Yields what came of each run, ids apart."""
+
+    for r in records:
+        yield r.index, r.config, r.state, r.values, r.shown

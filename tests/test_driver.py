@@ -1,0 +1,181 @@
+r"""Tests for sda_ray.driver: failures, lost workers, and the wish to stop."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from simulated import Sweeping, draw
+
+from sda_ray.driver import Driver
+from sda_ray.lease import Lease
+from sda_ray.pruner import Rules
+from sda_ray.sampler import propose
+from sda_ray.study import Study
+
+
+class Desk:
+    r"""Creates a driver that is asked and told by hand."""
+
+    def __init__(self, directory: Path, trials: int = 8, first: int | None = None) -> None:
+        self.study = Study(directory / "journal", "test", Lease(directory / "lease.json", "x"))
+        self.events: list[str] = []
+        self.slots = 8
+        self.driver = Driver(
+            self.study,
+            Rules(trials, 9, first),
+            lambda seen: propose(draw, seen, 0, "random"),
+            {"config": {"epochs": 9}},
+            lambda: self.slots,
+            lambda event, record: self.events.append(event),
+            directory / "stop",
+        )
+
+    def tell(self, name: str, event: str, error: str = "", last: int = 0) -> bool:
+        epochs = [(e, 1.0 / e) for e in range(1, last + 1)]
+        result = {"event": event, "epochs": epochs, "error": error}
+
+        return self.driver.report(name, result, lambda status: lambda: False)
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Desk:
+    return Desk(tmp_path)
+
+
+def test_three_runs_that_fail_alike_stop_the_sweep(desk: Desk) -> None:
+    for name in "abcd":
+        desk.driver.suggest(name)
+
+    for i, name in enumerate("abc"):
+        assert not desk.driver.hopeless
+        assert not desk.tell(name, "failed", f"OSError: /runs/run-{i}/x.h5 is gone (step {i})")
+
+    assert desk.driver.hopeless
+    assert desk.driver.request.exists()  # those in flight are told to stop
+
+    with pytest.raises(StopIteration):
+        desk.driver.suggest("e")
+
+
+@pytest.mark.parametrize("last", ["RuntimeError: this", "OSError: that"])
+def test_runs_that_fail_for_different_reasons_do_not_stop_it(desk: Desk, last: str) -> None:
+    for name in "abc":
+        desk.driver.suggest(name)
+
+    for name, error in zip("abc", ("OSError: this", "OSError: this", last), strict=True):
+        desk.tell(name, "failed", error)
+
+    assert not desk.driver.hopeless
+    assert desk.driver.suggest("d") is not None
+
+
+def test_failures_after_a_success_do_not_stop_it(desk: Desk) -> None:
+    for name in "abcd":
+        desk.driver.suggest(name)
+
+    desk.tell("a", "complete", last=9)
+
+    for name in "bcd":
+        desk.tell(name, "failed", "OSError: this")
+
+    assert not desk.driver.hopeless
+
+
+def test_one_run_that_fails_is_replaced(tmp_path: Path) -> None:
+    first: list[Any] = []
+
+    def fails(config: dict[str, Any], epoch: int) -> bool:
+        first.append(config)
+        return config == first[0]
+
+    records = Sweeping(tmp_path, Rules(4, 9), fails=fails).drive()
+
+    assert [r.state for r in records] == ["failed", *["complete"] * 4]
+    assert records[0].error == "RuntimeError: epoch 1"
+
+
+def test_lost_worker_is_adopted_five_times(desk: Desk) -> None:
+    desk.slots = 1
+    spec = desk.driver.suggest("0")
+    assert spec is not None
+
+    for i in range(5):
+        desk.driver.lose(str(i), "killed")
+        again = desk.driver.suggest(str(i + 1))
+        assert again is not None
+        assert again["run_id"] == spec["run_id"]
+        assert again["attempt"] == i + 2
+
+    desk.driver.lose("5", "killed")
+    assert [r.state for r in desk.study.records()] == ["failed"]
+    assert desk.study.records()[0].error == "its worker died 6 times, last of: killed"
+    assert desk.events == ["draw", *["lost", "adopt"] * 5, "failed"]
+
+
+def test_divergence_is_told_at_once_and_not_tried_again(desk: Desk) -> None:
+    desk.driver.suggest("a")
+
+    assert not desk.tell("a", "diverged", "loss_train is nan", last=2)
+    assert [(r.state, r.error) for r in desk.study.records()] == [
+        ("diverged", "loss_train is nan")
+    ]
+    assert desk.driver.suggest("b") is not None
+    assert [r.index for r in desk.study.records()] == [1, 2]
+
+
+def test_paused_run_is_not_started_before_its_process_has_let_go(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, trials=1, first=1)
+    desk.driver.suggest("a")
+    closed = False
+    result = {"event": "running", "epochs": [(1, 1.0)], "error": ""}
+    desk.driver.suggest("other")
+    desk.study.records()
+
+    # It would be the finalist at once, were it not for the wish to stop
+    desk.driver.stopping = True
+    assert not desk.driver.report("a", result, lambda status: lambda: closed)
+    desk.driver.stopping = False
+
+    assert desk.driver.suggest("b") is None
+    closed = True
+    spec = desk.driver.suggest("b")
+    assert spec is not None
+    assert spec["attempt"] == 2
+
+
+def test_run_at_a_rung_goes_on_without_a_pause_if_it_is_the_one_to_be_promoted(
+    tmp_path: Path,
+) -> None:
+    desk = Desk(tmp_path, trials=1, first=1)
+    desk.driver.suggest("a")
+
+    assert desk.tell("a", "running", last=1)  # as the finalist
+    assert [(r.until, r.shown) for r in desk.study.records()] == [(9, 1)]
+
+
+def test_stop_lets_trials_save_and_starts_nothing(desk: Desk) -> None:
+    desk.driver.suggest("a")
+    desk.driver.stop()
+
+    assert desk.driver.request.exists()
+    assert not desk.tell("a", "interrupted", last=2)
+
+    with pytest.raises(StopIteration):
+        desk.driver.suggest("b")
+
+    assert not desk.driver.done
+    assert [(r.state, r.last) for r in desk.study.records()] == [("running", 2)]
+
+
+def test_old_wish_to_stop_is_forgotten(tmp_path: Path) -> None:
+    (tmp_path / "stop").touch()
+    desk = Desk(tmp_path)
+
+    assert not desk.driver.request.exists()
+    assert desk.driver.suggest("a") is not None
+
+
+def test_slots_are_not_exceeded(desk: Desk) -> None:
+    desk.slots = 2
+
+    assert [desk.driver.suggest(name) is not None for name in "abc"] == [True, True, False]

@@ -1,0 +1,369 @@
+r"""Tests for sda_ray.study and sda_ray.sampler: the record of a sweep, and its draws."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+from simulated import Crash, Sweeping, diverges, draw, outcomes
+
+from sda_ray.lease import Lease, LeaseLost
+from sda_ray.pruner import Record, Rules
+from sda_ray.sampler import propose, view
+from sda_ray.study import Study
+
+RULES = Rules(target=6, epochs=9, min_epochs=1, eta=3)
+
+
+@pytest.fixture(autouse=True)
+def no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
+    r"""Leaves out what only a power cut would miss, which is most of the time."""
+
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
+@pytest.fixture
+def lease(tmp_path: Path) -> Iterator[Lease]:
+    lease = Lease(tmp_path / "lease.json", "the sweep")
+    yield lease
+    lease.release()
+
+
+@pytest.fixture
+def study(tmp_path: Path, lease: Lease) -> Study:
+    return Study(tmp_path / "study.journal", "test", lease)
+
+
+def add(study: Study, **more: Any) -> Record:
+    records = study.records()
+    drawn = propose(draw, records, sampler="random")
+    assert drawn is not None
+    index = 1 + len(records)
+    record = Record(index, f"run{index:05}", "running", 1, 9, attempt=1, config=drawn[0])
+
+    return study.add(replace(record, **more), drawn[1])
+
+
+# The journal
+
+
+def test_run_enters_the_journal_with_one_line(tmp_path: Path, study: Study) -> None:
+    journal = tmp_path / "study.journal"
+    before = journal.read_bytes().count(b"\n")
+    add(study)
+
+    assert journal.read_bytes().count(b"\n") == before + 1
+
+
+def test_opening_a_study_again_writes_nothing(tmp_path: Path, lease: Lease, study: Study) -> None:
+    add(study)
+    before = (tmp_path / "study.journal").read_bytes()
+    records = Study(tmp_path / "study.journal", "test", lease).records()
+
+    assert [r.run_id for r in records] == ["run00001"]
+    assert (tmp_path / "study.journal").read_bytes() == before
+
+
+def test_journal_cut_at_any_byte_of_its_last_records_loses_the_torn_one_only(
+    tmp_path: Path,
+) -> None:
+    Sweeping(tmp_path / "sweep", RULES).drive()
+    lines = (tmp_path / "sweep" / "study.journal").read_bytes().splitlines(keepends=True)
+    whole, tail = b"".join(lines[:-3]), b"".join(lines[-3:])
+    lease = Lease(tmp_path / "lease.json", "the sweep")
+    journal = tmp_path / "study.journal"
+
+    for cut in range(len(tail) + 1):
+        journal.write_bytes(whole + tail[:cut])
+        records = Study(journal, "simulated", lease).records()
+        kept = whole + b"".join(x for x in tail[:cut].splitlines(True) if x.endswith(b"\n"))
+
+        assert journal.read_bytes() == kept
+        assert len(records) == RULES.target
+
+        if kept != whole + tail[:cut]:
+            torn = journal.with_suffix(".journal.torn").read_bytes()
+            assert kept + torn == whole + tail[:cut]
+
+    lease.release()
+
+
+def test_sweep_goes_on_from_a_journal_cut_anywhere(tmp_path: Path) -> None:
+    sweeping = Sweeping(tmp_path / "whole", RULES)
+    expected = list(outcomes(sweeping.drive()))
+    size = sweeping.journal.stat().st_size
+
+    for n, end in enumerate(range(size - 400, size, 23)):
+        copy = tmp_path / f"copy{n}"
+        shutil.copytree(tmp_path / "whole", copy)
+        journal = (copy / "study.journal").read_bytes()
+        (copy / "study.journal").write_bytes(journal[:end])
+
+        assert list(outcomes(Sweeping(copy, RULES).drive())) == expected
+
+
+def test_stale_lock_file_of_optuna_is_no_delay(tmp_path: Path, lease: Lease) -> None:
+    journal = tmp_path / "study.journal"
+    journal.touch()
+    (tmp_path / "study.journal.lock").symlink_to(journal)
+    start = time.monotonic()
+    add(Study(journal, "test", lease))
+
+    assert time.monotonic() - start < 3
+    assert not list(tmp_path.glob("study.journal.lock*"))
+
+
+def test_study_is_not_written_without_the_lease(tmp_path: Path, study: Study) -> None:
+    add(study)
+    before = (tmp_path / "study.journal").read_bytes()
+    other = Lease(tmp_path / "lease.json", "the sweep", attempt=99, takeover=True)
+
+    with pytest.raises(LeaseLost, match="the sweep was taken over"):
+        add(study)
+
+    assert (tmp_path / "study.journal").read_bytes() == before
+    other.release()
+
+
+def test_append_to_a_full_disk_leaves_the_journal_whole(tmp_path: Path) -> None:
+    script = """
+import resource, signal, sys
+from pathlib import Path
+from sda_ray.lease import Lease
+from sda_ray.study import Study
+from test_study import add
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+directory = Path(sys.argv[1])
+study = Study(directory / "study.journal", "test", Lease(directory / "lease.json", "x"))
+record = add(study)
+size = (directory / "study.journal").stat().st_size
+
+soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, hard))
+try:
+    study.report(record, {1: 1.0})
+except OSError:
+    pass
+else:
+    raise SystemExit("written in spite of the limit")
+assert (directory / "study.journal").stat().st_size == size
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+assert study.report(record, {1: 1.0}).values == {1: 1.0}
+"""
+    code = [sys.executable, "-c", script, str(tmp_path)]
+    done = subprocess.run(code, capture_output=True, text=True, cwd=Path(__file__).parent)
+
+    assert done.returncode == 0, done.stderr
+
+
+# Records
+
+
+@pytest.mark.parametrize(
+    ("state", "expected"),
+    [
+        ("complete", TrialState.COMPLETE),
+        ("pruned", TrialState.PRUNED),
+        ("diverged", TrialState.PRUNED),
+        ("failed", TrialState.FAIL),
+    ],
+)
+def test_states_survive_a_reload(
+    tmp_path: Path, lease: Lease, study: Study, state: str, expected: TrialState
+) -> None:
+    record = study.report(add(study), {1: 0.5, 2: 0.25})
+    study.tell(record, state, "why" if state in ("diverged", "failed") else "")
+    again = Study(tmp_path / "study.journal", "test", lease)
+    (found,) = again.records()
+
+    assert (found.state, found.values) == (state, {1: 0.5, 2: 0.25})
+    assert found.error == ("why" if state in ("diverged", "failed") else "")
+    assert again.study.trials[0].state == expected
+    assert found.config == record.config
+
+
+def test_closed_run_that_goes_on_has_a_new_record_that_supersedes_the_old(study: Study) -> None:
+    study.tell(study.report(add(study), {1: 0.5}), "pruned")
+    (closed,) = study.records()
+    revived = study.start(closed, 3, None)
+
+    assert study.records() == [revived]
+    assert (revived.index, revived.run_id, revived.attempt) == (1, "run00001", 2)
+    assert (revived.state, revived.until, revived.values) == ("running", 3, {1: 0.5})
+    assert revived.config == closed.config
+    assert revived.trial.user_attrs["supersedes"] == closed.trial.number
+    assert [t.state for t in study.study.trials] == [TrialState.PRUNED, TrialState.RUNNING]
+
+
+def test_trials_of_strangers_are_passed_over(study: Study) -> None:
+    study.study.add_trial(optuna.trial.create_trial(state=TrialState.RUNNING))
+    add(study)
+
+    assert len(study.records()) == 1
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe"])
+def test_sweep_killed_after_any_append_ends_the_same(tmp_path: Path, sampler: str) -> None:
+    rules = replace(RULES, target=4)
+    whole = Sweeping(tmp_path / "whole", rules, sampler, diverges)
+    expected = list(outcomes(whole.drive()))
+    assert whole.appends > 20
+
+    for crash in range(1, whole.appends + 1):
+        sweeping = Sweeping(tmp_path / str(crash), rules, sampler, diverges)
+
+        with pytest.raises(Crash):
+            sweeping.drive(crash=crash)
+
+        assert list(outcomes(sweeping.drive())) == expected
+
+
+def test_extended_sweep_goes_on_in_the_same_directories(tmp_path: Path) -> None:
+    sweeping = Sweeping(tmp_path, RULES)
+    before = {r.run_id: r for r in sweeping.drive()}
+    sweeping.rules = replace(RULES, target=24)
+    after = {r.run_id: r for r in sweeping.drive()}
+    gone_on = [r for id, r in after.items() if id in before and r.last > before[id].last]
+
+    assert before.keys() < after.keys()
+    assert gone_on, "no run was promoted by the extension"
+    assert len(list(sweeping.runs.iterdir())) == len(after) == 24
+
+
+# Draws
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe"])
+def test_draws_depend_on_seed_number_and_values_alone(
+    tmp_path: Path, study: Study, sampler: str
+) -> None:
+    for i in range(12):
+        study.tell(study.report(add(study), {1: i / 7}), "pruned" if i % 2 else "complete")
+
+    def config(records: list[Record], seed: int = 0) -> dict[str, Any]:
+        drawn = propose(draw, records, seed, sampler)
+        assert drawn is not None
+        return drawn[0]
+
+    records = study.records()
+    renamed = [replace(r, run_id="x", attempt=7, error="?") for r in records]
+    assert config(records) == config(renamed)
+    assert config(records) != config(records, seed=1)
+    assert config(records) != config(records[:-1])
+
+    worse = [replace(r, values={1: 1 - r.values[1]}) for r in records]
+    assert (config(records) == config(worse)) == (sampler == "random")
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe", "grid"])
+def test_no_configuration_is_drawn_twice_until_the_space_is_exhausted(
+    study: Study, sampler: str
+) -> None:
+    def space(trial: Any) -> dict[str, Any]:
+        values = {"activation": trial.suggest_categorical("activation", ["ELU", "GELU", "SiLU"])}
+
+        if values["activation"] != "ELU":
+            values["kernel_size"] = trial.suggest_int("kernel_size", 3, 7, step=2)
+
+        return values
+
+    drawn = []
+
+    while (found := propose(space, study.records(), 0, sampler)) is not None:
+        drawn.append(found[0])
+        record = Record(len(drawn), str(len(drawn)), "running", 1, 9, config=found[0])
+        study.tell(study.report(study.add(record, found[1]), {1: float(len(drawn))}), "complete")
+
+    assert len({json.dumps(config) for config in drawn}) == len(drawn) == 7
+
+
+def test_grid_takes_all_combinations_in_order(study: Study) -> None:
+    def space(trial: Any) -> dict[str, Any]:
+        return {
+            "batch_size": trial.suggest_int("batch_size", 8, 24, step=8),
+            "scheduler": trial.suggest_categorical("scheduler", ["linear", "cosine"]),
+        }
+
+    drawn = []
+
+    while (found := propose(space, study.records(), 0, "grid")) is not None:
+        drawn.append(tuple(found[0].values()))
+        study.add(Record(len(drawn), str(len(drawn)), "running", 1, 9, config=found[0]), found[1])
+
+    assert drawn == [(b, s) for b in (8, 16, 24) for s in ("linear", "cosine")]
+
+
+def test_sampler_sees_each_run_as_what_it_is_worth(study: Study) -> None:
+    complete = study.report(add(study, until=9), {e: 1.0 / e for e in range(1, 10)})
+    complete = study.tell(complete, "complete")
+    paused = study.report(add(study), {1: 0.7})
+    pruned = study.tell(study.report(add(study), {1: 0.8}), "pruned")
+    flying = add(study)
+    diverged = study.tell(study.report(add(study), {1: 0.1}), "diverged", "exploded")
+    failed = study.tell(add(study), "failed", "bug")
+    hidden = replace(complete, shown=3)
+    gone = replace(diverged, shown=1)
+
+    seen = view([complete, paused, pruned, flying, diverged, failed, hidden, gone])
+    states = [TrialState.COMPLETE, *[TrialState.PRUNED] * 2, TrialState.RUNNING]
+    assert [t.state for t in seen] == [*states, *[TrialState.PRUNED] * 3]
+    assert [t.value for t in seen] == [1 / 9, 0.7, 0.8, None, None, 1 / 3, 0.1]
+    assert [t.constraints["diverged"] for t in seen] == [0, 0, 0, 0, 1, 0, 0]
+    assert seen[4].intermediate_values == {}
+    assert seen[5].intermediate_values == {1: 1.0, 2: 0.5, 3: 1 / 3}
+    assert all(t.params and t.distributions for t in seen)
+
+
+def test_divergent_regions_are_left(tmp_path: Path) -> None:
+    rules = Rules(32, 9, 1, 3)
+    records = Sweeping(
+        tmp_path, rules, "tpe", diverges=lambda c, e: c["learning_rate"] > 3e-3
+    ).drive()
+    halves = [[r.state for r in records[:16]], [r.state for r in records[16:]]]
+
+    assert halves[0].count("diverged") > 0
+    assert halves[1].count("diverged") < 8
+
+
+# Others look at it
+
+
+def test_optuna_alone_reads_the_study_as_dashboards_do(tmp_path: Path) -> None:
+    sweeping = Sweeping(tmp_path, RULES, diverges=diverges)
+    records = sweeping.drive()
+    script = """
+import json, sys, optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+storage = JournalStorage(JournalFileBackend(sys.argv[1]))
+(study,) = optuna.get_all_study_summaries(storage)
+study = optuna.load_study(study_name=study.study_name, storage=storage)
+print(json.dumps([[t.state.name, t.value, t.intermediate_values] for t in study.trials]))
+print(json.dumps(study.best_value))
+"""
+    command = [sys.executable, "-c", script, str(sweeping.journal)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    trials, best = map(json.loads, done.stdout.splitlines())
+    newest = {r.trial.number: r for r in records}
+
+    for number, (state, value, curve) in enumerate(trials):
+        assert state != "RUNNING"
+
+        if number in newest:
+            record = newest[number]
+            assert {int(e): x for e, x in curve.items()} == record.values
+            assert (state == "COMPLETE") == (record.state == "complete")
+            assert state == "PRUNED" or value == record.values[9]
+
+    assert best == min(r.values[9] for r in records if r.state == "complete")

@@ -1,0 +1,413 @@
+r"""Tests for sda_ray.sweep: whole sweeps with Ray, killed, stopped, extended, side by side."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sda_ray.checkpoint import RunPath
+from sda_ray.config import load_config
+from sda_ray.lease import Lease, holder
+from sda_ray.pruner import Record
+from sda_ray.study import Study
+
+SCRIPT = """
+from sda_ray import CONFIG, Sweep, choice, loguniform, main
+
+CONFIG = CONFIG | {
+    "window": 3, "embedding": 8, "hidden_channels": (8, 16), "hidden_blocks": (1, 1),
+    "epochs": 9, "batch_size": 8,
+}
+SPACE = {"learning_rate": loguniform(1e-4, 1e-2), "activation": choice("SiLU", "ReLU")}
+sweep = Sweep("tiny", CONFIG, SPACE, trials=8, sampler="random", min_epochs=1)
+
+if __name__ == "__main__":
+    main(sweep)
+"""
+
+GRID = (
+    SCRIPT.replace("loguniform(1e-4, 1e-2)", "choice(100.0, 1e-3)")
+    .replace(', "activation": choice("SiLU", "ReLU")', "")
+    .replace('sampler="random", min_epochs=1', 'sampler="grid", pruner="none"')
+)
+
+ALONE = {"OMP_NUM_THREADS": "1"}  # as many threads as a trial has
+
+
+class Place:
+    r"""Creates a root with data and a script, and runs commands there."""
+
+    def __init__(self, root: Path, data: Path) -> None:
+        self.root = root
+        self.runs = root / "runs"
+        self.env = {k: x for k, x in os.environ.items() if not k.startswith(("RAY_", "WANDB_"))}
+        self.env |= {
+            "HOME": str(root / "home"),
+            "TMPDIR": str(root / "tmp"),
+            "PYTHONPATH": str(Path(__file__).parents[1]),
+            "RAY_ADDRESS": "127.0.0.1:1",  # nobody shall go there
+        }
+
+        for name in ("home", "tmp"):
+            (root / name).mkdir()
+
+        shutil.copytree(data, root / "data")
+        (root / "tiny.py").write_text(SCRIPT)
+
+    def start(self, *words: str, **more: Any) -> "subprocess.Popen[str]":
+        r"""Starts `python WORDS` or `sda-ray WORDS`; standard error comes with the output."""
+
+        module = [] if words[0].endswith(".py") else ["-m", "sda_ray"]
+        return subprocess.Popen(
+            [sys.executable, *module, *words],
+            env=self.env | more.pop("env", {}),
+            cwd=more.pop("cwd", self.root),
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+
+    def run(self, *words: str, code: int = 0, **more: Any) -> str:
+        r"""Runs a command to its end and returns its output."""
+
+        process = self.start(*words, **more)
+        out, _ = process.communicate(timeout=180)
+
+        assert process.returncode == code, out
+        assert "Traceback" not in out, out
+
+        return out
+
+    def records(self, name: str) -> list[Record]:
+        r"""Returns what the study of a sweep says."""
+
+        directory = self.root / "copy"
+        directory.mkdir(exist_ok=True)
+        shutil.copy(self.runs / "sweeps" / name / "study.journal", directory)
+        lease = Lease(directory / "lease.json", "a copy")
+        records = Study(directory / "study.journal", name, lease).records()
+        lease.release()
+
+        return records
+
+    def path(self, record: Record) -> RunPath:
+        path = RunPath.of_id(self.runs, record.run_id)
+        assert path is not None
+
+        return path
+
+    def wait(self, what: Callable[[], Any], seconds: float = 60) -> Any:
+        deadline = time.monotonic() + seconds
+
+        while not (found := what()):
+            assert time.monotonic() < deadline, "nothing happens"
+            time.sleep(0.05)
+
+        return found
+
+    def same_as_alone(self, record: Record) -> bool:
+        r"""Trains the run of a record alone, and compares the bits."""
+
+        path = self.path(record)
+        out = self.run("train", "--config", path.id, "--wandb=disabled", env=ALONE)
+        found = re.search(r"^run (\S+):", out, re.M)
+        assert found is not None
+        here, alone = (
+            torch.load(d / "state.pth", weights_only=True)
+            for d in (path.directory, self.runs / found[1])
+        )
+
+        return here.keys() == alone.keys() and all(torch.equal(here[k], alone[k]) for k in here)
+
+
+@pytest.fixture(scope="module")
+def place(data: Path) -> Iterator[Place]:
+    root = Path(tempfile.mkdtemp(prefix="sda-", dir="/tmp"))  # short, for Ray's sockets
+    yield Place(root, data)
+    shutil.rmtree(root, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def finished(place: Place) -> str:
+    r"""The output of a sweep of 8 trials from its script."""
+
+    return place.run("tiny.py", "--parallel", "2")
+
+
+def lines(path: RunPath) -> list[Any]:
+    return [json.loads(line)["epoch"] for line in path.metrics.read_text().splitlines()]
+
+
+def check_whole(place: Place, name: str, trials: int) -> list[Record]:
+    r"""Checks that no run of a finished sweep is lost, twice or left."""
+
+    records = place.records(name)
+    directories = {
+        path.id
+        for path in RunPath.all(place.runs)
+        if json.loads(path.record.read_text()).get("sweep") == name
+    }
+
+    assert [r.index for r in records] == list(range(1, trials + 1))
+    assert {r.run_id for r in records} == directories
+    assert len({str(r.config) for r in records}) == trials
+    assert {r.state for r in records} == {"complete", "pruned"}
+
+    for r in records:
+        path = place.path(r)
+        record = json.loads(path.record.read_text())
+        assert lines(path) == list(range(1, r.last + 1)) == sorted(r.values)
+        assert (record["trial"], path.name.rpartition("-")[2]) == (r.index, str(r.index))
+        assert load_config(path.config)["learning_rate"] == r.config["learning_rate"]
+        assert path.state.exists() == (r.state == "complete")
+        assert record["status"] == {"complete": "finished", "pruned": "paused"}[r.state]
+        assert (path.lease.exists() and holder(path.lease) or {}).get("pid") is None
+
+    return records
+
+
+def test_sweep_ends_with_all_runs_complete_or_pruned(place: Place, finished: str) -> None:
+    records = check_whole(place, "tiny", 8)
+
+    assert any(r.state == "complete" for r in records)
+    assert any(r.state == "pruned" for r in records)
+    assert all(r.last in (1, 3, 9) for r in records)
+    assert "8 trials, rungs at epochs 1, 3, 9" in finished
+    assert "Leaderboard of tiny" in finished
+    assert "Best configuration: learning_rate=" in finished
+
+
+def test_complete_runs_have_whole_fragments_for_wandb(place: Place, finished: str) -> None:
+    for record in place.records("tiny"):
+        fragments = list(place.path(record).directory.glob("wandb/offline-run-*/*.wandb"))
+        assert fragments
+        assert all(fragment.stat().st_size > 1000 for fragment in fragments)
+
+
+def test_sweep_leaves_nothing_outside_its_root(place: Place, finished: str) -> None:
+    assert not [p for p in (place.root / "tmp").iterdir() if p.name.startswith("sda-ray-")]
+    assert not (place.root / "home" / ".ray").exists()
+    assert not (place.root / "home" / "ray_results").exists()
+
+
+def test_finished_sweep_run_again_changes_nothing(place: Place, finished: str) -> None:
+    journal = (place.runs / "sweeps" / "tiny" / "study.journal").read_bytes()
+    out = place.run("sweep", "tiny")
+
+    assert "carried on: 8 runs so far, 0 of them under way" in out
+    assert "Leaderboard of tiny" in out
+    assert (place.runs / "sweeps" / "tiny" / "study.journal").read_bytes() == journal
+
+
+def test_complete_run_has_the_bits_of_a_training_alone(place: Place, finished: str) -> None:
+    best = min((r for r in place.records("tiny") if r.state == "complete"), key=lambda r: r.last)
+
+    assert place.same_as_alone(best)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["tiny.py", "epochs=18"], "CONFIG['epochs'] was 9 and is 18"),
+        (["tiny.py", "--fix", "activation=SiLU"], "SPACE['activation'] was "),
+        (["other.py"], "seed was 0 and is 1"),
+        (["other.py"], "SPACE['weight_decay'] was null and is "),
+        (["tiny.py", "--data", "other"], "the data was "),
+        (["tiny.py", "--cpus-per-trial", "64"], "a trial wants CPU=64, but this machine has CPU="),
+        (["tiny", "epochs=18"], "is carried on as it was started"),
+    ],
+)
+def test_sweep_that_differs_from_its_record_is_refused(
+    place: Place,
+    finished: str,
+    words: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from sda_ray.cli import main
+
+    changed = SCRIPT.replace("trials=8", "trials=8, seed=1")
+    changed = changed.replace('"learning_rate": loguniform', '"weight_decay": loguniform')
+    (place.root / "other.py").write_text(changed)
+
+    if "other" in words and not (place.root / "other").exists():
+        shutil.copytree(place.root / "data", place.root / "other")
+        shutil.copy(place.root / "data" / "test.h5", place.root / "other" / "valid.h5")
+
+    before = {f: f.stat().st_mtime_ns for f in place.runs.rglob("*")}
+    monkeypatch.chdir(place.root)
+
+    with pytest.raises(SystemExit) as exit:
+        main(argv=["sweep", *words])
+
+    assert exit.value.code == 2
+    assert message in capsys.readouterr().err
+    assert {f: f.stat().st_mtime_ns for f in place.runs.rglob("*")} == before
+
+
+def test_killed_and_extended_sweep_loses_nothing(place: Place, finished: str) -> None:
+    before = {r.run_id: r for r in place.records("tiny")}
+    journal = place.runs / "sweeps" / "tiny" / "study.journal"
+    words = ["sweep", "tiny", "--trials", "14", "--root", str(place.root), "--parallel", "2"]
+    elsewhere = place.root / "tmp"
+
+    def grown(size: int) -> bool:
+        return journal.stat().st_size > size
+
+    # The driver is killed, after a few words or many
+    for size in (500, 3000):
+        driver = place.start(*words, cwd=elsewhere)
+        place.wait(lambda size=journal.stat().st_size + size: grown(size))
+
+        if size == 500:
+            second = place.run(*words, code=2, cwd=elsewhere)
+            assert f"sweep 'tiny' is in use by process {driver.pid} on " in second
+            assert " since " in second
+
+        driver.kill()
+        out, _ = driver.communicate()
+        assert "Traceback" not in out
+
+    # It is asked to stop
+    driver = place.start(*words, cwd=elsewhere)
+    place.wait(lambda size=journal.stat().st_size + 500: grown(size))
+    driver.send_signal(signal.SIGINT)
+    out, _ = driver.communicate(timeout=60)
+
+    if driver.returncode:  # else it was done just then
+        assert driver.returncode == 130, out
+        assert "Traceback" not in out
+        assert f"carry on with `sda-ray sweep tiny --root {place.root}`" in out
+
+    place.run("tiny.py", "--trials", "14")
+    records = check_whole(place, "tiny", 14)
+
+    for record in records:
+        old = before.get(record.run_id)
+        assert old is None or (record.config == old.config and record.last >= old.last)
+
+    complete = [r for r in records if r.state == "complete" and r.attempt > 1]
+    assert all(place.same_as_alone(r) for r in complete[-2:])
+
+
+def test_killed_worker_and_stopped_driver_cost_no_bit(place: Place) -> None:
+    words = ["tiny.py", "--name", "long", "--trials", "1", "epochs=300", "--parallel", "1"]
+    driver = place.start("sweep", *words)
+
+    def at_work() -> RunPath | None:
+        for path in RunPath.all(place.runs):
+            record = json.loads(path.record.read_text()) if path.record.exists() else {}
+
+            if record.get("sweep") == "long" and path.metrics.exists() and len(lines(path)) > 20:
+                return path
+
+        return None
+
+    path = place.wait(at_work)
+    worker = holder(path.lease)
+    assert worker is not None
+    os.kill(worker["pid"], signal.SIGKILL)
+    place.wait(lambda: (holder(path.lease) or worker)["attempt"] == 2)
+    done = len(lines(path))
+    place.wait(lambda: len(lines(path)) > done + 5)
+
+    driver.send_signal(signal.SIGTERM)
+    start = time.monotonic()
+    out, _ = driver.communicate(timeout=60)
+    assert driver.returncode == 130, out
+    assert "Traceback" not in out
+    assert "is lost" in out
+    assert time.monotonic() - start < 15
+    assert json.loads(path.record.read_text())["status"] == "interrupted"
+    assert len(lines(path)) < 300
+
+    place.run("sweep", "long")
+    (record,) = place.records("long")
+    assert (record.state, record.attempt) == ("complete", 3)
+    assert lines(path) == list(range(1, 301))
+    assert place.same_as_alone(record)
+
+
+def test_bug_in_all_runs_stops_the_sweep_until_it_is_mended(place: Place) -> None:
+    shutil.copytree(place.root / "data", place.root / "broken")
+    valid = place.root / "broken" / "valid.h5"
+    driver = place.start("sweep", "tiny.py", "--name", "broken", "--data", "broken", "epochs=1")
+    place.wait(lambda: (place.runs / "sweeps" / "broken" / "study.journal").exists())
+    valid.rename(place.root / "kept.h5")  # every check has passed by now
+    out, _ = driver.communicate(timeout=120)
+
+    assert driver.returncode == 2, out
+    assert "runs failed alike, so the sweep stops: " in out
+    assert "valid.h5" in out
+    assert "carry on with `sda-ray sweep broken`" in out
+    assert "Traceback" not in out
+
+    failed = [r for r in place.records("broken") if r.state == "failed"]
+    assert len(failed) >= 3
+    assert all("Traceback" in place.path(r).error.read_text() for r in failed)
+
+    (place.root / "kept.h5").rename(valid)
+    place.run("sweep", "broken", "--trials", "3")
+    records = place.records("broken")
+    assert sum(r.state == "complete" for r in records) == 3
+    assert sum(r.state == "failed" for r in records) == len(failed)
+
+
+def test_two_sweeps_of_one_script_side_by_side_and_divergence(place: Place) -> None:
+    (place.root / "grid.py").write_text(GRID)
+    sweeps = [
+        place.start("grid.py", "--name", name, "--trials", "2", "--wandb=disabled", f"seed={i}")
+        for i, name in enumerate(("one", "two"))
+    ]
+    outs = [sweep.communicate(timeout=180)[0] for sweep in sweeps]
+
+    for sweep, name, out in zip(sweeps, ("one", "two"), outs, strict=True):
+        assert sweep.returncode == 0, out
+        gone, good = place.records(name)
+        assert (gone.state, gone.attempt, gone.config["learning_rate"]) == ("diverged", 1, 100.0)
+        assert gone.trial.state.name == "PRUNED"
+        assert re.match(r"loss_\w+ is ", gone.error)
+        assert good.state == "complete"
+        assert json.loads(place.path(gone).record.read_text())["status"] == "diverged"
+        assert "Best configuration: learning_rate=0.001" in out
+
+
+def test_replicas_differ_in_the_seed_alone(place: Place) -> None:
+    words = ["window=3", "embedding=8", "hidden_channels=8,16", "hidden_blocks=1,1", "epochs=2"]
+    place.run("train", "--replicas", "3", *words, "seed=5", "--wandb=disabled")
+    records = place.records("replicas-1")
+
+    assert [(r.state, r.config) for r in records] == [
+        ("complete", {"seed": seed}) for seed in (5, 6, 7)
+    ]
+    assert place.same_as_alone(records[1])
+
+
+def test_interrupt_while_ray_starts_is_clean(place: Place) -> None:
+    driver = place.start("sweep", "tiny.py", "--name", "early")
+    assert driver.stdout is not None
+
+    for line in driver.stdout:
+        if "rungs at epochs" in line:
+            break
+
+    time.sleep(1)
+    driver.send_signal(signal.SIGINT)
+    out, _ = driver.communicate(timeout=60)
+
+    assert driver.returncode == 130, out
+    assert "Traceback" not in out
+    assert "carry on with `sda-ray sweep early`" in out
+    assert place.records("early") == []

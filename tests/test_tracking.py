@@ -1,0 +1,174 @@
+import json
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import Cli, Start
+from wandb_server import WandbServer
+
+from sda_ray.checkpoint import RunPath
+from sda_ray.errors import UserError
+from sda_ray.tracking import Wandb
+
+
+@pytest.fixture
+def server() -> Iterator[WandbServer]:
+    with WandbServer() as server:
+        yield server
+
+
+def only_run(tmp_path: Path) -> RunPath:
+    (path,) = RunPath.all(tmp_path / "runs")
+    assert not list((tmp_path / "runs").glob(".*")), "a provisional directory was left"
+
+    return path
+
+
+def rows(server: WandbServer, id: str) -> list[tuple[int, float]]:
+    r"""Returns the (step, loss) of the epochs that the server shows."""
+
+    history = server.runs[id].history
+    return [(row["_step"], row["loss_valid"]) for row in history if "loss_valid" in row]
+
+
+def recorded(path: RunPath) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in path.metrics.read_text().splitlines()]
+    return [(line["epoch"], line["loss_valid"]) for line in lines]
+
+
+# Settings
+
+
+def test_options_come_before_variables_before_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Wandb.from_options() == Wandb("offline", "sda-kolmogorov")
+
+    for name, value in (
+        ("WANDB_MODE", "disabled"),
+        ("WANDB_PROJECT", "theirs"),
+        ("WANDB_ENTITY", "us"),
+        ("WANDB_TAGS", "a, b"),
+    ):
+        monkeypatch.setenv(name, value)
+
+    assert Wandb.from_options() == Wandb("disabled", "theirs", "us", ("a", "b"))
+    options = Wandb.from_options("online", "mine", "me", "c")
+    assert options == Wandb("online", "mine", "me", ("c",))
+
+
+def test_unknown_mode_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "dryrun")
+
+    with pytest.raises(UserError, match="mode is 'dryrun', but must be online, offline or disab"):
+        Wandb.from_options()
+
+
+# Offline
+
+
+def test_offline_run_has_our_name_and_id_whatever_the_environment_says(
+    cli: Cli, settings: list[str], tmp_path: Path
+) -> None:
+    strange = {
+        "WANDB_RUN_ID": "zzzzzzzz",
+        "WANDB_NAME": "strange-name",
+        "WANDB_DIR": str(tmp_path / "strange"),
+        "WANDB_RUN_GROUP": "strange-group",
+        "WANDB_SWEEP_ID": "strange-sweep",
+        "WANDB_RESUME": "must",
+        "WANDB_JOB_TYPE": "strange-job",
+        "WANDB_NOTES": "strange-notes",
+        "WANDB_DISABLED": "true",
+    }
+    done = cli("train", "epochs=2", *settings, WANDB_MODE="offline", **strange)
+    assert done.returncode == 0, done.stderr
+    path = only_run(tmp_path)
+    (fragment,) = path.directory.glob(f"wandb/offline-run-*-{path.id}/run-{path.id}.wandb")
+    content = fragment.read_bytes()
+    assert path.name.encode() in content and b"loss_valid" in content
+    assert b"strange" not in content and b"zzzzzzzz" not in content
+    assert not (tmp_path / "strange").exists() and not (tmp_path / "wandb").exists()
+
+
+# Online
+
+
+def test_online_the_server_names_the_run_and_gets_each_epoch_once(
+    cli: Cli, settings: list[str], tmp_path: Path, server: WandbServer
+) -> None:
+    done = cli("train", "epochs=5", *settings, "--tags", "a,b", **server.env)
+    assert done.returncode == 0, done.stderr
+    path = only_run(tmp_path)
+    assert path.name == "crimson-cloud-1"
+    served = server.runs[path.id]
+    assert (served.name, served.project, served.tags) == (path.name, "sda-kolmogorov", ["a", "b"])
+    assert json.loads(served.config)["epochs"]["value"] == 5
+    assert rows(server, path.id) == recorded(path)
+    assert [step for step, _ in rows(server, path.id)] == [1, 2, 3, 4, 5]
+    assert any("samples" in name for name in served.files)
+    assert served.exit_code == 0
+    assert json.loads(path.record.read_text())["name"] == path.name
+
+    for link in (path.directory / "wandb").iterdir():
+        assert link.exists(), f"{link} leads nowhere"
+
+
+def test_online_killed_and_resumed_shows_each_epoch_once_in_order(
+    start: Start, cli: Cli, settings: list[str], tmp_path: Path, server: WandbServer
+) -> None:
+    process = start("train", "epochs=80", *settings, **server.env)
+
+    while (
+        len(list(tmp_path.glob("runs/*_*/metrics.jsonl"))) == 0
+        or len(recorded(next(RunPath.all(tmp_path / "runs")))) < 5
+    ):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.02)
+
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    (path,) = RunPath.all(tmp_path / "runs")
+    done = cli("train", "--resume", path.id, **server.env)
+    assert done.returncode == 0, done.stderr
+    assert only_run(tmp_path) == path
+    assert rows(server, path.id) == recorded(path)
+    assert [step for step, _ in rows(server, path.id)] == list(range(1, 81))
+
+
+def test_dead_server_costs_seconds_and_the_run_goes_on_offline(
+    cli: Cli, settings: list[str], tmp_path: Path
+) -> None:
+    with WandbServer() as server:
+        env = server.env
+
+    start = time.monotonic()
+    done = cli("train", "epochs=2", *settings, **env)
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - start < 40
+    assert "W&B cannot be used" in done.stderr and "goes on offline" in done.stderr
+    path = only_run(tmp_path)
+    assert path.state.exists()
+    fragments = list(path.directory.glob("wandb/offline-run-*/run-*.wandb"))
+    assert len(fragments) == 1 and path.name.encode() in fragments[0].read_bytes()
+
+
+def test_server_that_dies_does_not_stop_the_training(
+    start: Start, settings: list[str], tmp_path: Path
+) -> None:
+    with WandbServer() as server:
+        process = start("train", "epochs=60", *settings, **server.env)
+
+        while not list(tmp_path.glob("runs/*_*/metrics.jsonl")):
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.02)
+
+    try:
+        _, errors = process.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        pytest.fail("the training waits for the server")
+
+    assert process.returncode == 0, errors
+    path = only_run(tmp_path)
+    assert path.state.exists() and len(recorded(path)) == 60

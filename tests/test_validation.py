@@ -1,0 +1,112 @@
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from sda_ray.config import Config
+from sda_ray.data import TrajectoryDataset
+from sda_ray.diffusion import VPSDE
+from sda_ray.training import TrainState, train_epoch
+from sda_ray.validation import Validation
+
+
+@pytest.fixture(scope="module")
+def validset(data: Path) -> TrajectoryDataset:
+    return TrajectoryDataset(data / "valid.h5", window=3)
+
+
+@pytest.fixture(scope="module")
+def trained(small: Config, data: Path) -> VPSDE:
+    r"""A network that is good enough to have its loss at small times."""
+
+    trainset = TrajectoryDataset(data / "train.h5", window=3)
+    state = TrainState(small | {"epochs": 40, "learning_rate": 5e-3}, size=16)
+
+    for _ in range(40):
+        train_epoch(state, trainset)
+
+    return state.sde
+
+
+@torch.no_grad()
+def plain(sde: VPSDE, validset: TrajectoryDataset, draws: int, items: int = 32) -> Tensor:
+    r"""Returns upstream's estimate over and over: means over items at uniform times."""
+
+    generator = torch.Generator().manual_seed(0)
+    means = []
+
+    for _ in range(draws):
+        indices = torch.arange(items) % len(validset)
+        starts = torch.randint(validset.starts, (items,), generator=generator)
+        x = validset.windows(indices, starts)
+        t = torch.rand(items, generator=generator)
+        means.append(sde.errors(x, t, torch.randn(x.shape, generator=generator)).mean())
+
+    return torch.stack(means).double()
+
+
+@pytest.fixture(scope="module")
+def redrawn(trained: VPSDE, validset: TrajectoryDataset) -> tuple[Tensor, Tensor]:
+    r"""The losses and standard errors of 100 draws."""
+
+    found = [Validation(validset, draw=draw)(trained) for draw in range(100)]
+    losses, errors = torch.tensor(found, dtype=torch.float64).unbind(-1)
+
+    return losses, errors
+
+
+def test_batch_size_does_not_change_the_loss(small: Config, validset: TrajectoryDataset) -> None:
+    losses = {
+        Validation(validset)(TrainState(small | {"batch_size": n}, size=16).sde)
+        for n in (7, 32, 102)
+    }
+    assert len(losses) == 1
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 100])
+def test_chunks_do_not_change_the_loss(
+    small: Config, validset: TrajectoryDataset, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sde = TrainState(small, size=16).sde
+    expected = Validation(validset)(sde)
+    monkeypatch.setattr(Validation, "chunk", chunk)
+    assert Validation(validset)(sde) == pytest.approx(expected, rel=1e-6)
+
+
+def test_every_trajectory_is_used_equally_often(validset: TrajectoryDataset) -> None:
+    for least, items in ((1, 4), (32, 32), (33, 36)):
+        validation = Validation(validset, least=least)
+        assert len(validation.x) == len(validation.noise) == items
+
+
+def test_times_are_one_per_stratum_and_weights_have_mean_1(validset: TrajectoryDataset) -> None:
+    validation = Validation(validset)
+    strata = (validation.t.sqrt() * 32).floor().sort().values
+    assert strata.tolist() == list(range(32))
+    assert validation.weights.mean().item() == pytest.approx(1, abs=0.02)
+    assert torch.allclose(validation.weights, 2 * validation.t.double().sqrt())
+
+
+def test_expectation_over_redraws_is_that_of_uniform_times_with_less_variance(
+    trained: VPSDE, validset: TrajectoryDataset, redrawn: tuple[Tensor, Tensor]
+) -> None:
+    uniform, ours = plain(trained, validset, 100), redrawn[0]
+    error = math.sqrt((uniform.var() + ours.var()) / 100)
+    assert abs(uniform.mean() - ours.mean()) < 4 * error
+    assert ours.var() < uniform.var() / 10
+
+
+def test_standard_error_is_that_of_redraws(redrawn: tuple[Tensor, Tensor]) -> None:
+    losses, errors = redrawn
+    assert errors.square().mean().sqrt().item() == pytest.approx(losses.std().item(), rel=0.3)
+    assert (errors > 0).all()
+
+
+def test_all_configs_see_the_same_windows_times_and_noise(validset: TrajectoryDataset) -> None:
+    a, b, other = Validation(validset), Validation(validset), Validation(validset, draw=1)
+
+    for name in ("x", "t", "noise"):
+        assert getattr(a, name).equal(getattr(b, name))
+        assert not getattr(a, name).equal(getattr(other, name))
