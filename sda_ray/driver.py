@@ -122,13 +122,13 @@ class Driver:
     def _reveal(self) -> list[Record]:
         r"""Returns the runs. What is revealed once stays so, whatever other runs do later."""
 
-        records = self.study.records()
+        records = reveal(known := self.study.records(), self.rules)
 
-        for before, after in zip(records, reveal(records, self.rules), strict=True):
+        for before, after in zip(known, records, strict=True):
             if before.shown != after.shown:
                 self.study.show(before, after.shown)
 
-        return self.study.records()
+        return records
 
     def _draw(self, records: list[Record]) -> Record | None:
         drawn = self.propose(records)

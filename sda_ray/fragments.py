@@ -94,7 +94,8 @@ def _read(file: Path) -> Fragment | None:
         if kind == "run":
             run = _describe(record.run)
         elif kind == "history":
-            values = {item.key: item.value_json for item in record.history.item if item.key}
+            items = ((item.key or ".".join(item.nested_key), item) for item in record.history.item)
+            values = {key: item.value_json for key, item in items}
             rows.append((record.history.step.num, values))
 
         ended = kind == "exit" or (ended and kind != "history")

@@ -43,7 +43,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     unknown = [x for x in rest if x.startswith("-") or "=" not in x or "settings" not in args]
 
     if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        keys = [x.strip("-").partition("=")[0].replace("-", "_") for x in unknown]
+        hint = "".join(f". Settings are given as {key}=…" for key in keys if key in KEYS)
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
 
     if rest:
         args.settings += rest

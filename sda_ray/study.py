@@ -18,7 +18,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from .checkpoint import RunPath
-from .files import cut_torn_line, write_atomic
+from .files import cut_torn_line, write_atomic, write_json
 from .history import read_history
 from .lease import Lease, holder
 from .pruner import Record
@@ -201,15 +201,31 @@ def reconcile(study: Study, runs: Path) -> None:
         values = {e: line["loss_valid"] for e, line in read_history(path.metrics).items()}
         record = study.report(record, {e: x for e, x in values.items() if e <= record.until})
 
-        # A start that the journal lost was none of ours, but its number is taken.
+        found = read_record(path)
+
+        if record.paused and found.get("status") == "running":
+            _pause(path, found)
+
+        # A start that the journal has lost has taken its number all the same.
         attempt = int((holder(path.lease) or {}).get("attempt", 0))
         record = study._set(record, attempt=max(attempt, record.attempt))
-        found = read_record(path)
 
         if found.get("status") == "finished" and record.last == record.epochs:
             study.tell(record, "complete")
         elif found.get("status") == "diverged":
             study.tell(record, "diverged", found.get("reason", ""))
+
+
+def _pause(path: RunPath, found: dict[str, Any]) -> None:
+    r"""Notes in the record of a run that it waits: its process reached a rung and is gone."""
+
+    lease = Lease(path.lease, f"run {path.directory.name}", takeover=True)
+
+    try:
+        with lease.hold():
+            write_json(path.record, found | {"status": "paused"})
+    finally:
+        lease.release()
 
 
 class _Lock:

@@ -171,14 +171,12 @@ def _drive(
     )
 
     try:
-        with connect(address) as scratch:
+        with table, connect(address) as scratch:
             from .executor import execute  # imports Ray, which must be set up by then
 
             slots.check()
             resources = {"cpu": spec["cpus"], "gpu": slots.wanted.get("GPU", 0)}
-
-            with table:
-                execute(driver, resources, scratch)
+            execute(driver, resources, scratch)
     except KeyboardInterrupt:
         pass  # the second Ctrl-C, or one while Ray starts
 

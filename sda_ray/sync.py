@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .tracking import Wandb
     from .upload import Server, Target
 
-__all__ = ["add_sync_parser", "sync_command"]
+__all__ = ["add_sync_parser", "sync_command", "target_of"]
 
 SYNC = """
 Uploads runs that were trained offline, or whose server was away, to W&B: with --all the finished
@@ -127,7 +127,7 @@ def _sync(server: "Server", entry: "Entry", runs: Path) -> str:
     from .fragments import read_fragments
     from .upload import upload
 
-    target = _target(entry, runs)
+    target = target_of(entry, runs)
 
     with _alone(entry.path.directory):
         try:
@@ -138,7 +138,13 @@ def _sync(server: "Server", entry: "Entry", runs: Path) -> str:
         return upload(server, target, fragments)
 
 
-def _target(entry: "Entry", runs: Path) -> "Target":
+def target_of(entry: "Entry", runs: Path) -> "Target":
+    r"""Returns what a run shall be on the server.
+
+    Raises:
+        UserError: If its files do not tell.
+    """
+
     from .curves import check_regular, read_metrics
     from .upload import Target
 

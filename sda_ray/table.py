@@ -96,7 +96,7 @@ class LiveTable:
         self.start = time.monotonic()
         self.console = Console()
         self.names: dict[str, str] = {}
-        self.now: list[Record] = []
+        self.now = records()
         self.live: Live | None = None
 
     def __enter__(self) -> "LiveTable":
@@ -153,12 +153,15 @@ class LiveTable:
             ("sweep ", "bold"),
             (self.title, "bold cyan"),
             f"  {elapsed // 60}:{elapsed % 60:02}  {len(records)}/{self.target} runs: "
-            f"{said or 'starting'}",
+            f"{said or 'starting Ray'}",
             overflow="ellipsis",
             no_wrap=True,
         )
         self._name(running + rest[:room])
-        parts: list[RenderableType] = [head, _rows(running + rest[:room], self.names, width)]
+        parts: list[RenderableType] = [head]
+
+        if records:
+            parts.append(_rows(running + rest[:room], self.names, width))
 
         if len(rest) > room:
             parts.append(Text(f"and {len(rest) - room} more", style="dim"))

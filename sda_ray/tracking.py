@@ -108,7 +108,7 @@ class Tracker:
         try:
             client.teardown()  # else the next one waits for the dead server, too
             self._run = _init(directory, id, self.name, config, wandb, "offline")
-            logger.warning("The run goes on offline, in %s.", directory / "wandb")
+            logger.warning("The run goes on offline.")
         except Exception as error:
             logger.warning("W&B cannot be used offline either: %s", error)
 
@@ -197,6 +197,9 @@ def _own_environment() -> Iterator[None]:
 
     for key in hidden.keys() - set(CONNECTION):
         del os.environ[key]
+
+    # wandb 0.31 reports on itself when a process ends, for up to 22 s if the server is ill
+    os.environ["WANDB_ERROR_REPORTING"] = "false"
 
     try:
         yield

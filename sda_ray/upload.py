@@ -9,7 +9,6 @@ import math
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from .tracking import Wandb, _own_environment
 
 __all__ = ["Server", "Target", "Unreachable", "upload"]
 
-PATIENCE = 8.0  # seconds that the server may take for an answer
+PATIENCE = 6.0  # seconds that the server may take for an answer
 LAG = (0.0, 0.2, 0.5, 1.0, 2.0, 4.0)  # seconds between two looks at what has arrived
 
 # What W&B's own client asks before it goes on with a run. It changes nothing.
@@ -132,6 +131,7 @@ class Server:
 
         try:
             with _own_environment():
+                client.setup(client.Settings(silent=True))
                 self._api = client.Api(timeout=int(PATIENCE))
         except Exception as error:
             raise Unreachable(_reason(error, time.monotonic() - start)) from error
@@ -194,8 +194,8 @@ def upload(server: Server, target: Target, fragments: Sequence[Fragment]) -> str
     r"""Brings a run to the server, each step once. Safe to repeat, and to interrupt.
 
     Fragments are uploaded as they are if the server has nothing of the run and they hold all of
-    it. Otherwise what the server lacks is sent; rows that are not the run's beginning, as those
-    of `wandb sync` on fragments that overlap, are replaced.
+    it. Otherwise what the server lacks is sent. Where its rows are not the run's beginning, as
+    after `wandb sync` on fragments that overlap, the run is rewound there and sent anew.
 
     Returns:
         How it was done, in words.
@@ -217,8 +217,9 @@ def upload(server: Server, target: Target, fragments: Sequence[Fragment]) -> str
 
         found = server.ask(target)
 
-    goes_on = target.has_prefix(found) and found[0] > 0
-    _replay(target, since=found[1] + 1 if goes_on else None)
+    fits = target.has_prefix(found)
+    keep = found[1] if fits else 0
+    _replay(target, keep, rewind=not fits)
 
     if not server.has(target):
         count, last = server.ask(target)
@@ -227,22 +228,44 @@ def upload(server: Server, target: Target, fragments: Sequence[Fragment]) -> str
             f"{target.whole[0]} to step {target.whole[1]}"
         )
 
-    if goes_on:
-        return f"completed, from step {found[1] + 1} on"
+    if not fits:
+        return f"replayed, {len(target.steps)} rows, instead of {found[0]} that were not its own"
 
-    replaced = f", instead of {found[0]} rows that were not its own" if found[0] else ""
-    return f"replayed, {len(target.steps)} rows{replaced}"
+    return f"completed, from step {keep + 1} on" if keep else f"replayed, {len(target.steps)} rows"
 
 
-def _replay(target: Target, since: int | None) -> None:
+def _replay(target: Target, keep: int, rewind: bool) -> None:
     r"""Sends the rows and the picture of a run, as its training does.
 
     Arguments:
         target: The run.
-        since: The first step to send, after those that the server has. If None, all are sent, and
-            take the place of what the server has.
+        keep: The last step that the server has and keeps.
+        rewind: Whether it has to forget others.
     """
 
+    from wandb import Image
+
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch, _own_environment():
+        past = f"{target.id}?_step={keep}"
+        run = _begin(target, scratch, **{"resume_from": past} if rewind else {"resume": "allow"})
+
+        if run.starting_step > keep + 1:  # the summary, which W&B goes by, is ahead of the rows
+            run.finish()
+            run = _begin(target, scratch, resume_from=past)
+
+        for step in target.steps:
+            if step > keep:
+                values: dict[str, Any] = dict(target.rows.get(step, {}))
+
+                if step not in target.rows:
+                    values["samples"] = Image(str(target.image))
+
+                run.log(values, step=step, commit=True)
+
+        run.finish(exit_code=0 if target.good else 1)
+
+
+def _begin(target: Target, directory: str, **resume: str) -> Any:
     import wandb as client
 
     settings = client.Settings(
@@ -256,35 +279,20 @@ def _replay(target: Target, since: int | None) -> None:
     )
     start = time.monotonic()
 
-    with ExitStack() as stack:
-        scratch = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
-        stack.enter_context(_own_environment())
-
-        try:
-            run = client.init(
-                mode="online",
-                dir=scratch,
-                project=target.wandb.project,
-                entity=target.wandb.entity,
-                id=target.id,
-                name=target.name,
-                resume=None if since is None else "must",
-                config=target.config,
-                tags=target.wandb.tags,
-                group=target.wandb.group,
-                job_type=target.wandb.job_type,
-                settings=settings,
-            )
-        except Exception as error:
-            raise Unreachable(_reason(error, time.monotonic() - start)) from error
-
-        for step in target.steps:
-            if since is None or step >= since:
-                values: dict[str, Any] = dict(target.rows.get(step, {}))
-
-                if step not in target.rows:
-                    values["samples"] = client.Image(str(target.image))
-
-                run.log(values, step=step, commit=True)
-
-        run.finish(exit_code=0 if target.good else 1)
+    try:
+        return client.init(
+            mode="online",
+            dir=directory,
+            project=target.wandb.project,
+            entity=target.wandb.entity,
+            id=target.id,
+            name=target.name,
+            config=target.config,
+            tags=target.wandb.tags,
+            group=target.wandb.group,
+            job_type=target.wandb.job_type,
+            settings=settings,
+            **resume,  # type: ignore[arg-type]
+        )
+    except Exception as error:
+        raise Unreachable(_reason(error, time.monotonic() - start)) from error

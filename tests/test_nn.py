@@ -5,7 +5,7 @@ import torch
 from plain import normalize, plain_unet
 from torch import nn
 
-from sda_ray.nn import LayerNorm, ModResidualBlock, UNet
+from sda_ray.nn import LayerNorm, ModResidualBlock, Residue, UNet
 
 CONFIGS = [
     {"hidden_channels": (4, 6), "hidden_blocks": (1, 2), "kernel_size": 3},
@@ -36,6 +36,35 @@ def test_residual_block_is_modulated() -> None:
     x, e = torch.randn(2, 5), torch.randn(2, 3)
 
     assert torch.allclose(block(x, e), x + torch.tanh(x + block.project(e)))
+
+
+def test_residue_drops_out_after_the_activation_in_training_only() -> None:
+    residue = Residue(64, 1, nn.ReLU, dropout=0.25)
+    x = torch.randn(4, 64, 8, 8)
+    seen = []
+    residue[3].register_forward_hook(lambda _, args, y: seen.append(args[0]))
+
+    residue.eval()(x)
+    torch.manual_seed(1)
+    residue.train()(x)
+    torch.manual_seed(1)
+    residue(x)
+    residue(x)
+    whole, dropped, same, other = seen
+    kept = dropped != 0
+
+    assert abs(kept.sum() / (whole != 0).sum() - 0.75) < 0.02
+    assert torch.allclose(dropped[kept], whole[kept] / 0.75)
+    assert dropped.equal(same) and not dropped.equal(other)
+
+
+def test_residue_without_dropout_draws_nothing() -> None:
+    state = torch.get_rng_state()
+    residue = Residue(4, 3, nn.SiLU)
+    torch.set_rng_state(state)
+    residue.train()(torch.zeros(1, 4, 8, 8))
+
+    assert torch.get_rng_state().equal(state)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 r"""Tests of the arithmetic of training: what is lowered, what is not, and what it costs."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def test_loss_in_bf16_is_that_of_fp32_at_all_levels_of_noise(trained: VPSDE, dat
     validset = TrajectoryDataset(data / "valid.h5", window=3)
     generator = torch.Generator().manual_seed(0)
 
-    for low, high in zip(edges[:-1], edges[1:], strict=True):
+    for low, high in itertools.pairwise(edges):
         where = low + (high - low) * torch.rand(16, generator=generator, dtype=torch.double)
         t = time[torch.searchsorted(level, where).clamp(max=10000)].float()
         starts = torch.randint(validset.starts, (16,), generator=generator)
@@ -126,11 +127,11 @@ def test_gradients_and_weights_of_bf16_are_fp32(score: MCScoreNet) -> None:
 
 def test_first_and_last_convolution_and_embedding_keep_their_bits_in_bf16() -> None:
     unet = UNet(3, 2, 5, (4,), (1,), kernel_size=3)
-    nn.init.zeros_(unet.descent[0][0].residue[3].weight)  # type: ignore[index, union-attr]
-    nn.init.zeros_(unet.ascent[0][0].residue[3].weight)  # type: ignore[index, union-attr]
+    nn.init.zeros_(unet.descent[0][0].residue[3].weight)  # type: ignore[index]
+    nn.init.zeros_(unet.ascent[0][0].residue[3].weight)  # type: ignore[index]
 
     for level in (unet.descent, unet.ascent):
-        nn.init.zeros_(level[0][0].residue[3].bias)  # type: ignore[index, union-attr]
+        nn.init.zeros_(level[0][0].residue[3].bias)  # type: ignore[index]
 
     x, e = torch.randn(1, 3, 8, 8), torch.randn(1, 5)
     y = unet(x, e)

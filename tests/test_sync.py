@@ -1,0 +1,446 @@
+r"""Tests for the upload of runs to W&B, by its own client, to a server on this machine."""
+
+import argparse
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import numpy as np
+import pytest
+from wandb_server import HISTORY, Json, WandbServer
+
+from sda_ray.checkpoint import RunPath
+from sda_ray.config import CONFIG, save_config
+from sda_ray.errors import UserError
+from sda_ray.files import append_line, write_json
+from sda_ray.fragments import read_fragments
+from sda_ray.inventory import read_entry
+from sda_ray.lease import Lease
+from sda_ray.sync import sync_command, target_of
+
+ID = "abcd1234"
+NAME = "misty-river-7"
+EPOCHS = 6
+STEPS = list(range(1, EPOCHS + 2))  # the last is the picture's
+
+WANDB = {
+    "mode": "offline",
+    "project": "flows",
+    "entity": None,
+    "tags": ["first", "second"],
+    "group": "width",
+    "job_type": "trial",
+}
+
+# An attempt at a run, offline: its epochs, and its end by SIGKILL or in good order
+ATTEMPT = """
+import json, os, signal, sys, time
+from pathlib import Path
+from sda_ray.tracking import Tracker, Wandb
+
+directory, id, name, options, first, last = sys.argv[1:]
+options = json.loads(options)
+path = Path(directory)
+config = json.loads((path / "config.json").read_text())
+tracker = Tracker(path, id, name, config, Wandb(**options | {"tags": tuple(options["tags"])}))
+
+for line in (path / "metrics.jsonl").read_text().splitlines():
+    values = json.loads(line)
+    step = values.pop("epoch")
+
+    if int(first) <= step <= int(last):
+        tracker.log(values, step)
+
+if int(last) == config["epochs"]:
+    tracker.log_image("samples", path / "samples.png", int(last) + 1)
+    tracker.finish()
+else:
+    fragments = list(path.glob("wandb/offline-run-*/*.wandb"))
+    deadline = time.monotonic() + 20
+
+    while time.monotonic() < deadline:  # W&B writes once a second
+        time.sleep(0.2)
+
+        if any(b"loss_valid" in fragment.read_bytes() for fragment in fragments):
+            break
+
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+SYNC = """
+import argparse
+from pathlib import Path
+from sda_ray.sync import add_sync_parser, sync_command
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--runs", type=Path)
+add_sync_parser(lambda *_: parser)
+sync_command(parser.parse_args())
+"""
+
+Sync = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+class DyingServer(WandbServer):
+    r"""Creates a server that dies when it has got some rows of a history."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.left = rows
+        self.dead = False
+
+    def query(self, operation: str, values: Json) -> Json:
+        assert not self.dead, "nobody is here"
+        return super().query(operation, values)
+
+    def stream(self, id: str, sent: Json) -> None:
+        assert not self.dead, "nobody is here"
+        chunk = (sent.get("files") or {}).get(HISTORY)
+
+        if chunk is None:
+            super().stream(id, sent)
+            return
+
+        chunk["content"] = chunk["content"][: self.left]
+        super().stream(id, {"files": {HISTORY: chunk}})
+        self.left -= len(chunk["content"])
+        self.dead = self.left == 0
+        assert not self.dead, "gone before it answers"
+
+
+class RewindingServer(WandbServer):
+    r"""Creates a server that can forget the steps after one."""
+
+    def query(self, operation: str, values: Json) -> Json:
+        if operation != "RewindRun":
+            return super().query(operation, values)
+
+        run, last = self.runs[values["runName"]], values["metricValue"]
+        run.rows[HISTORY] = [r for r in run.rows[HISTORY] if json.loads(r)["_step"] <= last]
+
+        return {"rewindRun": {"rewoundRun": run.describe()}}
+
+
+class Refusal(BaseHTTPRequestHandler):
+    r"""Refuses whatever is asked, as W&B does if the key is wrong."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.send_response(401)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def make_run(runs: Path, id: str = ID, status: str = "finished", **record: Any) -> RunPath:
+    r"""Makes what a finished training leaves, apart from weights and W&B's own files."""
+
+    path = RunPath(runs / f"{NAME}_{id}")
+    path.directory.mkdir(parents=True)
+    save_config(CONFIG | {"epochs": EPOCHS}, path.config)
+    write_json(path.record, {"status": status, "id": id, "wandb": WANDB, **record})
+    matplotlib.image.imsave(path.samples, np.zeros((4, 4)))
+
+    for epoch in range(1, EPOCHS + 1):
+        losses = {"loss_train": 1 / epoch, "loss_valid": 0.1 + 1 / epoch, "lr": 1e-3}
+        append_line(path.metrics, {"epoch": epoch, **losses, "seconds": 0.5})
+
+    return path
+
+
+@pytest.fixture(scope="module")
+def attempted(tmp_path_factory: pytest.TempPathFactory, home: Path) -> RunPath:
+    r"""A run of two attempts, of which the first was killed in epoch 4."""
+
+    path = make_run(tmp_path_factory.mktemp("attempted"))
+    variables = {k: x for k, x in os.environ.items() if not k.startswith("WANDB_")}
+    variables |= {"HOME": str(home), "PYTHONPATH": str(Path(__file__).parents[1])}
+
+    for first, last in ((1, 3), (4, EPOCHS)):
+        words = [str(path.directory), ID, NAME, json.dumps(WANDB), str(first), str(last)]
+        subprocess.run([sys.executable, "-c", ATTEMPT, *words], env=variables, timeout=60)
+        time.sleep(1.1)  # the names of fragments are times, in seconds
+
+    return path
+
+
+@pytest.fixture
+def run(attempted: RunPath, tmp_path: Path) -> RunPath:
+    r"""A copy of this run."""
+
+    copy = tmp_path / "runs" / attempted.directory.name
+    shutil.copytree(attempted.directory, copy, symlinks=True)
+    return RunPath(copy)
+
+
+@pytest.fixture
+def sync(env: dict[str, str], tmp_path: Path) -> Sync:
+    r"""Runs `sda-ray sync` on `tmp_path/runs`, to its end."""
+
+    def start(server: dict[str, str], *words: str) -> Any:
+        return subprocess.run(
+            [sys.executable, "-c", SYNC, f"--runs={tmp_path / 'runs'}", *words],
+            cwd=tmp_path,
+            env={**env, **server},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    return start
+
+
+@pytest.fixture
+def server() -> Iterator[WandbServer]:
+    with WandbServer() as found:
+        yield found
+
+
+@pytest.fixture
+def rewinding() -> Iterator[RewindingServer]:
+    found = RewindingServer()
+
+    with found:
+        yield found
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    return {
+        str(file.relative_to(directory)): file.read_bytes()
+        for file in sorted(directory.rglob("*"))
+        if file.is_file()
+    }
+
+
+def check(server: WandbServer, id: str = ID, name: str = NAME) -> None:
+    r"""Asserts that a server has all of a run, once and in order."""
+
+    found = server.runs[id]
+    lines = [{"epoch": e, "loss_valid": 0.1 + 1 / e, "lr": 1e-3} for e in range(1, EPOCHS + 1)]
+    rows = [{"epoch": row["_step"], **row} for row in found.history]
+
+    assert [row["epoch"] for row in rows] == STEPS
+    assert [{key: row[key] for key in lines[0]} for row in rows[:-1]] == lines
+    assert rows[-1]["samples"]["_type"] == "image-file"
+    assert any(rows[-1]["samples"]["path"] in file for file in found.files)
+    assert (found.name, found.project, found.group) == (name, "flows", "width")
+    assert found.tags == WANDB["tags"]
+    assert json.loads(found.config)["learning_rate"]["value"] == CONFIG["learning_rate"]
+    assert found.exit_code == 0
+
+
+def test_fragments_of_killed_attempts_become_one_history(
+    run: RunPath, sync: Sync, server: WandbServer
+) -> None:
+    first, second = (f.file for f in read_fragments(run))
+    empty = second.parent.with_name(f"offline-run-20380101_000000-{ID}")
+    empty.mkdir()
+    (empty / second.name).write_bytes(second.read_bytes()[:7])
+    first.write_bytes(first.read_bytes() + b"torn by a kill"[:3])
+    before = files(run.directory)
+
+    done = sync(server.env, "--all")
+
+    assert done.returncode == 0, done.stderr
+    assert f"{NAME}_{ID}: uploaded, {len(STEPS)} rows" in done.stdout
+    check(server)
+    assert files(run.directory) == before
+
+    rows = list(server.runs[ID].rows[HISTORY])
+    again = sync(server.env, ID)
+
+    assert again.returncode == 0
+    assert "there already" in again.stdout
+    assert server.runs[ID].rows[HISTORY] == rows
+
+
+def test_what_the_server_lacks_is_replayed(
+    run: RunPath, sync: Sync, rewinding: RewindingServer
+) -> None:
+    def rows() -> list[str]:
+        return rewinding.runs[ID].rows[HISTORY]
+
+    shutil.rmtree(read_fragments(run)[0].file.parent)
+
+    assert f"replayed, {len(STEPS)} rows" in sync(rewinding.env, NAME).stdout
+    check(rewinding)
+
+    # The beginning of the run; the summary is ahead of it
+    beginning = rows()[:4]
+    rewinding.runs[ID].rows[HISTORY] = list(beginning)
+
+    assert "completed, from step 5 on" in sync(rewinding.env, "--all").stdout
+    assert rows()[:4] == beginning
+    check(rewinding)
+
+    # Epochs that were sent twice have been given other steps
+    twice = [json.dumps(json.loads(row) | {"_step": 8 + i}) for i, row in enumerate(rows()[3:])]
+    rewinding.runs[ID].rows[HISTORY] = [*rows(), *twice]
+
+    assert "instead of 11 that were not its own" in sync(rewinding.env, "--all").stdout
+    check(rewinding)
+
+
+def test_fragments_are_taken_only_if_they_hold_each_epoch_once(
+    run: RunPath, tmp_path: Path
+) -> None:
+    first, second = read_fragments(run)
+    entry = read_entry(run)
+    assert entry is not None
+    target = target_of(entry, tmp_path)
+
+    assert target.is_held_by([first, second])
+    assert not target.is_held_by([first])
+    assert not target.is_held_by([second])
+    assert not target.is_held_by([first, first, second])
+    assert not target.is_held_by([second, first])
+    assert not target.is_held_by([first, replace(second, ended=False)])
+    assert not target.is_held_by([first, replace(second, run=second.run | {"id": "other123"})])
+
+    rows = ((1, first.rows[0][1] | {"loss_valid": "2"}), *first.rows[1:])
+    assert not target.is_held_by([replace(first, rows=rows), second])
+
+
+def test_server_that_dies_leaves_the_rest_for_later(
+    run: RunPath, sync: Sync, server: WandbServer
+) -> None:
+    before = files(run.directory)
+
+    with DyingServer(rows=3) as dying:
+        start = time.monotonic()
+        done = sync(dying.env, "--all")
+
+    assert time.monotonic() - start < 40
+    assert done.returncode == 1
+    assert "0 of 1 runs are there" in done.stderr
+    assert files(run.directory) == before
+    server.runs = dying.runs
+
+    assert "completed, from step 4 on" in sync(server.env, "--all").stdout
+    check(server)
+
+
+def test_server_that_is_absent_refuses_or_hangs_is_an_error_soon(run: RunPath, sync: Sync) -> None:
+    before = files(run.directory)
+    refusing = ThreadingHTTPServer(("127.0.0.1", 0), Refusal)
+    threading.Thread(target=refusing.serve_forever, daemon=True).start()
+    silent, absent = socket.socket(), socket.socket()
+
+    for listener in (silent, absent):
+        listener.bind(("127.0.0.1", 0))
+
+    silent.listen(64)
+    ports = {"absent": absent.getsockname()[1], "silent": silent.getsockname()[1]}
+    ports["refusing"] = refusing.server_address[1]
+    done: dict[str, Any] = {}
+
+    def try_to(kind: str) -> None:
+        url, start = f"http://127.0.0.1:{ports[kind]}", time.monotonic()
+        result = sync({"WANDB_BASE_URL": url, "WANDB_API_KEY": "0" * 40}, "--all")
+        done[kind] = (result.returncode, result.stderr, time.monotonic() - start)
+
+    threads = [threading.Thread(target=try_to, args=(kind,)) for kind in ports]
+
+    for thread in threads:
+        thread.start()
+
+    for thread in threads:
+        thread.join()
+
+    refusing.shutdown()
+    refusing.server_close()
+    silent.close()
+    absent.close()
+
+    for code, errors, seconds in done.values():
+        assert code == 1
+        assert "Traceback" not in errors
+        assert "the same command goes on" in errors
+        assert seconds < 30, done  # of which some are Python's, three times at once
+
+    assert "does not answer within 6 s" in done["silent"][1]
+    assert "verify credentials" in done["refusing"][1]
+    assert files(run.directory) == before
+
+
+def test_without_an_account_an_error_says_what_to_do(run: RunPath, sync: Sync) -> None:
+    done = sync({"WANDB_BASE_URL": "http://127.0.0.1:9"}, "--all")
+
+    assert done.returncode == 1
+    assert "wandb login" in done.stderr
+
+
+def test_only_finished_runs_that_nobody_is_at_are_uploaded(
+    tmp_path: Path, sync: Sync, server: WandbServer
+) -> None:
+    runs = tmp_path / "runs"
+    make_run(runs, "finished")
+    make_run(runs, "unended1", status="paused")
+    make_run(runs, "private1", wandb=WANDB | {"mode": "disabled"})
+    damaged = make_run(runs, "damaged1").metrics
+    damaged.write_text("{\n" + damaged.read_text())
+    lease = Lease(make_run(runs, "inuse123").lease, "a run")
+
+    try:
+        done = sync(server.env, "--all")
+    finally:
+        lease.release()
+
+    assert done.returncode == 1
+    assert f"{damaged} is damaged" in done.stderr
+    assert set(server.runs) == {"finished"}
+    assert f"{NAME}_inuse123 is left out: a process is at it" in done.stdout
+    assert "left out unless they are named: 1 paused" in done.stdout
+    assert "Trained with --wandb disabled, and left out unless named: 1" in done.stdout
+
+    assert sync(server.env, "unended1").returncode == 0
+    assert [row["_step"] for row in server.runs["unended1"].history] == STEPS[:-1]
+
+
+def test_reader_takes_whole_records_only(run: RunPath) -> None:
+    first, second = read_fragments(run)
+
+    assert [step for fragment in (first, second) for step, _ in fragment.rows] == STEPS
+    assert (first.ended, second.ended) == (False, True)
+    assert first.run["name"] == NAME
+
+    data = second.file.read_bytes()
+    second.file.write_bytes(data[:-40])
+    torn = read_fragments(run)[1]
+
+    assert not torn.ended
+    assert torn.size <= len(data) - 40
+
+
+def test_reader_refuses_damage(run: RunPath) -> None:
+    file = read_fragments(run)[0].file
+    data = file.read_bytes()
+    file.write_bytes(data[:100] + bytes([data[100] ^ 1]) + data[101:])
+
+    with pytest.raises(UserError, match=r"run-abcd1234\.wandb is damaged at byte \d+"):
+        read_fragments(run)
+
+
+def test_reader_follows_no_links(run: RunPath, tmp_path: Path) -> None:
+    (run.directory / "wandb").rename(tmp_path / "elsewhere")
+    (run.directory / "wandb").symlink_to(tmp_path / "elsewhere")
+
+    assert read_fragments(run) == []
+
+
+@pytest.mark.parametrize("words", [{"all": False, "run": []}, {"all": True, "run": [ID]}])
+def test_either_runs_or_all_are_given(tmp_path: Path, words: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="give the runs to upload, or --all"):
+        sync_command(argparse.Namespace(runs=tmp_path, **words))
