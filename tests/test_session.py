@@ -80,7 +80,7 @@ def test_train_twice_gives_the_same_bits(
     cli: Cli, settings: list[str], tmp_path: Path, data: Path
 ) -> None:
     for _ in range(2):
-        done = cli("train", "epochs=4", *settings, OMP_NUM_THREADS="2")
+        done = cli("train", "epochs=4", *settings)
         assert done.returncode == 0, done.stderr
         assert "epoch 4/4: loss_train" in done.stdout and "finished: runs/" in done.stdout
 

@@ -322,7 +322,7 @@ def test_server_that_dies_leaves_the_rest_for_later(
         start = time.monotonic()
         done = sync(dying.env, "--all")
 
-    assert time.monotonic() - start < 40
+    assert time.monotonic() - start < 60
     assert done.returncode == 1
     assert "0 of 1 runs are there" in done.stderr
     assert files(run.directory) == before
@@ -368,7 +368,7 @@ def test_server_that_is_absent_refuses_or_hangs_is_an_error_soon(run: RunPath, s
         assert code == 1
         assert "Traceback" not in errors
         assert "the same command goes on" in errors
-        assert seconds < 30, done  # of which some are Python's, three times at once
+        assert seconds < 45, done  # alone 10; but tests may run on a busy machine
 
     assert "does not answer within 6 s" in done["silent"][1]
     assert "verify credentials" in done["refusing"][1]
