@@ -1,4 +1,4 @@
-r"""The command line: `sda-ray simulate | train | sweep`."""
+r"""The command line: `sda-ray simulate | train | sweep | runs | sync`."""
 
 import argparse
 import logging
@@ -11,9 +11,11 @@ from types import FrameType
 from typing import Any
 
 from . import __version__
+from .browse import runs_command
 from .config import CONFIG, Config, check_config, format_value, load_config, parse_overrides
 from .errors import UserError
 from .options import parse
+from .sync import sync_command
 
 __all__ = ["main"]
 
@@ -37,11 +39,19 @@ def main(sweep: Any = None, argv: Sequence[str] | None = None) -> None:
 
     args = parse(argv)
     places = f"data {args.data}" + ("" if args.command == "simulate" else f", runs {args.runs}")
-    print(f"sda-ray {__version__}: root {args.root}, {places}", flush=True)
+    out = sys.stderr if getattr(args, "json", False) else sys.stdout
+    print(f"sda-ray {__version__}: root {args.root}, {places}", file=out, flush=True)
+    commands = {
+        "simulate": _simulate,
+        "train": _train,
+        "sweep": _sweep,
+        "runs": runs_command,
+        "sync": sync_command,
+    }
 
     try:
         _check_places(args)
-        {"simulate": _simulate, "train": _train, "sweep": _sweep}[args.command](args, sweep)
+        commands[args.command](args, sweep)
     except UserError as error:
         print(f"sda-ray: {error}", file=sys.stderr)
         sys.exit(2)
@@ -89,14 +99,16 @@ def _wandb(args: argparse.Namespace) -> Any:
 
 
 def _train(args: argparse.Namespace, _: Any) -> None:
-    from .session import resume_run, start_replicas, start_run
+    from .session import extend_run, resume_run, start_replicas, start_run
 
     if args.takeover and not args.resume:
         raise UserError("--takeover goes with --resume RUN.")
 
     if args.replicas is not None:
-        if args.init or args.resume or args.device:
-            raise UserError("--replicas goes with none of --init, --resume and --device.")
+        if args.init or args.resume or args.extend or args.device or args.threads:
+            raise UserError(
+                "--replicas goes with none of --init, --resume, --extend, --device and --threads."
+            )
 
         start_replicas(_config(args), args.replicas, **_launch_options(args))
         return
@@ -105,7 +117,16 @@ def _train(args: argparse.Namespace, _: Any) -> None:
         if getattr(args, name) is not None:
             raise UserError(f"--{name.replace('_', '-')} goes with --replicas N.")
 
-    if args.resume:
+    if args.threads is not None:
+        _set_threads(args.threads)
+
+    if args.extend:
+        if args.config:
+            raise UserError("--extend takes the settings of RUN, and so goes without --config.")
+
+        changes = parse_overrides(args.settings)
+        extend_run(args.runs, args.data, args.extend, changes, args.device, _wandb(args))
+    elif args.resume:
         if args.settings or args.config:
             raise UserError(
                 "--resume goes on with a run as it is. For other settings start a run from its "
@@ -115,6 +136,15 @@ def _train(args: argparse.Namespace, _: Any) -> None:
         resume_run(args.runs, args.data, args.resume, args.device, _wandb(args), args.takeover)
     else:
         start_run(args.runs, args.data, _config(args), args.init, args.device, _wandb(args))
+
+
+def _set_threads(threads: int) -> None:
+    import torch
+
+    if threads < 1:
+        raise UserError(f"--threads is {threads}, but must be at least 1.")
+
+    torch.set_num_threads(threads)
 
 
 def _config(args: argparse.Namespace) -> Config:

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import __version__
+from .browse import add_runs_parser, with_action
 from .config import format_value
 from .keys import KEYS
+from .sync import add_sync_parser
 
 __all__ = ["parse"]
 
@@ -39,7 +41,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """
 
     parser = _parser()
-    args, rest = parser.parse_known_args(argv)
+    args, rest = parser.parse_known_args(with_action(argv))
     unknown = [x for x in rest if x.startswith("-") or "=" not in x or "settings" not in args]
 
     if unknown:
@@ -83,6 +85,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_simulate(command("simulate", "make a data set", SIMULATE))
     _add_train(command("train", "train one network", f"{TRAIN}\n{_keys()}"))
     _add_sweep(command("sweep", "search for good settings", SWEEP))
+    add_runs_parser(command)
+    add_sync_parser(command)
 
     return parser
 
@@ -108,9 +112,15 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--resume", metavar="RUN", help="go on with a run (path, name or id)")
     start.add_argument("--init", metavar="RUN", help="start from the weights of a run")
+    start.add_argument(
+        "--extend", metavar="RUN", help="a longer run that begins as RUN did, with epochs=N"
+    )
     parser.add_argument("--config", metavar="RUN", help="settings of a run, or a config.json")
     parser.add_argument("--replicas", type=int, metavar="N", help="N runs with seeds seed … + N-1")
     parser.add_argument("--device", help="cpu, cuda, … (default: cuda if there is one)")
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="of the CPU; bits depend on it (default: all)"
+    )
     parser.add_argument(
         "--takeover", action="store_true", help="with --resume: even if a process is at it"
     )
