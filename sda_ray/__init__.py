@@ -10,7 +10,7 @@ _MODULES = {
     "cli": ["main"],
     "config": ["CONFIG"],
     "data": ["TrajectoryDataset"],
-    "diffusion": ["SubSubVPSDE", "SubVPSDE", "VPSDE"],
+    "diffusion": ["SubSubVPSDE", "SubVPSDE", "VPSDE", "load_sde"],
     "flow": ["KolmogorovFlow", "coarsen", "vorticity"],
     "guidance": ["DPSGaussianScore", "GaussianScore"],
     "score": ["load_score", "make_score"],

@@ -133,7 +133,9 @@ def _train(args: argparse.Namespace, _: Any) -> None:
                 f"weights: sda-ray train --init {args.resume} key=value"
             )
 
-        resume_run(args.runs, args.data, args.resume, args.device, _wandb(args), args.takeover)
+        given = args.wandb or args.project or args.entity or args.tags
+        wandb = _wandb(args) if given else None
+        resume_run(args.runs, args.data, args.resume, args.device, wandb, args.takeover)
     else:
         start_run(args.runs, args.data, _config(args), args.init, args.device, _wandb(args))
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from .checkpoint import RunPath
 from .errors import UserError
-from .tracking import _own_environment
+from .tracking import own_environment
 
 __all__ = ["Fragment", "read_fragments", "sync_fragments"]
 
@@ -164,7 +164,7 @@ def sync_fragments(fragments: Sequence[Fragment], patience: float) -> None:
         patience: The seconds that it may take.
     """
 
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch, _own_environment():
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch, own_environment():
         copies = [str(_copy(fragment, Path(scratch))) for fragment in fragments]
         process = subprocess.Popen(
             [sys.executable, "-m", "wandb", "sync", *copies],

@@ -31,7 +31,12 @@ __all__ = [
     "select",
 ]
 
-OURS = ("metrics.jsonl", "checkpoint.pth", "checkpoint.prev.pth")  # no upstream run has them
+OURS = (
+    "metrics.jsonl",
+    "checkpoint.pth",
+    "checkpoint.prev.pth",
+    "checkpoint.decay.pth",
+)  # no upstream run has them
 
 
 @dataclass(frozen=True)

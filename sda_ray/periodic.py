@@ -179,9 +179,19 @@ def upsampled_conv2d(x: Tensor, weight: Tensor, bias: Tensor, skip: Tensor) -> T
             phases.append(w)
 
     x = circular_pad(lower(x), (p + 1) // 2)
-    y = F.conv2d(x, torch.cat(phases), bias.repeat(4))
+    y = _conv2d(x, torch.cat(phases), bias.repeat(4))
 
     return _Interleave.apply(y, skip)
+
+
+def _conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1) -> Tensor:
+    if weight.shape[-1] > 1:
+        return F.conv2d(x, weight, bias, stride)
+
+    # The backward pass of oneDNN's 1x1 convolution writes out of bounds (torch 2.13 with AVX2).
+    x = x[:, :, ::stride, ::stride].permute(0, 2, 3, 1)
+
+    return F.linear(x, weight.flatten(1), bias).permute(0, 3, 1, 2)
 
 
 class CircularConv2d(nn.Conv2d):
@@ -202,4 +212,4 @@ class CircularConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         x = circular_pad(lower(x), self.kernel_size[0] // 2)
 
-        return F.conv2d(x, self.weight, self.bias, self.stride)
+        return _conv2d(x, self.weight, self.bias, self.stride[0])

@@ -22,7 +22,7 @@ def resumable(path: RunPath) -> dict[Path, int]:
 
     found: dict[Path, int] = {}
 
-    for file in (path.checkpoint, path.previous):
+    for file in (path.checkpoint, path.previous, path.decay):
         with contextlib.suppress(OSError):
             found[file] = file.lstat().st_size
 
@@ -70,7 +70,7 @@ def prune(path: RunPath) -> int:
         UserError: If the state must stay, see :func:`refusal`, or cannot be removed.
     """
 
-    from .score import load_score
+    from .score import load_network
 
     name = path.directory.name
 
@@ -81,7 +81,7 @@ def prune(path: RunPath) -> int:
             raise UserError(f"{name} is left as it is: {reason}")
 
         try:
-            load_score(path.directory)
+            load_network(path.directory)
         except Exception as error:  # whatever a damaged file provokes in torch
             raise UserError(f"{name} is left as it is: {path.state} does not load: {error}")
 

@@ -158,10 +158,10 @@ def _misplaced(keys: list[Any], pruner: str) -> Iterator[str]:
             yield f"SPACE has {show(key)}, which CONFIG has not.{did_you_mean(key, KEYS)}"
         elif keys.count(key) > 1:
             yield f"SPACE has {key!r} {keys.count(key)} times, but may have it once."
-        elif key == "window":
+        elif key in ("window", "alpha"):
             yield (
-                "SPACE has 'window', but the denoising losses of different windows are not "
-                "comparable. Set it in CONFIG, and make a sweep for each window."
+                f"SPACE has {key!r}, but the denoising losses of different {key}s are not "
+                "comparable. Set it in CONFIG, and make a sweep for each."
             )
         elif key == "epochs" and pruner != "none":
             yield (

@@ -123,7 +123,11 @@ def launch(
             "rungs": sweep.rules.rungs,
             "cpus": cpus,
             "wandb": asdict(wandb),
-            "record": {"sweep": sweep.name, "data": info.fingerprint},
+            "record": {
+                "sweep": sweep.name,
+                "data": info.fingerprint,
+                "wandb": asdict(wandb),
+            },
             "request": str(directory / "stop"),
         }
         _drive(sweep, study, spec, slots, address, _again(sweep.name, root, runs))

@@ -1,4 +1,4 @@
-r"""What W&B is told of a run. This is the only module that imports wandb.
+r"""What W&B is told of a run. Nothing else that trains imports wandb.
 
 W&B never stands in the way: whatever fails here is a warning, and the training goes on.
 `metrics.jsonl` is the truth.
@@ -15,11 +15,11 @@ from typing import Any
 from .config import Config
 from .errors import UserError
 
-__all__ = ["Tracker", "Wandb"]
+__all__ = ["Tracker", "Wandb", "own_environment"]
 
 logger = logging.getLogger(__name__)
 
-PATIENCE = 8.0  # seconds that W&B may take to begin, and to end
+PATIENCE = 7.5  # seconds that W&B may take to begin, and to end
 
 # Where W&B's server is, and who asks. What a run is called and where it goes, we say ourselves.
 CONNECTION = (
@@ -172,7 +172,7 @@ def _init(
         x_transaction_log_flush_interval=1.0,  # a kill loses 1 s of rows, not 15
     )
 
-    with _own_environment():
+    with own_environment():
         return client.init(
             mode=mode,  # type: ignore[arg-type]
             dir=directory,
@@ -190,7 +190,7 @@ def _init(
 
 
 @contextmanager
-def _own_environment() -> Iterator[None]:
+def own_environment() -> Iterator[None]:
     r"""Hides the variables by which W&B would give this run another id, name, group or sweep."""
 
     hidden = {k: v for k, v in os.environ.items() if k.startswith("WANDB_")}

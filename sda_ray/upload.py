@@ -15,7 +15,7 @@ from typing import Any
 
 from .config import Config
 from .fragments import Fragment, sync_fragments
-from .tracking import Wandb, _own_environment
+from .tracking import Wandb, own_environment
 
 __all__ = ["Server", "Target", "Unreachable", "upload"]
 
@@ -130,7 +130,7 @@ class Server:
         start = time.monotonic()
 
         try:
-            with _own_environment():
+            with own_environment():
                 client.setup(client.Settings(silent=True))
                 self._api = client.Api(timeout=int(PATIENCE))
         except Exception as error:
@@ -245,7 +245,7 @@ def _replay(target: Target, keep: int, rewind: bool) -> None:
 
     from wandb import Image
 
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch, _own_environment():
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch, own_environment():
         past = f"{target.id}?_step={keep}"
         run = _begin(target, scratch, **{"resume_from": past} if rewind else {"resume": "allow"})
 

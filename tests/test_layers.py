@@ -20,11 +20,11 @@ FLOORS = {
     2: "nn score",
     3: "diffusion guidance",
     4: "averaging training validation checkpoint samples pruner",
-    5: "record history tracking runs extension train curves inventory reclaim",
-    6: "space sampler study cluster details render",
-    7: "trial driver executor sweep table",
-    8: "session simulate browse",
-    9: "cli",
+    5: "record history tracking fragments runs extension train curves inventory reclaim",
+    6: "space sampler study cluster details render upload",
+    7: "archive definition trial driver executor sweep table progress",
+    8: "session simulate browse sync",
+    9: "options cli",
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
 
@@ -32,7 +32,7 @@ FLOOR = {module: floor for floor, modules in FLOORS.items() for module in module
 IMPORTERS = {
     "optuna": {"study", "sampler"},
     "ray": {"trial", "executor", "sweep", "simulate", "cluster"},
-    "wandb": {"tracking"},
+    "wandb": {"tracking", "upload", "fragments"},
 }
 
 
