@@ -2,6 +2,7 @@ r"""What all tests share: clean surroundings, tiny data, a tiny network, the com
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -15,6 +16,9 @@ import pytest
 import torch
 
 from sda_ray.config import CONFIG, Config, format_value
+
+# A shell that runs the tests in the background has them, and all that they start, ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.set_num_threads(1)  # the networks are tiny, and the machine may be shared
 

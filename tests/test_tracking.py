@@ -1,6 +1,7 @@
 import json
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -172,3 +173,30 @@ def test_server_that_dies_does_not_stop_the_training(
     assert process.returncode == 0, errors
     path = only_run(tmp_path)
     assert path.state.exists() and len(recorded(path)) == 60
+
+
+# The end of a process
+
+FROZEN = """
+import os, pathlib, signal, sys
+from sda_ray.config import CONFIG
+from sda_ray.tracking import Tracker, Wandb
+
+tracker = Tracker(pathlib.Path(sys.argv[1]), "abcd1234", "a-b-1", CONFIG, Wandb())
+tracker.finish()
+
+for file in pathlib.Path("/proc").glob("[0-9]*/stat"):
+    name, _, rest = file.read_text().partition("(")[2].rpartition(")")
+    if name == "wandb-core" and int(rest.split()[1]) == os.getpid():
+        os.kill(int(file.parent.name), signal.SIGSTOP)
+        print("frozen")
+"""
+
+
+def test_process_ends_though_the_service_of_wandb_does_not(
+    env: dict[str, str], tmp_path: Path
+) -> None:
+    script = [sys.executable, "-c", FROZEN, str(tmp_path)]
+    done = subprocess.run(script, env=env, capture_output=True, text=True, timeout=60)
+
+    assert (done.returncode, done.stdout) == (0, "frozen\n"), done.stderr
