@@ -2,6 +2,7 @@ r"""What people look at: the live table of a sweep, its leaderboard, and what to
 
 import math
 import os
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -217,6 +218,10 @@ def conclude(
         print("No run is complete: run.json and error.txt in the run directories say why.")
         return
 
+    if all(record.config.keys() == {"seed"} for record in complete):
+        _conclude_repeats(complete)
+        return
+
     best = complete[0]
     path = RunPath.of_id(runs, best.run_id)
     values = " ".join(f"{key}={format_value(x)}" for key, x in best.config.items())
@@ -234,3 +239,12 @@ def conclude(
     print(f"  sda-ray train --config {run} --replicas 3   # other seeds")
     print(f"  optuna-dashboard {journal}   # curves")
     print(f"  python -c \"from sda_ray import load_score; print(load_score('{here}'))\"")
+
+
+def _conclude_repeats(complete: Sequence[Record]) -> None:
+    r"""Prints what repeats that differ in the seed alone say together."""
+
+    losses = [record.values[record.last] for record in complete]
+    spread = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
+    print(f"\nloss_valid over {len(losses)} seeds: {statistics.mean(losses):.4f}{spread}")
+    print("The number behind ± is the standard deviation over seeds.")

@@ -73,15 +73,18 @@ def test_leaderboard_has_the_best_first_and_says_how_far_it_carries(
     assert "One seed, selected as the best of 15" in out
 
 
-def test_leaderboard_of_repeats_says_nothing_of_one_seed(
+def test_conclusion_of_repeats_is_their_mean_and_spread(
     runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     repeats = [
-        Record(i, f"run{i:05}", "complete", 9, 9, {9: 1.0}, config={"seed": i}) for i in (1, 2)
+        Record(i, f"run{i:05}", "complete", 9, 9, {9: float(i)}, config={"seed": i})
+        for i in (1, 2, 3)
     ]
-    leaderboard("demo", repeats, runs)
+    conclude("demo", 3, repeats, runs, runs)
+    out = capsys.readouterr().out
 
-    assert "One seed" not in capsys.readouterr().out
+    assert "loss_valid over 3 seeds: 2.0000 ± 1.0000" in out
+    assert "One seed" not in out and "Best configuration" not in out
 
 
 def test_conclusion_names_commands_that_exist(

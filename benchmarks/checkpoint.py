@@ -1,0 +1,72 @@
+#!/usr/bin/env python
+r"""What does a checkpoint of the full network cost?
+
+Saves the state of CONFIG's network (weights and the moments of AdamW) as a run does, in turn with
+a plain `torch.save` of the same tensors and an fsync, and prints the ratio and the share of a
+training's time at the default interval.
+
+    python benchmarks/checkpoint.py [--rounds 5] [--directory DIR]
+"""
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from sda_ray import CONFIG
+from sda_ray.checkpoint import RunPath, save_checkpoint
+from sda_ray.runs import CHECKPOINT_COST, CHECKPOINT_SECONDS
+from sda_ray.training import TrainState
+
+
+def seconds(action: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    action()
+
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--directory", help="the disk to measure (default: the temporary one)")
+    args = parser.parse_args()
+
+    state = TrainState(CONFIG, size=64)
+    tensors, info = state.tensors(), state.info()
+    size = sum(x.numel() * x.element_size() for x in tensors.values())
+    ours, plain = [], []
+
+    with tempfile.TemporaryDirectory(dir=args.directory) as directory:
+        path = RunPath(Path(directory) / "speedy-crab-1_abcd1234")
+        path.directory.mkdir()
+
+        def save() -> None:
+            save_checkpoint(path, tensors, info)
+
+        def save_plainly() -> None:
+            with open(path.directory / "plain.pth", "wb") as stream:
+                torch.save(tensors, stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+
+        for _ in range(args.rounds):
+            ours.append(seconds(save))
+            plain.append(seconds(save_plainly))
+
+    cost = statistics.median(ours)
+    ratio = statistics.median(a / b for a, b in zip(ours, plain, strict=True))
+    interval = max(CHECKPOINT_SECONDS, cost / CHECKPOINT_COST)
+
+    print(f"state: {size / 1e6:.0f} MB")
+    print(f"ours:  {cost:.2f} s (median of {args.rounds}), {ratio:.2f} times a plain torch.save")
+    print(f"share: {100 * cost / (cost + interval):.1f} % of the time, one each {interval:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
