@@ -17,8 +17,10 @@ import torch
 
 from sda_ray.config import CONFIG, Config, format_value
 
-# A shell that runs the tests in the background has them, and all that they start, ignore Ctrl-C.
+# A shell or nohup that runs the tests in the background has them, and all that they start, ignore
+# these signals.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 torch.set_num_threads(1)  # the networks are tiny, and the machine may be shared
 
