@@ -21,8 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .config import MAX_WEIGHTS, _weights, load_config
 from .errors import UserError
-from .files import open_atomic, sync_directory, write_atomic
+from .files import open_atomic, read_regular, sync_directory, write_atomic
+from .weights import check_archive, total_size
 
 __all__ = [
     "RunPath",
@@ -226,13 +228,16 @@ def load_checkpoint(path: RunPath) -> tuple[dict[str, Tensor], dict[str, Any]] |
 
     Returns:
         The tensors, on the CPU, and the info, or None if there is no whole checkpoint.
+
+    Raises:
+        UserError: If a checkpoint is a link out of the directory, or far too large.
     """
 
     for file in (path.checkpoint, path.previous):
-        if not file.exists():
+        if not os.path.lexists(file):
             continue
 
-        data = file.read_bytes()  # a disk that fails to read is another matter than damage
+        data = _read(file)  # a disk that fails to read is another matter than damage
 
         try:
             return _load(data)
@@ -254,17 +259,41 @@ def read_checkpoint(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
 
     try:
-        return _load(file.read_bytes())
+        return _load(_read(file))
     except Exception as error:  # whatever a damaged file provokes in torch
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(f"{file} is damaged ({reason})") from error
 
 
+def _read(file: Path) -> bytes:
+    r"""Returns the bytes of a checkpoint, unless there are far more than its config asks for."""
+
+    try:
+        weights = _weights(load_config(file.with_name("config.json")))
+    except UserError:
+        weights = MAX_WEIGHTS
+
+    return read_regular(file, 64 * weights + 2**30)  # float32, two moments, average: 16
+
+
 def _load(data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    stream = io.BytesIO(data)
+    check_archive(stream)
+    content = torch.load(stream, map_location="cpu", weights_only=True)
     tensors, text = content["tensors"], content["info"]
+
+    # An expanded tensor takes no space in the file, but would in memory.
+    if (size := total_size(tensors)) > len(data):
+        raise ValueError(f"its tensors have {size} bytes")
 
     if _digest(tensors, text) != content["sha256"]:
         raise ValueError("its checksum is wrong")
 
-    return tensors, json.loads(text)
+    info = json.loads(text)
+
+    # A stranger can make a right checksum. A step leaves a loss among the tensors, at least.
+    for key, last in (("epoch", 10**8), ("step", len(data))):
+        if type(info[key]) is not int or not 0 <= info[key] <= last:
+            raise ValueError(f"its {key} is {str(info[key])[:80]}")
+
+    return tensors, info

@@ -157,7 +157,7 @@ def _config(args: argparse.Namespace) -> Config:
     base = dict(CONFIG)
 
     if args.config and Path(args.config).is_file():
-        base = load_config(Path(args.config))
+        base = load_config(Path(args.config).resolve())
     elif args.config or args.init:
         base = load_config(RunPath.find(args.runs, args.config or args.init).config)
 

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 LOST = 5  # times that a worker may die under a run
 ALIKE = 3  # runs that fail alike, before any is complete, after which the sweep stops
+UNREACHED = 2  # attempts that W&B's server fails, after which new ones start offline
 
 Propose = Callable[[Sequence[Record]], Any]  # a configuration and its trial, or None
 Notify = Callable[[str, Record], None]
@@ -63,6 +64,7 @@ class Driver:
         self.live: dict[str, int] = {}  # who carries out what: a trial's name -> index of its run
         self.closing: dict[int, Callable[[], bool]] = {}  # index of a run -> whether it is closed
         self.lost: Counter[int] = Counter()
+        self.unreached: set[tuple[int, int]] = set()  # attempts that W&B's server has failed
         self.errors: list[str] = []
         self.exhausted = False
         self.stopping = False  # asked to stop
@@ -168,6 +170,9 @@ class Driver:
         record = self.study.report(record, dict(result["epochs"]))
         event, error = result["event"], result["error"]
 
+        if result.get("unreached"):
+            self._unreached(record)
+
         if event == "running" and record.paused and not self._goes_on(record):
             event = "paused"
             self.closing[record.index] = close(event)
@@ -183,6 +188,19 @@ class Driver:
         self.notify(event, record)
 
         return bool(event == "running")
+
+    def _unreached(self, record: Record) -> None:
+        r"""Lets what starts from now on log offline, if W&B's server fails again and again."""
+
+        self.unreached.add((record.index, record.attempt))
+
+        if len(self.unreached) >= UNREACHED and self.spec["wandb"]["mode"] == "online":
+            self.spec = self.spec | {"wandb": self.spec["wandb"] | {"mode": "offline"}}
+            logger.warning(
+                "W&B's server has failed %d runs: the rest of the sweep starts offline. "
+                "`sda-ray sync --all` uploads it later.",
+                len(self.unreached),
+            )
 
     def _find(self, index: int) -> Record:
         return next(record for record in self.study.records() if record.index == index)

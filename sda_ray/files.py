@@ -2,9 +2,11 @@ r"""Files that are whole or absent: atomic replacement, JSON, and append-only li
 
 import contextlib
 import errno
+import io
 import json
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,8 +17,10 @@ __all__ = [
     "append_line",
     "cut_torn_line",
     "open_atomic",
+    "open_regular",
     "read_json",
     "read_lines",
+    "read_regular",
     "remove_leftovers",
     "write_atomic",
     "write_json",
@@ -73,7 +77,41 @@ def remove_leftovers(directory: Path | str) -> None:
     """
 
     for aside in Path(directory).glob(".*.tmp"):
-        aside.unlink(missing_ok=True)
+        if not aside.is_dir():
+            aside.unlink(missing_ok=True)
+
+
+def open_regular(file: Path | str, flags: int = os.O_RDONLY) -> int:
+    r"""Opens a regular file and returns its descriptor.
+
+    A directory may come from a stranger: a link is followed only to where it lies, and pipes and
+    devices, which may never end, are refused.
+
+    Raises:
+        UserError: If the file is not regular, or a link out of its directory.
+        OSError: If the file cannot be opened.
+    """
+
+    target = Path(os.path.realpath(file))
+
+    if os.path.islink(file) and not target.is_relative_to(os.path.realpath(Path(file).parent)):
+        raise UserError(f"{file} is a link to {target}, out of its directory. Copy the file.")
+
+    if os.path.lexists(target) and not stat.S_ISREG(os.lstat(target).st_mode):
+        what = "Is a directory" if target.is_dir() else "it is not a regular file"
+        raise UserError(f"{file} cannot be read: {what}.")
+
+    return os.open(target, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+
+
+def read_regular(file: Path | str, limit: int = MAX_JSON) -> bytes:
+    r"""Returns what is in a file, see :func:`open_regular`, if it has at most `limit` bytes."""
+
+    with os.fdopen(open_regular(file), "rb") as f:
+        if (size := os.fstat(f.fileno()).st_size) > limit:
+            raise UserError(f"{file} has {size} bytes, but at most {limit} are read.")
+
+        return f.read(size)
 
 
 def write_json(file: Path | str, obj: Any) -> None:
@@ -93,10 +131,7 @@ def read_json(file: Path | str) -> Any:
     """
 
     try:
-        if (size := os.path.getsize(file)) > MAX_JSON:
-            raise UserError(f"{file} has {size} bytes, but at most {MAX_JSON} are read.")
-
-        return json.loads(Path(file).read_bytes())
+        return json.loads(read_regular(file))
     except OSError as e:
         raise UserError(f"{file} cannot be read: {e.strerror}.") from e
     except (ValueError, RecursionError) as e:
@@ -118,7 +153,7 @@ def append_line(file: Path | str, obj: dict[str, Any]) -> None:
 
     line = json.dumps(obj).encode() + b"\n"
     new = not os.path.exists(file)
-    handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+    handle = open_regular(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     try:
         end = os.fstat(handle).st_size
@@ -148,20 +183,21 @@ def read_lines(file: Path | str) -> list[dict[str, Any]]:
     """
 
     try:
-        data = Path(file).read_bytes()
+        data = read_regular(file)
     except FileNotFoundError:
         return []
     except OSError as e:
         raise UserError(f"{file} cannot be read: {e.strerror}.") from e
 
-    lines = data[: _whole(data)].splitlines()
-    objects = [_parse(line) for line in lines]
+    objects = []
 
-    for number, obj in enumerate(objects, start=1):
-        if obj is None:
+    for number, line in enumerate(io.BytesIO(data[: _whole(data)]), start=1):
+        if (obj := _parse(line)) is None:
             raise UserError(f"{file} is damaged: line {number} is not a JSON object.")
 
-    return [obj for obj in objects if obj is not None]
+        objects.append(obj)
+
+    return objects
 
 
 def cut_torn_line(file: Path | str) -> bytes:
@@ -171,14 +207,14 @@ def cut_torn_line(file: Path | str) -> bytes:
     """
 
     try:
-        data = Path(file).read_bytes()
+        data = read_regular(file)
     except FileNotFoundError:
         return b""
 
     torn = data[_whole(data) :]
 
     if torn:
-        with open(file, "r+b") as f:
+        with os.fdopen(open_regular(file, os.O_RDWR), "r+b") as f:
             f.truncate(len(data) - len(torn))
             os.fsync(f.fileno())
 

@@ -22,6 +22,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+MAX_RATIO = 1032  # the best that deflate can do
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -84,7 +86,7 @@ def open_trajectories(file: Path) -> Iterator[h5py.Dataset]:
             yield dataset
     except UserError:
         raise
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as e:
+    except (OSError, RuntimeError, ValueError, LookupError, TypeError, ArithmeticError) as e:
         raise UserError(
             f"{file} cannot be read: it is truncated or damaged, or closed to this user ({e}). "
             "Make or copy it again."
@@ -118,6 +120,15 @@ def get_dataset(file: Path, f: h5py.File, name: str) -> h5py.Dataset:
         raise UserError(
             f"{file} keeps the dataset `{name}` in other files, which are not followed. Use a "
             "file that holds the data itself."
+        )
+
+    size = int(np.prod(dataset.shape or (), dtype=object)) * dataset.dtype.itemsize
+    stored = dataset.id.get_storage_size()
+
+    if stored and size > MAX_RATIO * stored + 2**20:  # or memory would be spent on nothing
+        raise UserError(
+            f"{file} declares {size} bytes of `{name}`, but holds only {stored}. Make or copy it "
+            "again."
         )
 
     return dataset

@@ -1,9 +1,11 @@
 r"""The history of a run: `metrics.jsonl`, one line per epoch, appended once and never changed."""
 
 import logging
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 from .errors import UserError
 from .files import append_line, cut_torn_line, read_lines
@@ -12,6 +14,8 @@ from .training import Metrics
 __all__ = ["History", "read_history"]
 
 logger = logging.getLogger(__name__)
+
+NUMBERS = ("loss_train", "loss_valid", "loss_valid_raw", "loss_valid_se", "lr", "seconds")
 
 TIMING = ("seconds",)  # what differs when an epoch is done again
 
@@ -26,10 +30,20 @@ def read_history(file: Path) -> dict[int, Metrics]:
     lines = read_lines(file)
 
     for number, line in enumerate(lines, start=1):
-        if type(line.get("epoch")) is not int:
+        if type(line.get("epoch")) is not int or not 0 <= line["epoch"] <= 10**8:
             raise UserError(f"{file} is damaged: line {number} has no epoch.")
 
+        for key in NUMBERS:
+            if not _is_number(line.get(key, 0.0)):
+                raise UserError(f"{file} is damaged: {key} of line {number} is not a number.")
+
     return {line["epoch"]: line for line in lines}
+
+
+def _is_number(x: Any) -> bool:
+    r"""Tells whether a value is a number; integers beyond all floats are not."""
+
+    return type(x) is float or (type(x) is int and abs(x) <= sys.float_info.max)
 
 
 class History:

@@ -86,10 +86,10 @@ def holder(file: Path) -> dict[str, Any] | None:
     pid, attempt = found.get("pid"), found.get("attempt")
     words = all(isinstance(found.get(key), str) for key in ("host", "boot", "space", "since"))
     process = pid is None or (
-        type(pid) is int and pid > 0 and isinstance(found.get("started"), str)
+        type(pid) is int and 0 < pid < 2**31 and isinstance(found.get("started"), str)
     )
 
-    return found if words and process and type(attempt) is int else None
+    return found if words and process and type(attempt) is int and abs(attempt) < 2**31 else None
 
 
 def is_alive(file: Path, patience: float = STALE) -> bool:
@@ -236,7 +236,8 @@ class Lease:
 
     @contextmanager
     def _lock(self) -> Iterator[None]:
-        descriptor = os.open(self.file.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o644)
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW  # a stranger's link may lead anywhere
+        descriptor = os.open(self.file.with_suffix(".lock"), flags, 0o644)
 
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -1,7 +1,10 @@
 r"""What the bits of a run depend on beside its config."""
 
+import logging
 import platform
 import subprocess
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -9,8 +12,11 @@ from typing import Any
 import torch
 
 from . import __version__
+from .files import write_atomic
 
-__all__ = ["differences", "provenance"]
+__all__ = ["differences", "provenance", "save_diff"]
+
+logger = logging.getLogger(__name__)
 
 PACKAGES = (
     "coolname",
@@ -25,6 +31,9 @@ PACKAGES = (
 )
 
 DECISIVE = ("sda_ray", "numpy", "torch")  # the packages that bits depend on
+
+HERE = Path(__file__)
+LARGEST = 2**20  # bytes of a diff that is kept
 
 
 def provenance(device: str | torch.device = "cpu") -> dict[str, Any]:
@@ -67,25 +76,54 @@ def _version(package: str) -> str:
 def _commit() -> dict[str, Any]:
     r"""Returns the commit of the package's own repository, if it runs from one."""
 
-    def git(*command: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", *command], cwd=here.parent, capture_output=True, text=True, timeout=10
-            )
-        except (FileNotFoundError, subprocess.TimeoutExpired):
-            return None
-
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    here = Path(__file__)
-
-    if git("ls-files", "--error-unmatch", here.name) is None:  # perhaps in a venv in another one
+    if not _is_tracked():
         return {"commit": None, "dirty": None}
 
     return {
-        "commit": git("rev-parse", "HEAD"),
-        "dirty": bool(git("status", "--porcelain", "--untracked-files=no", ".")),
+        "commit": (_git("rev-parse", "HEAD") or b"").decode().strip() or None,
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
     }
+
+
+def save_diff(directory: Path, hold: Callable[[], AbstractContextManager[None]]) -> None:
+    r"""Saves how the package's own repository differs from its commit as `diff.patch`, if it does.
+
+    Untracked files are left out. The file is for its owner alone; that of an earlier attempt is
+    replaced only if there is something to say.
+
+    Arguments:
+        directory: The directory of the run.
+        hold: Entered around the write, see :meth:`sda_ray.lease.Lease.hold`.
+    """
+
+    # Neither the user's settings nor programs named in the repository shall have a part in it
+    options = ("--no-color", "--no-ext-diff", "--no-textconv", "--no-relative", "--binary")
+    diff = _git("diff", *options, "HEAD") if _is_tracked() else None
+
+    if diff and len(diff) > LARGEST:
+        logger.warning(
+            "The code differs from its commit by %d bytes, but at most %d are kept as diff.patch.",
+            len(diff),
+            LARGEST,
+        )
+    elif diff:
+        with hold():
+            write_atomic(directory / "diff.patch", diff, mode=0o600)
+
+
+def _is_tracked() -> bool:
+    r"""Tells whether the package runs from its repository, and not a venv in another one."""
+
+    return _git("ls-files", "--error-unmatch", HERE.name) is not None
+
+
+def _git(*command: str) -> bytes | None:
+    try:
+        done = subprocess.run(["git", *command], cwd=HERE.parent, capture_output=True, timeout=10)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return None
+
+    return done.stdout if done.returncode == 0 else None
 
 
 def _processor() -> str:

@@ -1,6 +1,7 @@
 r"""The record of a run: `run.json`, what a run is beside its configuration and its numbers."""
 
 import logging
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from datetime import datetime, timezone
@@ -9,9 +10,25 @@ from typing import Any
 from .checkpoint import RunPath
 from .errors import UserError
 from .files import read_json, write_json
+from .keys import show
 from .provenance import differences
 
 __all__ = ["Record", "read_record"]
+
+# What is looked at again, and what it is if it is there
+KINDS: dict[str, type] = {
+    "id": str,
+    "name": str,
+    "status": str,
+    "created": str,
+    "exact": bool,
+    "data": str,
+    "parent": str,
+    "extends": str,
+    "sweep": str,
+    "wandb": dict,
+    "attempts": list,
+}
 
 logger = logging.getLogger(__name__)
 
@@ -19,12 +36,20 @@ logger = logging.getLogger(__name__)
 def read_record(path: RunPath) -> dict[str, Any]:
     r"""Returns the `run.json` of a run, or an empty dict if there is none, as in SDA's runs."""
 
-    record = read_json(path.record) if path.record.exists() else {}
+    record = read_json(path.record) if os.path.lexists(path.record) else {}
 
     if not isinstance(record, dict):
         raise UserError(f"{path.record} is damaged: it is not a JSON object.")
 
-    return record
+    for key in KINDS:
+        if not isinstance(found := record.get(key), KINDS[key] | None):
+            raise UserError(f"{path.record} is damaged: its {key} is {show(found)}.")
+
+    for attempt in record.get("attempts") or []:
+        if not isinstance(attempt, dict) or not isinstance(attempt.get("versions", {}), dict):
+            raise UserError(f"{path.record} is damaged: an attempt is {show(attempt)}.")
+
+    return {key: x for key, x in record.items() if x is not None or key not in KINDS}
 
 
 class Record(dict[str, Any]):

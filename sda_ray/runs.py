@@ -2,6 +2,7 @@ r"""Runs: what a training leaves in its directory."""
 
 import logging
 import time
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from .errors import UserError
 from .files import remove_leftovers, write_atomic
 from .history import History
 from .lease import Lease, LeaseLost
-from .provenance import provenance
+from .presence import check_present, held, is_present
+from .provenance import provenance, save_diff
 from .record import Record, read_record
 from .samples import draw_samples
-from .tracking import Tracker, Wandb
+from .tracking import Tracker, Wandb, logged_config, safe_name
 from .training import Metrics, TrainState
 
 __all__ = ["Run", "Wandb", "read_record"]
@@ -129,14 +131,16 @@ class Run:
                 save_config(config, self.path.config)
 
         self.config = load_config(self.path.config)
-        self.history = History(self.path.metrics, self.lease.hold)
+        self.history = History(self.path.metrics, self._hold)
         named = self.path.directory != self._link
-        self.tracker = Tracker(self.path.directory, self.id, name, self.config, wandb, named=named)
+        told = logged_config(self.config, read_record(self.path) | record)
+        self.tracker = Tracker(self.path.directory, self.id, name, told, wandb, named=named)
 
         try:
             self._settle(named)
             self.record = Record(self.path, self.lease.hold, record)
             self.record.begin(self.lease.attempt, provenance(device))
+            save_diff(self.path.directory, self.lease.hold)
         except BaseException:
             self.tracker.finish(good=False)
             raise
@@ -153,13 +157,16 @@ class Run:
                 self._link.unlink()
 
             if not named:
-                path = RunPath(self._link.with_name(f"{_safe(self.tracker.name)}_{self.id}"))
+                path = RunPath(self._link.with_name(f"{safe_name(self.tracker.name)}_{self.id}"))
                 self._link.rename(path.directory)
 
                 if self.tracker.writes:
                     self._link.symlink_to(path.directory.name)
 
                 self.path, self.lease.file, self.history.file = path, path.lease, path.metrics
+
+    def _hold(self) -> AbstractContextManager[None]:
+        return held(self.lease)
 
     @property
     def lines(self) -> dict[int, Metrics]:
@@ -220,9 +227,10 @@ class Run:
 
         try:
             self.history.write()
-            save_checkpoint(self.path, state.tensors(), state.info(), self.lease.hold)
+            save_checkpoint(self.path, state.tensors(), state.info(), self._hold)
             state.saved = state.position
         except OSError as error:
+            check_present(self.path.lease)
             logger.warning(
                 "%s: no checkpoint was saved, and the one before stays: %s.",
                 self.path.directory.name,
@@ -259,6 +267,7 @@ class Run:
             self.tracker.log_image("samples", self.path.samples, state.epoch + 1)
             self.record.write("finished", epoch=state.epoch)
         except OSError as error:
+            check_present(self.path.lease)
             sweep = self.record.get("sweep")
             again = f"sweep {sweep}" if sweep else f"train --resume {self.id}"
             raise UserError(
@@ -277,22 +286,15 @@ class Run:
         try:
             self.record.end(status, **more)
         except (LeaseLost, OSError) as error:
-            logger.warning("run.json keeps its status: %s.", error)
+            if is_present(self.path.lease):
+                logger.warning("run.json keeps its status: %s.", error)
 
         self.tracker.finish(good=status != "failed")
 
-        try:
-            with self.lease.hold():
-                if self._link.is_symlink():
-                    self._link.unlink()
-        except (LeaseLost, OSError):
-            pass
+        hold = self.lease.hold if is_present(self.path.lease) else nullcontext
+
+        with suppress(LeaseLost, OSError), hold():
+            if self._link.is_symlink():
+                self._link.unlink()
 
         self.lease.release()
-
-
-def _safe(name: str) -> str:
-    r"""Returns a name given by a server as it may stand in a path."""
-
-    allowed = (c if (c.isascii() and c.isalnum()) or c in "-." else "-" for c in name)
-    return "".join(allowed).lstrip(".")[:128] or "run"

@@ -15,12 +15,13 @@ from .data import check_data
 from .errors import UserError
 from .extension import check_extension, describe_extension
 from .lease import LeaseLost
+from .presence import Vanished
 from .progress import Progress
 from .record import read_record
 from .runs import CHECKPOINT_SECONDS, Run
 from .score import load_network
 from .tracking import Wandb
-from .train import Interrupted, Stop, default_device, train
+from .train import Interrupted, OutOfMemory, Stop, default_device, train
 from .training import Diverged
 
 __all__ = ["extend_run", "resume_run", "start_replicas", "start_run"]
@@ -269,6 +270,8 @@ def _follow(run: Run, data: Path, device: str, parent: RunPath | None) -> None:
         print(f"diverged: {error}. Try a smaller learning_rate.", file=sys.stderr)
     except LeaseLost as error:
         print(f"{error}: this process stops.", file=sys.stderr)
+    except (OutOfMemory, Vanished) as error:
+        print(f"sda-ray: {error}", file=sys.stderr)
     except UserError:  # the disk is full at the end
         status = "interrupted"
         raise

@@ -125,6 +125,7 @@ def launch(
             "wandb": asdict(wandb),
             "record": {
                 "sweep": sweep.name,
+                "study": f"sweeps/{sweep.name}/study.journal",
                 "data": info.fingerprint,
                 "wandb": asdict(wandb),
             },

@@ -146,6 +146,7 @@ def target_of(entry: "Entry", runs: Path) -> "Target":
     """
 
     from .curves import check_regular, read_metrics
+    from .tracking import logged_config
     from .upload import Target
 
     path = entry.path
@@ -165,7 +166,7 @@ def target_of(entry: "Entry", runs: Path) -> "Target":
         path.id,
         path.name,
         _wandb(entry, runs),
-        entry.config,
+        logged_config(entry.config, entry.record),
         rows,
         check_regular(path.samples) if pictured else None,
         entry.status != "failed",

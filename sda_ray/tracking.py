@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import Any
 from .config import Config
 from .errors import UserError
 
-__all__ = ["Tracker", "Wandb", "own_environment"]
+__all__ = ["PRIVATE", "Tracker", "Wandb", "logged_config", "own_environment", "safe_name"]
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,16 @@ CONNECTION = (
     "WANDB_IDENTITY_TOKEN_FILE",
     "WANDB_INSECURE_DISABLE_SSL",
 )
+
+
+# What W&B is not told: code, what is installed, command lines, variables of Slurm
+PRIVATE: dict[str, Any] = {
+    "disable_git": True,
+    "disable_code": True,
+    "save_code": False,  # else the account's setting decides
+    "x_disable_meta": True,
+    "x_save_requirements": False,
+}
 
 
 @dataclass(frozen=True)
@@ -74,14 +85,36 @@ class Wandb:
         )
 
 
+def logged_config(config: Config, record: dict[str, Any]) -> Config:
+    r"""Returns what W&B is told as the config of a run: its own, and where it comes from.
+
+    Arguments:
+        config: The config of the run.
+        record: What `run.json` says, of which `sweep`, `trial` and `study` are told.
+    """
+
+    origin = {key: record.get(key) for key in ("sweep", "trial", "study")}
+
+    return config | {key: x for key, x in origin.items() if isinstance(x, str | int)}
+
+
+def safe_name(name: str) -> str:
+    r"""Returns a name given by a server as it may stand in a path."""
+
+    allowed = (c if (c.isascii() and c.isalnum()) or c in "-." else "-" for c in name)
+    return "".join(allowed).lstrip(".")[:128] or "run"
+
+
 class Tracker:
     r"""Creates a W&B run, or goes on with it; offline, if the server does not answer.
+
+    Its `failed` tells whether the server was wanted and could not be used, or not to the end.
 
     Arguments:
         directory: Where W&B puts its own files, in `wandb/`.
         id: The id of the run.
         name: The name of the run.
-        config: The config of the run.
+        config: The config of the run, see :func:`logged_config`.
         wandb: The settings.
         named: Whether the run has its name already. Otherwise the server gives it one.
     """
@@ -91,6 +124,7 @@ class Tracker:
     ) -> None:
         self._run: Any = None
         self.name = name
+        self.failed = False
 
         if wandb.mode == "disabled":
             return
@@ -103,6 +137,7 @@ class Tracker:
             logger.warning("W&B cannot be used: %s", error)
 
             if wandb.mode == "online":
+                self.failed = True
                 self._retreat(directory, id, config, wandb)
 
     def _retreat(self, directory: Path, id: str, config: Config, wandb: Wandb) -> None:
@@ -138,6 +173,7 @@ class Tracker:
             self._run.log(values, step=step, commit=True)
         except Exception as error:
             logger.warning("W&B has failed (%s). The run goes on without it.", error)
+            self.failed = self.failed or not self._run.offline
             self._run = None
 
     def log_image(self, key: str, file: Path, step: int) -> None:
@@ -153,11 +189,18 @@ class Tracker:
 
         run, self._run = self._run, None
 
+        if run is None:
+            return
+
+        online, start = not run.offline, time.monotonic()
+
         try:
-            if run is not None:
-                run.finish(exit_code=0 if good else 1)
+            run.finish(exit_code=0 if good else 1)
+            late = time.monotonic() - start > 0.9 * PATIENCE  # wandb 0.31 gives up silently
+            self.failed = self.failed or (online and late)
         except Exception as error:
             logger.warning("W&B has not ended well: %s", error)
+            self.failed = self.failed or online
 
 
 def _init(
@@ -170,7 +213,7 @@ def _init(
         finish_timeout=PATIENCE,
         silent=True,
         console="off",
-        disable_git=True,
+        **PRIVATE,
         reinit="create_new",  # the default returns a run that was not finished
         x_transaction_log_flush_interval=1.0,  # a kill loses 1 s of rows, not 15
     )

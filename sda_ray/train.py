@@ -1,7 +1,9 @@
 r"""One run, from its config to its weights."""
 
 import os
+import resource
 import signal
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,16 +18,21 @@ from .errors import UserError
 from .extension import carry_over, keep_start
 from .lease import LeaseLost
 from .precision import strict
+from .presence import Vanished
 from .runs import Run
 from .score import load_network
 from .training import Diverged, Metrics, TrainState, epochs
 from .validation import Validation
 
-__all__ = ["Interrupted", "Stop", "default_device", "train"]
+__all__ = ["Interrupted", "OutOfMemory", "Stop", "default_device", "train"]
 
 
 class Interrupted(RuntimeError):
     r"""Signals that a training was asked to stop and has saved a checkpoint."""
+
+
+class OutOfMemory(RuntimeError):
+    r"""Signals that a training does not fit into the memory. The message says what to do."""
 
 
 class Stop:
@@ -90,8 +97,19 @@ def train(
     Raises:
         Diverged: If the loss is not finite or has exploded. The run is marked `diverged`.
         Interrupted: If it was asked to stop. A checkpoint is saved.
+        OutOfMemory: If the memory is too small.
+        Vanished: If the run's directory is gone.
     """
 
+    config = run.config
+
+    with _memory(config["batch_size"], device):
+        yield from _train(run, data, device, rungs, init, stop)
+
+
+def _train(
+    run: Run, data: Path, device: str, rungs: Iterable[int], init: Path | None, stop: Stop | None
+) -> Iterator[Metrics]:
     config = run.config
 
     if torch.device(device).type == "cuda":
@@ -140,7 +158,7 @@ def train(
 
             yield metrics
     except GeneratorExit:  # the caller stops here
-        with suppress(LeaseLost):
+        with suppress(LeaseLost, Vanished):
             run.save(state)
 
         raise
@@ -149,6 +167,37 @@ def train(
         raise
 
     run.finish(state)
+
+
+@contextmanager
+def _memory(batch_size: int, device: str) -> Iterator[None]:
+    r"""Says in plain words that the memory is too small, in which torch has several."""
+
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        short = isinstance(error, MemoryError | torch.OutOfMemoryError)
+
+        if not short and "can't allocate memory" not in str(error):  # of torch's CPU allocator
+            raise
+
+        raise OutOfMemory(
+            f"out of memory on {device}, with batch_size {batch_size} and a peak of "
+            f"{_peak(device) / 2**30:.2f} GiB before the allocation that failed. Take a smaller "
+            "batch_size or network, more memory, or fewer trials at a time (--gpus-per-trial, "
+            "--cpus-per-trial)."
+        ) from error
+
+
+def _peak(device: str) -> int:
+    r"""Returns the most bytes that this process has had at a time, on its device."""
+
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+
+    unit = 1 if sys.platform == "darwin" else 1024
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _make_deterministic() -> None:

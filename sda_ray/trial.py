@@ -13,6 +13,8 @@ from typing import Any
 
 from ray.tune import Trainable
 
+from .files import write_atomic
+
 __all__ = ["REPORT_SECONDS", "Trial"]
 
 REPORT_SECONDS = 2.0  # epochs shorter than this are reported together
@@ -25,12 +27,14 @@ class Trial(Trainable):
     Its config has `runs`, `data`, `config`, `run_id`, `index`, `attempt`, `rungs`, `record`,
     `wandb`, `cpus` and `request`. A step trains for 2 s or up to the next rung and returns
     `epochs`, the list of (epoch, value); `event`: `running`, `complete`, `diverged`, `interrupted`
-    or `failed`; and `error`. After all events but the first the attempt has ended.
+    or `failed`; `error`; and `unreached`, whether W&B's server has failed this attempt. After all
+    events but the first the attempt has ended.
     """
 
     def setup(self, config: dict[str, Any]) -> None:
         self.spec = config
         self.run: Any = None
+        self.tracker: Any = None
         self.training: Iterator[dict[str, Any]] | None = None
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -40,7 +44,8 @@ class Trial(Trainable):
         return True
 
     def step(self) -> dict[str, Any]:
-        from .train import Interrupted
+        from .presence import Vanished
+        from .train import Interrupted, OutOfMemory
         from .training import Diverged
 
         values: list[tuple[int, float]] = []
@@ -55,6 +60,8 @@ class Trial(Trainable):
             event = "interrupted"
         except Diverged as e:
             event, error = "diverged", str(e)
+        except (OutOfMemory, Vanished) as e:
+            event, error = "failed", str(e)
         except Exception as e:  # a bug or a bad configuration: told once, not tried again
             event, error = "failed", f"{type(e).__name__}: {e}"
             self._keep(traceback.format_exc())
@@ -62,7 +69,9 @@ class Trial(Trainable):
         if event != "running":
             self.close("finished" if event == "complete" else event)
 
-        return {"event": event, "epochs": values, "error": error}
+        unreached = self.tracker is not None and self.tracker.failed
+
+        return {"event": event, "epochs": values, "error": error, "unreached": unreached}
 
     def _open(self) -> list[tuple[int, float]]:
         r"""Opens the run and returns the values that it has already."""
@@ -89,6 +98,7 @@ class Trial(Trainable):
             record=spec["record"] | {"trial": spec["index"]},
             device=device,
         )
+        self.tracker = self.run.tracker  # which outlives the run's end
         stop = _stop(Path(spec["request"]))
         self.training = train(self.run, Path(spec["data"]), device, spec["rungs"], stop=stop)
 
@@ -112,7 +122,7 @@ class Trial(Trainable):
 
     def _keep(self, error: str) -> None:
         if self.run is not None:
-            self.run.path.error.write_text(error)
+            write_atomic(self.run.path.error, error.encode())
 
     def close(self, status: str) -> None:
         r"""Ends the attempt: checkpoint, W&B, lease. Never raises, and may be repeated."""

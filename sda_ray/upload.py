@@ -15,7 +15,7 @@ from typing import Any
 
 from .config import Config
 from .fragments import Fragment, sync_fragments
-from .tracking import Wandb, own_environment
+from .tracking import PRIVATE, Wandb, own_environment
 
 __all__ = ["Server", "Target", "Unreachable", "upload"]
 
@@ -44,7 +44,7 @@ class Target:
         id: Its id.
         name: Its name.
         wandb: Its project, entity, tags, group and job type.
-        config: Its config.
+        config: Its config, see :func:`sda_ray.tracking.logged_config`.
         rows: Its metrics by step.
         image: Its picture, if it has one, which comes one step after the metrics.
         good: Whether its training went well.
@@ -273,7 +273,7 @@ def _begin(target: Target, directory: str, **resume: str) -> Any:
         finish_timeout=target.patience,
         silent=True,
         console="off",
-        disable_git=True,
+        **PRIVATE,
         reinit="create_new",
         x_disable_stats=True,  # those of this machine say nothing of the training
     )

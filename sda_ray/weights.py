@@ -1,8 +1,10 @@
 r"""Files of weights, as `state.pth`: what is read from them, and what is refused."""
 
 import os
+import pickletools
 import zipfile
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -10,9 +12,25 @@ from torch import Tensor
 from .errors import UserError
 from .keys import ALPHAS
 
-__all__ = ["check_alpha", "check_weights", "field_size", "inside", "read_weights"]
+__all__ = [
+    "check_alpha",
+    "check_archive",
+    "check_weights",
+    "field_size",
+    "inside",
+    "read_weights",
+    "total_size",
+]
 
 MAX_SIZE = 4096  # cells along an axis; a file that claims more is not one of ours
+MAX_PICKLE = 16 * 2**20  # bytes that name the tensors of a file; a thousand take 0.3 MB
+
+# All that a file of tensors calls. torch's own list also has what takes memory for nothing.
+CALLS = {
+    "collections OrderedDict",
+    "torch._utils _rebuild_parameter",
+    "torch._utils _rebuild_tensor_v2",
+}
 
 
 def inside(run: Path, name: str) -> Path:
@@ -32,12 +50,75 @@ def inside(run: Path, name: str) -> Path:
     return file
 
 
+def check_archive(f: BinaryIO) -> bool:
+    r"""Checks a file of `torch.save`, before it is loaded, for what would take memory.
+
+    Arguments:
+        f: The file, open at its beginning, where it is left.
+
+    Returns:
+        Whether it is a zip archive, rather than in the format before torch 1.6.
+
+    Raises:
+        ValueError: If its entries are compressed or overlap, or it calls for more than tensors.
+    """
+
+    size = f.seek(0, os.SEEK_END)
+    archived = zipfile.is_zipfile(f)
+
+    if archived:
+        with zipfile.ZipFile(f) as archive:
+            items = archive.infolist()
+
+            if any(item.compress_type != zipfile.ZIP_STORED for item in items):
+                raise ValueError("it is compressed")
+
+            if sum(item.file_size for item in items) > size:
+                raise ValueError("its entries declare more bytes than it has")
+
+            for item in items:
+                if item.filename.endswith(".pkl"):
+                    _check_pickle(item.file_size, archive.open(item))
+    else:
+        f.seek(0)
+
+        for _ in range(5):  # magic number, protocol, system, tensors, names of the storages
+            _check_pickle(0, f)
+
+    f.seek(0)
+
+    return archived
+
+
+def _check_pickle(size: int, f: Any) -> None:
+    if size > MAX_PICKLE:
+        raise ValueError(f"it has {size} bytes of names, but at most {MAX_PICKLE} are read")
+
+    for code, argument, position in pickletools.genops(f):
+        if (position or 0) > MAX_PICKLE:
+            raise ValueError(f"it has more than {MAX_PICKLE} bytes of names")
+
+        known = code.name != "GLOBAL" or argument in CALLS
+        storage = str(argument).startswith("torch ") and str(argument).endswith("Storage")
+
+        if not (known or storage) or code.name in ("STACK_GLOBAL", "INST", "EXT1"):
+            raise ValueError(f"it calls for '{argument}', which tensors do not need")
+
+
+def total_size(tensors: Any) -> int:
+    r"""Returns the bytes of tensors as they would be written out, expanded ones in full."""
+
+    return sum(x.numel() * x.element_size() for x in tensors.values())
+
+
 def read_weights(file: Path) -> dict[str, Tensor]:
     r"""Returns the tensors in a file, on the CPU. Nothing in the file is executed."""
 
     try:
+        with open(file, "rb") as f:
+            mmap = check_archive(f)
+
         # Mapped rather than read, so that a file is never in memory twice.
-        mmap = zipfile.is_zipfile(file)
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as e:  # any kind of damage, each with its own kind of exception
         reason = str(e).partition("\n")[0]
@@ -98,7 +179,7 @@ def check_weights(file: Path, state: dict[str, Tensor], expected: dict[str, Tens
         )
 
     # An expanded tensor takes no space in the file, but would in memory.
-    needed = sum(x.numel() * x.element_size() for x in expected.values())
+    needed = total_size(expected)
 
     if needed > file.stat().st_size:
         raise UserError(f"{file} is shorter than the {needed} bytes of weights it should hold.")

@@ -24,15 +24,17 @@ class Desk:
             self.study,
             Rules(trials, 9, first),
             lambda seen: propose(draw, seen, 0, "random"),
-            {"config": {"epochs": 9}},
+            {"config": {"epochs": 9}, "wandb": {"mode": "online", "project": "flows"}},
             lambda: self.slots,
             lambda event, record: self.events.append(event),
             directory / "stop",
         )
 
-    def tell(self, name: str, event: str, error: str = "", last: int = 0) -> bool:
+    def tell(
+        self, name: str, event: str, error: str = "", last: int = 0, unreached: bool = False
+    ) -> bool:
         epochs = [(e, 1.0 / e) for e in range(1, last + 1)]
-        result = {"event": event, "epochs": epochs, "error": error}
+        result = {"event": event, "epochs": epochs, "error": error, "unreached": unreached}
 
         return self.driver.report(name, result, lambda status: lambda: False)
 
@@ -173,6 +175,29 @@ def test_old_wish_to_stop_is_forgotten(tmp_path: Path) -> None:
 
     assert not desk.driver.request.exists()
     assert desk.driver.suggest("a") is not None
+
+
+def test_after_two_failures_of_wandb_the_rest_starts_offline_and_it_is_said_once(
+    desk: Desk, caplog: pytest.LogCaptureFixture
+) -> None:
+    def mode(name: str) -> str:
+        spec = desk.driver.suggest(name)
+        assert spec is not None and spec["wandb"]["project"] == "flows"
+
+        return str(spec["wandb"]["mode"])
+
+    assert [mode(name) for name in "abc"] == ["online"] * 3
+
+    for last in (1, 2, 3):  # one failure, however often it is reported
+        assert desk.tell("a", "running", last=last, unreached=True)
+
+    desk.tell("b", "complete", last=9)
+    assert mode("d") == "online" and caplog.text == ""
+
+    desk.tell("c", "complete", last=9, unreached=True)
+    desk.tell("d", "complete", last=9, unreached=True)
+    assert [mode(name) for name in "ef"] == ["offline"] * 2
+    assert caplog.text.count("the rest of the sweep starts offline") == 1
 
 
 def test_slots_are_not_exceeded(desk: Desk) -> None:

@@ -15,7 +15,7 @@ MODULES = sorted(file.stem for file in PACKAGE.glob("[!_]*.py"))
 
 # A module imports from its own floor and from those below.
 FLOORS = {
-    0: "errors keys config files hdf5 lease precision provenance streams",
+    0: "errors keys config files hdf5 lease precision presence provenance streams",
     1: "domain data flow generation periodic solver weights",
     2: "nn score",
     3: "diffusion guidance",

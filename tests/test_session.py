@@ -160,6 +160,53 @@ def test_run_in_use_is_refused_and_takeover_ends_the_other(
     assert record(path)["status"] == "running"
 
 
+# The command line, with little memory beside what it has to begin with
+POOR = """
+import resource, sys
+from pathlib import Path
+import torch
+from sda_ray import cli, session
+
+pages = int(Path("/proc/self/statm").read_text().split()[0])
+limit = pages * resource.getpagesize() + 400 * 2**20
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+cli.main(argv=sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("large", ["batch", "network"])
+def test_what_does_not_fit_into_the_memory_is_a_clear_failure(
+    start: Start, settings: list[str], tmp_path: Path, large: str
+) -> None:
+    for split in ("train", "valid"):
+        with h5py.File(tmp_path / f"{split}.h5", "w") as f:
+            f.create_dataset("x", data=np.ones((2000, 3, 2, 16, 16), dtype=np.float32))
+
+    kept = [word for word in settings if not word.startswith(("batch_size", "hidden_channels"))]
+    width = {"batch": "64,64", "network": "2048,2048"}[large]
+    words = ["epochs=1", *kept, "batch_size=2000", f"hidden_channels={width}"]
+    process = start("train", f"--data={tmp_path}", *words, program=POOR)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1, errors
+    assert errors.startswith("sda-ray: out of memory on cpu, with batch_size 2000 and a peak of 0")
+    assert "Take a smaller batch_size" in errors and errors.count("\n") == 1
+    assert record(only_run(tmp_path))["status"] == "failed"
+
+
+def test_resume_with_other_threads_warns_and_marks_the_run(
+    start: Start, cli: Cli, settings: list[str], tmp_path: Path
+) -> None:
+    process = start("train", EPOCHS, *settings, "--threads=1")
+    path = wait_for(process, tmp_path, 3)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert record(path)["exact"] is True
+    done = cli("train", "--resume", path.id, "--threads=2")
+    assert done.returncode == 0, done.stderr
+    assert "goes on with another threads than it began with" in done.stderr
+    assert record(path)["exact"] is False
+
+
 # One process is enough for what is refused before anything starts.
 
 

@@ -360,6 +360,28 @@ def test_bug_in_all_runs_stops_the_sweep_until_it_is_mended(place: Place) -> Non
     assert sum(r.state == "failed" for r in records) == len(failed)
 
 
+def test_run_whose_directory_vanishes_fails_and_the_sweep_goes_on(place: Place) -> None:
+    script = GRID.replace("choice(100.0, 1e-3)", "choice(2e-3, 1e-3)")
+    (place.root / "gone.py").write_text(script.replace('"epochs": 9', '"epochs": 60'))
+    words = ("sweep", "gone.py", "--name=gone", "--wandb=disabled", "--parallel=1")
+    before = set(RunPath.all(place.runs))
+    process = place.start(*words)
+
+    def begun() -> list[RunPath]:
+        new = set(RunPath.all(place.runs)) - before
+        return [path for path in new if path.metrics.exists()]
+
+    (path,) = place.wait(begun)
+    shutil.rmtree(path.directory)
+    out, _ = process.communicate(timeout=120)
+
+    assert process.returncode == 0, out
+    assert "Traceback" not in out and not path.directory.exists()
+    first, *rest = place.records("gone")
+    assert first.state == "failed" and "was deleted or unmounted" in first.error
+    assert rest and {record.state for record in rest} == {"complete"}
+
+
 def test_two_sweeps_of_one_script_side_by_side_and_divergence(place: Place) -> None:
     (place.root / "grid.py").write_text(GRID)
     sweeps = [

@@ -273,9 +273,13 @@ def test_what_the_server_lacks_is_replayed(
         return rewinding.runs[ID].rows[HISTORY]
 
     shutil.rmtree(read_fragments(run)[0].file.parent)
+    origin = {"sweep": "width", "trial": 3, "study": "sweeps/width/study.journal"}
+    write_json(run.record, json.loads(run.record.read_text()) | origin)
 
     assert f"replayed, {len(STEPS)} rows" in sync(rewinding.env, NAME).stdout
     check(rewinding)
+    told = json.loads(rewinding.runs[ID].config)
+    assert {key: told[key]["value"] for key in origin} == origin
 
     # The beginning of the run; the summary is ahead of it
     beginning = rows()[:4]

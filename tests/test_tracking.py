@@ -12,7 +12,7 @@ from wandb_server import WandbServer
 
 from sda_ray.checkpoint import RunPath
 from sda_ray.errors import UserError
-from sda_ray.tracking import Wandb
+from sda_ray.tracking import Wandb, logged_config
 
 
 @pytest.fixture
@@ -173,6 +173,55 @@ def test_server_that_dies_does_not_stop_the_training(
     assert process.returncode == 0, errors
     path = only_run(tmp_path)
     assert path.state.exists() and len(recorded(path)) == 60
+
+
+# What is told
+
+
+def test_wandb_is_told_nothing_of_the_surroundings(
+    cli: Cli, settings: list[str], tmp_path: Path
+) -> None:
+    strange = {"SLURM_JOB_NAME": "strange-job", "MY_TOKEN": "strange-token"}
+    done = cli("train", "epochs=1", *settings, "--tags=x", WANDB_MODE="offline", **strange)
+    assert done.returncode == 0, done.stderr
+    path = only_run(tmp_path)
+    files = [file for file in path.directory.glob("wandb/offline-run-*/**/*") if file.is_file()]
+    sent = [file for file in files if file.suffix == ".wandb" or "files" in file.parts]
+    content = b"".join(file.read_bytes() for file in sent)
+    assert b"loss_valid" in content
+
+    for word in (b"strange", b"--data", sys.executable.encode(), b"h5py=="):
+        assert word not in content
+
+
+def test_config_carries_where_the_run_comes_from() -> None:
+    record = {"sweep": "width", "trial": 3, "study": "sweeps/width/study.journal", "host": "x"}
+    config = {"epochs": 9}
+    assert logged_config(config, record) == config | {k: record[k] for k in record if k != "host"}
+    assert logged_config(config, {"sweep": None, "trial": ["strange"]}) == config
+
+
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_tracker_tells_whether_the_server_has_failed(
+    mode: str, tmp_path: Path, env: dict[str, str]
+) -> None:
+    code = (
+        "import pathlib, sys; from sda_ray.tracking import Tracker, Wandb; "
+        "t = Tracker(pathlib.Path(sys.argv[1]), 'abcd1234', 'a-b-1', {}, Wandb(sys.argv[2])); "
+        "t.log({'a': 1}, 1); t.finish(); print(t.failed)"
+    )
+
+    with WandbServer() as server:
+        env |= server.env
+
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path), mode],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stdout.strip() == str(mode == "online"), done.stderr
 
 
 # The end of a process
