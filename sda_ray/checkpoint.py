@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import MAX_WEIGHTS, _weights, load_config
+from .config import MAX_WEIGHTS, count_weights, load_config
 from .errors import UserError
 from .files import open_atomic, read_regular, sync_directory, write_atomic
 from .weights import check_archive, total_size
@@ -269,7 +269,7 @@ def _read(file: Path) -> bytes:
     r"""Returns the bytes of a checkpoint, unless there are far more than its config asks for."""
 
     try:
-        weights = _weights(load_config(file.with_name("config.json")))
+        weights = count_weights(load_config(file.with_name("config.json")))
     except UserError:
         weights = MAX_WEIGHTS
 

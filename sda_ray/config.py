@@ -34,6 +34,7 @@ __all__ = [
     "Config",
     "check_config",
     "check_value",
+    "count_weights",
     "did_you_mean",
     "format_value",
     "learning_rate",
@@ -229,14 +230,14 @@ def _conflicts(config: Config, size: int | None, length: int | None) -> Iterable
     if window and length is not None and window > length:
         yield f"window is {window}, but must be at most {length}, the snapshots of a trajectory."
 
-    if len(config) == len(KEYS) and (weights := _weights(config)) > MAX_WEIGHTS:
+    if len(config) == len(KEYS) and (weights := count_weights(config)) > MAX_WEIGHTS:
         yield (
             f"The network would have about {weights:.1e} weights, but must have at most "
             f"{MAX_WEIGHTS:.0e}. Take fewer hidden_channels, hidden_blocks or a smaller kernel."
         )
 
 
-def _weights(config: Config) -> int:
+def count_weights(config: Config) -> int:
     r"""Returns roughly how many weights the network has: its convolutions and projections."""
 
     taps, levels = config["kernel_size"] ** 2, config["hidden_channels"]

@@ -19,7 +19,7 @@ from .config import Config, load_config
 from .curves import check_regular, last_metrics
 from .errors import UserError
 from .files import read_json
-from .lease import STALE, _place, holder, is_alive
+from .lease import STALE, holder, is_alive, place
 
 __all__ = [
     "SORTS",
@@ -186,7 +186,7 @@ def is_held(path: RunPath, quiet: float = STALE) -> bool:
     """
 
     with contextlib.suppress(OSError, UserError):
-        found, here = holder(check_regular(path.lease)), _place()
+        found, here = holder(check_regular(path.lease)), place()
 
         if found is None or found["pid"] is None:
             return False

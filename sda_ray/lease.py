@@ -22,7 +22,7 @@ from typing import Any
 from .errors import UserError
 from .files import read_json, write_json
 
-__all__ = ["Lease", "LeaseLost", "holder", "is_alive"]
+__all__ = ["Lease", "LeaseLost", "holder", "is_alive", "place"]
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class LeaseLost(RuntimeError):
     r"""Signals that the lease is no longer held: nothing more may be written."""
 
 
-def _place() -> dict[str, str]:
+def place() -> dict[str, str]:
     r"""Returns where process numbers have the meaning they have here: host, boot, container."""
 
     boot, space = Path("/proc/sys/kernel/random/boot_id"), "/proc/self/ns/pid"
@@ -104,7 +104,7 @@ def is_alive(file: Path, patience: float = STALE) -> bool:
     if found is None or found["pid"] is None:
         return False
 
-    here = _place()
+    here = place()
 
     if _is_here(found):
         return _started(found["pid"]) == found["started"]
@@ -132,7 +132,7 @@ def is_alive(file: Path, patience: float = STALE) -> bool:
 
 
 def _is_here(found: dict[str, Any]) -> bool:
-    return all(found[key] == value for key, value in _place().items())
+    return all(found[key] == value for key, value in place().items())
 
 
 def _pulse(file: Path) -> int:
@@ -251,7 +251,7 @@ class Lease:
             "pid": pid,
             "started": None if pid is None else _started(pid),
             "since": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            **_place(),
+            **place(),
         }
         write_json(self.file, mine)
         self._mine = mine

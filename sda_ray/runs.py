@@ -28,7 +28,7 @@ from .samples import draw_samples
 from .tracking import Tracker, Wandb, logged_config, safe_name
 from .training import Metrics, TrainState
 
-__all__ = ["Run", "Wandb", "read_record"]
+__all__ = ["Run"]
 
 logger = logging.getLogger(__name__)
 
