@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import new_id
-from .pruner import Record, Rules, decide, reveal
+from .pruner import Record, Rules, Stops, decide, reveal
 from .study import Study
 
 __all__ = ["Driver", "Notify", "Propose"]
@@ -24,7 +24,8 @@ LOST = 5  # times that a worker may die under a run
 ALIKE = 3  # runs that fail alike, before any is complete, after which the sweep stops
 UNREACHED = 2  # attempts that W&B's server fails, after which new ones start offline
 
-Propose = Callable[[Sequence[Record]], Any]  # a configuration and its trial, or None
+# A configuration and its trial, or None, given the runs and parameters that it shall have
+Propose = Callable[[Sequence[Record], dict[str, Any] | None], Any]
 Notify = Callable[[str, Record], None]
 
 
@@ -40,6 +41,7 @@ class Driver:
         slots: Tells how many trials fit at a time.
         notify: Called with a word and a record whenever something happens to a run.
         request: The file whose existence tells all trials to stop after their step.
+        stops: The verdict on a run at a rung, if it is final, see :func:`sda_ray.pruner.decide`.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Driver:
         slots: Callable[[], int],
         notify: Notify,
         request: Path,
+        stops: Stops | None = None,
     ) -> None:
         self.study = study
         self.rules = rules
@@ -59,6 +62,7 @@ class Driver:
         self.slots = slots
         self.notify = notify
         self.request = request
+        self.stops = stops
         self.request.unlink(missing_ok=True)
 
         self.live: dict[str, int] = {}  # who carries out what: a trial's name -> index of its run
@@ -92,7 +96,12 @@ class Driver:
             return None
 
         records = self._reveal()
-        action = decide(records, self._busy(), self.rules, self.exhausted)
+        action = decide(records, self._busy(), self.rules, self.exhausted, self.stops)
+
+        if action.kind == "prune":
+            assert action.record is not None
+            self.notify("pruned", self.study.tell(action.record, "pruned"))
+            return self.suggest(trial)
 
         if action.kind == "stop":
             self.done = True
@@ -133,16 +142,26 @@ class Driver:
         return records
 
     def _draw(self, records: list[Record]) -> Record | None:
-        drawn = self.propose(records)
+        drawn, queued = None, None
 
-        if drawn is None:
+        for number, params in self.study.queue().items():
+            if (drawn := self.propose(records, params)) is not None:
+                queued = number
+                break
+
+            logger.warning("queued configuration %s has a run already: it is left out.", params)
+            self.study.dequeue(number)
+
+        if drawn is None and (drawn := self.propose(records, None)) is None:
             return None
 
         values, trial = drawn
         epochs = (self.spec["config"] | values)["epochs"]
         until = min(self.rules.rungs[0], epochs) if self.rules.min_epochs else epochs
         index = 1 + len(records)
-        record = Record(index, new_id(), "running", until, epochs, attempt=1, config=values)
+        record = Record(
+            index, new_id(), "running", until, epochs, attempt=1, config=values, queued=queued
+        )
 
         return self.study.add(record, trial)
 
@@ -212,9 +231,9 @@ class Driver:
             return False
 
         live = self._busy() - {record.index}
-        action = decide(self._reveal(), live, self.rules, self.exhausted)
+        action = decide(self._reveal(), live, self.rules, self.exhausted, self.stops)
 
-        if action.record is None or action.record.index != record.index:
+        if action.kind == "prune" or action.record is None or action.record.index != record.index:
             return False
 
         self.study.extend(record, action.until, action.shown)

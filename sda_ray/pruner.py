@@ -10,11 +10,11 @@ References:
 """
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-__all__ = ["Action", "Record", "Rules", "decide", "order", "reveal", "top"]
+__all__ = ["Action", "Record", "Rules", "Stops", "decide", "order", "reveal", "top"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class Record:
     Arguments:
         index: The number of the run in its sweep, from 1.
         run_id: The id of the run.
-        state: `running`, `complete`, `pruned`, `diverged` or `failed`, as recorded.
+        state: `running`, `complete`, `pruned`, `diverged`, `stopped` (by the user) or `failed`,
+            as recorded.
         until: The epoch up to which the run may go.
         epochs: The full budget of the run.
         values: The value at each epoch.
@@ -33,6 +34,10 @@ class Record:
         config: The keys of CONFIG that the sweep varies, with their values.
         trial: Optuna's trial.
         error: Why the run failed or diverged.
+        source: Where a run comes from that was not made by this sweep, but brought in: it is known
+            to the sampler and does not count towards the target.
+        queued: The number of the queued configuration that the run was started for, if any.
+        lost: The number of times that a worker died under the run.
     """
 
     index: int
@@ -46,6 +51,9 @@ class Record:
     config: dict[str, Any] = field(default_factory=dict)
     trial: Any = None
     error: str = ""
+    source: str = ""
+    queued: int | None = None
+    lost: int = 0
 
     @property
     def last(self) -> int:
@@ -77,17 +85,22 @@ class Record:
         return "pruned" if self.shown is not None and self.state != "failed" else self.state
 
 
+Stops = Callable[[Record, Sequence[Record]], bool]
+
+
 @dataclass(frozen=True)
 class Rules:
     r"""Creates the rules of a sweep.
 
     Arguments:
-        target: The number of runs wanted. Failed runs do not count.
+        target: The number of runs wanted. Failed runs, and those brought in, do not count.
         epochs: The full budget of a run.
         min_epochs: The first rung, or None if nothing is pruned.
         eta: One in `eta` runs goes on at each rung.
         finalists: The least number of runs with a full budget in the end.
         excused: The number of failed runs, the first ones, that are no reason to draw no more.
+        pruner: What stops runs early: `promotion`, `none`, or a rule by which a run that is
+            stopped never goes on, see :mod:`sda_ray.stopping`.
     """
 
     target: int
@@ -96,6 +109,7 @@ class Rules:
     eta: int = 3
     finalists: int = 1
     excused: int = 0
+    pruner: str = "promotion"
 
     @property
     def rungs(self) -> tuple[int, ...]:
@@ -123,7 +137,7 @@ class Rules:
 
 @dataclass(frozen=True)
 class Action:
-    r"""Creates a decision: `adopt`, `promote`, `draw`, `wait` or `stop`.
+    r"""Creates a decision: `adopt`, `promote`, `prune`, `draw`, `wait` or `stop`.
 
     A run is adopted or promoted up to the epoch `until`, and its values count for others up to the
     epoch `shown`, or all of them.
@@ -171,6 +185,9 @@ def top(rung: int, records: Sequence[Record], rules: Rules) -> list[Record]:
 def _promotable(records: Sequence[Record], rules: Rules) -> Iterator[tuple[int, Record]]:
     r"""Yields rungs and the runs that the rule sends on from there, in the order of the rule."""
 
+    if rules.pruner != "promotion":
+        return
+
     for rung in reversed(rules.rungs[:-1]):
         for record in top(rung, records, rules):
             stands = max(record.visible, default=0) == rung
@@ -204,7 +221,11 @@ def reveal(records: Sequence[Record], rules: Rules) -> list[Record]:
 
 
 def decide(
-    records: Sequence[Record], live: Collection[int], rules: Rules, exhausted: bool = False
+    records: Sequence[Record],
+    live: Collection[int],
+    rules: Rules,
+    exhausted: bool = False,
+    stops: Stops | None = None,
 ) -> Action:
     r"""Decides what a free slot is used for.
 
@@ -213,6 +234,8 @@ def decide(
         live: The indices of the runs in flight.
         rules: The rules of the sweep.
         exhausted: Whether there is no new configuration left to draw.
+        stops: Whether a run that has reached a rung is stopped there for good, given all runs;
+            None if runs are promoted, or never stopped.
     """
 
     records = reveal(records, rules)
@@ -223,22 +246,31 @@ def decide(
         if record.state == "running" and not record.paused:
             return Action("adopt", record, record.until, record.shown)
 
+    # Runs that wait at a rung for a verdict that is final
+    for record in idle:
+        if stops is not None and record.state == "running":
+            if stops(record, records):
+                return Action("prune", record)
+
+            return Action("promote", record, rules.after(record.last))
+
     # Runs that have come to be among the best, from the top rung down
     for rung, record in _promotable(records, rules):
         if record.paused and record.index not in live:
             return Action("promote", record, rules.after(rung))
 
     # New runs
-    failed = sum(record.state == "failed" for record in records)
+    own = [record for record in records if not record.source]
+    failed = sum(record.state == "failed" for record in own)
 
-    if len(records) - failed < rules.target and failed <= rules.failures and not exhausted:
+    if len(own) - failed < rules.target and failed <= rules.failures and not exhausted:
         return Action("draw", until=rules.rungs[0])
 
     # The sweep shall end with finished models. Runs in flight may still bring better ones.
     if any(record.until < record.epochs for record in records if record.index in live):
         return Action("wait")
 
-    complete = sum(record.state == "complete" for record in records)
+    complete = sum(record.state == "complete" for record in own)
     paused = sorted((record for record in idle if record.paused), key=order)
 
     if complete + len(live) < rules.finalists and paused:

@@ -41,7 +41,11 @@ def quiet() -> Iterator[None]:
 
 
 def propose(
-    draw: Draw, records: Sequence[Record], seed: int = 0, sampler: str = "tpe"
+    draw: Draw,
+    records: Sequence[Record],
+    seed: int = 0,
+    sampler: str = "tpe",
+    fixed: dict[str, Any] | None = None,
 ) -> tuple[dict[str, Any], FrozenTrial] | None:
     r"""Draws a configuration that no run of a sweep has.
 
@@ -52,6 +56,7 @@ def propose(
         records: All runs of the sweep.
         seed: The seed of all draws of the sweep.
         sampler: `tpe`, `random` or `grid`.
+        fixed: Parameters, all or some, that the configuration shall have.
 
     Returns:
         The values and Optuna's trial, which is not part of a study yet; or None if there is
@@ -71,6 +76,10 @@ def propose(
         for method in methods:
             study = optuna.create_study(sampler=method, direction="minimize")
             study.add_trials(trials)
+
+            if fixed:
+                study.enqueue_trial(fixed)
+
             values = draw(study.ask())
 
             if _text(values) not in seen:

@@ -84,6 +84,7 @@ class Study:
                     "epochs": record.epochs,
                     "attempt": record.attempt,
                     "config": record.config,
+                    "queued": record.queued,
                     "supersedes": supersedes,
                 },
             )
@@ -133,12 +134,18 @@ class Study:
         return self._again(record)
 
     def tell(self, record: Record, state: str, error: str = "") -> Record:
-        r"""Closes the record of a run: `complete`, `pruned`, `diverged` or `failed`."""
+        r"""Closes the record of a run.
+
+        Arguments:
+            record: The record.
+            state: `complete`, `pruned`, `diverged`, `stopped` or `failed`.
+            error: Why it failed or diverged.
+        """
 
         if error:
             record = self._set(record, error=error[:2000])
 
-        if state == "diverged":
+        if state in ("diverged", "stopped"):
             record = self._set(record, status=state)
 
         final = {"complete": TrialState.COMPLETE, "failed": TrialState.FAIL}
@@ -148,6 +155,71 @@ class Study:
             self.study.tell(record.trial.number, value, final.get(state, TrialState.PRUNED))
 
         return self._again(record)
+
+    def lose(self, record: Record) -> Record:
+        r"""Records that a worker died under a run."""
+
+        return self._set(record, lost=record.lost + 1)
+
+    def revive(self, record: Record) -> Record:
+        r"""Adds a record that takes over a closed one: its run is adopted next."""
+
+        return self.add(replace(record, state="running"), record.trial, record.trial.number)
+
+    def bring(self, record: Record, drawn: FrozenTrial) -> Record:
+        r"""Adds the record of a complete run that was not made by this sweep, in one line.
+
+        Arguments:
+            record: The record, whose `source` says where the run comes from.
+            drawn: A trial that has its parameters and their distributions.
+        """
+
+        self.study.add_trial(
+            optuna.trial.create_trial(
+                state=TrialState.COMPLETE,
+                value=record.values[record.last],
+                params=drawn.params,
+                distributions=drawn.distributions,
+                intermediate_values=record.values,
+                user_attrs={
+                    "run": record.index,
+                    "run_id": record.run_id,
+                    "until": record.until,
+                    "epochs": record.epochs,
+                    "attempt": record.attempt,
+                    "config": record.config,
+                    "source": record.source,
+                },
+            )
+        )
+
+        return _record(self.study.get_trials(deepcopy=False)[-1], self._shown())
+
+    def queue(self) -> dict[int, dict[str, Any]]:
+        r"""Returns the parameters that shall be tried before others, by their numbers.
+
+        Those that a run was started for are not among them any more.
+        """
+
+        attrs = self.storage.get_study_user_attrs(self.study._study_id)
+        taken = {record.queued for record in self.records()}
+        items = {int(k.removeprefix("queue/")): x for k, x in attrs.items() if k[:6] == "queue/"}
+
+        return {n: x for n, x in sorted(items.items()) if x is not None and n not in taken}
+
+    def enqueue(self, params: dict[str, Any]) -> int:
+        r"""Adds parameters, all or some, to the end of the queue, and returns their number."""
+
+        attrs = self.storage.get_study_user_attrs(self.study._study_id)
+        number = 1 + max((int(k[6:]) for k in attrs if k[:6] == "queue/"), default=0)
+        self.storage.set_study_user_attr(self.study._study_id, f"queue/{number}", params)
+
+        return number
+
+    def dequeue(self, number: int) -> None:
+        r"""Takes parameters out of the queue without a run."""
+
+        self.storage.set_study_user_attr(self.study._study_id, f"queue/{number}", None)
 
     def close(self) -> None:
         r"""Tells the paused runs of a finished sweep pruned: nothing is left open."""
@@ -172,12 +244,12 @@ class Study:
 
 def _record(trial: FrozenTrial, shown: dict[str, Any]) -> Record:
     attrs = trial.user_attrs
-    diverged = trial.state.is_finished() and attrs.get("status") == "diverged"
+    status = attrs.get("status") if trial.state.is_finished() else None
 
     return Record(
         index=attrs["run"],
         run_id=attrs["run_id"],
-        state="diverged" if diverged else STATES[trial.state],
+        state=status or STATES[trial.state],
         until=attrs["until"],
         epochs=attrs["epochs"],
         values=dict(trial.intermediate_values),
@@ -186,6 +258,9 @@ def _record(trial: FrozenTrial, shown: dict[str, Any]) -> Record:
         config=attrs["config"],
         trial=trial,
         error=attrs.get("error", ""),
+        source=attrs.get("source", ""),
+        queued=attrs.get("queued"),
+        lost=attrs.get("lost", 0),
     )
 
 

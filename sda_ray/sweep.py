@@ -168,7 +168,7 @@ def _drive(
     driver = Driver(
         study,
         rules,
-        lambda seen: propose(sweep.draw, seen, sweep.seed, sweep.sampler),
+        lambda seen, fixed: propose(sweep.draw, seen, sweep.seed, sweep.sampler, fixed),
         spec,
         slots,
         table.notify,

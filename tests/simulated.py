@@ -184,7 +184,7 @@ class Sweeping:
         driver = Driver(
             study,
             replace(self.rules, excused=failed),
-            lambda seen: propose(draw, seen, 0, self.sampler),
+            lambda seen, fixed: propose(draw, seen, 0, self.sampler, fixed),
             {"config": {"epochs": self.rules.epochs}},
             lambda: slots,
             notify,

@@ -23,7 +23,7 @@ class Desk:
         self.driver = Driver(
             self.study,
             Rules(trials, 9, first),
-            lambda seen: propose(draw, seen, 0, "random"),
+            lambda seen, fixed: propose(draw, seen, 0, "random", fixed),
             {"config": {"epochs": 9}, "wandb": {"mode": "online", "project": "flows"}},
             lambda: self.slots,
             lambda event, record: self.events.append(event),
