@@ -1,10 +1,10 @@
-r"""The command line: `sda-ray simulate | train | sweep | runs | sync`."""
+r"""The command line, `sda-ray COMMAND`: simulations, trainings, and what all commands share."""
 
 import argparse
 import logging
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -12,7 +12,15 @@ from typing import Any
 
 from . import __version__
 from .browse import runs_command
-from .config import CONFIG, Config, check_config, format_value, load_config, parse_overrides
+from .commands import (
+    adopt_command,
+    launch_options,
+    plan_command,
+    stop_command,
+    sweep_command,
+    wandb_options,
+)
+from .config import CONFIG, Config, check_config, load_config, parse_overrides
 from .errors import UserError
 from .options import parse
 from .sync import sync_command
@@ -44,7 +52,10 @@ def main(sweep: Any = None, argv: Sequence[str] | None = None) -> None:
     commands = {
         "simulate": _simulate,
         "train": _train,
-        "sweep": _sweep,
+        "plan": plan_command,
+        "sweep": sweep_command,
+        "stop": stop_command,
+        "adopt": adopt_command,
         "runs": runs_command,
         "sync": sync_command,
     }
@@ -92,12 +103,6 @@ def _simulate(args: argparse.Namespace, _: Any) -> None:
     )
 
 
-def _wandb(args: argparse.Namespace) -> Any:
-    from .tracking import Wandb
-
-    return Wandb.from_options(args.wandb, args.project, args.entity, args.tags)
-
-
 def _train(args: argparse.Namespace, _: Any) -> None:
     from .session import extend_run, resume_run, start_replicas, start_run
 
@@ -110,7 +115,7 @@ def _train(args: argparse.Namespace, _: Any) -> None:
                 "--replicas goes with none of --init, --resume, --extend, --device and --threads."
             )
 
-        start_replicas(_config(args), args.replicas, **_launch_options(args))
+        start_replicas(_config(args), args.replicas, launch_options(args))
         return
 
     for name in ("address", "cpus_per_trial", "gpus_per_trial", "parallel"):
@@ -125,7 +130,7 @@ def _train(args: argparse.Namespace, _: Any) -> None:
             raise UserError("--extend takes the settings of RUN, and so goes without --config.")
 
         changes = parse_overrides(args.settings)
-        extend_run(args.runs, args.data, args.extend, changes, args.device, _wandb(args))
+        extend_run(args.runs, args.data, args.extend, changes, args.device, wandb_options(args))
     elif args.resume:
         if args.settings or args.config:
             raise UserError(
@@ -134,10 +139,10 @@ def _train(args: argparse.Namespace, _: Any) -> None:
             )
 
         given = args.wandb or args.project or args.entity or args.tags
-        wandb = _wandb(args) if given else None
+        wandb = wandb_options(args) if given else None
         resume_run(args.runs, args.data, args.resume, args.device, wandb, args.takeover)
     else:
-        start_run(args.runs, args.data, _config(args), args.init, args.device, _wandb(args))
+        start_run(args.runs, args.data, _config(args), args.init, args.device, wandb_options(args))
 
 
 def _set_threads(threads: int) -> None:
@@ -162,106 +167,3 @@ def _config(args: argparse.Namespace) -> Config:
         base = load_config(RunPath.find(args.runs, args.config or args.init).config)
 
     return check_config(base | parse_overrides(args.settings))
-
-
-def _launch_options(args: argparse.Namespace) -> dict[str, Any]:
-    for name in ("cpus_per_trial", "gpus_per_trial", "parallel"):
-        value = getattr(args, name)
-
-        if value is not None and not (value > 0 or (value == 0 and name == "gpus_per_trial")):
-            raise UserError(f"--{name.replace('_', '-')} is {value:g}, but must be above 0.")
-
-    return {
-        "root": args.root,
-        "runs": args.runs,
-        "data": args.data,
-        "wandb": _wandb(args),
-        "address": args.address,
-        "cpus": 1 if args.cpus_per_trial is None else args.cpus_per_trial,
-        "gpus": args.gpus_per_trial,
-        "parallel": args.parallel,
-    }
-
-
-def _sweep(args: argparse.Namespace, sweep: Any) -> None:
-    from .definition import load_script
-    from .sweep import launch, load_record
-
-    options = _launch_options(args)
-
-    if sweep is None and not args.sweep.endswith(".py"):
-        if args.settings or args.fix or args.name:
-            raise UserError(
-                f"sweep '{args.sweep}' is carried on as it was started: key=value, --fix and "
-                "--name go with a script, for a new sweep."
-            )
-
-        sweep, before = load_record(args.runs, args.sweep)
-        options |= _recorded_options(args, before)
-    elif sweep is None:
-        sweep = load_script(Path(args.sweep))
-
-    launch(_adjust(sweep, args), **options)
-
-
-def _recorded_options(args: argparse.Namespace, before: dict[str, Any]) -> dict[str, Any]:
-    r"""Returns the options that a sweep was last run with, where none are given now."""
-
-    from .tracking import Wandb
-
-    options: dict[str, Any] = {"job_type": before["wandb"]["job_type"]}
-
-    if not args.data_given:
-        options["data"] = args.root / before["data"]
-
-    for name in ("cpus", "gpus"):
-        if getattr(args, f"{name}_per_trial") is None:
-            options[name] = before[name]
-
-    if not (args.wandb or args.project or args.entity or args.tags):
-        options["wandb"] = Wandb(**before["wandb"] | {"tags": tuple(before["wandb"]["tags"])})
-
-    return options
-
-
-def _adjust(sweep: Any, args: argparse.Namespace) -> Any:
-    r"""Applies key=value, --fix, --name and --trials to a sweep."""
-
-    settings, fixed = parse_overrides(args.settings), parse_overrides(args.fix)
-
-    if not isinstance(sweep.config, Mapping) or not isinstance(sweep.space, Mapping | Callable):
-        return sweep  # its own check says what is wrong
-
-    return replace(
-        sweep,
-        name=args.name or sweep.name,
-        config={**sweep.config, **settings, **fixed},
-        space=_without(sweep.name, sweep.space, settings, fixed),
-        trials=sweep.trials if args.trials is None else args.trials,
-    )
-
-
-def _without(name: str, space: Any, settings: Config, fixed: Config) -> Any:
-    r"""Returns a space without the keys that are fixed."""
-
-    if callable(space):
-        if fixed:
-            raise UserError("--fix goes with a SPACE that is a dict; this one is a function.")
-
-        return space
-
-    groups = {key.strip(): group for group in space for key in str(group).split(",")}
-
-    for key in settings:
-        if key in groups:
-            raise UserError(
-                f"{key} is in SPACE of sweep '{name}': every trial has its own. To take it out of "
-                f"SPACE, give --fix {key}={format_value(settings[key])}"
-            )
-
-    for key in fixed:
-        if key not in space:
-            joined = f" alone: it is joined in '{groups[key]}'" if key in groups else ""
-            raise UserError(f"--fix {key}: SPACE has no key {key}{joined}.")
-
-    return {key: domain for key, domain in space.items() if key not in fixed}

@@ -30,7 +30,31 @@ runs/{name}_{id}/. Settings are those of SDA unless key=value says otherwise:
 SWEEP = """
 Runs a sweep: many trials in parallel, each a training in its own run directory. SWEEP is a script,
 such as sweeps/demo.py, or the name of a sweep that was started before. The same command starts a
-sweep, carries it on after a crash, and, with a larger --trials, extends it.
+sweep, carries it on after a crash, and, with a larger --trials, extends it. While the sweep runs,
+--trials, --enqueue, --warm-start and --retry-failed from elsewhere are taken up by it.
+
+  sda-ray sweep sweeps/demo.py                      start, or carry on
+  sda-ray sweep demo --trials 64                    extend, running or finished
+  sda-ray sweep demo --enqueue learning_rate=1e-3   try this next; what is not given is drawn
+  sda-ray sweep demo --enqueue RUN                  the settings of a run
+  sda-ray sweep sweeps/demo.py epochs=64 --fork     another sweep, with what still holds of this
+"""
+
+PLAN = """
+Says what a sweep would cost, and what is wrong with it, before anything starts: parameters, memory
+and seconds of its networks, trials at a time, hours, disk. A probe of at most 10 s on each kind of
+node measures speed and memory. Exits with 2 if anything is wrong, and lists all of it.
+"""
+
+STOP = """
+Stops a sweep that runs, here or on another machine that sees the directory of runs: every trial
+saves a checkpoint first. Or ends one of its trials, by its number, for good.
+"""
+
+ADOPT = """
+Brings finished runs into a sweep as prior trials: the sampler knows them, and they do not count as
+trials of the sweep. Runs of SDA's own code will do. Settings and metrics are copied; nothing is
+written to or deleted from DIRECTORY. Runs that the sweep does not cover are left out, with the reason.
 """
 
 
@@ -84,7 +108,10 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_simulate(command("simulate", "make a data set", SIMULATE))
     _add_train(command("train", "train one network", f"{TRAIN}\n{_keys()}"))
+    _add_plan(command("plan", "what a sweep would cost, and what is wrong with it", PLAN))
     _add_sweep(command("sweep", "search for good settings", SWEEP))
+    _add_stop(command("stop", "stop a sweep that runs, or one trial", STOP))
+    _add_adopt(command("adopt", "bring finished runs into a sweep", ADOPT))
     add_runs_parser(command)
     add_sync_parser(command)
 
@@ -128,7 +155,67 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     _add_wandb(parser)
 
 
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    _add_definition(parser)
+    parser.add_argument("--json", action="store_true", help="for programs")
+    _add_resources(parser, "resources of trials")
+    _add_wandb(parser)
+
+
 def _add_sweep(parser: argparse.ArgumentParser) -> None:
+    _add_definition(parser)
+    priors = parser.add_argument_group("what to begin with")
+    priors.add_argument(
+        "--enqueue",
+        action="append",
+        default=[],
+        metavar="WHAT",
+        help="try key=value,… or the settings of a run before others; may be repeated",
+    )
+    priors.add_argument(
+        "--warm-start",
+        action="append",
+        default=[],
+        metavar="SWEEP",
+        help="learn from the finished runs of another sweep; may be repeated",
+    )
+    priors.add_argument(
+        "--fork",
+        action="store_true",
+        help="a new sweep, warm-started from the one it differs from",
+    )
+    priors.add_argument(
+        "--retry-failed", action="store_true", help="failed runs are tried again, where they were"
+    )
+    limits = parser.add_argument_group("limits")
+    limits.add_argument("--hours", type=float, metavar="H", help="stop in time, to be carried on")
+    limits.add_argument(
+        "--stall",
+        type=float,
+        default=10.0,
+        metavar="MINUTES",
+        help="a trial without a step for so long is killed and resumed (default: 10, and at "
+        "least 20 times its median step)",
+    )
+    limits.add_argument(
+        "--keep-checkpoints",
+        type=int,
+        metavar="N",
+        help="of runs under way, paused and the best N",
+    )
+    limits.add_argument("--disk", metavar="SIZE", help="of all checkpoints together, as 50GB")
+    limits.add_argument(
+        "--ask-above",
+        type=float,
+        default=1.0,
+        metavar="HOURS",
+        help="ask before a first start that needs more GPU-hours (default: 1)",
+    )
+    _add_resources(parser, "resources of trials")
+    _add_wandb(parser)
+
+
+def _add_definition(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("sweep", metavar="SWEEP", help="a script, or the name of a sweep")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of all trials")
     parser.add_argument("--name", help="another name than the script's")
@@ -136,8 +223,18 @@ def _add_sweep(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fix", action="append", default=[], metavar="key=value", help="take a key out of SPACE"
     )
-    _add_resources(parser, "resources of trials")
-    _add_wandb(parser)
+
+
+def _add_stop(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("sweep", metavar="SWEEP", help="the name of a sweep")
+    parser.add_argument("--trial", type=int, metavar="N", help="only this one, for good")
+
+
+def _add_adopt(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directories", nargs="+", metavar="DIRECTORY", help="of a finished run")
+    parser.add_argument(
+        "--sweep", required=True, metavar="SWEEP", help="a script, or the name of a sweep"
+    )
 
 
 def _add_resources(parser: argparse.ArgumentParser, title: str) -> None:

@@ -3,7 +3,7 @@ r"""Single trainings as a person runs them: with progress, Ctrl-C, and what to d
 import os
 import signal
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -196,10 +196,15 @@ def _check_resume(path: RunPath) -> dict[str, Any]:
     return record
 
 
-def start_replicas(config: Config, count: int, root: Path, runs: Path, **options: object) -> None:
+def start_replicas(config: Config, count: int, options: Any) -> None:
     r"""Trains repeats of a config that differ in the seed, in parallel.
 
     They are a sweep over the seed, which is how they are resumed.
+
+    Arguments:
+        config: The config.
+        count: The number of repeats.
+        options: How they are carried out, :class:`sda_ray.sweep.Options`.
     """
 
     from .space import choice
@@ -208,13 +213,13 @@ def start_replicas(config: Config, count: int, root: Path, runs: Path, **options
     if count < 1:
         raise UserError(f"--replicas is {count}, but must be at least 1.")
 
-    taken = (sweep_directory(runs, f"replicas-{n}") for n in range(1, 10**6))
+    taken = (sweep_directory(options.runs, f"replicas-{n}") for n in range(1, 10**6))
     name = next(directory.name for directory in taken if not directory.exists())
     seeds = range(config["seed"], config["seed"] + count)
     sweep = Sweep(
         name, config, {"seed": choice(*seeds)}, trials=count, sampler="grid", pruner="none"
     )
-    launch(sweep, root=root, runs=runs, job_type="replica", **options)  # type: ignore[arg-type]
+    launch(sweep, replace(options, job_type="replica"))
 
 
 def _check_init(parent: RunPath, config: Config, size: int) -> None:

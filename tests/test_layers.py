@@ -24,7 +24,7 @@ FLOORS = {
     6: "space sampler study cluster details render upload",
     7: "archive definition trial driver executor sweep table progress",
     8: "session simulate browse sync",
-    9: "options cli",
+    9: "options commands cli",
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
 

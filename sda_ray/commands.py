@@ -1,0 +1,190 @@
+r"""The commands about sweeps: `sda-ray plan | sweep | stop | adopt`."""
+
+import argparse
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from .config import Config, format_value, parse_overrides
+from .errors import UserError
+
+__all__ = [
+    "adopt_command",
+    "launch_options",
+    "plan_command",
+    "stop_command",
+    "sweep_command",
+    "wandb_options",
+]
+
+
+def wandb_options(args: argparse.Namespace) -> Any:
+    r"""Returns how to log to W&B."""
+
+    from .tracking import Wandb
+
+    return Wandb.from_options(args.wandb, args.project, args.entity, args.tags)
+
+
+def launch_options(args: argparse.Namespace) -> Any:
+    r"""Returns how the trials of a sweep, or replicas, are carried out."""
+
+    from .sweep import Options
+
+    for name in ("cpus_per_trial", "gpus_per_trial", "parallel", "hours", "stall"):
+        value = getattr(args, name, None)
+
+        if value is not None and not (value > 0 or (value == 0 and name == "gpus_per_trial")):
+            raise UserError(f"--{name.replace('_', '-')} is {value:g}, but must be above 0.")
+
+    return Options(
+        args.root,
+        args.runs,
+        args.data,
+        wandb_options(args),
+        args.address,
+        1 if args.cpus_per_trial is None else args.cpus_per_trial,
+        args.gpus_per_trial,
+        args.parallel,
+    )
+
+
+def sweep_command(args: argparse.Namespace, sweep: Any) -> None:
+    r"""Starts a sweep, carries it on, extends it, or steers the one that runs."""
+
+    from .sweep import Wishes, launch
+
+    options = replace(
+        launch_options(args),
+        hours=args.hours,
+        stall=args.stall,
+        keep=args.keep_checkpoints,
+        limit=None if args.disk is None else _size(args.disk),
+        ask_above=args.ask_above,
+    )
+    sweep, options = _chosen(args, sweep, options)
+
+    if args.keep_checkpoints is not None and args.keep_checkpoints < 0:
+        raise UserError(f"--keep-checkpoints is {args.keep_checkpoints}, but must be at least 0.")
+
+    wishes = Wishes(
+        tuple(args.enqueue),
+        tuple(args.warm_start),
+        args.retry_failed,
+        args.trials is not None,
+    )
+
+    if args.fork:
+        from .sweep import fork
+
+        sweep, wishes = fork(sweep, options.runs, wishes, named=args.name is not None)
+
+    launch(sweep, options, wishes)
+
+
+def _size(text: str) -> int:
+    from .room import parse_size
+
+    return parse_size(text)
+
+
+def _chosen(args: argparse.Namespace, sweep: Any, options: Any) -> tuple[Any, Any]:
+    r"""Returns the sweep that is meant by the arguments, and the options that it gets."""
+
+    from .definition import load_script
+    from .sweep import load_record
+
+    if sweep is None and not args.sweep.endswith(".py"):
+        if args.settings or args.fix or args.name or args.fork:
+            raise UserError(
+                f"sweep '{args.sweep}' is carried on as it was started: key=value, --fix, --name "
+                "and --fork go with a script."
+            )
+
+        sweep, before = load_record(args.runs, args.sweep)
+        options = _recorded(args, options, before)
+    elif sweep is None:
+        sweep = load_script(Path(args.sweep))
+
+    return _adjust(sweep, args), options
+
+
+def _recorded(args: argparse.Namespace, options: Any, before: dict[str, Any]) -> Any:
+    r"""Returns options with those that a sweep was last run with, where none are given now."""
+
+    from .tracking import Wandb
+
+    options = replace(options, job_type=before["wandb"]["job_type"])
+
+    if not args.data_given:
+        options = replace(options, data=args.root / before["data"])
+
+    for name in ("cpus", "gpus"):
+        if getattr(args, f"{name}_per_trial") is None:
+            options = replace(options, **{name: before[name]})
+
+    if not (args.wandb or args.project or args.entity or args.tags):
+        wandb = Wandb(**before["wandb"] | {"tags": tuple(before["wandb"]["tags"])})
+        options = replace(options, wandb=wandb)
+
+    return options
+
+
+def _adjust(sweep: Any, args: argparse.Namespace) -> Any:
+    r"""Applies key=value, --fix, --name and --trials to a sweep."""
+
+    settings, fixed = parse_overrides(args.settings), parse_overrides(args.fix)
+
+    if not isinstance(sweep.config, Mapping) or not isinstance(sweep.space, Mapping | Callable):
+        return sweep  # its own check says what is wrong
+
+    return replace(
+        sweep,
+        name=args.name or sweep.name,
+        config={**sweep.config, **settings, **fixed},
+        space=_without(sweep.name, sweep.space, settings, fixed),
+        trials=sweep.trials if args.trials is None else args.trials,
+    )
+
+
+def _without(name: str, space: Any, settings: Config, fixed: Config) -> Any:
+    r"""Returns a space without the keys that are fixed."""
+
+    if callable(space):
+        if fixed:
+            raise UserError("--fix goes with a SPACE that is a dict; this one is a function.")
+
+        return space
+
+    groups = {key.strip(): group for group in space for key in str(group).split(",")}
+
+    for key in settings:
+        if key in groups:
+            raise UserError(
+                f"{key} is in SPACE of sweep '{name}': every trial has its own. To take it out of "
+                f"SPACE, give --fix {key}={format_value(settings[key])}"
+            )
+
+    for key in fixed:
+        if key not in space:
+            joined = f" alone: it is joined in '{groups[key]}'" if key in groups else ""
+            raise UserError(f"--fix {key}: SPACE has no key {key}{joined}.")
+
+    return {key: domain for key, domain in space.items() if key not in fixed}
+
+
+def stop_command(args: argparse.Namespace, _: Any) -> None:
+    r"""Stops a sweep that runs somewhere, or one of its trials."""
+
+    from .steering import stop_sweep
+
+    stop_sweep(args.runs, args.sweep, args.trial)
+
+
+def plan_command(args: argparse.Namespace, _: Any) -> None:
+    raise UserError("not wired yet")
+
+
+def adopt_command(args: argparse.Namespace, _: Any) -> None:
+    raise UserError("not wired yet")
