@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .precision import lower
+from .winograd import pays, winograd_conv2d
 
 __all__ = ["CircularConv2d", "circular_pad", "upsampled_conv2d"]
 
@@ -210,6 +211,12 @@ class CircularConv2d(nn.Conv2d):
         super().__init__(in_channels, out_channels, kernel_size, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = circular_pad(lower(x), self.kernel_size[0] // 2)
+        x = lower(x)
+
+        if pays(x, self.weight, self.stride[0]):
+            assert self.bias is not None
+            return winograd_conv2d(x, self.weight, self.bias)
+
+        x = circular_pad(x, self.kernel_size[0] // 2)
 
         return _conv2d(x, self.weight, self.bias, self.stride[0])
