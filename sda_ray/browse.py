@@ -42,7 +42,7 @@ be extended to more epochs. A run that a process is at is never touched.
 ACTIONS = ("list", "show", "compare", "prune")
 
 STATUSES = (
-    *("running", "paused", "interrupted", "finished", "diverged", "failed"),
+    *("running", "paused", "interrupted", "finished", "diverged", "failed", "adopted"),
     *("damaged", "unknown"),
 )
 

@@ -1,7 +1,7 @@
 r"""The definition of a sweep: a name, a CONFIG, a SPACE and a few settings, made in a script."""
 
 import importlib.util
-import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,15 +9,13 @@ from typing import Any
 from .archive import definition_of
 from .config import Config, check_config
 from .data import DataInfo
+from .domain import Space, split
 from .errors import UserError
-from .pruner import Rules
-from .space import Space, check_space, draw
+from .pruner import FINAL, Record, Rules, Stops
+from .settings import OBJECTIVES, SETTINGS, check_settings
+from .space import check_space, draw
 
 __all__ = ["SETTINGS", "Sweep", "load_script"]
-
-PRUNERS = ("promotion", "none")
-SAMPLERS = ("tpe", "random", "grid")
-SETTINGS = ("seed", "sampler", "pruner", "min_epochs", "eta", "finalists")
 
 
 @dataclass(frozen=True)
@@ -30,11 +28,20 @@ class Sweep:
         space: The keys of CONFIG that vary, see :mod:`sda_ray.space`.
         trials: The number of trials wanted.
         seed: The seed of all draws. That of the trainings is CONFIG's.
-        sampler: `tpe`, `random` or `grid` (all combinations of options, in order).
-        pruner: `promotion`, see :mod:`sda_ray.pruner`, or `none`.
+        sampler: `tpe`, `random`, `gp` (a Gaussian process), `grid` (all combinations of options, in
+            order) or `nsga2`. By default `tpe`, and `nsga2` for several objectives.
+        pruner: What stops trials early. `promotion`, see :mod:`sda_ray.pruner`; by verdicts that
+            are final `median`, `percentile`, `patience` or `hyperband`, see
+            :mod:`sda_ray.stopping`; or `none`. By default `promotion`, and `none` for several
+            objectives.
         min_epochs: The first rung. By default `epochs` over the third power of `eta`.
         eta: One in `eta` trials goes on at each rung.
         finalists: The least number of trials that get the full number of epochs.
+        objectives: What is minimised: `loss_valid` and, after it, any of `parameters`, `seconds`
+            (of training), `loss_train` and `loss_valid_se`.
+        percentile: The share of trials, in percent, that `pruner="percentile"` lets go on.
+        patience: The epochs without a new best value after which `pruner="patience"` stops a
+            trial. By default three times `min_epochs`.
         script: The file that the sweep was made in.
     """
 
@@ -43,12 +50,29 @@ class Sweep:
     space: Space
     trials: int = 16
     seed: int = 0
-    sampler: str = "tpe"
-    pruner: str = "promotion"
+    sampler: str = ""
+    pruner: str = ""
     min_epochs: int | None = None
     eta: int = 3
     finalists: int = 1
+    objectives: tuple[str, ...] = OBJECTIVES[:1]
+    percentile: float = 25.0
+    patience: int | None = None
     script: Path | None = None
+
+    def __post_init__(self) -> None:
+        # JSON makes lists of tuples
+        names: Any = self.objectives
+
+        if isinstance(names, list):
+            object.__setattr__(self, "objectives", names := tuple(names))
+
+        several = isinstance(names, tuple) and len(names) > 1
+        defaults = {"sampler": ("tpe", "nsga2"), "pruner": ("promotion", "none")}
+
+        for key, values in defaults.items():
+            if not getattr(self, key):
+                object.__setattr__(self, key, values[several])
 
     def check(self, data: DataInfo | None = None) -> "Sweep":
         r"""Returns the sweep in its normal form.
@@ -57,13 +81,13 @@ class Sweep:
             UserError: If anything is wrong with it, or does not fit the data.
         """
 
-        self._check_settings()
+        check_settings(self)
 
         known = {} if data is None else {"size": data.size, "length": data.length}
         config = check_config(self.config, **known)
         first = self.min_epochs
 
-        if self.pruner == "promotion" and first is None:
+        if self.pruner != "none" and first is None:
             first = max(1, config["epochs"] // self.eta**3)
 
         if first is not None and first > config["epochs"]:
@@ -77,43 +101,17 @@ class Sweep:
 
         return checked
 
-    def _check_settings(self) -> None:
-        if not isinstance(self.name, str) or not re.fullmatch(
-            r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", self.name
-        ):
-            raise UserError(
-                f"the sweep's name is {self.name!r}, but must be up to 64 letters, digits, dots, "
-                "dashes and underscores, and begin with a letter or digit."
-            )
-
-        least = {"trials": 1, "seed": 0, "eta": 2, "finalists": 0}
-
-        if self.min_epochs is not None:
-            least["min_epochs"] = 1
-
-        for key, low in least.items():
-            value = getattr(self, key)
-
-            if not isinstance(value, int) or isinstance(value, bool) or value < low:
-                raise UserError(f"{key} is {value!r}, but must be an integer from {low}.")
-
-        for key, options in (("sampler", SAMPLERS), ("pruner", PRUNERS)):
-            if getattr(self, key) not in options:
-                raise UserError(
-                    f"{key} is {getattr(self, key)!r}, but must be one of {', '.join(options)}."
-                )
-
     def _try_draws(self, known: dict[str, int]) -> None:
         r"""Tries what only a draw can tell: what functions return, and what a grid is made of."""
 
         if not callable(self.space) and self.sampler != "grid":
             return
 
-        from .sampler import propose, sample
+        from .sampler import sample
 
         try:
             if self.sampler == "grid":
-                propose(self.draw, (), sampler="grid")
+                self.propose(())
 
             for values in sample(self.draw, count=32 if callable(self.space) else 0):
                 check_config(self.config | values, **known)
@@ -129,11 +127,75 @@ class Sweep:
 
         return draw(self.space, trial, self.pruner)
 
+    def propose(self, records: Sequence[Record], fixed: dict[str, Any] | None = None) -> Any:
+        r"""Draws a configuration that no run has, see :func:`sda_ray.sampler.propose`."""
+
+        from .sampler import distributions, propose
+
+        group = None
+
+        if self.pruner == "hyperband":
+            from .stopping import brackets
+
+            group = brackets(self.rules, self.name)
+
+        return propose(
+            self.draw,
+            records,
+            self.seed,
+            self.sampler,
+            fixed,
+            None if callable(self.space) else distributions(self.draw),
+            self.config,
+            len(self.objectives),
+            group,
+        )
+
+    def stops(self) -> Stops | None:
+        r"""Returns the verdicts of the pruner, if they are final."""
+
+        if self.pruner not in FINAL:
+            return None
+
+        from .stopping import stopper
+
+        return stopper(self.rules, self.name, self.percentile, self.patience)
+
+    def warnings(self) -> list[str]:
+        r"""Returns what is allowed and may not be what is wanted."""
+
+        said = []
+
+        if len(self.objectives) > 1:
+            said.append(
+                "with several objectives nothing is pruned: every trial is trained to its end."
+            )
+
+        for key in ("scheduler", "warmup"):
+            if self.pruner not in ("none", "patience") and key in self._keys():
+                said.append(
+                    f"SPACE has {key!r}, and trials are compared before their end, where what "
+                    "decays faster looks better than it is. To be fair to all, take pruner='none'."
+                )
+
+        return said
+
+    def _keys(self) -> set[str]:
+        r"""Returns the keys of CONFIG that vary; of a function, those of its first draws."""
+
+        if not callable(self.space):
+            return {key for name in self.space for key in split(name)}
+
+        from .sampler import sample
+
+        return {key for values in sample(self.draw, count=32) for key in values}
+
     @property
     def rules(self) -> Rules:
-        first = self.min_epochs if self.pruner == "promotion" else None
+        first = self.min_epochs if self.pruner != "none" else None
+        epochs = self.config["epochs"]
 
-        return Rules(self.trials, self.config["epochs"], first, self.eta, self.finalists)
+        return Rules(self.trials, epochs, first, self.eta, self.finalists, pruner=self.pruner)
 
     def definition(self) -> dict[str, Any]:
         r"""Returns what makes the sweep this one, as JSON. The number of trials is not part."""

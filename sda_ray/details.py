@@ -86,13 +86,15 @@ def origin(entry: Entry, runs: Path) -> dict[str, Any]:
     last = tries[-1] if tries else {}
     parent = RunPath.of_id(runs, str(record["parent"])) if record.get("parent") else None
     number = path.name.rpartition("-")[2]
+    mine = entry.sweep and entry.status != "adopted"
+    copied = record.get("origin")
     exact = {True: "yes", False: "no: it went on elsewhere, or an epoch came out different"}
     commit = f"{last.get('commit')}{' with changes' if last.get('dirty') else ''}"
     found = {
         "directory": path.directory,
         "began": record.get("created"),
         "sweep": entry.sweep,
-        "trial": record.get("trial", int(number) if entry.sweep and number.isdecimal() else None),
+        "trial": record.get("trial", int(number) if mine and number.isdecimal() else None),
         "parent": parent.directory.name if parent else record.get("parent"),
         "attempts": len(tries) or None,
         "exact": exact.get(record["exact"]) if isinstance(record.get("exact"), bool) else None,
@@ -101,6 +103,7 @@ def origin(entry: Entry, runs: Path) -> dict[str, Any]:
         "reason": record.get("reason"),
         "weights": path.state if path.state.is_file() else None,
         "from": None if record else "a training without records, as by upstream SDA",
+        "copy of": copied.get("path") if isinstance(copied, dict) else None,
     }
 
     return {label: value for label, value in found.items() if value is not None}

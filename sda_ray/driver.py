@@ -5,27 +5,24 @@ out: :mod:`sda_ray.executor` lets Ray Tune ask and tell.
 """
 
 import logging
-import re
-from collections import Counter
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import new_id
+from .drawing import Propose, draw_run
+from .limits import margin
+from .losses import Losses, Outage, alike
 from .pruner import Record, Rules, Stops, decide, reveal
 from .study import Study
 
-__all__ = ["Driver", "Notify", "Propose"]
+__all__ = ["Driver", "Notify"]
 
 logger = logging.getLogger(__name__)
 
-LOST = 5  # times that a worker may die under a run
-ALIKE = 3  # runs that fail alike, before any is complete, after which the sweep stops
-UNREACHED = 2  # attempts that W&B's server fails, after which new ones start offline
+HOUSE = 5.0  # seconds between two times of keeping house
 
-# A configuration and its trial, or None, given the runs and parameters that it shall have
-Propose = Callable[[Sequence[Record], dict[str, Any] | None], Any]
 Notify = Callable[[str, Record], None]
 
 
@@ -42,6 +39,9 @@ class Driver:
         notify: Called with a word and a record whenever something happens to a run.
         request: The file whose existence tells all trials to stop after their step.
         stops: The verdict on a run at a rung, if it is final, see :func:`sda_ray.pruner.decide`.
+        deadline: The end of the sweep's time, see :func:`sda_ray.limits.deadline`.
+        retarget: Records another number of runs wanted than the sweep was started with.
+        house: Called every 5 s, to look after the disk.
     """
 
     def __init__(
@@ -54,6 +54,9 @@ class Driver:
         notify: Notify,
         request: Path,
         stops: Stops | None = None,
+        deadline: float | None = None,
+        retarget: Callable[[int], None] = lambda target: None,
+        house: Callable[[], None] = lambda: None,
     ) -> None:
         self.study = study
         self.rules = rules
@@ -63,24 +66,51 @@ class Driver:
         self.notify = notify
         self.request = request
         self.stops = stops
+        self.deadline = deadline
+        self.retarget = retarget
+        self.house = house
         self.request.unlink(missing_ok=True)
 
         self.live: dict[str, int] = {}  # who carries out what: a trial's name -> index of its run
         self.closing: dict[int, Callable[[], bool]] = {}  # index of a run -> whether it is closed
-        self.lost: Counter[int] = Counter()
-        self.unreached: set[tuple[int, int]] = set()  # attempts that W&B's server has failed
+        self.unwanted: set[int] = set()  # runs that the user stops, until that is told
+        self.losses = Losses()
+        self.outage = Outage()
         self.errors: list[str] = []
         self.exhausted = False
         self.stopping = False  # asked to stop
+        self.why = ""  # what asked, if not a signal
         self.done = False  # nothing is left to do
         self.hopeless = False  # all runs fail for one reason
         self.fault: Exception | None = None
 
-    def stop(self) -> None:
+        self.start = self.kept = time.monotonic()
+        self.longest = 0.0  # seconds that a trial went without looking for the wish to stop
+
+    def stop(self, why: str = "") -> None:
         r"""Asks for an end: every trial saves a checkpoint after its step, nothing new starts."""
 
+        self.why = self.why or why
         self.stopping = True
         self.request.touch()
+
+    def tick(self) -> None:
+        r"""Looks at the clock. To be called a few times a second, whatever else happens."""
+
+        now = time.monotonic()
+
+        try:
+            if self.deadline is not None and not self.stopping:
+                early = margin(self.longest, self.deadline - self.start)
+
+                if now > self.deadline - early:
+                    self.stop("its time is up")
+
+            if now - self.kept > HOUSE:
+                self.kept = now
+                self.house()
+        except Exception as error:
+            self.guard(error)
 
     def suggest(self, trial: str) -> dict[str, Any] | None:
         r"""Returns what a new trial shall do, or None for nothing now.
@@ -111,7 +141,8 @@ class Driver:
             return None
 
         if action.kind == "draw":
-            record = self._draw(records)
+            config = self.spec["config"]
+            record = draw_run(self.study, records, self.rules, config, self.propose)
 
             if record is None:
                 self.exhausted = True
@@ -128,6 +159,7 @@ class Driver:
             "run_id": record.run_id,
             "index": record.index,
             "attempt": record.attempt,
+            "short": self.losses.short[record.index],
         }
 
     def _reveal(self) -> list[Record]:
@@ -141,31 +173,7 @@ class Driver:
 
         return records
 
-    def _draw(self, records: list[Record]) -> Record | None:
-        drawn, queued = None, None
-
-        for number, params in self.study.queue().items():
-            if (drawn := self.propose(records, params)) is not None:
-                queued = number
-                break
-
-            logger.warning("queued configuration %s has a run already: it is left out.", params)
-            self.study.dequeue(number)
-
-        if drawn is None and (drawn := self.propose(records, None)) is None:
-            return None
-
-        values, trial = drawn
-        epochs = (self.spec["config"] | values)["epochs"]
-        until = min(self.rules.rungs[0], epochs) if self.rules.min_epochs else epochs
-        index = 1 + len(records)
-        record = Record(
-            index, new_id(), "running", until, epochs, attempt=1, config=values, queued=queued
-        )
-
-        return self.study.add(record, trial)
-
-    def _busy(self) -> set[int]:
+    def at_work(self) -> set[int]:
         r"""Returns the runs in flight, those included whose process has not let go of them."""
 
         for index, closed in list(self.closing.items()):
@@ -173,6 +181,9 @@ class Driver:
                 del self.closing[index]
 
         return {*self.live.values(), *self.closing}
+
+    def _busy(self) -> set[int]:
+        return self.at_work() | self.unwanted
 
     def report(
         self, trial: str, result: dict[str, Any], close: Callable[[str], Callable[[], bool]]
@@ -188,14 +199,20 @@ class Driver:
         record = self._find(self.live[trial])
         record = self.study.report(record, dict(result["epochs"]))
         event, error = result["event"], result["error"]
+        self.longest = max(self.longest, result.get("longest", 0.0))
 
         if result.get("unreached"):
-            self._unreached(record)
+            self.spec = self.outage.note(self.spec, record)
 
         if event == "running" and record.paused and not self._goes_on(record):
             event = "paused"
             self.closing[record.index] = close(event)
-        elif event in ("complete", "diverged", "failed"):
+        elif event == "complete":
+            record = self.study.tell(record, event, finals=result.get("finals"))
+        elif event == "memory" and not self.losses.count(self.study, record, event, error):
+            record = replace(record, error=error)
+        elif event in ("diverged", "memory", "failed"):
+            event = "diverged" if event == "diverged" else "failed"
             record = self.study.tell(record, event, error)
 
         if event == "failed":
@@ -204,22 +221,12 @@ class Driver:
         if event != "running":
             del self.live[trial]
 
-        self.notify(event, record)
+        if event == "stopped":
+            self.unwanted.add(record.index)  # told when its process has let go of it
+        else:
+            self.notify(event, record)
 
         return bool(event == "running")
-
-    def _unreached(self, record: Record) -> None:
-        r"""Lets what starts from now on log offline, if W&B's server fails again and again."""
-
-        self.unreached.add((record.index, record.attempt))
-
-        if len(self.unreached) >= UNREACHED and self.spec["wandb"]["mode"] == "online":
-            self.spec = self.spec | {"wandb": self.spec["wandb"] | {"mode": "offline"}}
-            logger.warning(
-                "W&B's server has failed %d runs: the rest of the sweep starts offline. "
-                "`sda-ray sync --all` uploads it later.",
-                len(self.unreached),
-            )
 
     def _find(self, index: int) -> Record:
         return next(record for record in self.study.records() if record.index == index)
@@ -227,7 +234,7 @@ class Driver:
     def _goes_on(self, record: Record) -> bool:
         r"""Lets a run at a rung go on at once, if it is what the slot would be used for anyway."""
 
-        if self.stopping:
+        if self.stopping or record.index in self.unwanted:
             return False
 
         live = self._busy() - {record.index}
@@ -244,30 +251,34 @@ class Driver:
         r"""Stops the sweep if all runs seem to fail for one reason."""
 
         self.errors.append(error)
-        kinds = {re.sub(r"\S*[/\d]\S*", "", error) for error in self.errors}  # without paths
         complete = any(record.state == "complete" for record in self.study.records())
 
-        if len(self.errors) >= ALIKE and len(kinds) == 1 and not complete:
+        if alike(self.errors) and not complete:
             self.hopeless = True
             self.stop()
 
-    def lose(self, trial: str, reason: str) -> None:
-        r"""Takes in that a worker was lost. Its run is adopted, unless it was lost too often."""
+    def lose(self, trial: str, reason: str, cause: str = "worker") -> None:
+        r"""Takes in that a worker was lost. Its run is adopted, unless it was lost too often.
+
+        Arguments:
+            trial: The trial's name.
+            reason: What is known of it.
+            cause: `node`, which is never held against the run; `memory`, once at most; or `worker`.
+        """
 
         index = self.live.pop(trial, None)
 
         if index is None:
             return
 
-        self.lost[index] += 1
         record = self._find(index)
 
-        if self.lost[index] > LOST:
-            error = f"its worker died {self.lost[index]} times, last of: {reason}"
+        if error := self.losses.count(self.study, record, cause, reason):
             self.notify("failed", self.study.tell(record, "failed", error))
             self._failed(error)
         else:
-            self.notify("lost", replace(record, error=reason))
+            event = "memory" if cause == "memory" else "lost"
+            self.notify(event, replace(record, error=reason))
 
     def guard(self, error: Exception) -> None:
         r"""Takes in an error of our own: the sweep stops, in good order."""

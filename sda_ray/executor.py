@@ -19,6 +19,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from .driver import Driver
+from .lookout import Lookout
 from .trial import Trial
 
 __all__ = ["execute"]
@@ -41,13 +42,16 @@ def execute(driver: Driver, resources: dict[str, float], scratch: Path) -> None:
 
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # we say it ourselves
 
-    with _on_signals(driver.stop):
+    lookout = Lookout(driver)
+
+    with _on_signals(driver.stop), _memory_kills_are_deaths():
         tune.run(
             tune.with_resources(Trial, resources),
             name="sweep",
             storage_path=str(scratch / "tune"),
-            search_alg=_Searcher(driver),
-            scheduler=_Scheduler(driver),
+            search_alg=_Searcher(driver, lookout),
+            scheduler=_Scheduler(driver, lookout),
+            callbacks=[lookout],
             num_samples=-1,
             max_failures=0,
             reuse_actors=not resources["gpu"],
@@ -62,6 +66,8 @@ def execute(driver: Driver, resources: dict[str, float], scratch: Path) -> None:
                 break
 
             time.sleep(0.05)
+
+        lookout.desk()
 
     if driver.fault is not None:
         raise driver.fault
@@ -100,14 +106,45 @@ def _on_signals(stop: Callable[[], None]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def _memory_kills_are_deaths() -> Iterator[None]:
+    r"""Lets Tune take a worker that Ray's memory monitor has killed for one that is lost.
+
+    Tune 2.60 knows the death of an actor only, and ends with "Caught unexpected exception".
+    """
+
+    from ray.air.execution._internal.actor_manager import RayActorManager as Manager
+    from ray.exceptions import RayActorError, RayError, RayTaskError
+
+    before = Manager._actor_task_failed
+
+    def failed(self: Any, tracked_actor_task: Any, exception: Exception) -> None:
+        known = isinstance(exception, RayTaskError | RayActorError)
+
+        if isinstance(exception, RayError) and not known:
+            exception = RayActorError(error_msg=str(exception))
+
+        before(self, tracked_actor_task, exception)
+
+    Manager._actor_task_failed = failed
+
+    try:
+        yield
+    finally:
+        Manager._actor_task_failed = before
+
+
 class _Searcher(Searcher):
     r"""Creates the face of the driver that Tune asks for trials."""
 
-    def __init__(self, driver: Driver) -> None:
+    def __init__(self, driver: Driver, lookout: Lookout) -> None:
         super().__init__()
         self.driver = driver
+        self.lookout = lookout
 
     def suggest(self, trial_id: str) -> Any:
+        self.lookout.tick()  # Tune does nothing but ask while there is no trial
+
         try:
             return self.driver.suggest(trial_id)
         except StopIteration:
@@ -132,12 +169,15 @@ class _Searcher(Searcher):
 class _Scheduler(FIFOScheduler):
     r"""Creates the face of the driver that Tune tells results."""
 
-    def __init__(self, driver: Driver) -> None:
+    def __init__(self, driver: Driver, lookout: Lookout) -> None:
         super().__init__()
         self.driver = driver
+        self.lookout = lookout
 
     def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
         actor = trial.temporary_state.ray_actor
+        self.lookout.nodes[trial.trial_id] = result.get("node", "")
+        self.lookout.actors[self.driver.live.get(trial.trial_id, 0)] = actor
 
         def close(status: str) -> Callable[[], bool]:
             task = actor.close.remote(status)
@@ -152,20 +192,14 @@ class _Scheduler(FIFOScheduler):
             with suppress(Exception):
                 self.driver.closing[0] = close("interrupted")
 
+        if result["event"] == "memory":  # Tune would keep the process, and what fills its memory
+            ray.kill(actor)
+            return TrialScheduler.CONTINUE
+
         return TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP
 
     def on_trial_error(self, controller: Any, trial: Any) -> None:
         try:
-            self.driver.lose(trial.trial_id, _reason(trial))
+            self.lookout.lose(trial)
         except Exception as error:
             self.driver.guard(error)
-
-
-def _reason(trial: Any) -> str:
-    r"""Returns the last line of what Tune noted of a lost worker."""
-
-    file = Path(trial.error_file or "")
-    lines = file.read_text().splitlines() if file.is_file() else []
-    said = [line.strip() for line in lines if line.strip()]
-
-    return said[-1].partition(". Some common causes")[0][:300] if said else "unknown"

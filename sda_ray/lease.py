@@ -22,7 +22,7 @@ from typing import Any
 from .errors import UserError
 from .files import read_json, write_json
 
-__all__ = ["Lease", "LeaseLost", "holder", "is_alive", "place"]
+__all__ = ["Lease", "LeaseLost", "holder", "is_alive", "place", "pulse"]
 
 logger = logging.getLogger(__name__)
 
@@ -120,12 +120,12 @@ def is_alive(file: Path, patience: float = STALE) -> bool:
         found["host"],
         patience,
     )
-    before, deadline = _pulse(file), time.monotonic() + patience
+    before, deadline = pulse(file), time.monotonic() + patience
 
     while time.monotonic() < deadline:
         time.sleep(min(1.0, patience / 10))
 
-        if _pulse(file) != before:
+        if pulse(file) != before:
             return (holder(file) or found)["pid"] is not None
 
     return False
@@ -135,7 +135,7 @@ def _is_here(found: dict[str, Any]) -> bool:
     return all(found[key] == value for key, value in place().items())
 
 
-def _pulse(file: Path) -> int:
+def pulse(file: Path) -> int:
     r"""Returns when a lease was last written or touched, 0 if it is gone."""
 
     try:

@@ -52,7 +52,7 @@ def _allow_tf32(allowed: bool) -> None:
 def full(x: Tensor) -> torch.autocast:
     r"""Returns a context in which a tensor's device keeps to full precision."""
 
-    return torch.autocast(x.device.type, enabled=False)
+    return torch.autocast(_device(x), enabled=False)
 
 
 def lower(x: Tensor) -> Tensor:
@@ -61,6 +61,12 @@ def lower(x: Tensor) -> Tensor:
     Autocast would lower it too, but only after it was padded.
     """
 
-    device = x.device.type
+    device = _device(x)
 
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
+def _device(x: Tensor) -> str:
+    r"""Returns the type of a tensor's device; the CPU's for meta, which has no autocast."""
+
+    return "cpu" if x.is_meta else x.device.type

@@ -14,7 +14,10 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-__all__ = ["Action", "Record", "Rules", "Stops", "decide", "order", "reveal", "top"]
+__all__ = ["FINAL", "Action", "Record", "Rules", "Stops", "decide", "order", "reveal", "top"]
+
+STEADY = ("median", "percentile", "patience")  # rules that ask at even distances
+FINAL = (*STEADY, "hyperband")  # rules by which a run that is stopped never goes on
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Record:
             to the sampler and does not count towards the target.
         queued: The number of the queued configuration that the run was started for, if any.
         lost: The number of times that a worker died under the run.
+        finals: The values of all objectives of a complete run, if there are several.
     """
 
     index: int
@@ -54,6 +58,7 @@ class Record:
     source: str = ""
     queued: int | None = None
     lost: int = 0
+    finals: tuple[float, ...] = ()
 
     @property
     def last(self) -> int:
@@ -113,13 +118,17 @@ class Rules:
 
     @property
     def rungs(self) -> tuple[int, ...]:
-        r"""The epochs at which runs are compared; the last is the full budget."""
+        r"""The epochs at which runs are compared; the last is the full budget.
+
+        They grow by `eta`, or are the multiples of the first where runs are compared all along.
+        """
 
         rungs, rung = [], self.min_epochs or self.epochs
+        first = rung
 
         while rung < self.epochs:
             rungs.append(rung)
-            rung *= self.eta
+            rung = rung + first if self.pruner in STEADY else rung * self.eta
 
         return (*rungs, self.epochs)
 

@@ -24,6 +24,7 @@ __all__ = ["clean", "comparison", "duration", "listing", "portrait", "savings", 
 STYLES = {
     "running": "cyan",
     "finished": "green",
+    "adopted": "green",
     "paused": "yellow",
     "interrupted": "yellow",
     "diverged": "red",

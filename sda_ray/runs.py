@@ -197,12 +197,18 @@ class Run:
         self.tracker.log(values, step=metrics["epoch"])
 
     def load(self, state: TrainState) -> None:
-        r"""Brings a state to the newest checkpoint of the run, if there is one."""
+        r"""Brings a state to the newest checkpoint of the run, if there is one.
+
+        A run that has epochs and no checkpoint starts again, to the same bits. The entry of this
+        attempt in `run.json` says so, and why, as `restarted`.
+        """
 
         some = self.path.checkpoint.exists() or self.path.previous.exists()
 
         with self.lease.hold():
             found = load_checkpoint(self.path)
+
+        given_back = self.record.pop("given_back", None)
 
         if found is not None:
             try:
@@ -210,9 +216,16 @@ class Run:
             except ValueError as error:
                 raise UserError(f"{self.path.checkpoint} does not fit config.json: {error}.")
         elif some:
-            logger.warning(
-                "%s has no whole checkpoint: it starts again.", self.path.directory.name
-            )
+            self._restart("it has no whole checkpoint")
+        elif self.lines and "parent" not in self.record:
+            early = "it was ended before its first checkpoint"
+            self._restart("it gave its checkpoint back" if given_back else early)
+
+    def _restart(self, why: str) -> None:
+        name = self.path.directory.name
+        logger.warning("%s: %s: it starts again at epoch 0, to the same bits.", name, why)
+        self.record["attempts"][-1]["restarted"] = why
+        self.record.write("running")
 
     def save(self, state: TrainState) -> None:
         r"""Saves a checkpoint, unless the newest one is at this very step.

@@ -173,10 +173,11 @@ def _record(sweep: Sweep, options: Options, info: DataInfo) -> dict[str, Any]:
 
 
 def _open_study(directory: Path, name: str, lease: Lease, runs: Path) -> Any:
-    from .study import Study, reconcile
+    from .reconcile import catch_up
+    from .study import Study
 
     study = Study(directory / "study.journal", name, lease)
-    reconcile(study, runs)
+    catch_up(study, runs)
 
     return study
 

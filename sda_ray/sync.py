@@ -100,7 +100,8 @@ def _finished(runs: Path) -> "list[Entry]":
     from .inventory import entries
 
     every = list(entries(runs))
-    unfinished = Counter(entry.status for entry in every if entry.status not in ENDED)
+    other = (*ENDED, "adopted")  # copies of runs, which W&B knows or does not
+    unfinished = Counter(entry.status for entry in every if entry.status not in other)
     mine = [entry for entry in every if entry.status in ENDED and entry.epoch is not None]
     private = [entry for entry in mine if _settings(entry, runs).get("mode") == "disabled"]
 

@@ -4,7 +4,7 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -78,6 +78,7 @@ def train(
     rungs: Iterable[int] = (),
     init: Path | None = None,
     stop: Stop | None = None,
+    after_step: Callable[[TrainState], None] | None = None,
 ) -> Iterator[Metrics]:
     r"""Trains a score network and yields the metrics of each epoch.
 
@@ -93,6 +94,7 @@ def train(
         init: The directory of a run whose weights to begin with, or whose checkpoint, if the
             run's record says that it extends that one.
         stop: Looked at after every step.
+        after_step: Called after every step, when whatever it leaves on disk is there.
 
     Raises:
         Diverged: If the loss is not finite or has exploded. The run is marked `diverged`.
@@ -104,11 +106,17 @@ def train(
     config = run.config
 
     with _memory(config["batch_size"], device):
-        yield from _train(run, data, device, rungs, init, stop)
+        yield from _train(run, data, device, rungs, init, stop, after_step)
 
 
 def _train(
-    run: Run, data: Path, device: str, rungs: Iterable[int], init: Path | None, stop: Stop | None
+    run: Run,
+    data: Path,
+    device: str,
+    rungs: Iterable[int],
+    init: Path | None,
+    stop: Stop | None,
+    after_step: Callable[[TrainState], None] | None,
 ) -> Iterator[Metrics]:
     config = run.config
 
@@ -136,11 +144,14 @@ def _train(
         )
 
     # Training
-    def after_step(state: TrainState) -> None:
+    def look_up(state: TrainState) -> None:
         wanted = stop is not None and stop.signal is not None
 
         if wanted or run.due:
             run.save(state)
+
+        if after_step is not None:
+            after_step(state)
 
         if wanted:
             raise Interrupted("asked to stop")
@@ -149,7 +160,7 @@ def _train(
     keep_start(run, state)  # if the run was killed before it did so
 
     try:
-        for metrics in epochs(state, trainset, validation, after_step):
+        for metrics in epochs(state, trainset, validation, look_up):
             run.log(metrics)
 
             if metrics["epoch"] in rungs or run.due:

@@ -4,9 +4,11 @@ Tune receives numbers only: the run's directory, its checkpoints and its resumpt
 trial's process is kept for the next trial, so that everything ends in :meth:`Trial.close`.
 """
 
+import os
 import time
 import traceback
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from signal import SIGTERM
 from typing import Any
@@ -25,10 +27,17 @@ class Trial(Trainable):
     r"""Creates a trial: one run, or a stretch of one between two rungs.
 
     Its config has `runs`, `data`, `config`, `run_id`, `index`, `attempt`, `rungs`, `record`,
-    `wandb`, `cpus` and `request`. A step trains for 2 s or up to the next rung and returns
-    `epochs`, the list of (epoch, value); `event`: `running`, `complete`, `diverged`, `interrupted`
-    or `failed`; `error`; and `unreached`, whether W&B's server has failed this attempt. After all
-    events but the first the attempt has ended.
+    `wandb`, `cpus` and `request`; and may have `stall`, see :mod:`sda_ray.watchdog`, `short`, how
+    often the run was short of memory, and `objectives`, if there are several. A step trains for
+    2 s or up to the next rung and returns
+
+    * `epochs`, the list of (epoch, value)
+    * `event`: `running`, `complete`, `diverged`, `interrupted`, `stopped` (by the user, for good),
+      `memory` (which was short) or `failed`. After all but the first the attempt has ended
+    * `error`, and for a complete run `finals`, see :func:`sda_ray.outcome.finals`
+    * `unreached`, whether W&B's server has failed this attempt
+    * `longest`, the seconds that it went without looking for the wish to stop
+    * `node`, Ray's id of the node that it runs on
     """
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -36,6 +45,7 @@ class Trial(Trainable):
         self.run: Any = None
         self.tracker: Any = None
         self.training: Iterator[dict[str, Any]] | None = None
+        self.watchdog: Any = None
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self.close("interrupted")
@@ -44,34 +54,54 @@ class Trial(Trainable):
         return True
 
     def step(self) -> dict[str, Any]:
+        import ray
+
         from .presence import Vanished
         from .train import Interrupted, OutOfMemory
         from .training import Diverged
 
         values: list[tuple[int, float]] = []
-        event, error = "running", ""
+        event, error, finals = "running", "", None
 
         try:
             if self.training is None:
                 values += self._open()
 
+            self.watchdog.phase()
             event = self._advance(values)
+
+            if event == "complete":
+                finals = self._finals()
         except Interrupted:
-            event = "interrupted"
+            event = "stopped" if self.stop.alone else "interrupted"
         except Diverged as e:
             event, error = "diverged", str(e)
-        except (OutOfMemory, Vanished) as e:
+        except OutOfMemory as e:
+            event, error = "memory", str(e)
+        except Vanished as e:
             event, error = "failed", str(e)
         except Exception as e:  # a bug or a bad configuration: told once, not tried again
             event, error = "failed", f"{type(e).__name__}: {e}"
             self._keep(traceback.format_exc())
 
-        if event != "running":
-            self.close("finished" if event == "complete" else event)
-
         unreached = self.tracker is not None and self.tracker.failed
+        longest = 0.0 if self.watchdog is None else self.watchdog.longest
 
-        return {"event": event, "epochs": values, "error": error, "unreached": unreached}
+        if event == "running":
+            self.watchdog.rest()
+        else:
+            again = "failed" if self.spec.get("short") else "interrupted"
+            self.close({"complete": "finished", "memory": again}.get(event, event))
+
+        return {
+            "event": event,
+            "epochs": values,
+            "error": error,
+            "finals": finals,
+            "unreached": unreached,
+            "longest": longest,
+            "node": ray.get_runtime_context().get_node_id(),
+        }
 
     def _open(self) -> list[tuple[int, float]]:
         r"""Opens the run and returns the values that it has already."""
@@ -82,8 +112,12 @@ class Trial(Trainable):
         from .runs import Run
         from .tracking import Wandb
         from .train import train
+        from .watchdog import STACKS, STALL, Watchdog
 
         spec = self.spec
+        request, stall = Path(spec["request"]), spec.get("stall") or STALL
+        self.watchdog = Watchdog(request.with_name(f"stacks.{spec['index']}.txt"), stall)
+        self.watchdog.phase()
         device = "cuda" if ray.get_gpu_ids() else "cpu"
         torch.set_num_threads(max(1, int(spec["cpus"])))
 
@@ -99,10 +133,26 @@ class Trial(Trainable):
             device=device,
         )
         self.tracker = self.run.tracker  # which outlives the run's end
-        stop = _stop(Path(spec["request"]))
-        self.training = train(self.run, Path(spec["data"]), device, spec["rungs"], stop=stop)
+        self.watchdog.close()
+        self.watchdog = Watchdog(self.run.path.directory / STACKS, stall)
+        self.watchdog.phase()
+        self.stop = _stop(request, spec["index"])
+        self.training = train(
+            self.run,
+            Path(spec["data"]),
+            device,
+            spec["rungs"],
+            stop=self.stop,
+            after_step=self._after_step,
+        )
 
         return [(epoch, line["loss_valid"]) for epoch, line in self.run.lines.items()]
+
+    def _after_step(self, state: Any) -> None:
+        self.watchdog.step()
+
+        if state.step == len(state.losses):  # the epoch's last
+            self.watchdog.phase()
 
     def _advance(self, values: list[tuple[int, float]]) -> str:
         assert self.training is not None
@@ -111,6 +161,7 @@ class Trial(Trainable):
         for metrics in self.training:
             epoch = metrics["epoch"]
             values.append((epoch, metrics["loss_valid"]))
+            self.watchdog.phase()
 
             if epoch == self.run.config["epochs"]:
                 continue  # the loop's last turn finishes the run
@@ -120,6 +171,13 @@ class Trial(Trainable):
 
         return "complete"
 
+    def _finals(self) -> list[float] | None:
+        from .outcome import finals
+
+        objectives = self.spec.get("objectives") or ()
+
+        return finals(self.run.path, objectives) if len(objectives) > 1 else None
+
     def _keep(self, error: str) -> None:
         if self.run is not None:
             write_atomic(self.run.path.error, error.encode())
@@ -127,8 +185,11 @@ class Trial(Trainable):
     def close(self, status: str) -> None:
         r"""Ends the attempt: checkpoint, W&B, lease. Never raises, and may be repeated."""
 
-        run, training = self.run, self.training
-        self.run = self.training = None
+        run, training, watchdog = self.run, self.training, self.watchdog
+        self.run = self.training = self.watchdog = None
+
+        if watchdog is not None:
+            watchdog.phase()
 
         try:
             if training is not None:
@@ -142,24 +203,38 @@ class Trial(Trainable):
         except Exception:  # taken over by another attempt, or a full disk
             traceback.print_exc()
 
+        if watchdog is not None:
+            watchdog.close()
+
     def cleanup(self) -> None:
         self.close("interrupted")
 
 
-def _stop(request: Path) -> Any:
-    r"""Returns the wish to stop that is expressed by the existence of a file."""
+def _stop(request: Path, index: int) -> Any:
+    r"""Returns the wish to stop that is expressed by the existence of a file.
+
+    The file `request` is meant for all trials of the sweep, `request.N` for run N `alone`.
+    """
 
     from .train import Stop
 
     class Request(Stop):
         looked = 0.0
         number: int | None = None
+        alone = False
 
         @property
         def signal(self) -> int | None:
             if self.number is None and time.monotonic() - self.looked > LOOK_SECONDS:
                 self.looked = time.monotonic()
-                self.number = SIGTERM if request.exists() else None
+                names: list[str] = []
+
+                with suppress(OSError):  # a file system away for a while
+                    # A listing is fresh on NFS, where the absence of a file may be remembered
+                    names = os.listdir(request.parent)
+
+                self.alone = f"{request.name}.{index}" in names
+                self.number = SIGTERM if self.alone or request.name in names else None
 
             return self.number
 

@@ -7,19 +7,20 @@ trials (who write run directories). Both may die at any moment.
 import json
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from sda_ray.checkpoint import RunPath
 from sda_ray.driver import Driver
-from sda_ray.lease import Lease
-from sda_ray.pruner import Record, Rules
+from sda_ray.lease import Lease, place
+from sda_ray.pruner import Record, Rules, Stops
+from sda_ray.reconcile import catch_up
 from sda_ray.sampler import propose
-from sda_ray.study import Study, reconcile
+from sda_ray.study import Study
 
-__all__ = ["Crash", "Sweeping", "diverges", "draw", "fails", "loss", "outcomes"]
+__all__ = ["Crash", "Sweeping", "Training", "diverges", "draw", "fails", "loss", "outcomes"]
 
 
 class Crash(BaseException):
@@ -58,12 +59,15 @@ class Training:
         self.checkpoint = self.path.directory / "checkpoint.pth"
         self.opened = False
 
+        held = {"attempt": spec["attempt"], "pid": None, "since": "", **place()}
+        self.path.lease.write_text(json.dumps(held))
+        self.write("running")
+
     def step(self, count: int) -> dict[str, Any]:
         r"""Trains for some epochs, or to the next rung."""
 
         config, rungs = self.spec["config"], self.sweeping.rules.rungs
-        lines = self.path.metrics.read_text().splitlines() if self.path.metrics.exists() else []
-        known = {line["epoch"]: line["loss_valid"] for line in map(json.loads, lines)}
+        known = self.lines()
         values = [] if self.opened else list(known.items())
         epoch = int(self.checkpoint.read_text()) if self.checkpoint.exists() else 0
         self.opened = True
@@ -94,14 +98,37 @@ class Training:
 
         if epoch == rungs[-1]:
             self.path.state.write_text(repr(loss(config, epoch)))
-            return self.end("finished", values) | {"event": "complete"}
+            return self.end("finished", values) | {"event": "complete", "finals": self.finals()}
 
         return {"event": "running", "epochs": values, "error": ""}
 
+    def lines(self) -> dict[int, float]:
+        r"""Returns the values in the metrics, without a torn last line, which is cut off."""
+
+        if not self.path.metrics.exists():
+            return {}
+
+        text = self.path.metrics.read_text()
+        self.path.metrics.write_text(text := text[: text.rfind("\n") + 1])
+
+        return {line["epoch"]: line["loss_valid"] for line in map(json.loads, text.splitlines())}
+
+    def finals(self) -> list[float]:
+        r"""Returns the values of all objectives: the others are functions of the configuration."""
+
+        rate = self.spec["config"]["learning_rate"]
+        last = loss(self.spec["config"], self.sweeping.rules.epochs)
+
+        return [last, *[1 / rate for _ in self.sweeping.objectives[1:]]]
+
     def end(self, status: str, values: list[Any], error: str = "") -> dict[str, Any]:
-        self.path.record.write_text(json.dumps({"status": status, "reason": error}))
+        self.write(status, error)
 
         return {"event": status, "epochs": values, "error": error}
+
+    def write(self, status: str, reason: str = "") -> None:
+        others = dict(zip(self.sweeping.objectives[1:], self.finals()[1:], strict=True))
+        self.path.record.write_text(json.dumps({"status": status, "reason": reason, **others}))
 
 
 class Sweeping:
@@ -113,6 +140,9 @@ class Sweeping:
         sampler: The sampler.
         diverges: Tells whether a configuration diverges at an epoch.
         fails: Tells whether a configuration fails at an epoch.
+        stops: The verdict on a run at a rung, if it is final.
+        objectives: What is minimised; those after the first are functions of the configuration.
+        space: Gives the values of the keys that vary, for an Optuna trial.
     """
 
     def __init__(
@@ -122,6 +152,9 @@ class Sweeping:
         sampler: str = "random",
         diverges: Callable[[dict[str, Any], int], bool] = never,
         fails: Callable[[dict[str, Any], int], bool] = never,
+        stops: Stops | None = None,
+        objectives: Sequence[str] = ("loss_valid",),
+        space: Callable[[Any], dict[str, Any]] | None = None,
     ) -> None:
         self.runs = directory / "runs"
         self.runs.mkdir(parents=True, exist_ok=True)
@@ -130,11 +163,18 @@ class Sweeping:
         self.sampler = sampler
         self.diverges = diverges
         self.fails = fails
+        self.stops = stops
+        self.objectives = tuple(objectives)
+        self.space = space or draw
         self.appends = 0
         self.promotions: list[tuple[Record, list[Record]]] = []
 
     def drive(
-        self, slots: int = 1, rng: random.Random | None = None, crash: int | None = None
+        self,
+        slots: int = 1,
+        rng: random.Random | None = None,
+        crash: int | None = None,
+        begin: Callable[[Study], None] = lambda study: None,
     ) -> list[Record]:
         r"""Drives the sweep to its end and returns its runs.
 
@@ -143,6 +183,7 @@ class Sweeping:
             rng: Decides who comes next, who is lost, and when the driver dies; by default the
                 oldest trial makes an epoch at a time and nobody dies.
             crash: The number of appends to the journal after which the driver dies.
+            begin: Called with the study before anything is decided.
 
         Raises:
             Crash: If the driver died.
@@ -151,45 +192,60 @@ class Sweeping:
         lease = Lease(self.journal.with_name("lease.json"), "the sweep")
 
         try:
-            study = Study(self.journal, "simulated", lease)
-            self._count(study, crash)
-            reconcile(study, self.runs)
-            self._drive(study, slots, rng)
+            study = self.open(lease, crash)
+            begin(study)
+            self._drive(self.driver(study, slots), rng)
             study.close()
 
             return study.records()
         finally:
             lease.release()
 
-    def _count(self, study: Study, crash: int | None) -> None:
-        r"""Counts the appends to the journal, and dies after a number of them."""
+    def open(self, lease: Lease, crash: int | None = None) -> Study:
+        r"""Opens the study as a new driver does, which dies after a number of appends."""
 
-        append = study.storage._backend.append_logs
+        study = Study(self.journal, "simulated", lease, self.objectives)
+        append = study.journal._append
 
-        def count(logs: list[dict[str, Any]]) -> None:
-            append(logs)
+        def count(data: bytes) -> None:
+            append(data)
             self.appends += 1
 
             if self.appends == crash:
                 raise Crash
 
-        study.storage._backend.append_logs = count  # type: ignore[method-assign]
+        study.journal._append = count  # type: ignore[method-assign]
+        catch_up(study, self.runs)
 
-    def _drive(self, study: Study, slots: int, rng: random.Random | None) -> None:
+        return study
+
+    def driver(self, study: Study, slots: int) -> Driver:
         def notify(event: str, record: Record) -> None:
             if event == "promote" and record.shown is None:
                 self.promotions.append((record, study.records()))
 
         failed = sum(r.state == "failed" for r in study.records())
-        driver = Driver(
+
+        return Driver(
             study,
             replace(self.rules, excused=failed),
-            lambda seen, fixed: propose(draw, seen, 0, self.sampler, fixed),
+            self.propose,
             {"config": {"epochs": self.rules.epochs}},
             lambda: slots,
             notify,
             self.runs.parent / "stop",
+            self.stops,
         )
+
+    def propose(self, seen: Sequence[Record], fixed: dict[str, Any] | None) -> Any:
+        more: dict[str, Any] = {}
+
+        if len(self.objectives) > 1:
+            more["objectives"] = len(self.objectives)
+
+        return propose(self.space, seen, 0, self.sampler, fixed, **more)
+
+    def _drive(self, driver: Driver, rng: random.Random | None) -> None:
         trials: dict[str, Training] = {}
         open_: list[str] = []  # paused, and not closed yet
         names = map(str, range(10**6))
@@ -197,7 +253,7 @@ class Sweeping:
 
         while True:
             step += 1
-            assert step < 10**4, "the sweep does not end"
+            assert step < 10**5, "the sweep does not end"
 
             if rng is not None and rng.random() < 0.03:
                 raise Crash
@@ -234,6 +290,8 @@ class Sweeping:
                 result = trials[name].step(1 if rng is None else rng.randint(1, 3))
 
                 def close(status: str, name: str = name) -> Callable[[], bool]:
+                    trials[name].write(status)
+
                     if rng is not None:
                         open_.append(name)
 

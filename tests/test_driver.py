@@ -1,42 +1,14 @@
 r"""Tests for sda_ray.driver: failures, lost workers, and the wish to stop."""
 
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from simulated import Sweeping, draw
+from byhand import Desk
+from simulated import Sweeping
 
-from sda_ray.driver import Driver
-from sda_ray.lease import Lease
 from sda_ray.pruner import Rules
-from sda_ray.sampler import propose
-from sda_ray.study import Study
-
-
-class Desk:
-    r"""Creates a driver that is asked and told by hand."""
-
-    def __init__(self, directory: Path, trials: int = 8, first: int | None = None) -> None:
-        self.study = Study(directory / "journal", "test", Lease(directory / "lease.json", "x"))
-        self.events: list[str] = []
-        self.slots = 8
-        self.driver = Driver(
-            self.study,
-            Rules(trials, 9, first),
-            lambda seen, fixed: propose(draw, seen, 0, "random", fixed),
-            {"config": {"epochs": 9}, "wandb": {"mode": "online", "project": "flows"}},
-            lambda: self.slots,
-            lambda event, record: self.events.append(event),
-            directory / "stop",
-        )
-
-    def tell(
-        self, name: str, event: str, error: str = "", last: int = 0, unreached: bool = False
-    ) -> bool:
-        epochs = [(e, 1.0 / e) for e in range(1, last + 1)]
-        result = {"event": event, "epochs": epochs, "error": error, "unreached": unreached}
-
-        return self.driver.report(name, result, lambda status: lambda: False)
 
 
 @pytest.fixture
@@ -204,3 +176,127 @@ def test_slots_are_not_exceeded(desk: Desk) -> None:
     desk.slots = 2
 
     assert [desk.driver.suggest(name) is not None for name in "abc"] == [True, True, False]
+
+
+def test_deaths_are_counted_by_all_drivers_together(tmp_path: Path) -> None:
+    for name in "abc":
+        desk = Desk(tmp_path / "study", slots=1)
+
+        for i in range(2):
+            assert desk.driver.suggest(f"{name}{i}") is not None
+            desk.driver.lose(f"{name}{i}", "killed")
+
+        desk.lease.release()
+
+    assert desk.study.records()[0].state == "failed"
+
+
+def test_lost_nodes_are_never_held_against_a_run(desk: Desk) -> None:
+    desk.slots = 1
+
+    for i in range(20):
+        spec = desk.driver.suggest(str(i))
+        assert spec is not None and spec["index"] == 1
+        desk.driver.lose(str(i), "its node has died", "node")
+
+    assert [(r.state, r.lost) for r in desk.study.records()] == [("running", 0)]
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["told", "killed"])
+def test_run_short_of_memory_is_tried_again_once_from_its_checkpoint(
+    desk: Desk, killed: bool
+) -> None:
+    desk.slots = 1
+
+    def shorten(name: str) -> None:
+        if killed:
+            desk.driver.lose(name, "a peak of 7.00 GiB", "memory")
+        else:
+            assert not desk.tell(name, "memory", "a peak of 7.00 GiB", last=2)
+
+    first, again = desk.driver.suggest("a"), None
+    assert first is not None and not first["short"]
+    shorten("a")
+    again = desk.driver.suggest("b")
+    assert again is not None and again["run_id"] == first["run_id"] and again["short"] == 1
+    shorten("b")
+
+    (record,) = desk.study.records()
+    assert record.state == "failed" and "a peak of 7.00 GiB" in record.error
+    assert desk.events == ["draw", "memory", "adopt", "failed"]
+    third = desk.driver.suggest("c")
+    assert third is not None and third["index"] == 2
+
+
+def test_three_runs_without_enough_memory_stop_the_sweep(desk: Desk) -> None:
+    desk.slots = 1
+
+    for i in range(6):
+        assert not desk.driver.hopeless
+        desk.driver.suggest(str(i))
+        desk.tell(str(i), "memory", f"out of memory, with a peak of {i}.5 GiB")
+
+    assert desk.driver.hopeless
+
+
+def test_all_objectives_of_a_complete_run_are_told(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, objectives=("loss_valid", "parameters"))
+    desk.driver.suggest("a")
+    epochs = [(e, 1.0 / e) for e in range(1, 10)]
+    result = {"event": "complete", "epochs": epochs, "error": "", "finals": [1 / 9, 512.0]}
+    desk.driver.report("a", result, lambda status: lambda: True)
+
+    (record,) = desk.study.records()
+    assert (record.state, record.finals) == ("complete", (1 / 9, 512.0))
+
+
+def test_sweep_stops_before_its_time_is_up(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, deadline=time.monotonic() + 1000.0)
+    desk.driver.suggest("a")
+    desk.driver.tick()
+    assert not desk.driver.stopping
+
+    epochs = [(1, 1.0)]
+    result = {"event": "running", "epochs": epochs, "error": "", "longest": 499.0}
+    desk.driver.report("a", result, lambda status: lambda: True)
+    desk.driver.tick()
+    assert not desk.driver.stopping
+
+    desk.driver.longest = 500.0  # twice that could be too late, and half the time is over
+    desk.driver.start -= 1000.0
+    desk.driver.tick()
+    assert desk.driver.stopping and desk.driver.request.exists()
+    assert desk.driver.why == "its time is up"
+
+
+def test_house_is_kept_now_and_then_and_its_error_stops_the_sweep_in_order(
+    tmp_path: Path,
+) -> None:
+    kept = []
+    desk = Desk(tmp_path, house=lambda: kept.append(1))
+    desk.driver.tick()
+    assert kept == []
+
+    desk.driver.kept -= 10.0
+    desk.driver.tick()
+    desk.driver.tick()
+    assert kept == [1]
+
+    def fails() -> None:
+        raise OSError("no disk")
+
+    desk.driver.house, desk.driver.kept = fails, 0.0
+    desk.driver.tick()
+    assert desk.driver.stopping and isinstance(desk.driver.fault, OSError)
+
+
+def test_queued_configuration_that_does_not_fit_is_left_out(
+    desk: Desk, caplog: pytest.LogCaptureFixture
+) -> None:
+    desk.study.enqueue({"learning_rate": "nonsense"})
+    desk.study.enqueue({"learning_rate": 0.002})
+    spec = desk.driver.suggest("a")
+
+    assert spec is not None and spec["config"]["learning_rate"] == 0.002
+    assert "is left out" in caplog.text
+    assert desk.study.queue() == {}

@@ -15,23 +15,23 @@ MODULES = sorted(file.stem for file in PACKAGE.glob("[!_]*.py"))
 
 # A module imports from its own floor and from those below.
 FLOORS = {
-    0: "errors keys config files hdf5 lease precision presence provenance streams",
-    1: "domain data flow generation periodic solver weights",
+    0: "errors keys config files hdf5 lease precision presence provenance streams watchdog",
+    1: "domain data flow generation periodic solver weights winograd mailbox limits",
     2: "nn score",
     3: "diffusion guidance",
-    4: "averaging training validation checkpoint samples pruner",
-    5: "record history tracking fragments runs extension train curves inventory reclaim",
-    6: "space sampler study cluster details render upload",
-    7: "archive definition trial driver executor sweep table progress",
-    8: "session simulate browse sync",
+    4: "averaging training validation checkpoint samples pruner forecast",
+    5: "settings cost record history tracking fragments runs extension train curves inventory reclaim outcome vigil",
+    6: "probe room space seen danger grid methods sampler stopping journal study reconcile cluster details render upload",
+    7: "fitting queueing priors coverage shapes places nodes archive definition trial drawing losses driver desk lookout executor sweep table progress",
+    8: "steering faults plan bill start adoption session simulate browse sync",
     9: "options commands cli",
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
 
 # Who may import the libraries that are heavy, or whose behaviour we have to work around.
 IMPORTERS = {
-    "optuna": {"study", "sampler"},
-    "ray": {"trial", "executor", "sweep", "simulate", "cluster"},
+    "optuna": {"priors", "adoption", "study", "journal", "sampler", "seen", "danger", "grid", "methods", "stopping"},
+    "ray": {"trial", "executor", "lookout", "sweep", "simulate", "cluster", "nodes"},
     "wandb": {"tracking", "upload", "fragments"},
 }
 

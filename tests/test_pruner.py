@@ -46,6 +46,10 @@ def run(index: int, *values: float, state: str = "running", **more: Any) -> Reco
         (Rules(1, 5, 5), (5,)),
         (Rules(1, 5, None), (5,)),
         (Rules(1, 1, 1), (1,)),
+        (Rules(1, 27, 1, pruner="hyperband"), (1, 3, 9, 27)),
+        (Rules(1, 10, 3, pruner="median"), (3, 6, 9, 10)),
+        (Rules(1, 6, 2, pruner="patience"), (2, 4, 6)),
+        (Rules(1, 5, None, pruner="none"), (5,)),
     ],
 )
 def test_rungs_grow_by_eta_up_to_the_full_budget(rules: Rules, rungs: tuple[int, ...]) -> None:

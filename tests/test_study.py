@@ -2,10 +2,9 @@ r"""Tests for sda_ray.study and sda_ray.sampler: the record of a sweep, and its 
 
 import json
 import os
-import shutil
+import random
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ import pytest
 from optuna.trial import TrialState
 from simulated import Crash, Sweeping, diverges, draw, outcomes
 
-from sda_ray.lease import Lease, LeaseLost
+from sda_ray.lease import Lease
 from sda_ray.pruner import Record, Rules
 from sda_ray.sampler import propose, view
 from sda_ray.study import Study
@@ -53,7 +52,7 @@ def add(study: Study, **more: Any) -> Record:
     return study.add(replace(record, **more), drawn[1])
 
 
-# The journal
+# What is written
 
 
 def test_run_enters_the_journal_with_one_line(tmp_path: Path, study: Study) -> None:
@@ -73,100 +72,6 @@ def test_opening_a_study_again_writes_nothing(tmp_path: Path, lease: Lease, stud
     assert (tmp_path / "study.journal").read_bytes() == before
 
 
-def test_journal_cut_at_any_byte_of_its_last_records_loses_the_torn_one_only(
-    tmp_path: Path,
-) -> None:
-    Sweeping(tmp_path / "sweep", RULES).drive()
-    lines = (tmp_path / "sweep" / "study.journal").read_bytes().splitlines(keepends=True)
-    whole, tail = b"".join(lines[:-3]), b"".join(lines[-3:])
-    lease = Lease(tmp_path / "lease.json", "the sweep")
-    journal = tmp_path / "study.journal"
-
-    for cut in range(len(tail) + 1):
-        journal.write_bytes(whole + tail[:cut])
-        records = Study(journal, "simulated", lease).records()
-        kept = whole + b"".join(x for x in tail[:cut].splitlines(True) if x.endswith(b"\n"))
-
-        assert journal.read_bytes() == kept
-        assert len(records) == RULES.target
-
-        if kept != whole + tail[:cut]:
-            torn = journal.with_suffix(".journal.torn").read_bytes()
-            assert kept + torn == whole + tail[:cut]
-
-    lease.release()
-
-
-def test_sweep_goes_on_from_a_journal_cut_anywhere(tmp_path: Path) -> None:
-    sweeping = Sweeping(tmp_path / "whole", RULES)
-    expected = list(outcomes(sweeping.drive()))
-    size = sweeping.journal.stat().st_size
-
-    for n, end in enumerate(range(size - 400, size, 23)):
-        copy = tmp_path / f"copy{n}"
-        shutil.copytree(tmp_path / "whole", copy)
-        journal = (copy / "study.journal").read_bytes()
-        (copy / "study.journal").write_bytes(journal[:end])
-
-        assert list(outcomes(Sweeping(copy, RULES).drive())) == expected
-
-
-def test_stale_lock_file_of_optuna_is_no_delay(tmp_path: Path, lease: Lease) -> None:
-    journal = tmp_path / "study.journal"
-    journal.touch()
-    (tmp_path / "study.journal.lock").symlink_to(journal)
-    start = time.monotonic()
-    add(Study(journal, "test", lease))
-
-    assert time.monotonic() - start < 3
-    assert not list(tmp_path.glob("study.journal.lock*"))
-
-
-def test_study_is_not_written_without_the_lease(tmp_path: Path, study: Study) -> None:
-    add(study)
-    before = (tmp_path / "study.journal").read_bytes()
-    other = Lease(tmp_path / "lease.json", "the sweep", attempt=99, takeover=True)
-
-    with pytest.raises(LeaseLost, match="the sweep was taken over"):
-        add(study)
-
-    assert (tmp_path / "study.journal").read_bytes() == before
-    other.release()
-
-
-def test_append_to_a_full_disk_leaves_the_journal_whole(tmp_path: Path) -> None:
-    script = """
-import resource, signal, sys
-from pathlib import Path
-from sda_ray.lease import Lease
-from sda_ray.study import Study
-from test_study import add
-
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-directory = Path(sys.argv[1])
-study = Study(directory / "study.journal", "test", Lease(directory / "lease.json", "x"))
-record = add(study)
-size = (directory / "study.journal").stat().st_size
-
-soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, hard))
-try:
-    study.report(record, {1: 1.0})
-except OSError:
-    pass
-else:
-    raise SystemExit("written in spite of the limit")
-assert (directory / "study.journal").stat().st_size == size
-
-resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-assert study.report(record, {1: 1.0}).values == {1: 1.0}
-"""
-    code = [sys.executable, "-c", script, str(tmp_path)]
-    done = subprocess.run(code, capture_output=True, text=True, cwd=Path(__file__).parent)
-
-    assert done.returncode == 0, done.stderr
-
-
 # Records
 
 
@@ -182,7 +87,7 @@ assert study.report(record, {1: 1.0}).values == {1: 1.0}
 def test_states_survive_a_reload(
     tmp_path: Path, lease: Lease, study: Study, state: str, expected: TrialState
 ) -> None:
-    record = study.report(add(study), {1: 0.5, 2: 0.25})
+    record = study.report(add(study, until=9), {1: 0.5, 2: 0.25})
     study.tell(record, state, "why" if state in ("diverged", "failed") else "")
     again = Study(tmp_path / "study.journal", "test", lease)
     (found,) = again.records()
@@ -216,17 +121,56 @@ def test_trials_of_strangers_are_passed_over(study: Study) -> None:
 @pytest.mark.parametrize("sampler", ["random", "tpe"])
 def test_sweep_killed_after_any_append_ends_the_same(tmp_path: Path, sampler: str) -> None:
     rules = replace(RULES, target=4)
+    queue = [{"learning_rate": rate} for rate in (2e-3, 1e-2, 2e-3)]
+
+    def begin(study: Study) -> None:
+        attrs = study.study.user_attrs
+
+        for n, params in enumerate(queue, start=1):
+            if f"queue/{n}" not in attrs:
+                assert study.enqueue(params) == n
+
     whole = Sweeping(tmp_path / "whole", rules, sampler, diverges)
-    expected = list(outcomes(whole.drive()))
+    expected = list(outcomes(whole.drive(begin=begin)))
+    assert [config["learning_rate"] for _, config, *_ in expected[:2]] == [2e-3, 1e-2]
     assert whole.appends > 20
 
     for crash in range(1, whole.appends + 1):
         sweeping = Sweeping(tmp_path / str(crash), rules, sampler, diverges)
 
         with pytest.raises(Crash):
-            sweeping.drive(crash=crash)
+            sweeping.drive(crash=crash, begin=begin)
 
-        assert list(outcomes(sweeping.drive())) == expected
+        assert list(outcomes(sweeping.drive(begin=begin))) == expected
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_decisions_of_several_slots_outlive_the_driver(tmp_path: Path, seed: int) -> None:
+    sweeping = Sweeping(tmp_path, replace(RULES, target=9), "tpe", diverges)
+    rng = random.Random(seed)
+    before: dict[str, Record] = {}
+    deaths = 0
+
+    while True:
+        try:
+            sweeping.drive(3, rng, sweeping.appends + rng.randint(2, 30))
+            break
+        except Crash:
+            deaths += 1
+            lease = Lease(tmp_path / "lease.json", "the sweep")
+            now = {r.run_id: r for r in Study(sweeping.journal, "simulated", lease).records()}
+            lease.release()
+
+        assert before.keys() <= now.keys()
+
+        for id, old in before.items():
+            assert now[id].config == old.config
+            assert now[id].until >= old.until
+            assert old.visible.items() <= now[id].visible.items()
+
+        before = now
+
+    assert deaths > 1
 
 
 def test_extended_sweep_goes_on_in_the_same_directories(tmp_path: Path) -> None:
@@ -239,6 +183,74 @@ def test_extended_sweep_goes_on_in_the_same_directories(tmp_path: Path) -> None:
     assert before.keys() < after.keys()
     assert gone_on, "no run was promoted by the extension"
     assert len(list(sweeping.runs.iterdir())) == len(after) == 24
+
+
+def test_values_of_one_report_are_appended_at_once(tmp_path: Path, study: Study) -> None:
+    record = add(study, until=9)
+    appended: list[bytes] = []
+    append = study.journal._append
+    study.journal._append = lambda data: (appended.append(data), append(data))[1]  # type: ignore
+    study.report(record, {e: 1 / e for e in range(1, 10)})
+    study.report(record, {e: 1 / e for e in range(1, 10)})
+    study.tell(record, "diverged", "exploded")
+
+    assert [data.count(b"\n") for data in appended] == [9, 3]
+
+
+def test_values_beyond_what_a_run_was_sent_for_wait(study: Study) -> None:
+    record = study.report(add(study, until=3), {e: 1 / e for e in range(1, 10)})
+    assert list(record.values) == [1, 2, 3]
+    assert study.tell(record, "complete") == record  # it waits at its rung
+
+    record = study.report(study.extend(record, 9, None), {e: 1 / e for e in range(1, 10)})
+    assert study.tell(record, "complete").state == "complete"
+
+
+def test_records_that_have_not_changed_are_not_made_again(study: Study) -> None:
+    for _ in range(4):
+        add(study)
+
+    before = study.records()
+    changed = study.report(before[1], {1: 0.5})
+    after = study.records()
+
+    assert after[1] == changed
+    assert [a is b for a, b in zip(after, before, strict=True)] == [True, False, True, True]
+
+    study.show(before[2], 1)
+    assert [r.shown for r in study.records()] == [None, None, 1, None]
+
+
+def test_several_objectives_are_all_kept(tmp_path: Path, lease: Lease) -> None:
+    objectives = ("loss_valid", "parameters", "seconds")
+    sweeping = Sweeping(tmp_path / "sweep", replace(RULES, min_epochs=None), objectives=objectives)
+    done = sweeping.drive()
+    study = Study(sweeping.journal, "simulated", lease, objectives)
+
+    assert len(study.study.directions) == 3
+    assert study.records() == done
+
+    for r in done:
+        assert r.finals == (r.values[9], *[1 / r.config["learning_rate"]] * 2)
+
+    drawn = propose(draw, done, sampler="random", objectives=3)
+    assert drawn is not None
+    brought = Record(7, "prior", "complete", 9, 9, {9: 0.5}, source="x", finals=(0.5, 1.0, 2.0))
+    assert study.bring(brought, drawn[1]).finals == (0.5, 1.0, 2.0)
+
+    pruned = study.report(study.add(Record(8, "next", "running", 9, 9), drawn[1]), {1: 0.5})
+    assert study.tell(pruned, "pruned").state == "pruned"
+
+
+def test_attempts_that_others_count_are_remembered_for_closed_runs(
+    tmp_path: Path, lease: Lease, study: Study
+) -> None:
+    closed = study.tell(study.report(add(study), {1: 0.5}), "pruned")
+    assert study.count(closed, 5).attempt == 5
+    assert study.count(study.records()[0], 3).attempt == 5
+
+    again = Study(tmp_path / "study.journal", "test", lease)
+    assert again.start(again.records()[0], 3, None).attempt == 6
 
 
 # Draws

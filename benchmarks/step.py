@@ -1,0 +1,135 @@
+#!/usr/bin/env python
+r"""What does a training step cost, against the plain formulation?
+
+Each measurement is a process of its own, on one core, whose CPU time counts. The processes of a
+comparison take turns. Losses after the same steps are compared, too: both must train alike.
+
+    python benchmarks/step.py [small mid full] [--precision fp32 bf16] [--tuned] [--rounds 3]
+"""
+
+import argparse
+import ctypes
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+SIZES: dict[str, dict[str, Any]] = {
+    "small": {"hidden_channels": (16, 32, 64), "hidden_blocks": (1, 1, 1)},
+    "mid": {"hidden_channels": (32, 64, 128), "hidden_blocks": (3, 3, 3)},
+    "full": {},
+}
+STEPS = {"small": 8, "mid": 4, "full": 2}
+TRIM, TOP, MMAP = -1, -2, -4  # of glibc's mallopt: M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX
+
+
+def measure(kind: str, size: str, precision: str, batch: int, tuned: bool) -> dict[str, Any]:
+    r"""Returns the CPU seconds of the median step, the last loss, and the memory at its peak."""
+
+    if tuned:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(MMAP, 0)
+        libc.mallopt(TRIM, 2**31 - 1)
+        libc.mallopt(TOP, 64 * 2**20)
+
+    import torch
+
+    sys.path.insert(0, str(Path(__file__).parent))
+    from reference import plain_network, plain_step
+
+    from sda_ray import CONFIG
+    from sda_ray.precision import lowered
+    from sda_ray.training import TrainState
+
+    torch.set_num_threads(1)
+    config = CONFIG | SIZES[size] | {"precision": precision}
+    state = TrainState(config, size=64)
+    x = torch.randn(
+        batch, 2 * config["window"], 64, 64, generator=torch.Generator().manual_seed(0)
+    )
+    state.lr = config["learning_rate"]
+
+    if kind == "plain":
+        plain_network(state)
+        step = plain_step(state)
+    else:
+
+        def step(x: torch.Tensor, generator: torch.Generator) -> float:
+            with lowered(precision, state.device):
+                loss = state.sde.loss(x, generator=generator)
+
+            loss.backward()
+            state.update(n=1 + len(times))
+
+            return float(loss.detach())
+
+    times: list[float] = []
+
+    for i in range(1 + STEPS[size]):
+        start = time.process_time()
+        loss = step(x, torch.Generator().manual_seed(i))
+        times.append(time.process_time() - start)
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    return {"seconds": statistics.median(times[1:]), "loss": loss, "peak": peak}
+
+
+def compare(size: str, precision: str, batch: int, tuned: bool, rounds: int) -> dict[str, float]:
+    r"""Returns what a step costs, ours and plain, from processes that take turns."""
+
+    found: dict[str, list[dict[str, Any]]] = {"plain": [], "ours": []}
+
+    for _ in range(rounds):
+        for kind, results in found.items():
+            words = [kind, size, precision if kind == "ours" else "fp32", str(batch)]
+            command = [sys.executable, __file__, "--measure", *words, *["tuned"] * tuned]
+            env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+            done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+            results.append(json.loads(done.stdout.splitlines()[-1]))
+
+    plain, ours = (statistics.median(x["seconds"] for x in found[k]) for k in ("plain", "ours"))
+
+    return {
+        "plain": plain,
+        "ours": ours,
+        "ratio": plain / ours,
+        "loss": abs(found["ours"][0]["loss"] / found["plain"][0]["loss"] - 1),
+        "memory": found["plain"][0]["peak"] / found["ours"][0]["peak"],
+    }
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--measure"]:
+        kind, size, precision, batch, *tuned = sys.argv[2:]
+        print(json.dumps(measure(kind, size, precision, int(batch), bool(tuned))))
+        return
+
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("sizes", nargs="*", metavar="SIZE", help="small, mid, full (default: all)")
+    parser.add_argument("--precision", nargs="+", default=["fp32"], choices=("fp32", "bf16"))
+    parser.add_argument("--tuned", action="store_true", help="memory is never given back, on both")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+
+    print("a step of batch", args.batch, "on one core, in CPU seconds; plain is always fp32")
+
+    for size in args.sizes or SIZES:
+        for precision in args.precision:
+            x = compare(size, precision, args.batch, args.tuned, args.rounds)
+            print(
+                f"{size:5} {precision}: plain {x['plain']:.3f}, ours {x['ours']:.3f}, ratio "
+                f"{x['ratio']:.2f}; memory {x['memory']:.2f} times less; relative difference of "
+                f"the loss after {1 + STEPS[size]} steps {x['loss']:.1e}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

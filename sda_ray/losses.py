@@ -1,0 +1,108 @@
+r"""What is lost in a sweep without any fault of its own, and how often it may be."""
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from .pruner import Record
+from .study import Study
+
+__all__ = ["Losses", "Outage", "alike", "cause_of"]
+
+logger = logging.getLogger(__name__)
+
+ALIKE = 3  # runs that fail alike, before any is complete, after which a sweep stops
+LOST = 5  # times that a worker may die under a run
+SHORT = 1  # times that a run may be short of memory
+UNREACHED = 2  # attempts that W&B's server fails, after which new ones start offline
+
+# What Ray 2.60 says; everything else is the death of a worker on a node that lives
+SAYINGS = {
+    "memory": r"[^\n]*node running low on memory[^\n]*|[^\n]*\bOutOfMemory[^\n]*",
+    "node": r"[^\n]*(?:node has died|node was terminated|preempted|was drained|draining)[^\n]*",
+    "unclear": r"[^\n]*is unavailable: [^\n]*",  # its node may be dead without Ray knowing it yet
+}
+
+
+def cause_of(text: str) -> tuple[str, str]:
+    r"""Returns what has ended a worker, and one line about it, from what Ray says.
+
+    Returns:
+        `memory`, `node`, `unclear` or `worker`; and the line.
+    """
+
+    # Ray names a lack of memory among the possible causes of any death
+    said = "\n".join(line.partition(". Some common causes")[0] for line in text.splitlines())
+
+    for cause, pattern in SAYINGS.items():
+        if found := re.search(pattern, said):
+            return cause, found[0].strip()[:300]
+
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+
+    return "worker", lines[-1][:300] if lines else "unknown"
+
+
+def alike(errors: Sequence[str]) -> bool:
+    r"""Tells whether runs fail for one reason: the same error, paths and numbers apart."""
+
+    kinds = {re.sub(r"\S*[/\d]\S*", "", error) for error in errors}
+
+    return len(errors) >= ALIKE and len(kinds) == 1
+
+
+class Losses:
+    r"""Creates the count of the workers that were lost under runs.
+
+    Deaths are counted in the study, by all drivers together; shortages of memory by this one.
+    """
+
+    def __init__(self) -> None:
+        self.short: Counter[int] = Counter()  # index of a run -> times that it lacked memory
+
+    def count(self, study: Study, record: Record, cause: str, reason: str) -> str:
+        r"""Counts a loss, and returns why the run is given up, or nothing.
+
+        Arguments:
+            study: The study.
+            record: The run.
+            cause: See :func:`cause_of`. A lost node is never held against a run.
+            reason: What is known of it.
+        """
+
+        if cause == "memory":
+            self.short[record.index] += 1
+
+            short = self.short[record.index]
+
+            return f"out of memory {short} times, last of: {reason}" if short > SHORT else ""
+
+        if cause != "node" and (lost := study.lose(record).lost) > LOST:
+            return f"its worker died {lost} times, last of: {reason}"
+
+        return ""
+
+
+class Outage:
+    r"""Creates the count of the attempts that W&B's server has failed."""
+
+    def __init__(self) -> None:
+        self.attempts: set[tuple[int, int]] = set()
+
+    def note(self, spec: dict[str, Any], record: Record) -> dict[str, Any]:
+        r"""Returns what trials are given from now on: if it fails again and again, to be offline."""
+
+        self.attempts.add((record.index, record.attempt))
+
+        if len(self.attempts) < UNREACHED or spec["wandb"]["mode"] != "online":
+            return spec
+
+        logger.warning(
+            "W&B's server has failed %d runs: the rest of the sweep starts offline. "
+            "`sda-ray sync --all` uploads it later.",
+            len(self.attempts),
+        )
+
+        return spec | {"wandb": spec["wandb"] | {"mode": "offline"}}

@@ -1,0 +1,129 @@
+r"""The watch over a training from within: a process that hangs saves its stacks and ends.
+
+It does so from a thread of the interpreter's own (:mod:`faulthandler`) that needs no lock of
+Python's, so that nothing a training can hang in keeps it from doing so.
+"""
+
+import faulthandler
+import os
+import statistics
+import time
+from collections import deque
+from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO
+
+__all__ = ["STACKS", "STALL", "Watchdog", "take_stacks"]
+
+STACKS = "stacks.txt"
+STALL = 600.0  # seconds that a step may take in any case
+SLOW = 20  # times that a step may take longer than usual
+OTHER = 3  # times that what is no step may take longer: start-up, compilation, validation, samples
+OFTEN = 1.0  # seconds between two settings of the alarm: each costs a thread
+TAKEN = "so its process was ended: attempt"
+
+
+class Watchdog:
+    r"""Creates the watch over one attempt at a run, at rest.
+
+    Arguments:
+        file: Where stacks are saved. It is deleted in the end if there are none.
+        least: The least number of seconds after which a step counts as hanging.
+    """
+
+    def __init__(self, file: Path, least: float = STALL) -> None:
+        self.file = file
+        self.least = least
+        self.longest = 0.0  # seconds between two calls, start-up apart
+        self._often = min(OFTEN, least / 4)
+        self._stream: BinaryIO | None = None
+        self._steps: deque[float] = deque(maxlen=101)
+        self._usual = 0.0  # seconds that a step takes
+        self._begun = False  # whether a step has ended: before that, all is start-up
+        self._doing, self._since = "", time.monotonic()
+        self._set_at, self._set_for = -self._often, ""
+
+        with suppress(OSError):  # no watch is better than no training
+            self._stream = open(file, "ab")  # noqa: SIM115
+
+    @property
+    def limit(self) -> float:
+        r"""The seconds that a step may take."""
+
+        return max(self.least, SLOW * self._usual)
+
+    def step(self) -> None:
+        r"""Says that a step has ended, and another begins."""
+
+        before = self._since
+        self._turn("step")
+
+        if not self._begun:  # all that is known of a step by now
+            self._usual = (self._since - before) * OTHER / SLOW
+
+        if not self._begun or self._since - self._set_at >= self._often:
+            self._usual = statistics.median(self._steps) if self._steps else self._usual
+            self._set("step", self.limit)
+
+        self._begun = True
+
+    def phase(self) -> None:
+        r"""Says that something begins that is no step. It may take longer."""
+
+        self._turn("phase")
+
+        if self._since - self._set_at >= self._often or self._set_for != "phase":
+            self._set("phase", OTHER * self.limit)
+
+    def _turn(self, doing: str) -> None:
+        now = time.monotonic()
+
+        if self._doing and self._begun:
+            self.longest = max(self.longest, now - self._since)
+
+        if self._doing == "step":
+            self._steps.append(now - self._since)
+
+        self._doing, self._since = doing, now
+
+    def _set(self, what: str, seconds: float) -> None:
+        if self._stream is not None:
+            with suppress(RuntimeError):  # no memory for a thread, which the training will notice
+                faulthandler.dump_traceback_later(seconds, exit=True, file=self._stream)
+
+        self._set_at, self._set_for = time.monotonic(), what
+
+    def rest(self) -> None:
+        r"""Says that nothing is to be done for now."""
+
+        faulthandler.cancel_dump_traceback_later()
+        self._set_at, self._set_for = -self._often, ""
+        self._doing = ""
+
+    def close(self) -> None:
+        r"""Ends the watch. Safe to repeat."""
+
+        self.rest()
+
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+            with suppress(OSError):
+                if os.path.getsize(self.file) == 0:
+                    self.file.unlink()
+
+
+def take_stacks(file: Path, attempt: int) -> bool:
+    r"""Tells whether stacks were saved that nobody has taken notice of, and notes that now."""
+
+    try:
+        if not (text := file.read_text(errors="replace")) or TAKEN in text.splitlines()[-1]:
+            return False
+
+        with open(file, "a") as stream:
+            stream.write(f"It hung, {TAKEN} {attempt}.\n")
+    except OSError:
+        return False
+
+    return True

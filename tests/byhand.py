@@ -1,0 +1,55 @@
+r"""A driver that is asked and told by hand, without Ray."""
+
+from pathlib import Path
+from typing import Any
+
+from simulated import draw
+
+from sda_ray.driver import Driver
+from sda_ray.lease import Lease
+from sda_ray.pruner import Rules
+from sda_ray.sampler import propose
+from sda_ray.study import Study
+
+__all__ = ["Desk"]
+
+
+class Desk:
+    r"""Creates a driver that is asked and told by hand."""
+
+    def __init__(
+        self,
+        directory: Path,
+        trials: int = 8,
+        first: int | None = None,
+        slots: int = 8,
+        objectives: tuple[str, ...] = ("loss_valid",),
+        **more: Any,
+    ) -> None:
+        directory.mkdir(exist_ok=True)
+        self.lease = Lease(directory / "lease.json", "the sweep")
+        self.study = Study(directory / "journal", "test", self.lease, objectives)
+        self.events: list[str] = []
+        self.slots = slots
+        self.driver = Driver(
+            self.study,
+            Rules(trials, 9, first),
+            lambda seen, fixed: propose(draw, seen, 0, "random", fixed),
+            {
+                "config": {"epochs": 9},
+                "runs": str(directory),
+                "wandb": {"mode": "online", "project": "flows"},
+            },
+            lambda: self.slots,
+            lambda event, record: self.events.append(event),
+            directory / "stop",
+            **more,
+        )
+
+    def tell(
+        self, name: str, event: str, error: str = "", last: int = 0, unreached: bool = False
+    ) -> bool:
+        epochs = [(e, 1.0 / e) for e in range(1, last + 1)]
+        result = {"event": event, "epochs": epochs, "error": error, "unreached": unreached}
+
+        return self.driver.report(name, result, lambda status: lambda: False)

@@ -1,0 +1,47 @@
+r"""Tests for sda_ray.limits: a sweep knows when its time is up."""
+
+import math
+import time
+
+import pytest
+
+from sda_ray.errors import UserError
+from sda_ray.limits import deadline, margin
+
+
+def left(hours: float | None, **environ: str) -> float:
+    end = deadline(hours, environ)
+    assert end is not None
+
+    return end - time.monotonic()
+
+
+def test_time_has_no_end_unless_somebody_says_so() -> None:
+    assert deadline(None, {}) is None
+    assert deadline(None, {"SLURM_JOB_END_TIME": ""}) is None
+
+
+def test_earlier_end_counts() -> None:
+    slurm = str(time.time() + 7200)
+
+    assert left(1.0) == pytest.approx(3600, abs=2)
+    assert left(1.0, SLURM_JOB_END_TIME=slurm) == pytest.approx(3600, abs=2)
+    assert left(9.0, SLURM_JOB_END_TIME=slurm) == pytest.approx(7200 - 90, abs=2)
+
+
+def test_nonsense_of_slurm_is_ignored_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    assert deadline(None, {"SLURM_JOB_END_TIME": "tomorrow"}) is None
+    assert "tomorrow" in caplog.text
+
+
+@pytest.mark.parametrize("hours", [0.0, -1.0, math.nan, math.inf])
+def test_hours_that_are_none_are_refused(hours: float) -> None:
+    with pytest.raises(UserError, match="--hours is"):
+        deadline(hours, {})
+
+
+def test_margin_is_enough_for_a_checkpoint_and_never_most_of_the_time() -> None:
+    assert margin(0.0, 3600) == 30
+    assert margin(100.0, 3600) == 200
+    assert margin(0.0, 20) == 10
+    assert margin(1e9, 3600) == 1800

@@ -1,0 +1,538 @@
+r"""Tests for sda_ray.reconcile: whatever dies, whenever, the study comes out whole."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from simulated import Crash, Sweeping, Training, diverges, loss, outcomes
+
+from sda_ray.checkpoint import RunPath
+from sda_ray.lease import Lease
+from sda_ray.pruner import Record, Rules, decide
+from sda_ray.reconcile import Found, Step, look, reconcile, settle
+from sda_ray.study import Study
+
+RULES = Rules(target=6, epochs=9, min_epochs=1, eta=3)
+FINAL = ("complete", "diverged", "stopped")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_sync() -> Iterator[None]:
+    r"""Leaves out what only a power cut would miss, which is most of the time."""
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
+
+
+# The pure function
+
+LOSSES = {e: 1.0 / e for e in range(1, 10)}
+
+
+def run(last: int, until: int, state: str = "running", **more: Any) -> Record:
+    values = {e: LOSSES[e] for e in range(1, last + 1)}
+
+    return Record(1, "aaaaaaaa", state, until, 9, values, attempt=2, **more)
+
+
+def said(status: str, last: int, attempt: int = 2, reason: str = "") -> Found:
+    values = {e: LOSSES[e] for e in range(1, last + 1)}
+
+    return Found(status, values, attempt, reason, (LOSSES[last],) if status == "finished" else ())
+
+
+def brief(record: Record, found: Found | None) -> list[str]:
+    r"""Returns the kinds of the steps, and what comes next."""
+
+    every = {} if found is None else {record.run_id: found}
+    steps = reconcile([record], every, replace(RULES, target=1))
+
+    return [s.kind if isinstance(s, Step) and s.kind != "tell" else _word(s) for s in steps]
+
+
+def _word(step: Any) -> str:
+    return step.state if isinstance(step, Step) else f"then {step.kind}"
+
+
+@pytest.mark.parametrize(
+    ("record", "found", "expected"),
+    [
+        # In flight when the driver died
+        (run(0, 1), None, ["then adopt"]),
+        (run(0, 3), said("running", 0), ["then adopt"]),
+        (run(1, 3), said("running", 2), ["report", "then adopt"]),
+        (run(1, 3), said("interrupted", 1), ["then adopt"]),
+        (run(1, 3), said("failed", 1), ["then adopt"]),
+        (run(2, 3), said("running", 1), ["then adopt"]),  # its metrics are gone
+        (run(1, 3), said("running", 2, attempt=4), ["count", "report", "then adopt"]),
+        # At a rung
+        (run(1, 3), said("running", 3), ["report", "count", "mark", "then promote"]),
+        (run(1, 1), said("running", 1), ["count", "mark", "then promote"]),
+        (run(1, 1), said("paused", 1), ["then promote"]),
+        (run(1, 1), None, ["then promote"]),
+        (run(1, 1), said("running", 1, attempt=5), ["count", "then promote"]),  # by hand
+        # At its end
+        (run(8, 9), said("finished", 9), ["report", "complete", "then stop"]),
+        (run(9, 9), said("finished", 9), ["complete", "then stop"]),
+        (run(9, 9), said("running", 9), ["then adopt"]),  # its weights are not written yet
+        (run(9, 9), None, ["then adopt"]),
+        (run(2, 9), said("diverged", 2), ["diverged", "then stop"]),
+        (run(2, 9), said("diverged", 2, attempt=1), ["then adopt"]),  # said before the last start
+        (run(2, 9), said("stopped", 3), ["report", "stopped", "then stop"]),
+        (run(2, 9), said("stopped", 3, attempt=1), ["report", "then adopt"]),  # and taken up again
+        # A journal that is older than the directory
+        (run(0, 1), said("finished", 9), ["extend", "report", "complete", "then stop"]),
+        (run(1, 1), said("diverged", 4), ["extend", "report", "diverged", "then stop"]),
+        (run(0, 1), said("running", 4), ["report", "count", "mark", "then promote"]),
+        # Closed
+        (run(9, 9, "complete"), said("finished", 9), ["then stop"]),
+        (run(1, 1, "pruned"), said("paused", 1), ["then promote"]),
+        (run(1, 1, "pruned"), said("running", 1), ["count", "mark", "then promote"]),
+        (run(1, 1, "pruned"), said("paused", 1, attempt=7), ["count", "then promote"]),
+        (run(1, 1, "failed"), said("running", 1), ["count", "mark", "then draw"]),
+        (run(9, 9, "complete", source="elsewhere"), said("running", 2), ["then draw"]),
+    ],
+)
+def test_what_has_to_be_done(record: Record, found: Found | None, expected: list[str]) -> None:
+    assert brief(record, found) == expected
+
+
+def test_run_that_is_ahead_of_the_journal_stays_hidden_until_the_rule_promotes_it() -> None:
+    steps = reconcile([run(0, 1)], {"aaaaaaaa": said("finished", 9)})
+    (record,) = settle([run(0, 1)], [s for s in steps if isinstance(s, Step)])
+
+    assert (record.state, record.values, record.shown) == ("complete", LOSSES, 1)
+    assert record.outcome == "pruned"
+
+
+def test_end_that_is_no_number_is_a_divergence() -> None:
+    found = replace(said("finished", 9), finals=(float("nan"),))
+    (step,) = reconcile([run(9, 9)], {"aaaaaaaa": found})
+
+    assert isinstance(step, Step)
+    assert (step.kind, step.state) == ("tell", "diverged")
+
+
+numbers = st.integers(0, 9)
+records = st.builds(
+    run,
+    last=numbers,
+    until=st.sampled_from([1, 3, 9]),
+    state=st.sampled_from(["running", "complete", "pruned", "diverged", "stopped", "failed"]),
+    shown=st.sampled_from([None, 1, 3]),
+    source=st.sampled_from(["", "elsewhere"]),
+)
+founds = st.builds(
+    said,
+    status=st.sampled_from(["", "running", "paused", "interrupted", "stopped", "diverged"]),
+    last=numbers,
+    attempt=st.integers(0, 4),
+) | st.just(said("finished", 9))
+
+
+@settings(max_examples=100, deadline=None)
+@given(pairs=st.lists(st.tuples(records, st.none() | founds), max_size=5))
+def test_reconciling_loses_nothing_and_has_an_end(
+    pairs: list[tuple[Record, Found | None]],
+) -> None:
+    before = [replace(r, index=i, run_id=f"run{i:05}") for i, (r, _) in enumerate(pairs, 1)]
+    found = {r.run_id: f for r, (_, f) in zip(before, pairs, strict=True) if f is not None}
+    rules = replace(RULES, target=len(before))
+    *steps, action = reconcile(before, found, rules)
+    after = settle(before, [step for step in steps if isinstance(step, Step)])
+
+    for old, new in zip(before, after, strict=True):
+        assert (new.index, new.run_id, new.source) == (old.index, old.run_id, old.source)
+        assert old.values.items() <= new.values.items()
+        assert new.attempt >= old.attempt
+        assert new.state == old.state or old.state == "running"
+        assert old.source == "" or new == old
+
+        if new.state == "complete" != old.state:
+            assert new.values == LOSSES
+
+    assert action == decide(after, (), rules)
+
+    # Once more, as the files are by then, there is nothing to do, but for trainings by hand
+    marked = {
+        s.record.run_id: s.attempt for s in steps if isinstance(s, Step) and s.kind == "mark"
+    }
+    now = {
+        id: replace(f, status="marked", attempt=marked[id]) if id in marked else f
+        for id, f in found.items()
+    }
+    byhand = {r.run_id for r in before if found.get(r.run_id, Found()).attempt > r.attempt}
+    rest = [step for step in reconcile(after, now) if isinstance(step, Step)]
+    assert [step for step in rest if step.record.run_id not in byhand] == []
+
+
+# Whole sweeps
+
+
+def fails(config: dict[str, Any], epoch: int) -> bool:
+    return epoch == 2 and int(1e6 * config["learning_rate"]) % 3 == 0
+
+
+class Sweeps(RuleBasedStateMachine):
+    r"""Drives a sweep by single steps, in which anything may die, vanish or be asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.directory = Path(tempfile.mkdtemp())
+        self.names = map(str, range(10**6))
+        self.dead = True  # the driver
+        self.asked = 0  # how many runs more than the target there may be
+        self.known: dict[str, Record] = {}
+
+    @initialize(
+        wanted=st.integers(1, 8),
+        slots=st.integers(1, 3),
+        finalists=st.integers(0, 2),
+        kind=st.sampled_from(["promotion", "none", "final", "several"]),
+    )
+    def begin(self, wanted: int, slots: int, finalists: int, kind: str) -> None:
+        pruner = {"final": "median", "several": "none"}.get(kind, kind)
+        first = None if pruner == "none" else 1
+        self.slots = slots
+        self.sweeping = Sweeping(
+            self.directory / "sweep",
+            Rules(wanted, 9, first, 3, finalists, pruner=pruner),
+            diverges=diverges,
+            fails=fails,
+            stops=(lambda record, records: record.index % 3 == 0) if kind == "final" else None,
+            objectives=("loss_valid", "parameters")[: 1 + (kind == "several")],
+        )
+        self.start(None)
+
+    # The driver
+
+    @precondition(lambda self: self.dead)
+    @rule(crash=st.none() | st.integers(1, 20))
+    def start(self, crash: int | None) -> None:
+        self.trials: dict[str, Training] = {}  # those of a dead driver end with its leases
+        self.open: list[str] = []
+        self.lease = Lease(self.directory / "sweep" / "lease.json", "the sweep", takeover=True)
+        self.dead = False
+
+        with self.mortal():
+            self._foresee()
+            at = None if crash is None else self.sweeping.appends + crash
+            self.study = self.sweeping.open(self.lease, at)
+            self.driver = self.sweeping.driver(self.study, self.slots)
+
+            again = look(self.study.records(), self.sweeping.runs, self.study.objectives)
+            assert reconcile(self.study.records(), again) == []
+
+            action = decide(self.study.records(), (), self.driver.rules, stops=self.driver.stops)
+            assert (action.kind, action.until) == self.foreseen
+
+    def _foresee(self) -> None:
+        r"""Notes what the pure function says will come first, before anything is written."""
+
+        study = Study(self.sweeping.journal, "simulated", self.lease, self.sweeping.objectives)
+        seen, rules = study.records(), self.sweeping.rules
+        failed = sum(r.state == "failed" for r in seen)
+        found = look(seen, self.sweeping.runs, study.objectives)
+        rules = replace(rules, excused=failed)
+        *_, action = reconcile(seen, found, rules, self.sweeping.stops)
+        self.foreseen = action.kind, action.until
+
+    @contextmanager
+    def mortal(self) -> Iterator[None]:
+        try:
+            yield
+        except Crash:
+            self.die()
+
+    @precondition(lambda self: not self.dead)
+    @rule()
+    def die(self) -> None:
+        self.dead = True
+        self.lease.release()
+
+    @precondition(lambda self: not self.dead)
+    @rule()
+    def suggest(self) -> None:
+        name = next(self.names)
+
+        with self.mortal():
+            try:
+                spec = self.driver.suggest(name)
+            except StopIteration:
+                if self.driver.done:
+                    assert not self.trials
+                    self.study.close()
+
+                return self.die()
+
+            if spec is not None:
+                assert spec["run_id"] not in {t.spec["run_id"] for t in self.trials.values()}
+                assert spec["index"] not in self.driver.closing, "its process is at it still"
+                self.trials[name] = Training(self.sweeping, spec)
+
+    # Trials
+
+    @precondition(lambda self: self.trials)
+    @rule(i=st.integers(0, 9), count=st.integers(1, 9), told=st.integers(0, 5))
+    def train(self, i: int, count: int, told: int) -> None:
+        name = list(self.trials)[i % len(self.trials)]
+        trial = self.trials[name]
+        result = trial.step(count)
+
+        if self.dead:  # it does not know yet
+            if result["event"] != "running":
+                del self.trials[name]
+        elif told:
+            with self.mortal():
+                if not self.driver.report(name, result, self._closing(name, trial)):
+                    del self.trials[name]
+        else:
+            self._lose(name)
+
+    def _closing(self, name: str, trial: Training) -> Callable[[str], Callable[[], bool]]:
+        def close(status: str) -> Callable[[], bool]:
+            self.open.append(name)
+            trial.write(status)
+
+            return lambda: name not in self.open
+
+        return close
+
+    @precondition(lambda self: self.trials and not self.dead)
+    @rule(i=st.integers(0, 9))
+    def lose(self, i: int) -> None:
+        self._lose(list(self.trials)[i % len(self.trials)])
+
+    def _lose(self, name: str) -> None:
+        del self.trials[name]
+
+        with self.mortal():
+            self.driver.lose(name, "killed")
+
+    @precondition(lambda self: self.open)
+    @rule()
+    def let_go(self) -> None:
+        self.open.pop()
+
+    # Wishes
+
+    @precondition(lambda self: not self.dead)
+    @rule(i=st.integers(0, 9), told=st.booleans())
+    def stop_one(self, i: int, told: bool) -> None:
+        seen = [r for r in self.study.records() if r.state == "running"]
+        names = {t.spec["index"]: name for name, t in self.trials.items()}
+
+        if seen and (record := seen[i % len(seen)]).index not in self.driver.closing:
+            if name := names.get(record.index):
+                self.trials.pop(name).write("stopped")
+                self.driver.live.pop(name)
+
+            with self.mortal():
+                if not told and name:
+                    raise Crash
+
+                self.study.tell(record, "stopped")
+
+    @precondition(lambda self: not self.dead)
+    @rule(rate=st.sampled_from([1e-3, 2e-3, 5e-2]))
+    def enqueue(self, rate: float) -> None:
+        with self.mortal():
+            self.study.enqueue({"learning_rate": rate})
+
+    @precondition(lambda self: not self.dead)
+    @rule(rate=st.sampled_from([1e-4, 1e-3]))
+    def bring(self, rate: float) -> None:
+        seen = self.study.records()
+        drawn = self.sweeping.propose(seen, {"learning_rate": rate})
+
+        if drawn is not None:
+            index, values = 1 + len(seen), {e: loss(drawn[0], e) for e in range(1, 10)}
+            finals = (values[9], *[1 / rate for _ in self.study.objectives[1:]])
+            brought = Record(
+                index,
+                f"prior{index:03}",
+                "complete",
+                9,
+                9,
+                values,
+                config=drawn[0],
+                source="elsewhere",
+                finals=finals,
+            )
+
+            with self.mortal():
+                self.study.bring(brought, drawn[1])
+
+    @precondition(lambda self: not self.dead)
+    @rule()
+    def retry(self) -> None:
+        with self.mortal():
+            for record in self.study.records():
+                if record.state == "failed":
+                    self.asked += 1
+                    self.study.revive(record)
+
+    @precondition(lambda self: self.dead)
+    @rule(more=st.integers(1, 3))
+    def extend(self, more: int) -> None:
+        target = min(self.sweeping.rules.target + more, 16)
+        self.sweeping.rules = replace(self.sweeping.rules, target=target)
+
+    # Files
+
+    @precondition(lambda self: self.dead)
+    @rule(i=st.integers(0, 99), how=st.sampled_from(["gone", "json", "torn", "behind", "running"]))
+    def damage(self, i: int, how: str) -> None:
+        paths = list(RunPath.all(self.sweeping.runs))
+
+        if not paths:
+            return
+
+        path = paths[i % len(paths)]
+
+        if how == "gone":
+            shutil.rmtree(path.directory)
+            self.trials = {n: t for n, t in self.trials.items() if t.path.id != path.id}
+        elif how == "json":
+            path.record.write_text('{"status": ')
+        elif how == "running":
+            path.record.write_text('{"status": "running"}')
+        elif path.metrics.exists():
+            lines = path.metrics.read_text().splitlines(keepends=True)
+            torn = [*lines, '{"epoch": 1, "lo'] if how == "torn" else lines[: len(lines) // 2]
+            path.metrics.write_text("".join(torn))
+
+    @precondition(lambda self: self.dead)
+    @rule(torn=st.binary(min_size=1, max_size=9).filter(lambda x: b"\n" not in x))
+    def tear(self, torn: bytes) -> None:
+        with open(self.sweeping.journal, "ab") as file:
+            file.write(torn)
+
+    @precondition(lambda self: self.dead)
+    @rule(count=st.integers(1, 6))
+    def go_back(self, count: int) -> None:
+        r"""Takes the journal back, as a copy of it may be, though not so far that runs are lost."""
+
+        lines = self.sweeping.journal.read_bytes().splitlines(keepends=True)
+
+        while count and lines and lines[-1].endswith(b"\n"):
+            if json.loads(lines[-1])["op_code"] not in (6, 7, 8):
+                break
+
+            del lines[-1]
+            count -= 1
+
+        self.sweeping.journal.write_bytes(b"".join(lines))
+        self.known = {id: replace(r, until=0, values={}) for id, r in self.known.items()}
+        self.known = {id: replace(r, state="running") for id, r in self.known.items()}
+
+    # What holds
+
+    @precondition(lambda self: not self.dead)
+    @rule()
+    def reload(self) -> None:
+        again = Study(self.sweeping.journal, "simulated", self.lease, self.sweeping.objectives)
+
+        assert again.records() == self.study.records()
+        assert again.queue() == self.study.queue()
+
+    @invariant()
+    def nothing_is_lost_or_taken_back(self) -> None:
+        if self.dead:
+            return
+
+        seen = self.study.records()
+        own = [r for r in seen if not r.source and r.state != "failed"]
+        now = {r.run_id: r for r in seen}
+
+        assert [r.index for r in seen] == list(range(1, len(seen) + 1))
+        assert len(now) == len({str(r.config) for r in seen}) == len(seen)
+        assert len(own) <= self.sweeping.rules.target + self.asked
+        assert all(r.values == {e: loss(r.config, e) for e in r.values} for r in seen)
+        assert all(r.last <= r.until for r in seen)
+        assert self.known.keys() <= now.keys()
+
+        for id, old in self.known.items():
+            new = now[id]
+            assert new.config == old.config
+            assert new.until >= old.until
+            assert new.attempt >= old.attempt
+            assert old.visible.items() <= new.visible.items()
+            assert new.state == old.state or old.state not in FINAL
+
+        self.known = now
+
+    def teardown(self) -> None:
+        try:
+            if hasattr(self, "sweeping"):
+                self._end()
+        finally:
+            shutil.rmtree(self.directory)
+
+    def _end(self) -> None:
+        r"""Lets the sweep come to its end, and looks at it."""
+
+        if not self.dead:
+            self.die()
+
+        while True:
+            try:
+                seen = self.sweeping.drive(self.slots)
+                break
+            except Crash:  # asked to stop, by runs that failed alike
+                continue
+
+        self.dead, before = False, self.sweeping.journal.read_bytes()
+        self.lease = Lease(self.directory / "sweep" / "lease.json", "the sweep")
+        self.study = Study(
+            self.sweeping.journal, "simulated", self.lease, self.sweeping.objectives
+        )
+        self.nothing_is_lost_or_taken_back()
+        assert self.study.queue() == {} or self._full(seen)
+        self.die()
+
+        rules, own = self.sweeping.rules, [r for r in seen if not r.source]
+        assert all(r.state in (*FINAL, "pruned", "failed") for r in seen)
+        assert self._full(seen)
+        assert all(list(r.values) == list(range(1, 10)) for r in own if r.state == "complete")
+        assert all(r.last in rules.rungs[:-1] for r in own if r.state == "pruned")
+        assert all(len(r.finals) == len(self.study.objectives) for r in seen if r.finals)
+        queued = [r.queued for r in seen if r.queued is not None]
+        assert len(set(queued)) == len(queued)
+
+        if self.sweeping.stops is None:
+            paused = any(r.state == "pruned" for r in own)
+            assert sum(r.state == "complete" for r in own) >= rules.finalists or not paused
+
+        # No directory is a stranger's or a second one, and nothing is left to do
+        paths = list(RunPath.all(self.sweeping.runs))
+        assert len({p.id for p in paths}) == len(paths)
+        assert {p.id for p in paths} <= {r.run_id for r in seen}
+        assert list(outcomes(self.sweeping.drive())) == list(outcomes(seen))
+        assert self.sweeping.journal.read_bytes() == before
+
+    def _full(self, seen: list[Record]) -> bool:
+        own = [r for r in seen if not r.source]
+        failed = sum(r.state == "failed" for r in own)
+
+        return len(own) - failed >= self.sweeping.rules.target or failed > 3
+
+
+TestSweeps = Sweeps.TestCase
+TestSweeps.settings = settings(
+    max_examples=20,
+    stateful_step_count=30,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
