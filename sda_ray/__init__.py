@@ -10,12 +10,12 @@ _MODULES = {
     "cli": ["main"],
     "config": ["CONFIG"],
     "data": ["TrajectoryDataset"],
+    "definition": ["Sweep"],
     "diffusion": ["SubSubVPSDE", "SubVPSDE", "VPSDE", "load_sde"],
     "flow": ["KolmogorovFlow", "coarsen", "vorticity"],
     "guidance": ["DPSGaussianScore", "GaussianScore"],
     "score": ["load_score", "make_score"],
     "space": ["choice", "integer", "loguniform", "uniform"],
-    "sweep": ["Sweep"],
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 

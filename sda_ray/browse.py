@@ -42,8 +42,8 @@ be extended to more epochs. A run that a process is at is never touched.
 ACTIONS = ("list", "show", "compare", "prune")
 
 STATUSES = (
-    *("running", "paused", "interrupted", "finished", "diverged", "failed", "adopted"),
-    *("damaged", "unknown"),
+    *("running", "paused", "interrupted", "stopped", "finished", "diverged", "failed"),
+    *("adopted", "damaged", "unknown"),
 )
 
 

@@ -1,7 +1,10 @@
 r"""The commands about sweeps: `sda-ray plan | sweep | stop | adopt`."""
 
 import argparse
-from collections.abc import Callable, Mapping
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,40 +56,34 @@ def launch_options(args: argparse.Namespace) -> Any:
 def sweep_command(args: argparse.Namespace, sweep: Any) -> None:
     r"""Starts a sweep, carries it on, extends it, or steers the one that runs."""
 
+    from .adoption import fork
+    from .definition import load_script
+    from .room import parse_size
     from .sweep import Wishes, launch
-
-    options = replace(
-        launch_options(args),
-        hours=args.hours,
-        stall=args.stall,
-        keep=args.keep_checkpoints,
-        limit=None if args.disk is None else _size(args.disk),
-        ask_above=args.ask_above,
-    )
-    sweep, options = _chosen(args, sweep, options)
 
     if args.keep_checkpoints is not None and args.keep_checkpoints < 0:
         raise UserError(f"--keep-checkpoints is {args.keep_checkpoints}, but must be at least 0.")
 
-    wishes = Wishes(
-        tuple(args.enqueue),
-        tuple(args.warm_start),
-        args.retry_failed,
-        args.trials is not None,
+    options = replace(
+        launch_options(args), hours=args.hours, stall=args.stall, ask_above=args.ask_above
     )
+    sweep, options = _chosen(args, sweep, options)
+
+    if args.keep_checkpoints is not None:
+        options = replace(options, keep=args.keep_checkpoints)
+
+    if args.disk is not None:
+        options = replace(options, limit=parse_size(args.disk))
+
+    warm = tuple(args.warm_start)
 
     if args.fork:
-        from .sweep import fork
+        parent = sweep.name if args.name is None else load_script(Path(args.sweep)).name
+        sweep = sweep if args.name else fork(sweep, options.runs, options.data)
+        warm += (parent,)
 
-        sweep, wishes = fork(sweep, options.runs, wishes, named=args.name is not None)
-
+    wishes = Wishes(tuple(args.enqueue), warm, args.retry_failed, args.trials is not None)
     launch(sweep, options, wishes)
-
-
-def _size(text: str) -> int:
-    from .room import parse_size
-
-    return parse_size(text)
 
 
 def _chosen(args: argparse.Namespace, sweep: Any, options: Any) -> tuple[Any, Any]:
@@ -96,10 +93,13 @@ def _chosen(args: argparse.Namespace, sweep: Any, options: Any) -> tuple[Any, An
     from .sweep import load_record
 
     if sweep is None and not args.sweep.endswith(".py"):
-        if args.settings or args.fix or args.name or args.fork:
+        if getattr(args, "fork", False):
+            raise UserError("--fork goes with a script, which says what the new sweep is.")
+
+        if args.settings or args.fix or args.name:
             raise UserError(
-                f"sweep '{args.sweep}' is carried on as it was started: key=value, --fix, --name "
-                "and --fork go with a script."
+                f"sweep '{args.sweep}' is carried on as it was started: key=value, --fix and "
+                "--name go with a script, for a new sweep."
             )
 
         sweep, before = load_record(args.runs, args.sweep)
@@ -115,7 +115,12 @@ def _recorded(args: argparse.Namespace, options: Any, before: dict[str, Any]) ->
 
     from .tracking import Wandb
 
-    options = replace(options, job_type=before["wandb"]["job_type"])
+    options = replace(
+        options,
+        job_type=before["wandb"]["job_type"],
+        keep=before.get("keep"),
+        limit=before.get("limit"),
+    )
 
     if not args.data_given:
         options = replace(options, data=args.root / before["data"])
@@ -183,8 +188,70 @@ def stop_command(args: argparse.Namespace, _: Any) -> None:
 
 
 def plan_command(args: argparse.Namespace, _: Any) -> None:
-    raise UserError("not wired yet")
+    r"""Says what a sweep would take, and what is wrong with it."""
+
+    from .bill import plan_to_json, print_plan
+    from .plan import plan
+    from .start import remember
+
+    options = launch_options(args)
+    source: Any = Path(args.sweep)
+
+    if not args.sweep.endswith(".py"):
+        source, options = _chosen(args, None, options)
+
+    with _status(args.json) as say:
+        made = plan(
+            source,
+            options.runs,
+            options.data,
+            options.cpus,
+            options.gpus,
+            options.parallel,
+            options.address,
+            options.wandb,
+            lambda sweep: _adjust(sweep, args),
+            say,
+        )
+
+    remember(made, options.runs, options.data, options.address)
+
+    if args.json:
+        print(json.dumps(plan_to_json(made), indent=2))
+    else:
+        print_plan(made)
+
+    if made.faults:
+        sys.exit(2)
+
+
+@contextmanager
+def _status(silent: bool) -> Iterator[Callable[[str], None]]:
+    r"""Yields what shows on standard error what goes on, for as long as the block lasts."""
+
+    from rich.console import Console
+
+    console = Console(stderr=True, quiet=silent)
+
+    with console.status("") as status:
+        yield status.update
 
 
 def adopt_command(args: argparse.Namespace, _: Any) -> None:
-    raise UserError("not wired yet")
+    r"""Brings finished runs into a sweep."""
+
+    from .adoption import adopt
+    from .sweep import record_of
+
+    sweep, options = _chosen(args, None, launch_options(args))
+
+    if options.gpus is None:
+        options = replace(options, gpus=0)
+
+    adopt(
+        args.directories,
+        sweep,
+        options.runs,
+        options.data,
+        lambda sweep, info: record_of(sweep, options, info),
+    )

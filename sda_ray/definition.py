@@ -34,7 +34,8 @@ class Sweep:
             are final `median`, `percentile`, `patience` or `hyperband`, see
             :mod:`sda_ray.stopping`; or `none`. By default `promotion`, and `none` for several
             objectives.
-        min_epochs: The first rung. By default `epochs` over the third power of `eta`.
+        min_epochs: The first rung; for `median`, `percentile` and `patience` the distance of all
+            rungs. By default `epochs` over the third power of `eta`.
         eta: One in `eta` trials goes on at each rung.
         finalists: The least number of trials that get the full number of epochs.
         objectives: What is minimised: `loss_valid` and, after it, any of `parameters`, `seconds`

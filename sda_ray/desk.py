@@ -239,17 +239,14 @@ class Desk:
         return said
 
     def _prior(self, content: dict[str, Any]) -> str:
-        from .priors import bring_in
+        from .priors import bring_all
 
         runs = content.get("runs")
 
         if not isinstance(runs, list) or not runs:
             raise UserError("runs must be a list of at least one run.")
 
-        for run in runs:
-            bring_in(self.driver.study, run)
-
-        return f"{len(runs)} run{'s' * (len(runs) > 1)} brought in, for the sampler to learn from"
+        return bring_all(self.driver.study, runs).rstrip(".")
 
     def _retry(self, content: dict[str, Any]) -> str:
         driver = self.driver

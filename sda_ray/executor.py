@@ -114,17 +114,11 @@ def _memory_kills_are_deaths() -> Iterator[None]:
     """
 
     from ray.air.execution._internal.actor_manager import RayActorManager as Manager
-    from ray.exceptions import RayActorError, RayError, RayTaskError
 
     before = Manager._actor_task_failed
 
     def failed(self: Any, tracked_actor_task: Any, exception: Exception) -> None:
-        known = isinstance(exception, RayTaskError | RayActorError)
-
-        if isinstance(exception, RayError) and not known:
-            exception = RayActorError(error_msg=str(exception))
-
-        before(self, tracked_actor_task, exception)
+        before(self, tracked_actor_task, as_death(exception))
 
     Manager._actor_task_failed = failed
 
@@ -132,6 +126,19 @@ def _memory_kills_are_deaths() -> Iterator[None]:
         yield
     finally:
         Manager._actor_task_failed = before
+
+
+def as_death(exception: Exception) -> Exception:
+    r"""Returns an error of Ray as the death of an actor, unless it is one, or a task's own."""
+
+    from ray.exceptions import RayActorError, RayError, RayTaskError
+
+    known = isinstance(exception, RayTaskError | RayActorError)
+
+    if isinstance(exception, RayError) and not known:
+        return RayActorError(error_msg=str(exception))
+
+    return exception
 
 
 class _Searcher(Searcher):

@@ -31,47 +31,60 @@ class Lookout(Callback):
         self.nodes: dict[str, str] = {}  # a trial's name -> the node it was seen on
         self.reasons: dict[str, str] = {}  # a trial's name -> why its process was ended
         self.doubts: dict[str, tuple[str, float]] = {}  # … -> what Ray said, until when to wait
+        self.trials: list[Any] = []  # all of Tune's
         self.ticked = self.looked = 0.0
         self.stopping = False
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        self.trials = trials
         self.tick()
 
-        if (now := time.monotonic()) - self.looked > LOOK:
+    def tick(self) -> None:
+        r"""Does what is due. To be called as often as Tune does anything at all."""
+
+        now = time.monotonic()
+
+        if now - self.ticked > TICK:
+            self.ticked = now
+            self.desk()
+            self.driver.tick()
+            self._announce()
+
+        if now - self.looked > LOOK:
             self.looked = now
 
             try:
-                self._look(trials)
+                self._end_frozen()
+                self._settle_doubts()
             except Exception as error:
                 self.driver.guard(error)
 
-    def tick(self) -> None:
-        r"""Lets the driver look at its mailbox and the clock, unless it has done so just now."""
+    def _announce(self) -> None:
+        driver = self.driver
 
-        if (now := time.monotonic()) - self.ticked < TICK:
+        if driver.stopping and not self.stopping and driver.why:
+            print(
+                f"\nStopping, since {driver.why}: every trial saves a checkpoint first.",
+                flush=True,
+            )
+
+        self.stopping = driver.stopping
+
+    def _end_frozen(self) -> None:
+        r"""Ends processes that have given no sign of life for long: their runs are lost then."""
+
+        live, closing = self.driver.live, self.driver.closing
+        running = [t for t in self.trials if t.status == "RUNNING" and t.trial_id in live]
+        at_work = {live[trial.trial_id]: trial for trial in running}
+        open_ = {index for index, closed in closing.items() if not closed()}
+
+        if not (watched := {*at_work, *open_}):
             return
-
-        self.ticked = now
-        self.desk()
-        self.driver.tick()
-
-        if self.driver.stopping and not self.stopping and self.driver.why:
-            print(f"\nStopping, since {self.driver.why}: every trial saves a checkpoint first.")
-
-        self.stopping = self.driver.stopping
-
-    def _look(self, trials: list[Any]) -> None:
-        r"""Ends processes that are frozen, and settles doubts."""
-
-        live = self.driver.live
-        at_work = {
-            live[t.trial_id]: t for t in trials if t.status == "RUNNING" and t.trial_id in live
-        }
-        open_ = {index for index, closed in self.driver.closing.items() if not closed()}
-        records = [r for r in self.driver.study.records() if r.index in {*at_work, *open_}]
 
         for index, trial in at_work.items():
             self.actors[index] = trial.temporary_state.ray_actor or self.actors.get(index)
+
+        records = [r for r in self.driver.study.records() if r.index in watched]
 
         for record, silent in self.vigil.look(records):
             if (path := self.vigil.path(record)) is not None:
@@ -83,12 +96,18 @@ class Lookout(Callback):
             if (actor := self.actors.get(record.index)) is not None:
                 ray.kill(actor)
 
-        for name, (reason, until) in list(self.doubts.items()):
-            dead = self.nodes.get(name) in {n["NodeID"] for n in ray.nodes() if not n["Alive"]}
+    def _settle_doubts(self) -> None:
+        r"""Takes trials for lost that Ray cannot reach, once it is known what is dead."""
 
-            if dead or time.monotonic() > until:
+        if not self.doubts:
+            return
+
+        dead = {node["NodeID"] for node in ray.nodes() if not node["Alive"]}
+
+        for name, (reason, until) in list(self.doubts.items()):
+            if (gone := self.nodes.get(name) in dead) or time.monotonic() > until:
                 del self.doubts[name]
-                self.driver.lose(name, reason, "node" if dead else "worker")
+                self.driver.lose(name, reason, "node" if gone else "worker")
 
     def lose(self, trial: Any) -> None:
         r"""Finds out what a trial was lost to, and lets the driver know."""

@@ -18,7 +18,7 @@ from .data import DataInfo, TrajectoryDataset
 from .places import look_here
 from .probe import MORE, SECONDS, Sample, Speed, speed_of, take_steps
 
-__all__ = ["Node", "autoscales", "look"]
+__all__ = ["Node", "look"]
 
 START = 60.0  # seconds that a process may take to start
 LIMIT = SECONDS + 4  # seconds after which a probe is ended
@@ -72,6 +72,12 @@ def look(
         data: The directory of the data.
         address: The address of a Ray cluster, or None for this machine.
         say: Told what goes on.
+
+    Returns:
+        The nodes; none, if there are none yet and the cluster may start some.
+
+    Raises:
+        UserError: If no node can ever hold a trial.
     """
 
     say("starting Ray" if address is None else f"attaching to the Ray at {address}")
@@ -81,6 +87,10 @@ def look(
 
         found = {n["NodeID"]: n for n in ray.nodes() if n["Alive"]}
         able = {id: n for id, n in found.items() if _fit(slots, n["Resources"])}
+
+        if not able and not (address is not None and _autoscales()):
+            slots.check()
+
         say(f"looking at {len(able)} node{'s' * (len(able) != 1)}")
         nodes = _inspect(able, slots, runs, data, info, token)
 
@@ -93,13 +103,16 @@ def look(
     return nodes
 
 
-def autoscales() -> bool:
-    r"""Tells whether the Ray that is attached to can start more nodes."""
+def _autoscales() -> bool:
+    r"""Tells whether this machine is the head of a cluster that starts nodes as they are wanted."""
 
-    from ray.experimental.internal_kv import _internal_kv_get
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            words = file.read_bytes().split(b"\0")
 
-    with suppress(Exception):  # not a public interface (Ray 2.60)
-        return bool(_internal_kv_get(b"__autoscaling_status"))
+            # Ray 2.60 has no call for this: its monitor runs on any head, mostly without a config.
+            if any(word.startswith(b"--autoscaling-config=") for word in words):
+                return True
 
     return False
 

@@ -37,7 +37,7 @@ sweep, carries it on after a crash, and, with a larger --trials, extends it. Whi
   sda-ray sweep demo --trials 64                    extend, running or finished
   sda-ray sweep demo --enqueue learning_rate=1e-3   try this next; what is not given is drawn
   sda-ray sweep demo --enqueue RUN                  the settings of a run
-  sda-ray sweep sweeps/demo.py epochs=64 --fork     another sweep, with what still holds of this
+  sda-ray sweep sweeps/demo.py seed=1 --fork        another sweep, with what still holds of this
 """
 
 PLAN = """
@@ -235,6 +235,10 @@ def _add_adopt(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sweep", required=True, metavar="SWEEP", help="a script, or the name of a sweep"
     )
+    parser.add_argument("--name", help="another name than the script's")
+    parser.set_defaults(settings=[], fix=[], trials=None)
+    _add_resources(parser, "resources of trials, if the sweep has yet to start")
+    _add_wandb(parser)
 
 
 def _add_resources(parser: argparse.ArgumentParser, title: str) -> None:

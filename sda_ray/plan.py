@@ -123,11 +123,12 @@ def plan(
     sweep, broken = None, []
 
     try:
-        sweep = adjust(load_script(source)) if isinstance(source, Path) else source
+        sweep = load_script(source) if isinstance(source, Path) else source
+        sweep = adjust(sweep)
     except UserError as error:
         broken = [str(error)]
 
-    say(f"drawing {DRAWS} configurations")
+    say(f"checking, with {DRAWS} draws")
     local = address is None
     found = find_faults(sweep, runs, data, slots, wandb or Wandb(), local, count=DRAWS)
     made = Plan(
@@ -137,10 +138,10 @@ def plan(
         faults=broken + found.faults,
         warnings=found.warnings,
         info=found.info,
-        sweep=found.sweep,
+        sweep=None if broken else found.sweep,
     )
 
-    if found.sweep is not None and found.info is not None:
+    if made.sweep is not None and found.info is not None:
         made.shapes, made.order = distinct_shapes(found.draws, found.info, say)
         _check_disk(made, runs)
 
@@ -151,7 +152,7 @@ def plan(
     if not local or not made.faults:
         _look(made, slots, runs, data, address, say)
 
-    if made.shapes and made.nodes:
+    if made.shapes:
         _foresee(made, slots)
 
     return made
@@ -168,6 +169,11 @@ def _look(made: Plan, slots: Slots, *args: Any) -> None:
     except UserError as error:
         made.faults.append(str(error))
         return
+
+    if not made.nodes:
+        made.warnings.append(
+            "no node that can hold a trial is up: times, and memory, are unknown until there is one."
+        )
 
     for node in made.nodes:
         made.faults += node.faults

@@ -27,6 +27,7 @@ STYLES = {
     "adopted": "green",
     "paused": "yellow",
     "interrupted": "yellow",
+    "stopped": "yellow",
     "diverged": "red",
     "failed": "bold red",
     "damaged": "bold red",

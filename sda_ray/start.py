@@ -88,7 +88,7 @@ def check_start(
     if found.sweep is None or found.info is None:
         raise UserError("\n".join(found.faults))
 
-    key = _key(found.sweep, found.info, slots, address)
+    key = _key(found.sweep, found.info, slots.wanted, address)
     unit = "GPU" if "GPU" in slots.wanted else "CPU"
     hours = finish = None
 
@@ -107,7 +107,7 @@ def check_start(
     return Start(found.sweep, found.info, tuple(found.warnings), first, hours, finish, unit)
 
 
-def remember(made: Plan, runs: Path, data: Path, slots: Slots, address: str | None = None) -> None:
+def remember(made: Plan, runs: Path, data: Path, address: str | None = None) -> None:
     r"""Keeps what a plan has found for the start of the sweep, unless anything is wrong."""
 
     if made.sweep is None or made.info is None or made.faults:
@@ -117,7 +117,7 @@ def remember(made: Plan, runs: Path, data: Path, slots: Slots, address: str | No
     content: dict[str, Any] = {"files": _files(data), "info": asdict(made.info)}
 
     if made.known:
-        key = _key(made.sweep, made.info, slots, address)
+        key = _key(made.sweep, made.info, made.wanted, address)
         content |= {"key": key, "slots": made.slots, "seconds": seconds, "end": end}
 
     _write(sweep_directory(runs, made.sweep.name) / "plan.json", content)
@@ -155,11 +155,11 @@ def confirm(start: Start, ask_above: float = ASK_ABOVE) -> None:
         )
 
 
-def _key(sweep: Sweep, info: DataInfo, slots: Slots, address: str | None) -> str:
+def _key(sweep: Sweep, info: DataInfo, wanted: dict[str, float], address: str | None) -> str:
     r"""Returns what an estimate depends on: CONFIG, SPACE, data and nodes, but not `trials`."""
 
     here = {"cpus": local_cpus()} if address is None else {"address": address}
-    what = [sweep.definition(), info.fingerprint, slots.wanted, here]
+    what = [sweep.definition(), info.fingerprint, wanted, here]
 
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 

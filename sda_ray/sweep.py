@@ -4,62 +4,29 @@ To start a sweep, to carry it on after a crash and to extend it is one operation
 """
 
 import os
-import shlex
-import sys
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .archive import check_unchanged, read_sweep, space_of, sweep_directory, write_sweep
-from .cluster import Slots, connect
-from .data import DataInfo, check_data
+from .adoption import BATCH, warm_start
+from .archive import compare, read_sweep, space_of, sweep_directory, write_sweep
+from .cluster import Slots
+from .data import DataInfo
 from .definition import SETTINGS, Sweep, load_script
+from .driving import Options, carry_out
 from .errors import UserError
 from .files import remove_leftovers
 from .lease import Lease
-from .pruner import decide
-from .tracking import Wandb
+from .priors import bring_all
+from .queueing import parse_item
+from .reconcile import catch_up
+from .start import check_start, confirm
+from .steering import Absent, ask, live
+from .study import Study
+from .table import announce, conclude
 
-__all__ = ["Options", "Sweep", "Wishes", "launch", "load_record", "sweep_directory"]
-
-OFFLINE = Wandb()
-
-
-@dataclass(frozen=True)
-class Options:
-    r"""Creates what says how a sweep is carried out. It may differ from start to start.
-
-    Arguments:
-        root: What recorded paths are relative to.
-        runs: The directory of all runs.
-        data: The directory of the data.
-        wandb: How trials log to W&B.
-        address: The address of a Ray cluster, or None for a Ray of our own on this machine.
-        cpus: The CPUs of a trial.
-        gpus: The GPUs of a trial. By default 1 if this machine has any.
-        parallel: The most trials at a time. By default as many as fit.
-        job_type: What the runs are, for W&B.
-        hours: After how many hours the sweep stops, to be carried on later.
-        stall: The minutes without a step after which a trial is killed and resumed.
-        keep: The number of best runs that keep their checkpoints, beside those under way.
-        limit: The bytes that all checkpoints of the sweep may take together.
-        ask_above: The GPU-hours above which a first start asks.
-    """
-
-    root: Path
-    runs: Path
-    data: Path
-    wandb: Wandb = OFFLINE
-    address: str | None = None
-    cpus: float = 1
-    gpus: float | None = None
-    parallel: int | None = None
-    job_type: str = "trial"
-    hours: float | None = None
-    stall: float = 10.0
-    keep: int | None = None
-    limit: int | None = None
-    ask_above: float = 1.0
+__all__ = ["Options", "Sweep", "Wishes", "launch", "load_record", "record_of", "sweep_directory"]
 
 
 @dataclass(frozen=True)
@@ -82,6 +49,9 @@ class Wishes:
         return bool(self.enqueue or self.warm_start or self.retry or self.retarget)
 
 
+NOTHING = Wishes()
+
+
 def load_record(runs: Path, name: str) -> tuple[Sweep, dict[str, Any]]:
     r"""Returns a recorded sweep, and the options that it was last run with.
 
@@ -98,16 +68,17 @@ def load_record(runs: Path, name: str) -> tuple[Sweep, dict[str, Any]]:
         space = load_script(script).space
 
     settings = {key: definition[key] for key in SETTINGS if key in definition}
+    settings["objectives"] = tuple(settings["objectives"])
     sweep = Sweep(name, definition["config"], space, found["trials"], **settings)
 
     return replace(sweep, script=script if script.exists() else None), found["options"]
 
 
-def launch(sweep: Sweep, options: Options, wishes: Wishes = Wishes()) -> None:
+def launch(sweep: Sweep, options: Options, wishes: Wishes = NOTHING) -> None:
     r"""Starts a sweep, carries it on, or extends it: whatever its record calls for.
 
     Everything is checked before anything is written and before Ray is started. There is one
-    driver to a sweep at a time.
+    driver to a sweep at a time; a sweep that runs takes up what is wished.
 
     Arguments:
         sweep: The sweep.
@@ -118,11 +89,8 @@ def launch(sweep: Sweep, options: Options, wishes: Wishes = Wishes()) -> None:
         UserError: If anything is wrong.
     """
 
-    from .table import announce, conclude
-
     # Checks
-    info = check_data(options.data)
-    sweep = sweep.check(info)
+    directory = sweep_directory(options.runs, str(sweep.name))
     slots = Slots(
         options.cpus, _gpus() if options.gpus is None else options.gpus, options.parallel
     )
@@ -131,14 +99,26 @@ def launch(sweep: Sweep, options: Options, wishes: Wishes = Wishes()) -> None:
         gpus=slots.wanted.get("GPU", 0),
         wandb=replace(options.wandb, group=sweep.name, job_type=options.job_type),
     )
-    directory = sweep_directory(options.runs, sweep.name)
-    record = _record(sweep, options, info)
+    start = check_start(sweep, options.runs, options.data, slots, options.wandb, options.address)
+    sweep = start.sweep
+    record = record_of(sweep, options, start.info)
+    widened = _widened(sweep, options, record)
+    confirm(start, options.ask_above)
 
-    if (directory / "sweep.json").exists():
-        check_unchanged(sweep.name, read_sweep(options.runs, sweep.name), record)
+    for warning in start.warnings:
+        print(f"Note: {warning}")
 
-    if options.address is None:
-        slots.check_local()
+    queue = [parse_item(text, sweep, options.runs) for text in wishes.enqueue]
+    priors = [
+        item
+        for other in wishes.warm_start
+        for item in warm_start(other, sweep, options.runs, options.data)
+    ]
+
+    if wishes and not start.first:
+        with suppress(Absent):
+            _ask(directory, sweep, wishes, queue, priors)
+            return
 
     # Sweep
     directory.mkdir(parents=True, exist_ok=True)
@@ -147,17 +127,24 @@ def launch(sweep: Sweep, options: Options, wishes: Wishes = Wishes()) -> None:
     try:
         remove_leftovers(directory)
         write_sweep(directory, record, sweep.script)
-        study = _open_study(directory, sweep.name, lease, options.runs)
+        study = Study(directory / "study.journal", sweep.name, lease, sweep.objectives)
+        catch_up(study, options.runs)
+
+        for line in widened:
+            print(f"{line}: carried on")
+
+        _grant(study, wishes, queue, priors)
         announce(sweep.name, sweep.rules, study.records(), directory)
-        _drive(sweep, study, slots, options, info)
-        study.close()
+        carry_out(sweep, study, slots, options, start.info)
     finally:
         lease.release()
 
     conclude(sweep.name, sweep.trials, study.records(), directory, options.runs)
 
 
-def _record(sweep: Sweep, options: Options, info: DataInfo) -> dict[str, Any]:
+def record_of(sweep: Sweep, options: Options, info: DataInfo) -> dict[str, Any]:
+    r"""Returns the record of a sweep, see :func:`sda_ray.archive.write_sweep`."""
+
     return {
         "name": sweep.name,
         "trials": sweep.trials,
@@ -167,107 +154,71 @@ def _record(sweep: Sweep, options: Options, info: DataInfo) -> dict[str, Any]:
             "data": os.path.relpath(options.data, options.root),
             "cpus": options.cpus,
             "gpus": options.gpus,
+            "keep": options.keep,
+            "limit": options.limit,
             "wandb": asdict(options.wandb),
         },
     }
 
 
-def _open_study(directory: Path, name: str, lease: Lease, runs: Path) -> Any:
-    from .reconcile import catch_up
-    from .study import Study
+def _widened(sweep: Sweep, options: Options, record: dict[str, Any]) -> tuple[str, ...]:
+    r"""Returns by what a sweep has grown since it was recorded, if it is the same otherwise."""
 
-    study = Study(directory / "study.journal", name, lease)
-    catch_up(study, runs)
+    directory = sweep_directory(options.runs, sweep.name)
 
-    return study
+    if not (directory / "sweep.json").exists():
+        return ()
 
+    changes = compare(read_sweep(options.runs, sweep.name), record)
+    changes.check(sweep.name, sweep.script)
 
-def _spec(sweep: Sweep, options: Options, info: DataInfo) -> dict[str, Any]:
-    r"""Returns what all trials are given."""
-
-    return {
-        "runs": str(options.runs),
-        "data": str(options.data),
-        "config": sweep.config,
-        "rungs": sweep.rules.rungs,
-        "cpus": options.cpus,
-        "wandb": asdict(options.wandb),
-        "record": {
-            "sweep": sweep.name,
-            "study": f"sweeps/{sweep.name}/study.journal",
-            "data": info.fingerprint,
-            "wandb": asdict(options.wandb),
-        },
-        "request": str(sweep_directory(options.runs, sweep.name) / "stop"),
-        "stall": 60 * options.stall,
-    }
-
-
-def _drive(sweep: Sweep, study: Any, slots: Slots, options: Options, info: DataInfo) -> None:
-    r"""Runs trials until there is nothing left to do, or exits and says how to carry on."""
-
-    from .driver import Driver
-    from .sampler import propose
-    from .table import LiveTable
-
-    records = study.records()
-    failed = sum(record.state == "failed" for record in records)
-    rules = replace(sweep.rules, excused=failed)
-
-    if decide(records, (), rules).kind == "stop":
-        return
-
-    table = LiveTable(sweep.name, sweep.trials, options.runs, study.records)
-    spec = _spec(sweep, options, info)
-    again = _again(sweep.name, options.root, options.runs)
-    driver = Driver(
-        study,
-        rules,
-        lambda seen, fixed: propose(sweep.draw, seen, sweep.seed, sweep.sampler, fixed),
-        spec,
-        slots,
-        table.notify,
-        Path(spec["request"]),
-    )
-
-    try:
-        with table, connect(options.address) as scratch:
-            from .executor import execute  # imports Ray, which must be set up by then
-
-            slots.check()
-            resources = {"cpu": options.cpus, "gpu": slots.wanted.get("GPU", 0)}
-            execute(driver, resources, scratch)
-    except KeyboardInterrupt:
-        pass  # the second Ctrl-C, or one while Ray starts
-
-    if driver.done:
-        return
-
-    if driver.hopeless:
+    if changes.widened and live(directory):
         raise UserError(
-            f"the first {len(driver.errors)} runs failed alike, so the sweep stops: "
-            f"{driver.errors[0]}. Mend it, then carry on with `{again}`."
+            f"sweep '{sweep.name}' is running, with another SPACE: {'; '.join(changes.widened)}. "
+            f"Stop it first: sda-ray stop {sweep.name}"
         )
 
-    print(f"Stopped. Nothing is lost: carry on with `{again}`.")
-    sys.exit(130)
+    return changes.widened
+
+
+def _ask(
+    directory: Path, sweep: Sweep, wishes: Wishes, queue: list[Any], priors: list[Any]
+) -> None:
+    r"""Asks the driver of a sweep for what is wished, and prints its answers."""
+
+    if priors:
+        for i in range(0, len(priors), BATCH):
+            ask(directory, "prior", runs=priors[i : i + BATCH])
+
+    if wishes.retry:
+        ask(directory, "retry")
+
+    if wishes.retarget:
+        ask(directory, "trials", trials=sweep.trials)
+
+    if queue:
+        ask(directory, "enqueue", items=queue)
+
+
+def _grant(study: Study, wishes: Wishes, queue: list[Any], priors: list[Any]) -> None:
+    r"""Records what is wished of a sweep that nobody drives."""
+
+    if priors:
+        print(bring_all(study, priors))
+
+    if wishes.retry:
+        failed = [record for record in study.records() if record.state == "failed"]
+        print(f"{len(failed)} failed runs are tried again")
+
+        for record in failed:
+            study.revive(record)
+
+    for params in queue:
+        if params not in study.queue().values():
+            study.enqueue(params)
 
 
 def _gpus() -> int:
     import torch
 
     return int(torch.cuda.is_available())
-
-
-def _again(name: str, root: Path, runs: Path) -> str:
-    r"""Returns the command that carries a sweep on from the current directory."""
-
-    command = f"sda-ray sweep {name}"
-
-    if root != Path.cwd():
-        command += f" --root {shlex.quote(str(root))}"
-
-    if runs != root / "runs":
-        command += f" --runs {shlex.quote(str(runs))}"
-
-    return command

@@ -17,6 +17,7 @@ from rich.text import Text
 from .checkpoint import RunPath
 from .config import format_value
 from .pruner import Record, Rules, order
+from .render import size as show_size
 
 __all__ = ["LiveTable", "announce", "conclude", "leaderboard"]
 
@@ -97,6 +98,7 @@ class LiveTable:
         self.start = time.monotonic()
         self.console = Console()
         self.names: dict[str, str] = {}
+        self.size: Callable[[], int] = int  # bytes of all checkpoints
         self.now = records()
         self.live: Live | None = None
 
@@ -116,6 +118,14 @@ class LiveTable:
     def __exit__(self, *_: object) -> None:
         if self.live is not None:
             self.live.stop()
+
+    def say(self, text: str) -> None:
+        r"""Prints a line, above the table if there is one."""
+
+        if self.live is not None:
+            self.console.print(text, highlight=False, markup=False)
+        else:
+            print(text, flush=True)
 
     def notify(self, event: str, record: Record) -> None:
         r"""Shows that something happened to a run."""
@@ -155,6 +165,7 @@ class LiveTable:
             (self.title, "bold cyan"),
             f"  {elapsed // 60}:{elapsed % 60:02}  {len(records)}/{self.target} runs: "
             f"{said or 'starting Ray'}",
+            f", checkpoints {show_size(self.size())}" if self.size() else "",
             overflow="ellipsis",
             no_wrap=True,
         )
@@ -183,8 +194,14 @@ def announce(title: str, rules: Rules, records: Sequence[Record], directory: Pat
     print(f"sweep '{title}' in {directory}: {rules.target} trials, rungs at epochs {rungs}")
 
     if records:
-        open_ = sum(record.state == "running" for record in records)
-        print(f"carried on: {len(records)} runs so far, {open_} of them under way", flush=True)
+        brought = sum(bool(record.source) for record in records)
+        under_way = sum(r.state == "running" and not r.paused for r in records)
+        paused = sum(r.state == "running" and r.paused for r in records)
+        print(
+            f"carried on: {len(records) - brought} runs so far, {under_way} of them under way, "
+            f"{paused} paused" + (f"; {brought} brought in" if brought else ""),
+            flush=True,
+        )
 
 
 def leaderboard(title: str, records: Sequence[Record], runs: Path, count: int = 10) -> None:
@@ -224,6 +241,9 @@ def conclude(
 
     best = complete[0]
     path = RunPath.of_id(runs, best.run_id)
+
+    if best.source:
+        path = RunPath(Path(best.source))
     values = " ".join(f"{key}={format_value(x)}" for key, x in best.config.items())
     print(f"\nBest configuration: {values}")
 

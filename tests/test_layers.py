@@ -22,16 +22,27 @@ FLOORS = {
     4: "averaging training validation checkpoint samples pruner forecast",
     5: "settings cost record history tracking fragments runs extension train curves inventory reclaim outcome vigil",
     6: "probe room space seen danger grid methods sampler stopping journal study reconcile cluster details render upload",
-    7: "fitting queueing priors coverage shapes places nodes archive definition trial drawing losses driver desk lookout executor sweep table progress",
-    8: "steering faults plan bill start adoption session simulate browse sync",
+    7: "fitting queueing priors coverage shapes places nodes archive definition trial drawing losses driver desk lookout executor table progress",
+    8: "steering faults plan bill start adoption driving sweep session simulate browse sync",
     9: "options commands cli",
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
 
 # Who may import the libraries that are heavy, or whose behaviour we have to work around.
 IMPORTERS = {
-    "optuna": {"priors", "adoption", "study", "journal", "sampler", "seen", "danger", "grid", "methods", "stopping"},
-    "ray": {"trial", "executor", "lookout", "sweep", "simulate", "cluster", "nodes"},
+    "optuna": {
+        "priors",
+        "adoption",
+        "study",
+        "journal",
+        "sampler",
+        "seen",
+        "danger",
+        "grid",
+        "methods",
+        "stopping",
+    },
+    "ray": {"trial", "executor", "lookout", "simulate", "cluster", "nodes"},
     "wandb": {"tracking", "upload", "fragments"},
 }
 

@@ -322,11 +322,11 @@ def test_node_with_memory_for_few_trials_is_told_of(made: Plan) -> None:
 def test_start_is_checked_and_knows_what_the_plan_found(
     made: Plan, place: Path, data: Path
 ) -> None:
-    sweep, runs, slots = load_script(place / "script.py"), place / "runs", Slots(1, 0)
+    sweep, runs, slots = load_script(place / "script.py"), place / "started", Slots(1, 0)
     unplanned = check_start(sweep, runs, data, slots, Wandb())
     assert unplanned.first and unplanned.hours is None
 
-    remember(made, runs, data, slots)
+    remember(made, runs, data)
     start = check_start(sweep, runs, data, slots, Wandb())
     assert start.hours == pytest.approx(made.hours(made.pruned), rel=0.2)
 

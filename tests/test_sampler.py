@@ -292,9 +292,8 @@ def test_generations_learn_from_the_front() -> None:
     # Both objectives are best at 1e-3, and worse the further away
     while len(records) < 80:
         drawn = sweep.propose(records)
-        away = abs(math.log10(drawn[0]["learning_rate"]) + 3)
-        record = finished(len(records) + 1, drawn, away, finals=(away, 2 * away))
-        records.append(record)
+        x = abs(math.log10(drawn[0]["learning_rate"]) + 3)
+        records.append(finished(len(records) + 1, drawn, x, finals=(x, 2 * x)))
 
     away = [r.values[9] for r in records]
     assert sweep.sampler == "nsga2"

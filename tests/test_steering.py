@@ -142,6 +142,24 @@ class Place:
         return {index: (last, state) for _, index, last, state in self.events("end")}
 
 
+def make_vast(file: Path) -> None:
+    r"""Makes a file of trajectories, of which no machine has the memory to load the windows."""
+
+    with h5py.File(file, "w") as f:
+        space = h5py.h5s.create_simple((400_000, 4, 2, 512, 512))
+        form = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        form.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+        form.set_fill_time(h5py.h5d.FILL_TIME_NEVER)  # so that the file is a hole
+        h5py.h5d.create(f.id, b"x", h5py.h5t.IEEE_F32LE, space, form)
+
+
+def is_gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
 @pytest.fixture
 def place(data: Path, env: dict[str, str]) -> Iterator[Place]:
     root = Path(tempfile.mkdtemp(prefix="sda-", dir="/tmp"))  # short, for Ray's sockets
@@ -208,13 +226,15 @@ def test_live_sweep_is_steered_from_elsewhere(
     assert list((place.directory / "requests").iterdir()) == []
 
 
+@pytest.mark.skipif(
+    Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "1"
+    if Path("/proc/sys/vm/overcommit_memory").exists()
+    else True,
+    reason="this kernel promises memory that it has not got",
+)
 def test_hung_frozen_killed_and_starved_trials_are_adopted_and_complete(place: Place) -> None:
-    # No machine has memory for these trajectories
     (place.root / "data" / "valid.h5").rename(place.root / "data" / "enough.h5")
-
-    with h5py.File(place.root / "data" / "valid.h5", "w") as file:
-        file.create_dataset("x", shape=(10**9, 12, 2, 16, 16), dtype="f4")
-
+    make_vast(place.root / "data" / "valid.h5")
     place.start("2", "60", "1")
 
     # Its place on a lock hangs
@@ -222,7 +242,7 @@ def test_hung_frozen_killed_and_starved_trials_are_adopted_and_complete(place: P
 
     with open(path.lease.with_suffix(".lock"), "r+") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        place.wait(lambda: holder_gone(pid))
+        place.wait(lambda: is_gone(pid))
 
     stacks = path.directory / "stacks.txt"
     assert "in _lock" in stacks.read_text()
@@ -248,8 +268,19 @@ def test_hung_frozen_killed_and_starved_trials_are_adopted_and_complete(place: P
     )
 
 
-def holder_gone(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
-    except (FileNotFoundError, ProcessLookupError):
-        return True
+def test_tune_takes_the_end_of_a_worker_by_the_memory_monitor_for_a_death() -> None:
+    import inspect
+
+    from ray.air.execution._internal.actor_manager import RayActorManager
+    from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
+
+    from sda_ray.executor import as_death
+
+    parameters = inspect.signature(RayActorManager._actor_task_failed).parameters
+    assert list(parameters) == ["self", "tracked_actor_task", "exception"]
+
+    death = as_death(OutOfMemoryError("the node running low on memory"))
+    assert isinstance(death, RayActorError) and "running low on memory" in str(death)
+
+    for error in (death, RayTaskError("step", "Traceback", ValueError("x")), ValueError("x")):
+        assert as_death(error) is error

@@ -1,0 +1,176 @@
+r"""A sweep at work: its driver, its table and its disk, on Ray, from here to its end."""
+
+import os
+import shlex
+import sys
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from .archive import read_sweep, sweep_directory, write_sweep
+from .cluster import Slots, connect
+from .data import DataInfo
+from .definition import Sweep
+from .desk import attended
+from .driver import Driver
+from .errors import UserError
+from .limits import deadline
+from .pruner import decide
+from .room import Keeper
+from .study import Study
+from .table import LiveTable
+from .tracking import Wandb
+
+__all__ = ["Options", "carry_out"]
+
+OFFLINE = Wandb()
+
+
+@dataclass(frozen=True)
+class Options:
+    r"""Creates what says how a sweep is carried out. It may differ from start to start.
+
+    Arguments:
+        root: What recorded paths are relative to.
+        runs: The directory of all runs.
+        data: The directory of the data.
+        wandb: How trials log to W&B.
+        address: The address of a Ray cluster, or None for a Ray of our own on this machine.
+        cpus: The CPUs of a trial.
+        gpus: The GPUs of a trial. By default 1 if this machine has any.
+        parallel: The most trials at a time. By default as many as fit.
+        job_type: What the runs are, for W&B.
+        hours: After how many hours the sweep stops, to be carried on later.
+        stall: The minutes without a step after which a trial is killed and resumed.
+        keep: The number of best runs that keep their checkpoints, beside those under way.
+        limit: The bytes that all checkpoints of the sweep may take together.
+        ask_above: The GPU-hours above which a first start asks.
+    """
+
+    root: Path
+    runs: Path
+    data: Path
+    wandb: Wandb = OFFLINE
+    address: str | None = None
+    cpus: float = 1
+    gpus: float | None = None
+    parallel: int | None = None
+    job_type: str = "trial"
+    hours: float | None = None
+    stall: float = 10.0
+    keep: int | None = None
+    limit: int | None = None
+    ask_above: float = 1.0
+
+
+def carry_out(sweep: Sweep, study: Study, slots: Slots, options: Options, info: DataInfo) -> None:
+    r"""Runs trials until there is nothing left to do, or exits and says how to carry on."""
+
+    records = study.records()
+    failed = sum(record.state == "failed" for record in records)
+    rules, stops = replace(sweep.rules, excused=failed), sweep.stops()
+    directory = sweep_directory(options.runs, sweep.name)
+    table = LiveTable(sweep.name, sweep.trials, options.runs, study.records)
+    keeper = Keeper(
+        options.runs,
+        sweep.name,
+        study.records,
+        options.keep,
+        options.limit,
+        table.say,
+        final=stops is not None,
+    )
+    table.size = lambda: keeper.size
+
+    def retarget(target: int) -> None:
+        table.target = target
+        write_sweep(directory, read_sweep(options.runs, sweep.name) | {"trials": target}, None)
+
+    try:
+        if decide(records, (), rules, stops=stops).kind != "stop":
+            driver = Driver(
+                study,
+                rules,
+                sweep.propose,
+                _spec(sweep, options, info),
+                slots,
+                table.notify,
+                directory / "stop",
+                stops,
+                deadline(options.hours, os.environ),
+                retarget,
+                keeper,
+            )
+            _drive(driver, slots, options, table)
+            _end(driver, _again(sweep.name, options.root, options.runs))
+
+        study.close()
+    finally:
+        keeper.finish()
+
+
+def _spec(sweep: Sweep, options: Options, info: DataInfo) -> dict[str, Any]:
+    r"""Returns what all trials are given."""
+
+    return {
+        "runs": str(options.runs),
+        "data": str(options.data),
+        "config": sweep.config,
+        "rungs": sweep.rules.rungs,
+        "objectives": sweep.objectives,
+        "cpus": options.cpus,
+        "wandb": asdict(options.wandb),
+        "record": {
+            "sweep": sweep.name,
+            "study": f"sweeps/{sweep.name}/study.journal",
+            "data": info.fingerprint,
+            "wandb": asdict(options.wandb),
+        },
+        "request": str(sweep_directory(options.runs, sweep.name) / "stop"),
+        "stall": 60 * options.stall,
+    }
+
+
+def _drive(driver: Driver, slots: Slots, options: Options, table: LiveTable) -> None:
+    r"""Starts Ray, or attaches to it, and runs trials there."""
+
+    with suppress(KeyboardInterrupt), table, ExitStack() as stack:
+        with attended(driver):
+            scratch = stack.enter_context(connect(options.address))
+
+        from .executor import execute  # imports Ray, which must be set up by then
+
+        slots.check()
+        execute(driver, {"cpu": options.cpus, "gpu": slots.wanted.get("GPU", 0)}, scratch)
+
+
+def _end(driver: Driver, again: str) -> None:
+    r"""Exits and says how to carry on, unless nothing is left to do."""
+
+    if driver.done:
+        return
+
+    if driver.hopeless:
+        raise UserError(
+            f"the first {len(driver.errors)} runs failed alike, so the sweep stops: "
+            f"{driver.errors[0]}. Mend it, then carry on with `{again}`."
+        )
+
+    why = f", since {driver.why}" if driver.why else ""
+    print(f"Stopped{why}. Nothing is lost: carry on with `{again}`.")
+    sys.exit(130)
+
+
+def _again(name: str, root: Path, runs: Path) -> str:
+    r"""Returns the command that carries a sweep on from the current directory."""
+
+    command = f"sda-ray sweep {name}"
+
+    if root != Path.cwd():
+        command += f" --root {shlex.quote(str(root))}"
+
+    if runs != root / "runs":
+        command += f" --runs {shlex.quote(str(runs))}"
+
+    return command
