@@ -22,11 +22,9 @@ from .files import cut_torn_line, remove_leftovers
 from .inventory import entries
 from .lease import Lease
 from .priors import Prior, bring_all, place
-from .steering import Absent, ask, live
+from .steering import Absent, ask_for, live
 
 __all__ = ["adopt", "fork", "gather", "warm_start"]
-
-BATCH = 100  # runs that a driver is told of at a time
 
 Item = dict[str, Any]  # what the study is told of a run, see `Prior.item`
 
@@ -99,9 +97,7 @@ def _deliver(items: list[Item], sweep: Sweep, directory: Path, content: dict[str
     from .study import Study
 
     with suppress(Absent):
-        for i in range(0, len(items), BATCH):
-            ask(directory, "prior", runs=items[i : i + BATCH])
-
+        ask_for(directory, priors=items)
         return
 
     lease = Lease(directory / "lease.json", f"sweep '{sweep.name}'")

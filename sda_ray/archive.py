@@ -19,7 +19,6 @@ from .files import read_json, write_atomic, write_json
 
 __all__ = [
     "Changes",
-    "check_unchanged",
     "compare",
     "definition_of",
     "read_sweep",
@@ -185,10 +184,6 @@ def compare(before: dict[str, Any], now: dict[str, Any]) -> Changes:
         refused.append(f"the data was {_digest(was)} and is {_digest(value)}")
 
     return Changes(tuple(widened), tuple(refused))
-
-
-def check_unchanged(name: str, before: dict[str, Any], now: dict[str, Any]) -> None:
-    compare(before, now).check(name)
 
 
 def _settings(old: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:

@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,9 @@ def launch_options(args: argparse.Namespace) -> Any:
 def sweep_command(args: argparse.Namespace, sweep: Any) -> None:
     r"""Starts a sweep, carries it on, extends it, or steers the one that runs."""
 
+    if sweep is None and _taken_up(args):
+        return
+
     from .adoption import fork
     from .definition import load_script
     from .room import parse_size
@@ -84,6 +87,28 @@ def sweep_command(args: argparse.Namespace, sweep: Any) -> None:
 
     wishes = Wishes(tuple(args.enqueue), warm, args.retry_failed, args.trials is not None)
     launch(sweep, options, wishes)
+
+
+def _taken_up(args: argparse.Namespace) -> bool:
+    r"""Asks a running sweep for what needs no checks here, and tells whether that was all."""
+
+    from .archive import sweep_directory
+    from .steering import Absent, ask_for
+
+    if args.sweep.endswith(".py") or args.enqueue or args.warm_start:
+        return False
+
+    if args.settings or args.fix or args.name or args.fork:
+        return False
+
+    if args.trials is None and not args.retry_failed:
+        return False
+
+    with suppress(Absent):
+        ask_for(sweep_directory(args.runs, args.sweep), args.trials, args.retry_failed)
+        return True
+
+    return False
 
 
 def _chosen(args: argparse.Namespace, sweep: Any, options: Any) -> tuple[Any, Any]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .archive import check_unchanged, read_sweep, sweep_directory
+from .archive import compare, read_sweep, sweep_directory
 from .cluster import Slots
 from .config import CONFIG, Config, check_config, check_value, format_value
 from .data import DataInfo, check_data, check_file
@@ -280,7 +280,7 @@ def _check_record(found: Findings, sweep: Sweep, runs: Path) -> None:
 
         if (directory / "sweep.json").exists():
             now = {"definition": definition, "fingerprint": found.info.fingerprint}
-            check_unchanged(sweep.name, read_sweep(runs, sweep.name), now)
+            compare(read_sweep(runs, sweep.name), now).check(sweep.name, sweep.script)
 
         if is_alive(directory / "lease.json"):
             found.warnings.append(f"sweep '{sweep.name}' is being run by another process now.")

@@ -16,7 +16,7 @@ from .config import Config
 from .cost import measure
 from .data import DataInfo, TrajectoryDataset
 from .places import look_here
-from .probe import MORE, SECONDS, Sample, Speed, speed_of, take_steps
+from .probe import SECONDS, Sample, Speed, speed_of, take_steps
 
 __all__ = ["Node", "look"]
 
@@ -243,13 +243,13 @@ def _probe(node: Node, slots: Slots, configs: Sequence[Config], data: Path) -> d
         [sample for _, sample, _ in found],
         [costs[x.which, x.batch] for _, x, _ in found],
         base=max(base for base, _, _ in found),
-        more=0 if gpus else MORE,
+        gpu=gpus > 0,
     )
 
     most, wanted_most = max(n for _, n in steps), max(c["batch_size"] for c in configs)
     note = (
-        f"times are extrapolated from batches of {most}: those of {wanted_most} are too slow here "
-        f"for a probe of {LIMIT:g} s."
+        f"times are extrapolated from batches of {most}, and may be shorter: those of "
+        f"{wanted_most} are too slow here for a probe of {LIMIT:g} s."
         if most < min(wanted_most, trajectories)
         else ""
     )

@@ -166,8 +166,8 @@ def _look(made: Plan, slots: Slots, *args: Any) -> None:
 
     try:
         made.nodes = look(slots, configs, made.info, *args)
-    except UserError as error:
-        made.faults.append(str(error))
+    except (UserError, OSError) as error:  # nothing can be written where the runs shall be
+        made.faults += [str(error)] if isinstance(error, UserError) or not made.faults else []
         return
 
     if not made.nodes:

@@ -23,6 +23,7 @@ OPERATION = 1e-4  # seconds for an operation on tensors, at most: they take 5 to
 GRID = 1000
 REPEATS = 3  # steps of the same size, at least, of which the median counts
 MORE = 2**27  # bytes that a trial takes beside its training: W&B's client, the picture at the end
+SLACK = {False: 1.5, True: 1.1}  # bytes for each byte of tensors, at least: scratch, fragments
 LARGE = 2**28  # bytes of tensors from which on the rest grows with them
 
 
@@ -51,7 +52,7 @@ class Speed:
         operation: The seconds for each operation on tensors.
         flop: The seconds for each floating point operation.
         base: The bytes of a process that trains nothing yet.
-        factor: The bytes taken for each byte of tensors.
+        factor: The bytes taken for each byte of tensors beside weights and moments.
     """
 
     operation: float
@@ -67,7 +68,7 @@ class Speed:
     def memory(self, cost: Cost) -> int:
         r"""Returns the bytes that a trial takes at the most."""
 
-        return round(self.base + self.factor * cost.peak)
+        return round(self.base + cost.state + self.factor * (cost.peak - cost.state))
 
 
 def fit(points: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
@@ -96,24 +97,28 @@ def fit(points: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
     return rest(operation), operation
 
 
-def speed_of(samples: Sequence[Sample], costs: Sequence[Cost], base: int, more: int = 0) -> Speed:
+def speed_of(
+    samples: Sequence[Sample], costs: Sequence[Cost], base: int, gpu: bool = False
+) -> Speed:
     r"""Returns what samples say of the hardware.
 
     Arguments:
         samples: What was measured.
         costs: The cost of the step of each.
         base: The bytes of the process before.
-        more: The bytes that a trial takes beside its training.
+        gpu: Whether it was measured on a GPU.
     """
 
     both = list(zip(samples, costs, strict=True))
     flop, operation = fit([(c.flops, c.operations, x.seconds) for x, c in both])
-    rest, peak = max((x.memory - base, c.peak) for x, c in both)
+    rest, cost = max(((x.memory - base - c.state, c) for x, c in both), key=lambda x: x[1].peak)
+    tensors, least = cost.peak - cost.state, SLACK[gpu]
+    base += 0 if gpu else MORE
 
-    if peak > LARGE:
-        return Speed(operation, flop, base + more, max(1.0, rest / peak))
+    if cost.peak > LARGE:
+        return Speed(operation, flop, base, max(least, rest / tensors))
 
-    return Speed(operation, flop, base + more + max(0, rest - peak), 1.0)
+    return Speed(operation, flop, base + max(0, round(rest - least * tensors)), least)
 
 
 def take_steps(

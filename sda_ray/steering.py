@@ -1,7 +1,7 @@
 r"""Steering a sweep from another process than its driver's, on this machine or another one."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,9 @@ from .errors import UserError
 from .lease import STALE, holder, is_alive, place, pulse
 from .mailbox import mailbox_of, post, take, wait
 
-__all__ = ["Absent", "ask", "live", "stop_sweep"]
+__all__ = ["Absent", "ask", "ask_for", "live", "stop_sweep"]
 
+BATCH = 100  # runs that a driver is told of at a time
 PATIENCE = 120.0  # seconds for an answer; a driver that starts Ray answers when that is done
 
 
@@ -97,6 +98,36 @@ def ask(directory: Path, kind: str, **content: Any) -> str:
     print(answer.text + "." * (not answer.text.endswith(".")), flush=True)
 
     return answer.text
+
+
+def ask_for(
+    directory: Path,
+    trials: int | None = None,
+    retry: bool = False,
+    queue: Sequence[Any] = (),
+    priors: Sequence[Any] = (),
+) -> None:
+    r"""Asks the driver of a sweep for several things, and prints its answers, see :func:`ask`.
+
+    Arguments:
+        directory: The directory of the sweep.
+        trials: Another number of trials.
+        retry: Whether failed runs shall be tried again.
+        queue: Parameters to be tried before others.
+        priors: Runs that were brought in.
+    """
+
+    for i in range(0, len(priors), BATCH):
+        ask(directory, "prior", runs=list(priors[i : i + BATCH]))
+
+    if retry:
+        ask(directory, "retry")
+
+    if trials is not None:
+        ask(directory, "trials", trials=trials)
+
+    if queue:
+        ask(directory, "enqueue", items=list(queue))
 
 
 def _is_here(found: dict[str, Any]) -> bool:

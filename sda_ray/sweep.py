@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .adoption import BATCH, warm_start
+from .adoption import warm_start
 from .archive import compare, read_sweep, space_of, sweep_directory, write_sweep
 from .cluster import Slots
 from .data import DataInfo
@@ -22,7 +22,7 @@ from .priors import bring_all
 from .queueing import parse_item
 from .reconcile import catch_up
 from .start import check_start, confirm
-from .steering import Absent, ask, live
+from .steering import Absent, ask_for, live
 from .study import Study
 from .table import announce, conclude
 
@@ -117,7 +117,8 @@ def launch(sweep: Sweep, options: Options, wishes: Wishes = NOTHING) -> None:
 
     if wishes and not start.first:
         with suppress(Absent):
-            _ask(directory, sweep, wishes, queue, priors)
+            trials = sweep.trials if wishes.retarget else None
+            ask_for(directory, trials, wishes.retry, queue, priors)
             return
 
     # Sweep
@@ -179,25 +180,6 @@ def _widened(sweep: Sweep, options: Options, record: dict[str, Any]) -> tuple[st
         )
 
     return changes.widened
-
-
-def _ask(
-    directory: Path, sweep: Sweep, wishes: Wishes, queue: list[Any], priors: list[Any]
-) -> None:
-    r"""Asks the driver of a sweep for what is wished, and prints its answers."""
-
-    if priors:
-        for i in range(0, len(priors), BATCH):
-            ask(directory, "prior", runs=priors[i : i + BATCH])
-
-    if wishes.retry:
-        ask(directory, "retry")
-
-    if wishes.retarget:
-        ask(directory, "trials", trials=sweep.trials)
-
-    if queue:
-        ask(directory, "enqueue", items=queue)
 
 
 def _grant(study: Study, wishes: Wishes, queue: list[Any], priors: list[Any]) -> None:

@@ -26,6 +26,7 @@ STYLES = {
     "complete": "green",
     "paused": "yellow",
     "pruned": "yellow",
+    "stopped": "yellow",
     "diverged": "red",
     "failed": "bold red",
 }
@@ -141,6 +142,7 @@ class LiveTable:
             "adopt": "is resumed",
             "promote": "is promoted",
             "lost": "is lost",
+            "memory": "is out of memory and is tried once more",
         }
         config = " ".join(f"{key}={_short(x)}" for key, x in record.config.items())
         print(
@@ -240,10 +242,7 @@ def conclude(
         return
 
     best = complete[0]
-    path = RunPath.of_id(runs, best.run_id)
-
-    if best.source:
-        path = RunPath(Path(best.source))
+    path = RunPath(Path(best.source)) if best.source else RunPath.of_id(runs, best.run_id)
     values = " ".join(f"{key}={format_value(x)}" for key, x in best.config.items())
     print(f"\nBest configuration: {values}")
 

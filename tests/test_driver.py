@@ -254,13 +254,13 @@ def test_sweep_stops_before_its_time_is_up(tmp_path: Path) -> None:
     desk = Desk(tmp_path, deadline=time.monotonic() + 1000.0)
     desk.driver.suggest("a")
     desk.driver.tick()
-    assert not desk.driver.stopping
+    assert not desk.driver.request.exists()
 
     epochs = [(1, 1.0)]
     result = {"event": "running", "epochs": epochs, "error": "", "longest": 499.0}
     desk.driver.report("a", result, lambda status: lambda: True)
     desk.driver.tick()
-    assert not desk.driver.stopping
+    assert not desk.driver.request.exists()
 
     desk.driver.longest = 500.0  # twice that could be too late, and half the time is over
     desk.driver.start -= 1000.0

@@ -489,9 +489,11 @@ class Sweeps(RuleBasedStateMachine):
         while True:
             try:
                 seen = self.sweeping.drive(self.slots)
-                break
             except Crash:  # asked to stop, by runs that failed alike
                 continue
+
+            if self._full(seen):  # and not stopped by too many that failed
+                break
 
         self.dead, before = False, self.sweeping.journal.read_bytes()
         self.lease = Lease(self.directory / "sweep" / "lease.json", "the sweep")
@@ -499,12 +501,10 @@ class Sweeps(RuleBasedStateMachine):
             self.sweeping.journal, "simulated", self.lease, self.sweeping.objectives
         )
         self.nothing_is_lost_or_taken_back()
-        assert self.study.queue() == {} or self._full(seen)
         self.die()
 
         rules, own = self.sweeping.rules, [r for r in seen if not r.source]
         assert all(r.state in (*FINAL, "pruned", "failed") for r in seen)
-        assert self._full(seen)
         assert all(list(r.values) == list(range(1, 10)) for r in own if r.state == "complete")
         assert all(r.last in rules.rungs[:-1] for r in own if r.state == "pruned")
         assert all(len(r.finals) == len(self.study.objectives) for r in seen if r.finals)
@@ -526,7 +526,7 @@ class Sweeps(RuleBasedStateMachine):
         own = [r for r in seen if not r.source]
         failed = sum(r.state == "failed" for r in own)
 
-        return len(own) - failed >= self.sweeping.rules.target or failed > 3
+        return len(own) - failed >= self.sweeping.rules.target
 
 
 TestSweeps = Sweeps.TestCase
