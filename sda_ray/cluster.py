@@ -81,11 +81,15 @@ def connect(address: str | None = None, cpus: int | None = None) -> Iterator[Pat
                 logging_level="ERROR",
                 **({} if address else local),
             )
-        except (ConnectionError, ValueError) as error:
+        except (ConnectionError, RuntimeError, ValueError) as error:
             ray.shutdown()
 
             if address is None:
-                raise
+                said = (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise UserError(
+                    f"Ray could not be started on this machine: {said} Nothing is lost; is the "
+                    "machine overloaded, or out of memory or disk? The same command tries again."
+                ) from error
 
             raise UserError(
                 f"there is no Ray at '{address}': {error} Start one, or leave --address out to "

@@ -102,6 +102,7 @@ def carry_out(sweep: Sweep, study: Study, slots: Slots, options: Options, info: 
                 retarget,
                 keeper,
             )
+            study.journal.stopping = lambda: driver.stopping
             _drive(driver, slots, options, table)
             _end(driver, _again(sweep.name, options.root, options.runs))
 

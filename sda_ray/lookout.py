@@ -9,6 +9,7 @@ from ray.tune import Callback
 
 from .desk import Desk
 from .driver import Driver
+from .errors import UserError
 from .losses import cause_of
 from .vigil import Vigil, end
 from .watchdog import STACKS, STALL, take_stacks
@@ -17,7 +18,12 @@ __all__ = ["Lookout"]
 
 TICK = 0.25  # seconds between two looks at the clock and the mailbox
 LOOK = 5.0  # seconds between two looks at whether processes are frozen
+GONE = 20.0  # seconds without a node after which Ray is given up
 DOUBT = 60.0  # seconds in which Ray notices that a node is dead
+
+
+class RayGone(UserError):
+    r"""Signals that nothing is left of Ray that could carry out a trial."""
 
 
 class Lookout(Callback):
@@ -33,11 +39,15 @@ class Lookout(Callback):
         self.doubts: dict[str, tuple[str, float]] = {}  # … -> what Ray said, until when to wait
         self.trials: list[Any] = []  # all of Tune's
         self.ticked = self.looked = 0.0
+        self.seen = time.monotonic()  # when there was a node alive
         self.stopping = False
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         self.trials = trials
         self.tick()
+
+        if isinstance(self.driver.fault, RayGone):  # with it, what Tune waits for
+            raise self.driver.fault
 
     def tick(self) -> None:
         r"""Does what is due. To be called as often as Tune does anything at all."""
@@ -54,10 +64,22 @@ class Lookout(Callback):
             self.looked = now
 
             try:
+                self._see_nodes()
                 self._end_frozen()
                 self._settle_doubts()
             except Exception as error:
                 self.driver.guard(error)
+
+    def _see_nodes(self) -> None:
+        r"""Notes that there is a node. Tune waits for ever where there is none any more."""
+
+        if any(node["Alive"] for node in ray.nodes()):
+            self.seen = self.looked
+        elif self.looked - self.seen > GONE and self.driver.fault is None:
+            raise RayGone(
+                f"Ray is gone: for {self.looked - self.seen:.0f} s it has had no node. Nothing is "
+                "lost: the same command carries on."
+            )
 
     def _announce(self) -> None:
         driver = self.driver

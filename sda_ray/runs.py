@@ -219,11 +219,12 @@ class Run:
             self._restart("it has no whole checkpoint")
         elif self.lines and "parent" not in self.record:
             early = "it was ended before its first checkpoint"
-            self._restart("it gave its checkpoint back" if given_back else early)
+            level = logging.WARNING if given_back else logging.INFO  # what was to be expected
+            self._restart("it gave its checkpoint back" if given_back else early, level)
 
-    def _restart(self, why: str) -> None:
+    def _restart(self, why: str, level: int = logging.WARNING) -> None:
         name = self.path.directory.name
-        logger.warning("%s: %s: it starts again at epoch 0, to the same bits.", name, why)
+        logger.log(level, "%s: %s: it starts again at epoch 0, to the same bits.", name, why)
         self.record["attempts"][-1]["restarted"] = why
         self.record.write("running")
 
