@@ -145,7 +145,7 @@ class Sweeping:
                 kills.pop(0)
                 last = now
 
-            time.sleep(0.3)
+            time.sleep(0.1)
 
         return code
 
@@ -253,8 +253,8 @@ def plan(rng: random.Random, count: int, size: int) -> list[tuple[str, float, fl
     r"""Draws what is killed, at which size of the journal, and how long after a start or kill."""
 
     kinds = [rng.choice(["driver", "worker", "raylet"]) for _ in range(count)]
-    sizes = sorted(rng.uniform(0, 0.7 * size) for _ in range(count))
-    delays = [rng.choice([0.5, rng.uniform(0, 6)]) for _ in range(count)]
+    sizes = sorted(rng.uniform(0, 0.6 * size) for _ in range(count))
+    delays = [rng.uniform(0, 1.5) for _ in range(count)]
 
     return list(zip(kinds, sizes, delays, strict=True))
 

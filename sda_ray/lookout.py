@@ -18,7 +18,7 @@ __all__ = ["Lookout"]
 
 TICK = 0.25  # seconds between two looks at the clock and the mailbox
 LOOK = 5.0  # seconds between two looks at whether processes are frozen
-GONE = 20.0  # seconds without a node after which Ray is given up
+GONE = 10.0  # seconds without a node after which Ray is given up
 DOUBT = 60.0  # seconds in which Ray notices that a node is dead
 
 
