@@ -243,7 +243,7 @@ def make_data(directory: Path) -> None:
     directory.mkdir()
     rng = np.random.default_rng(0)
 
-    for split, count in {"train": 20, "valid": 4, "test": 4}.items():
+    for split, count in {"train": 200, "valid": 4, "test": 4}.items():
         with h5py.File(directory / f"{split}.h5", "w") as file:
             x = rng.standard_normal((count, 12, 2, 16, 16), dtype=np.float32)
             file.create_dataset("x", data=x)
@@ -254,7 +254,7 @@ def plan(rng: random.Random, count: int, size: int) -> list[tuple[str, float, fl
 
     kinds = [rng.choice(["driver", "worker", "raylet"]) for _ in range(count)]
     sizes = sorted(rng.uniform(0, 0.6 * size) for _ in range(count))
-    delays = [rng.uniform(0, 1.5) for _ in range(count)]
+    delays = [rng.uniform(0, 3) for _ in range(count)]
 
     return list(zip(kinds, sizes, delays, strict=True))
 

@@ -5,6 +5,7 @@ are those that a sampler makes the right thing of, see :func:`sda_ray.seen.view`
 """
 
 import logging
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from .methods import draws, new
 from .pruner import Record
 from .seen import Asking, Distributions, Draw, quiet, study_of, view
 
-__all__ = ["distributions", "propose", "quiet", "sample", "view"]
+__all__ = ["distributions", "importances", "propose", "quiet", "sample", "view"]
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +114,29 @@ def distributions(draw: Draw) -> Distributions:
     draw(trial)
 
     return trial.distributions
+
+
+def importances(study: optuna.Study) -> dict[str, float]:
+    r"""Returns how much each parameter matters for the first objective, from most to least.
+
+    It is what Optuna's dashboard shows; nothing, while fewer than two trials are complete.
+
+    References:
+        | PED-ANOVA: Efficiently Quantifying Hyperparameter Importance (Watanabe et al., 2023)
+        | https://arxiv.org/abs/2304.10255
+    """
+
+    evaluator = optuna.importance.PedAnovaImportanceEvaluator()
+    target = None if len(study.directions) == 1 else lambda trial: float(trial.values[0])
+
+    try:
+        with quiet(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            return optuna.importance.get_param_importances(
+                study, evaluator=evaluator, target=target
+            )
+    except (RuntimeError, ValueError):  # too few trials, or none that vary
+        return {}
 
 
 def _alike(a: Mapping[str, Any], b: Mapping[str, Any], config: Mapping[str, Any]) -> bool:

@@ -21,6 +21,7 @@ from .lease import Lease
 from .priors import bring_all
 from .queueing import parse_item
 from .reconcile import catch_up
+from .sampler import importances
 from .start import check_start, confirm
 from .steering import Absent, ask_for, live
 from .study import Study
@@ -140,7 +141,8 @@ def launch(sweep: Sweep, options: Options, wishes: Wishes = NOTHING) -> None:
     finally:
         lease.release()
 
-    conclude(sweep.name, sweep.trials, study.records(), directory, options.runs)
+    records, matter = study.records(), importances(study.study)
+    conclude(sweep.name, sweep.trials, records, directory, options.runs, matter)
 
 
 def record_of(sweep: Sweep, options: Options, info: DataInfo) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -226,7 +226,12 @@ def leaderboard(title: str, records: Sequence[Record], runs: Path, count: int = 
 
 
 def conclude(
-    title: str, target: int, records: Sequence[Record], directory: Path, runs: Path
+    title: str,
+    target: int,
+    records: Sequence[Record],
+    directory: Path,
+    runs: Path,
+    importances: Mapping[str, float],
 ) -> None:
     r"""Prints the leaderboard of a finished sweep, and the commands to try next."""
 
@@ -245,6 +250,10 @@ def conclude(
     path = RunPath(Path(best.source)) if best.source else RunPath.of_id(runs, best.run_id)
     values = " ".join(f"{key}={format_value(x)}" for key, x in best.config.items())
     print(f"\nBest configuration: {values}")
+
+    if importances:
+        said = ", ".join(f"{key} {x:.2f}" for key, x in importances.items())
+        print(f"What mattered:      {said} (PED-ANOVA over {len(complete)} complete runs)")
 
     if path is None:
         print(f"Its directory, of run {best.run_id}, is gone.")

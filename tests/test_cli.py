@@ -80,7 +80,11 @@ SCRIPTS = [
     ("min_epochs=1", "eta=1", "eta is 1, but must be an integer from 2"),
     ("min_epochs=1", "seed=0.5", "seed is 0.5, but must be an integer from 0"),
     ("min_epochs=1", "finalists=-1", "finalists is -1"),
-    ("min_epochs=1", "pruner='medium'", "pruner is 'medium', but must be one of promotion, median"),
+    (
+        "min_epochs=1",
+        "pruner='medium'",
+        "pruner is 'medium', but must be one of promotion, median",
+    ),
     ('sampler="random"', 'sampler="cmaes"', "sampler is 'cmaes', but must be one of tpe, random"),
     ('sampler="random"', 'sampler="grid"', "learning_rate has no finite set of options"),
     ("trials=8", "trials=True", "trials is True, but must be an integer from 1"),

@@ -80,7 +80,7 @@ def test_conclusion_of_repeats_is_their_mean_and_spread(
         Record(i, f"run{i:05}", "complete", 9, 9, {9: float(i)}, config={"seed": i})
         for i in (1, 2, 3)
     ]
-    conclude("demo", 3, repeats, runs, runs)
+    conclude("demo", 3, repeats, runs, runs, {})
     out = capsys.readouterr().out
 
     assert "loss_valid over 3 seeds: 2.0000 ± 1.0000" in out
@@ -91,10 +91,11 @@ def test_conclusion_names_commands_that_exist(
     runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(runs)
-    conclude("demo", 5, records(5), runs / "sweeps" / "demo", runs)
+    conclude("demo", 5, records(5), runs / "sweeps" / "demo", runs, {"learning_rate": 0.75})
     out = capsys.readouterr().out
 
     assert "learning_rate=0.00123456 hidden_channels=64,128,256 activation=SiLU" in out
+    assert "learning_rate 0.75 (PED-ANOVA over 1 complete runs)" in out
     assert "crimson-cloud-2_run00002/state.pth" in out
     assert "sda-ray sweep demo --trials 10 " in out
     assert "sda-ray train --config crimson-cloud-2_run00002 --replicas 3 " in out
@@ -104,13 +105,13 @@ def test_conclusion_names_commands_that_exist(
 def test_conclusion_survives_lost_directories_and_sweeps_without_results(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    conclude("demo", 5, records(5), tmp_path, tmp_path)
+    conclude("demo", 5, records(5), tmp_path, tmp_path, {})
     assert "Its directory, of run run00002, is gone." in capsys.readouterr().out
 
-    conclude("demo", 5, records(2)[1:], tmp_path, tmp_path)
+    conclude("demo", 5, records(2)[1:], tmp_path, tmp_path, {})
     assert "No run is complete" in capsys.readouterr().out
 
-    conclude("demo", 5, [], tmp_path, tmp_path)
+    conclude("demo", 5, [], tmp_path, tmp_path, {})
 
 
 def test_announcement_tells_what_is_carried_on(
