@@ -14,6 +14,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings as hypothesis_settings
 
 from sda_ray.config import CONFIG, Config, format_value
 
@@ -21,6 +22,10 @@ from sda_ray.config import CONFIG, Config, format_value
 # these signals.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+# How long an example takes says something about the machine, and nothing about the code.
+hypothesis_settings.register_profile("sda_ray", deadline=None)
+hypothesis_settings.load_profile("sda_ray")
 
 torch.set_num_threads(1)  # the networks are tiny, and the machine may be shared
 

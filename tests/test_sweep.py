@@ -223,7 +223,7 @@ def test_complete_run_has_the_bits_of_a_training_alone(place: Place, finished: s
         (["tiny.py", "epochs=18"], "CONFIG['epochs'] was 9 and is 18"),
         (["tiny.py", "--fix", "activation=SiLU"], "SPACE['activation'] was "),
         (["other.py"], "seed was 0 and is 1"),
-        (["other.py"], "SPACE['weight_decay'] was null and is "),
+        (["other.py"], "SPACE['weight_decay'] was "),
         (["tiny.py", "--data", "other"], "the data was "),
         (["tiny.py", "--cpus-per-trial", "64"], "a trial wants CPU=64, but this machine has CPU="),
         (["tiny", "epochs=18"], "is carried on as it was started"),
@@ -274,7 +274,7 @@ def test_killed_and_extended_sweep_loses_nothing(
         grow(size)
 
         with pytest.raises(SystemExit):  # a second driver
-            main(argv=[*words, "--data", str(place.root / "data")])
+            main(argv=["sweep", "tiny", "--root", str(place.root)])
 
         said = capsys.readouterr().err
         assert f"sweep 'tiny' is in use by process {driver.pid} on " in said
