@@ -204,10 +204,14 @@ class Driver:
         if result.get("unreached"):
             self.spec = self.outage.note(self.spec, record)
 
-        if event == "running" and record.paused and not self._goes_on(record):
-            event = "paused"
-            self.closing[record.index] = close(event)
-        elif event == "complete":
+        while event == "running" and record.paused:
+            if self._goes_on(record):  # it may bring epochs that an older journal had lost
+                record = self.study.report(self._find(record.index), dict(result["epochs"]))
+            else:
+                event = "paused"
+                self.closing[record.index] = close(event)
+
+        if event == "complete":
             record = self.study.tell(record, event, finals=result.get("finals"))
         elif event == "memory" and not self.losses.count(self.study, record, event, error):
             record = replace(record, error=error)

@@ -536,3 +536,15 @@ TestSweeps.settings = settings(
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
+
+
+def test_epochs_that_the_journal_had_lost_are_all_in_a_complete_run() -> None:
+    sweeps = Sweeps()
+    sweeps.begin(wanted=1, slots=1, finalists=0, kind="promotion")
+    sweeps.suggest()
+    sweeps.train(count=1, i=0, told=0)
+    sweeps.suggest()
+    sweeps.train(count=5, i=0, told=0)
+    sweeps.bring(rate=0.0001)
+    sweeps.bring(rate=0.001)
+    sweeps.teardown()  # looks whether the run has all its epochs
