@@ -5,11 +5,62 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["Solver"]
+__all__ = ["Projection", "Solver", "constants"]
 
 VISCOSITY = 1e-3
 DRAG = 0.1
 FORCING = 4  # wavenumber
+
+
+def constants(n: int, dt: float, steps: int) -> tuple[float, float, float, Tensor]:
+    r"""Returns what the solvers share, for velocities in cells per step.
+
+    Returns:
+        The factor of the velocities, and four times the diffusion, the drag and the force of a
+        step. The force is a wave of shape :math:`(n)`.
+    """
+
+    h, tau = 2 * math.pi / n, dt / steps
+    y = (torch.arange(n, dtype=torch.float64) + 0.5) * h
+    wave = 4 * (FORCING * y).sin() * tau * tau / h
+
+    return tau / h, 4 * VISCOSITY * tau / h**2, 4 * DRAG * tau, wave.float()
+
+
+class Projection:
+    r"""Creates the pressure whose gradient carries the divergence of a batch of states.
+
+    Arguments:
+        batch: The number :math:`B` of states.
+        n: The number of cells along each side.
+        device: Where to compute.
+    """
+
+    def __init__(self, batch: int, n: int, device: torch.device) -> None:
+        k = 2 * math.pi / n * torch.arange(n, device=device, dtype=torch.float64)
+        eigenvalues = 2 * k.cos()[:, None] + 2 * k[: n // 2 + 1].cos() - 4
+        eigenvalues[0, 0] = torch.inf
+        self.inverse = eigenvalues.reciprocal().float()[..., None].repeat(1, 1, 2)
+        self.divergence = torch.zeros(batch, n, n, device=device)
+        self.pressure = torch.zeros(batch, n, n, device=device)
+
+        # MKL's transforms of small fields change in the last bit with the batch and the threads,
+        # those of one axis even alone.
+        spectrum = torch.zeros(batch, n, n // 2 + 1, dtype=torch.complex64, device=device)
+        fields = (self.divergence, spectrum, self.pressure)
+        self.transforms = [fields] if device.type != "cpu" else list(zip(*fields, strict=True))
+        self.parts = torch.view_as_real(spectrum)
+
+    def solve(self) -> None:
+        r"""Computes the pressure from the divergence."""
+
+        for divergence, spectrum, _ in self.transforms:
+            torch.fft.rfft2(divergence, out=spectrum)
+
+        self.parts.mul_(self.inverse)
+
+        for _, spectrum, pressure in self.transforms:
+            torch.fft.irfft2(spectrum, s=pressure.shape[-2:], out=pressure)
 
 
 class _Advection:
@@ -82,7 +133,6 @@ class Solver:
     """
 
     def __init__(self, batch: int, n: int, dt: float, steps: int, device: torch.device) -> None:
-        h, tau = 2 * math.pi / n, dt / steps
         row = n + 4
         cells = batch * row**2
         shifts = (row, 1)
@@ -90,7 +140,7 @@ class Solver:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, device=device)
 
-        self.scale = tau / h
+        self.scale, self.diffusion, self.drag, wave = constants(n, dt, steps)
 
         # State
         self.w = zeros(2, cells)
@@ -103,16 +153,13 @@ class Solver:
             (self.grid[..., -2:], self.grid[..., 2:4]),
         ]
 
-        y = torch.arange(-1.5, n + 2, device=device, dtype=torch.float64) * h
-        wave = 4 * (FORCING * y).sin() * tau * self.scale
-        self.force = wave.float().repeat(batch * row)[2 * row : -2 * row]
-        self.drag = 4 * DRAG * tau
+        wave = torch.cat([wave[-2:], wave, wave[:2]]).to(device)
+        self.force = wave.repeat(batch * row)[2 * row : -2 * row]
 
         # Fluxes
         self.sums = zeros(2, 2, cells)  # twice the means at the faces along x and along y
         self.scratch = [zeros(2, cells) for _ in range(5)]
         self.fluxes = [zeros(2, cells), zeros(2, cells)]
-        self.diffusion = 4 * VISCOSITY * tau / h**2
         self.advections = [self._advection(axis, shift) for axis, shift in enumerate(shifts)]
 
         # Changes of the cells between the outermost rows; a flux is stored at its face less s.
@@ -125,16 +172,8 @@ class Solver:
         self.outflows = [x[:, a - s : b - s] for x, s in zip(self.fluxes, shifts, strict=True)]
 
         # Projection
-        k = 2 * math.pi / n * torch.arange(n, device=device, dtype=torch.float64)
-        eigenvalues = 2 * k.cos()[:, None] + 2 * k[: n // 2 + 1].cos() - 4
-        eigenvalues[0, 0] = torch.inf
-        self.inverse = eigenvalues.reciprocal().float()[..., None].repeat(1, 1, 2)
-        self.divergence = zeros(batch, n, n)
-        self.pressure = zeros(batch, n, n)
-        self.spectrum = torch.zeros(batch, n, n // 2 + 1, dtype=torch.complex64, device=device)
-        self.spectrum_parts = torch.view_as_real(self.spectrum)
-
-        (u, v), (u0, v0), q = self.grid, self.inner, self.pressure
+        self.projection = Projection(batch, n, device)
+        (u, v), (u0, v0), q = self.grid, self.inner, self.projection.pressure
         self.walls = [(u[:, 1], u[:, -3]), (v[..., 1], v[..., -3])]
         self.sides = (u0, v0, u[:, 1:-3, 2:-2], v[:, 2:-2, 1:-3])
         self.gradients = [
@@ -143,10 +182,6 @@ class Solver:
             (v0[..., :-1], q[..., 1:]),
             (v0[..., -1], q[..., 0]),
         ]
-
-        # MKL's transforms of small fields change in the last bit with the batch and the threads.
-        fields = (self.divergence, self.spectrum, self.pressure)
-        self.transforms = [fields] if device.type != "cpu" else list(zip(*fields, strict=True))
 
     def _advection(self, axis: int, s: int) -> _Advection:
         return _Advection(
@@ -192,17 +227,9 @@ class Solver:
             border.copy_(opposite)
 
         u, v, u_left, v_left = self.sides
-        torch.sub(u, u_left, out=self.divergence).add_(v).sub_(v_left)
-
-        for divergence, spectrum, _ in self.transforms:
-            torch.fft.rfft2(divergence, out=spectrum)
-
-        self.spectrum_parts.mul_(self.inverse)
-
-        for _, spectrum, pressure in self.transforms:
-            torch.fft.irfft2(spectrum, s=pressure.shape[-2:], out=pressure)
-
-        self.inner.add_(self.pressure)
+        torch.sub(u, u_left, out=self.projection.divergence).add_(v).sub_(v_left)
+        self.projection.solve()
+        self.inner.add_(self.projection.pressure)
 
         for cells, neighbours in self.gradients:
             cells.sub_(neighbours)
