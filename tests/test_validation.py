@@ -78,15 +78,33 @@ def test_chunks_do_not_change_the_loss(
 def test_every_trajectory_is_used_equally_often(validset: TrajectoryDataset) -> None:
     for least, items in ((1, 4), (32, 32), (33, 36)):
         validation = Validation(validset, least=least)
-        assert len(validation.x) == len(validation.noise) == items
+        assert len(validation.first.x) == len(validation.first.noise) == items
 
 
-def test_times_are_one_per_stratum_and_weights_have_mean_1(validset: TrajectoryDataset) -> None:
-    validation = Validation(validset)
-    strata = (validation.t.sqrt() * 32).floor().sort().values
-    assert strata.tolist() == list(range(32))
-    assert validation.weights.mean().item() == pytest.approx(1, abs=0.02)
-    assert torch.allclose(validation.weights, 2 * validation.t.double().sqrt())
+def test_times_are_one_per_part_and_weigh_its_length(validset: TrajectoryDataset) -> None:
+    items = Validation(validset).first
+    parts = (items.t.sqrt() * 32).floor()
+    assert parts.sort().values.tolist() == list(range(32))
+    assert items.weights.equal((2 * parts.double() + 1) / 32)
+    assert items.weights.mean().item() == 1
+
+
+def test_a_loss_that_is_the_same_at_all_times_has_no_error(validset: TrajectoryDataset) -> None:
+    sde = VPSDE(torch.nn.Identity(), validset.shape)
+    sde.errors = lambda x, t, noise: torch.full_like(t, 1.25)  # type: ignore[method-assign]
+    losses = {Validation(validset, draw=draw)(sde)[0] for draw in range(3)}
+    assert losses == {1.25}
+
+
+def test_mean_of_several_draws_is_that_of_them_alone(
+    small: Config, validset: TrajectoryDataset
+) -> None:
+    sde = TrainState(small, size=16).sde
+    alone = [Validation(validset, draw=draw)(sde) for draw in (5, 6, 7)]
+    loss, error = Validation(validset, draw=5)(sde, draws=3)
+    assert loss == pytest.approx(sum(x for x, _ in alone) / 3, rel=1e-12)
+    assert error == pytest.approx(math.sqrt(sum(e * e for _, e in alone)) / 3, rel=1e-12)
+    assert Validation(validset, draw=5)(sde, draws=1) == alone[0]
 
 
 def test_expectation_over_redraws_is_that_of_uniform_times_with_less_variance(
@@ -108,5 +126,5 @@ def test_all_configs_see_the_same_windows_times_and_noise(validset: TrajectoryDa
     a, b, other = Validation(validset), Validation(validset), Validation(validset, draw=1)
 
     for name in ("x", "t", "noise"):
-        assert getattr(a, name).equal(getattr(b, name))
-        assert not getattr(a, name).equal(getattr(other, name))
+        assert getattr(a.first, name).equal(getattr(b.first, name))
+        assert not getattr(a.first, name).equal(getattr(other.first, name))
