@@ -1,5 +1,6 @@
 # make demo    from nothing to a finished sweep
 # make test    all tests
+# make bench   measure what we claim about speed, into benchmarks/results/
 # make check   lint, types and tests, as before a commit
 # make clean   removes .venv and caches; runs/ and data/ are never touched
 #
@@ -13,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PIP_NO_INPUT = 1
 export PIP_REQUIRE_VIRTUALENV = 0
 
-.PHONY: help demo test lint types check format clean
+.PHONY: help demo bench test lint types check format clean
 .DELETE_ON_ERROR:
 
 help:
@@ -24,6 +25,9 @@ demo: export SDA_RAY_ROOT = $(CURDIR)
 demo: .venv/installed
 	$(BIN)/sda-ray simulate --preset demo
 	$(BIN)/sda-ray sweep sweeps/demo.py
+
+bench: .venv/installed
+	$(BIN)/python benchmarks/bench.py $(ARGS)
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest $(ARGS)

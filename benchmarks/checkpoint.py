@@ -13,10 +13,11 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from measured import Result, limit
 
 from sda_ray import CONFIG
 from sda_ray.checkpoint import RunPath, save_checkpoint
@@ -31,19 +32,16 @@ def seconds(action: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--directory", help="the disk to measure (default: the temporary one)")
-    args = parser.parse_args()
+def compare(rounds: int, directory: str | None) -> dict[str, float]:
+    r"""Returns the bytes of a checkpoint, the median seconds, ours and plain, and their ratio."""
 
     state = TrainState(CONFIG, size=64)
     tensors, info = state.tensors(), state.info()
     size = sum(x.numel() * x.element_size() for x in tensors.values())
     ours, plain = [], []
 
-    with tempfile.TemporaryDirectory(dir=args.directory) as directory:
-        path = RunPath(Path(directory) / "speedy-crab-1_abcd1234")
+    with tempfile.TemporaryDirectory(dir=directory) as place:
+        path = RunPath(Path(place) / "speedy-crab-1_abcd1234")
         path.directory.mkdir()
 
         def save() -> None:
@@ -55,17 +53,45 @@ def main() -> None:
                 stream.flush()
                 os.fsync(stream.fileno())
 
-        for _ in range(args.rounds):
+        for _ in range(rounds):
             ours.append(seconds(save))
             plain.append(seconds(save_plainly))
 
     cost = statistics.median(ours)
-    ratio = statistics.median(a / b for a, b in zip(ours, plain, strict=True))
     interval = max(CHECKPOINT_SECONDS, cost / CHECKPOINT_COST)
 
-    print(f"state: {size / 1e6:.0f} MB")
-    print(f"ours:  {cost:.2f} s (median of {args.rounds}), {ratio:.2f} times a plain torch.save")
-    print(f"share: {100 * cost / (cost + interval):.1f} % of the time, one each {interval:.0f} s")
+    return {
+        "size": size,
+        "ours": cost,
+        "plain": statistics.median(plain),
+        "ratio": statistics.median(a / b for a, b in zip(ours, plain, strict=True)),
+        "interval": interval,
+        "share": cost / (cost + interval),
+    }
+
+
+def results(quick: bool) -> Iterator[Result]:
+    x = compare(3 if quick else 5, None)
+    note = f"{x['size'] / 1e6:.0f} MB, {x['ratio']:.2f} times as long as a plain torch.save"
+    yield limit(
+        "checkpoint, full, share of time", 100 * x["share"], 100 * CHECKPOINT_COST, "%", note
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--directory", help="the disk to measure (default: the temporary one)")
+    args = parser.parse_args()
+
+    x = compare(args.rounds, args.directory)
+
+    print(f"state: {x['size'] / 1e6:.0f} MB")
+    print(
+        f"ours:  {x['ours']:.2f} s (median of {args.rounds}), {x['ratio']:.2f} times a plain "
+        "torch.save"
+    )
+    print(f"share: {100 * x['share']:.1f} % of the time, one each {x['interval']:.0f} s")
 
 
 if __name__ == "__main__":

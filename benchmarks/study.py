@@ -26,6 +26,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from measured import Result, limit
 from rich.console import Console
 from rich.progress import track
 
@@ -37,6 +38,7 @@ from sda_ray.sampler import propose
 from sda_ray.study import Study
 
 EPOCHS = 9
+UNITS = {"draw and append": "ms", "growth": "kB a run", "resume": "s"}
 LIMITS = {"draw and append": 50.0, "growth": 100.0, "resume": 10.0}
 
 
@@ -191,6 +193,33 @@ def resume(directory: Path) -> None:
     lease.release()
 
 
+def measure(runs: int, sampler: str, place: Path | None, console: Console) -> tuple[Times, int]:
+    r"""Returns the times of a study of so many runs, and the bytes of its journal."""
+
+    directory = Path(tempfile.mkdtemp(prefix="study-", dir=place))
+    (directory / "runs").mkdir()
+
+    try:
+        times = drive(directory, runs, sampler, console)
+        command = [sys.executable, __file__, f"--resume={directory}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
+        times.all["resume"].append(float(done.stdout))
+        size = (directory / "study.journal").stat().st_size
+    finally:
+        shutil.rmtree(directory)
+
+    return times, size
+
+
+def results(quick: bool) -> Iterator[Result]:
+    logging.getLogger("sda_ray").setLevel(logging.ERROR)
+    runs = 300 if quick else 2000
+    times, _ = measure(runs, "tpe", None, Console(quiet=True))
+
+    for name, most in LIMITS.items():
+        yield limit(f"study of {runs} runs, {name}", times.median(name), most, UNITS[name])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--runs", type=int, default=2000, help="default: 2000")
@@ -203,20 +232,7 @@ def main() -> None:
     if args.resume:
         return resume(args.resume)
 
-    console = Console()
-    directory = Path(tempfile.mkdtemp(prefix="study-", dir=args.directory))
-    (directory / "runs").mkdir()
-
-    try:
-        times = drive(directory, args.runs, args.sampler, console)
-        command = [sys.executable, __file__, f"--resume={directory}"]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
-        times.all["resume"].append(float(done.stdout))
-        size = (directory / "study.journal").stat().st_size
-    finally:
-        shutil.rmtree(directory)
-
-    units = {"growth": "kB a run", "resume": "s"}
+    times, size = measure(args.runs, args.sampler, args.directory, console := Console())
     console.print(f"{args.runs} runs, sampler {args.sampler}, journal {size / 2**20:.1f} MiB")
 
     for name in (
@@ -225,7 +241,7 @@ def main() -> None:
     ):
         if name in times.all:
             limit = f"   (at most {LIMITS[name]:g})" if name in LIMITS else ""
-            unit = units.get(name, "ms")
+            unit = UNITS.get(name, "ms")
             console.print(f"  {name:<16} {times.median(name):8.2f} {unit}{limit}", highlight=False)
 
 

@@ -49,7 +49,8 @@ def simulate(
     r"""Simulates the trajectories of a data set that are missing in its directory.
 
     It may be killed at any time and called again with the same arguments: a trajectory is marked
-    as done after all its numbers are on the disk. Its bits depend on the seed and its index alone.
+    as done after all its numbers are on the disk. Its bits depend on the seed and its index alone,
+    on machines of one kind: a C compiler, for one, makes a difference in the last.
     A second call for the same directory at the same time is refused.
 
     Arguments:
