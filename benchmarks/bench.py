@@ -224,7 +224,9 @@ def load(directory: Path) -> dict[str, Any]:
 def show(console: Any, x: Result) -> None:
     goal = "" if x.goal is None else f", goal {x.goal:g}: {'met' if x.met else 'not met'}"
     numbers = f"{number(x.ours)} against {number(x.peer)} {x.unit}"
-    console.print(f"  {x.name}: {numbers}, ratio {x.ratio:.2f}{goal}", highlight=False)
+    console.print(
+        f"  {x.name}: {numbers}, ratio {x.ratio:.2f}{goal}", highlight=False, soft_wrap=True
+    )
 
 
 def main() -> None:
@@ -248,7 +250,9 @@ def main() -> None:
     report["left"] = [x for x in SUITES if x in todo or (args.only and x in report["left"])]
 
     if len(todo) < len(SUITES):
-        console.print(f"To measure: {', '.join(todo)}. All: --again", highlight=False)
+        console.print(
+            f"To measure: {', '.join(todo)}. All: --again", highlight=False, soft_wrap=True
+        )
 
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
 
@@ -261,7 +265,11 @@ def main() -> None:
                 show(console, result)
 
             if "failed" in found:
-                console.print(f"  {name} was not measured: {found['failed']}", highlight=False)
+                console.print(
+                    f"  {name} was not measured: {found['failed']}",
+                    highlight=False,
+                    soft_wrap=True,
+                )
 
             progress.update(line, completed=1)
             report["suites"] |= {name: found}
@@ -269,7 +277,9 @@ def main() -> None:
             report["left"].remove(name)
             save(report, args.directory)
 
-    console.print(f"{args.directory}: results.md, results.json, results.png", highlight=False)
+    console.print(
+        f"{args.directory}: results.md, results.json, results.png", highlight=False, soft_wrap=True
+    )
 
 
 if __name__ == "__main__":
