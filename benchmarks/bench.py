@@ -221,6 +221,15 @@ def load(directory: Path) -> dict[str, Any]:
     return {"machine": machine(), "left": report["left"], "suites": report["suites"]}
 
 
+def merged(report: dict[str, Any], name: str, found: dict[str, Any]) -> dict[str, Any]:
+    r"""Returns the report with a suite filled in, the suites in their order."""
+
+    report["suites"][name] = found
+    report["suites"] = {x: report["suites"][x] for x in SUITES if x in report["suites"]}
+
+    return report
+
+
 def show(console: Any, x: Result) -> None:
     goal = "" if x.goal is None else f", goal {x.goal:g}: {'met' if x.met else 'not met'}"
     numbers = f"{number(x.ours)} against {number(x.peer)} {x.unit}"
@@ -263,6 +272,7 @@ def main() -> None:
 
             for result in measure(name, args.quick, found):
                 show(console, result)
+                save(merged(report, name, found), args.directory)
 
             if "failed" in found:
                 console.print(
@@ -272,10 +282,8 @@ def main() -> None:
                 )
 
             progress.update(line, completed=1)
-            report["suites"] |= {name: found}
-            report["suites"] = {x: report["suites"][x] for x in SUITES if x in report["suites"]}
             report["left"].remove(name)
-            save(report, args.directory)
+            save(merged(report, name, found), args.directory)
 
     console.print(
         f"{args.directory}: results.md, results.json, results.png", highlight=False, soft_wrap=True
