@@ -48,10 +48,12 @@ def connect(address: str | None = None, cpus: int | None = None) -> Iterator[Pat
     """
 
     # Ray would change into a directory per trial, renice its workers, give up on a slow start
-    # after 30 s, send usage statistics and print what we print better.
+    # after 30 s, end workers that wait a second for their first trial, send usage statistics and
+    # print what we print better.
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")
+    os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")

@@ -143,7 +143,8 @@ def _drive(driver: Driver, slots: Slots, options: Options, table: LiveTable) -> 
         from .executor import execute  # imports Ray, which must be set up by then
 
         slots.check()
-        execute(driver, {"cpu": options.cpus, "gpu": slots.wanted.get("GPU", 0)}, scratch)
+        resources = {"cpu": options.cpus, "gpu": slots.wanted.get("GPU", 0)}
+        execute(driver, resources, scratch, own=options.address is None)
 
 
 def _end(driver: Driver, again: str) -> None:

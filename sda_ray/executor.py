@@ -27,13 +27,16 @@ __all__ = ["execute"]
 CLOSING = 60.0  # seconds given to trials in the end to close their runs
 
 
-def execute(driver: Driver, resources: dict[str, float], scratch: Path) -> None:
+def execute(
+    driver: Driver, resources: dict[str, float], scratch: Path, own: bool = False
+) -> None:
     r"""Runs trials until nothing is left to do, or until the driver or a signal asks to stop.
 
     Arguments:
         driver: The driver.
         resources: What Ray shall keep for a trial: `cpu` and `gpu`.
         scratch: A directory for what Tune writes, which is nothing to keep.
+        own: Whether the Ray is our own, whose processes have our environment.
 
     Raises:
         Exception: Whatever went wrong in the driver itself. The study is left such that the same
@@ -44,7 +47,7 @@ def execute(driver: Driver, resources: dict[str, float], scratch: Path) -> None:
 
     lookout = Lookout(driver)
 
-    with _on_signals(driver.stop), _memory_kills_are_deaths():
+    with _on_signals(driver.stop), _memory_kills_are_deaths(), _started_workers(own):
         tune.run(
             tune.with_resources(Trial, resources),
             name="sweep",
@@ -126,6 +129,31 @@ def _memory_kills_are_deaths() -> Iterator[None]:
         yield
     finally:
         Manager._actor_task_failed = before
+
+
+@contextmanager
+def _started_workers(own: bool) -> Iterator[None]:
+    r"""Lets trials have the workers that a Ray of our own has started already.
+
+    Tune 2.60 asks for an environment, even if it is the one that they have, and so for new ones.
+    """
+
+    from ray.tune.execution.class_cache import _ActorClassCache as Cache
+
+    before = Cache.get
+
+    def get(self: Any, trainable: Any) -> Any:
+        if trainable not in self._cache:
+            self._cache[trainable] = ray.remote(trainable)
+
+        return self._cache[trainable]
+
+    Cache.get = get if own else before
+
+    try:
+        yield
+    finally:
+        Cache.get = before
 
 
 def as_death(exception: Exception) -> Exception:

@@ -1,10 +1,15 @@
-r"""What the bits of a run depend on beside its config."""
+r"""What the bits of a run depend on beside its config.
+
+A process finds it out once, for all runs that it trains one after the other: what it has imported
+stays as it was at that time.
+"""
 
 import logging
 import platform
 import subprocess
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,9 +26,9 @@ logger = logging.getLogger(__name__)
 PACKAGES = (
     "coolname",
     "h5py",
-    "matplotlib",
     "numpy",
     "optuna",
+    "pillow",
     "ray",
     "rich",
     "torch",
@@ -45,11 +50,7 @@ def provenance(device: str | torch.device = "cpu") -> dict[str, Any]:
         "host": platform.node(),
         "device": torch.cuda.get_device_name(device) if cuda else _processor(),
         "threads": torch.get_num_threads(),
-        "versions": {
-            "python": platform.python_version(),
-            "sda_ray": __version__,
-            **{package: _version(package) for package in PACKAGES},
-        },
+        "versions": dict(_versions()),
         **_commit(),
     }
 
@@ -66,6 +67,15 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return [key for key, value in decisive(now).items() if then[key] != value]
 
 
+@cache
+def _versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "sda_ray": __version__,
+        **{package: _version(package) for package in PACKAGES},
+    }
+
+
 def _version(package: str) -> str:
     try:
         return version(package)
@@ -73,6 +83,7 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+@cache
 def _commit() -> dict[str, Any]:
     r"""Returns the commit of the package's own repository, if it runs from one."""
 
@@ -96,9 +107,7 @@ def save_diff(directory: Path, hold: Callable[[], AbstractContextManager[None]])
         hold: Entered around the write, see :meth:`sda_ray.lease.Lease.hold`.
     """
 
-    # Neither the user's settings nor programs named in the repository shall have a part in it
-    options = ("--no-color", "--no-ext-diff", "--no-textconv", "--no-relative", "--binary")
-    diff = _git("diff", *options, "HEAD") if _is_tracked() else None
+    diff = _diff()
 
     if diff and len(diff) > LARGEST:
         logger.warning(
@@ -111,6 +120,15 @@ def save_diff(directory: Path, hold: Callable[[], AbstractContextManager[None]])
             write_atomic(directory / "diff.patch", diff, mode=0o600)
 
 
+@cache
+def _diff() -> bytes | None:
+    # Neither the user's settings nor programs named in the repository shall have a part in it
+    options = ("--no-color", "--no-ext-diff", "--no-textconv", "--no-relative", "--binary")
+
+    return _git("diff", *options, "HEAD") if _is_tracked() else None
+
+
+@cache
 def _is_tracked() -> bool:
     r"""Tells whether the package runs from its repository, and not a venv in another one."""
 
@@ -126,6 +144,7 @@ def _git(*command: str) -> bytes | None:
     return done.stdout if done.returncode == 0 else None
 
 
+@cache
 def _processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []

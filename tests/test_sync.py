@@ -15,9 +15,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import matplotlib.image
 import numpy as np
 import pytest
+from PIL import Image
 from wandb_server import HISTORY, Json, WandbServer
 
 from sda_ray.checkpoint import RunPath
@@ -151,7 +151,7 @@ def make_run(runs: Path, id: str = ID, status: str = "finished", **record: Any) 
     path.directory.mkdir(parents=True)
     save_config(CONFIG | {"epochs": EPOCHS}, path.config)
     write_json(path.record, {"status": status, "id": id, "wandb": WANDB, **record})
-    matplotlib.image.imsave(path.samples, np.zeros((4, 4)))
+    Image.fromarray(np.zeros((4, 4), np.uint8)).save(path.samples)
 
     for epoch in range(1, EPOCHS + 1):
         losses = {"loss_train": 1 / epoch, "loss_valid": 0.1 + 1 / epoch, "lr": 1e-3}

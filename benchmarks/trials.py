@@ -1,0 +1,128 @@
+#!/usr/bin/env python
+r"""What does a trial cost beside its training?
+
+Runs a sweep of tiny trials, all of them to the end, and prints
+
+* what one more trial costs: the wall time from the start of the first trial to the end of the
+  last, times the slots, less the seconds that were spent training and validating, for each trial
+* the time from the command to the first training step
+
+    python benchmarks/trials.py [--trials 50] [--slots 2] [--wandb offline]
+
+Times depend on the machine and on what else it does; the processor time is printed beside them.
+"""
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from chaos import make_data
+
+SWEEP = """
+from sda_ray import CONFIG, Sweep, loguniform, main
+
+CONFIG = CONFIG | {{
+    "window": 3, "embedding": 8, "hidden_channels": (8, 16), "hidden_blocks": (1, 1),
+    "batch_size": 8, "epochs": {epochs},
+}}
+SPACE = {{"learning_rate": loguniform(1e-4, 1e-2)}}
+sweep = Sweep("trials", CONFIG, SPACE, trials={trials}, sampler="random", pruner="none")
+
+if __name__ == "__main__":
+    main(sweep)
+"""
+
+COST, START = 1.0, 12.0  # seconds, at most
+
+
+def environment(root: Path) -> dict[str, str]:
+    kept = {k: x for k, x in os.environ.items() if not k.startswith(("SDA_RAY_", "RAY_", "WANDB"))}
+    home = str(root / "home")
+
+    return {**kept, "HOME": home, "TMPDIR": home, "SDA_RAY_ROOT": str(root)}
+
+
+def sweep(root: Path, slots: int, wandb: str) -> tuple[float, float]:
+    r"""Runs the sweep. Returns when the command was given, and when the first epoch had ended."""
+
+    words = [sys.executable, "-m", "sda_ray", "sweep", str(root / "sweep.py")]
+    words += [f"--parallel={slots}", f"--data={root / 'data'}", f"--wandb={wandb}"]
+    given, first = time.time(), 0.0
+
+    with open(root / "output.txt", "wb") as file:
+        process = subprocess.Popen(
+            words, cwd=root, env=environment(root), stdout=file, stderr=subprocess.STDOUT
+        )
+
+        while process.poll() is None:
+            if not first and any(x.stat().st_size for x in root.glob("runs/*_*/metrics.jsonl")):
+                first = time.time()
+
+            time.sleep(0.02 if not first else 0.2)
+
+    if process.returncode:
+        sys.exit((root / "output.txt").read_text())
+
+    return given, first
+
+
+def trained(root: Path) -> list[float]:
+    r"""Returns the seconds that each run has trained, the first epoch's first."""
+
+    found = []
+
+    for file in sorted(root.glob("runs/*_*/metrics.jsonl"), key=lambda x: x.stat().st_ctime):
+        found.append(sum(json.loads(line)["seconds"] for line in file.read_text().splitlines()))
+
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--trials", type=int, default=50, help="default: 50")
+    parser.add_argument("--slots", type=int, default=2, help="trials at a time (2)")
+    parser.add_argument("--epochs", type=int, default=9, help="of each trial (9)")
+    parser.add_argument("--wandb", default="offline", help="disabled or offline (default)")
+    parser.add_argument("--keep", action="store_true", help="leave all files behind")
+    args = parser.parse_args()
+
+    root = Path(tempfile.mkdtemp(prefix="trials-", dir="/tmp"))  # short: Ray puts sockets there
+    make_data(root / "data")
+    (root / "home").mkdir()
+    (root / "sweep.py").write_text(SWEEP.format(trials=args.trials, epochs=args.epochs))
+    given, first = sweep(root, args.slots, args.wandb)
+    ended = time.time()
+
+    training = trained(root)
+    runs = list(root.glob("runs/*_*"))
+    start = min((run / "config.json").stat().st_mtime for run in runs)
+    end = max((run / "run.json").stat().st_mtime for run in runs)
+    wall, total = end - start, sum(training)
+    cost = (wall * args.slots - total) / len(runs)
+    cpu = resource.getrusage(resource.RUSAGE_CHILDREN)
+
+    print(
+        f"{len(runs)} trials, {args.slots} at a time, {wall:.1f} s, of which {total:.1f} s training"
+    )
+    print(f"one more trial costs  {cost:6.2f} s  (at most {COST:g})")
+    print(f"until the first step  {first - given:6.2f} s  (at most {START:g}; with its epoch)")
+    print(f"end of the command    {ended - end:6.2f} s after the last trial")
+    print(
+        f"processor time        {cpu.ru_utime + cpu.ru_stime:6.1f} s; load {os.getloadavg()[0]:.1f}"
+    )
+
+    if args.keep:
+        print(root)
+    else:
+        shutil.rmtree(root, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
