@@ -13,7 +13,7 @@ from typing import Any
 
 from .errors import UserError
 
-__all__ = ["Slots", "connect", "local_cpus"]
+__all__ = ["Slots", "connect", "fitting", "local_cpus"]
 
 STORE = 100 * 2**20  # bytes of shared memory; nothing large goes through Ray
 PREFIX = "sda-ray-"
@@ -104,6 +104,20 @@ def connect(address: str | None = None, cpus: int | None = None) -> Iterator[Pat
             ray.shutdown()
 
 
+def fitting(wanted: dict[str, float], resources: dict[str, float]) -> int:
+    r"""Returns the number of trials that fit on a node. A share of a GPU lies on a single one."""
+
+    def count(key: str, x: float) -> int:
+        here = round(1e4 * resources.get(key, 0))  # as Ray counts; 1 // 0.1 is 9
+
+        if key == "GPU" and x < 1:
+            return here // 10_000 * (10_000 // max(1, round(1e4 * x)))
+
+        return here // max(1, round(1e4 * x))
+
+    return min(count(key, x) for key, x in wanted.items())
+
+
 class Slots:
     r"""Creates the count of the trials that fit at a time.
 
@@ -125,7 +139,7 @@ class Slots:
         return total if self.most is None else min(total, self.most)
 
     def _on(self, resources: dict[str, float]) -> int:
-        return min(int(resources.get(key, 0) // x) for key, x in self.wanted.items())
+        return fitting(self.wanted, resources)
 
     def check_local(self) -> None:
         r"""Raises a UserError if a Ray of our own on this machine could never hold a trial."""

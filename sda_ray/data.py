@@ -51,6 +51,7 @@ class TrajectoryDataset:
 
     A contiguous file is mapped into memory, such that the processes of a machine share one copy
     in its page cache. Any other file (chunked, compressed, of exotic numbers) is read at once.
+    See :meth:`move` for GPUs.
 
     Arguments:
         file: An HDF5 file with a dataset `x` of shape :math:`(N, L, 2, H, W)`.
@@ -63,6 +64,7 @@ class TrajectoryDataset:
     def __init__(self, file: Path, window: int) -> None:
         self.file = Path(file)
         self.window = window
+        self._moved: Tensor | None = None
 
         with open_trajectories(self.file) as dataset:
             self.x = view(self.file, dataset)
@@ -93,6 +95,25 @@ class TrajectoryDataset:
 
         return (2 * self.window, *self.x.shape[-2:])
 
+    def move(self, device: str | torch.device, room: int) -> bool:
+        r"""Copies the trajectories to a device, if they take at most `room` bytes there.
+
+        From then on windows are cut out there, with the same bits. A pickled data set stays behind.
+
+        Returns:
+            Whether they are there now.
+        """
+
+        if 4 * self.x.size > room:
+            return False
+
+        self._moved = torch.empty(self.x.shape, dtype=torch.float32, device=device)
+
+        for there, here in zip(self._moved, self.x, strict=True):
+            there.copy_(torch.from_numpy(np.array(here, dtype=np.float32)))
+
+        return True
+
     def windows(self, indices: Sequence[int] | Tensor, starts: Sequence[int] | Tensor) -> Tensor:
         r"""Copies windows out of the trajectories.
 
@@ -102,21 +123,36 @@ class TrajectoryDataset:
 
         Returns:
             The windows, of shape :math:`(B, 2K, H, W)`: the channels of the first snapshot come
-            first, then those of the second, and so on.
+            first, then those of the second, and so on. They are where the trajectories are.
         """
+
+        if self._moved is not None:
+            return self._cut(self._moved, torch.as_tensor(indices), torch.as_tensor(starts))
 
         out = torch.empty(len(indices), self.window, *self.x.shape[2:], dtype=torch.float32)
         rows = out.numpy()
 
         for row, i, j in zip(rows, map(int, indices), map(int, starts), strict=True):
-            if not (0 <= i < len(self) and 0 <= j < self.starts):
-                raise IndexError(
-                    f"trajectory {i}, start {j} is not in {len(self)} × {self.starts} windows"
-                )
-
+            self._check(i, j)
             row[...] = self.x[i, j : j + self.window]
 
         return out.flatten(1, 2)
+
+    def _cut(self, x: Tensor, indices: Tensor, starts: Tensor) -> Tensor:
+        for i, j in zip(indices.tolist(), starts.tolist(), strict=True):
+            self._check(i, j)
+
+        first = indices * x.shape[1] + starts
+        snapshots = (first[:, None] + torch.arange(self.window)).flatten()
+        found = x.flatten(0, 1).index_select(0, snapshots.to(x.device, non_blocking=True))
+
+        return found.view(len(indices), -1, *x.shape[3:])
+
+    def _check(self, i: int, j: int) -> None:
+        if not (0 <= i < len(self) and 0 <= j < self.starts):
+            raise IndexError(
+                f"trajectory {i}, start {j} is not in {len(self)} × {self.starts} windows"
+            )
 
 
 def check_data(directory: Path, window: int = 1) -> DataInfo:

@@ -121,6 +121,7 @@ def _spec(sweep: Sweep, options: Options, info: DataInfo) -> dict[str, Any]:
         "rungs": sweep.rules.rungs,
         "objectives": sweep.objectives,
         "cpus": options.cpus,
+        "gpus": options.gpus,
         "wandb": asdict(options.wandb),
         "record": {
             "sweep": sweep.name,

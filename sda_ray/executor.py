@@ -27,9 +27,7 @@ __all__ = ["execute"]
 CLOSING = 60.0  # seconds given to trials in the end to close their runs
 
 
-def execute(
-    driver: Driver, resources: dict[str, float], scratch: Path, own: bool = False
-) -> None:
+def execute(driver: Driver, resources: dict[str, float], scratch: Path, own: bool = False) -> None:
     r"""Runs trials until nothing is left to do, or until the driver or a signal asks to stop.
 
     Arguments:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .cluster import Slots, connect
+from .cluster import Slots, connect, fitting
 from .config import Config
 from .cost import measure
 from .data import DataInfo, TrajectoryDataset
@@ -86,7 +86,7 @@ def look(
         import ray
 
         found = {n["NodeID"]: n for n in ray.nodes() if n["Alive"]}
-        able = {id: n for id, n in found.items() if _fit(slots, n["Resources"])}
+        able = {id: n for id, n in found.items() if fitting(slots.wanted, n["Resources"])}
 
         if not able and not (address is not None and _autoscales()):
             slots.check()
@@ -180,7 +180,7 @@ def _inspect(
             Node(
                 name=name,
                 kind=_kind(model, resources, "GPU" in slots.wanted),
-                fit=_fit(slots, resources),
+                fit=fitting(slots.wanted, resources),
                 memory=memory,
                 gpus=int(resources.get("GPU", 0)),
                 id=id,
@@ -286,7 +286,3 @@ def _found(probes: Sequence[Any], *args: Any) -> list[tuple[int, Sample, int]]:
     told = ray.wait(told, num_returns=len(told), timeout=1)[0] if told else []
 
     return [sample for samples in ray.get(told) for sample in samples]
-
-
-def _fit(slots: Slots, resources: dict[str, float]) -> int:
-    return min(int(resources.get(key, 0) // x) for key, x in slots.wanted.items())

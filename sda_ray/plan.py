@@ -4,6 +4,7 @@ Configurations are drawn as the sweep would draw them, each distinct shape of ne
 through on the meta device, and a few training steps on each kind of node turn that into seconds.
 """
 
+import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -35,6 +36,7 @@ __all__ = [
 ]
 
 DRAWS = 1000
+MARGIN = 0.85  # part of its share of a GPU that a trial may take by the plan
 SMALL_FILES = 500_000, 700  # bytes of a run's other files: picture, records and W&B's; per epoch
 
 
@@ -184,12 +186,10 @@ def _look(made: Plan, slots: Slots, *args: Any) -> None:
 def at_a_time(node: Node, memory: float, gpus: float) -> int:
     r"""Returns the number of trials of some memory that a node can hold at a time."""
 
-    most = int(node.memory // memory)
+    if gpus:  # each is held to its share of a GPU
+        return node.fit if memory <= MARGIN * min(1, gpus) * node.memory else 0
 
-    if gpus >= 1:  # each has at least a GPU of its own
-        return node.fit if most else 0
-
-    return min(node.fit, most * max(1, node.gpus) if gpus else most)
+    return min(node.fit, int(node.memory // memory))
 
 
 def memory_of(node: Node, cost: Cost) -> int:
@@ -261,17 +261,38 @@ def check_memory(made: Plan, gpus: float) -> None:
             f"{key}={largest.config[key]}" for key in ("hidden_channels", "window", "batch_size")
         )
         made.faults.append(
-            f"a trial with {what} takes {at_least}{takes / 2**30:.1f} GiB, but {has}. Take a "
-            "smaller network or batch_size."
+            f"a trial with {what} takes {at_least}{takes / 2**30:.1f} GiB, but {has}"
+            f"{_share(gpus)}. Take a smaller network or batch_size"
+            f"{_larger(max(made.nodes, key=lambda x: x.memory), takes, gpus)}."
         )
         return
 
     for node in made.nodes:
-        if (n := at_a_time(node, memory_of(node, largest.cost), gpus)) < node.fit:
+        takes = memory_of(node, largest.cost)
+
+        if (n := at_a_time(node, takes, gpus)) < node.fit and gpus:
+            made.warnings.append(
+                f"the largest do not fit on {node.name}, which has {node.memory / 2**30:.1f} GiB"
+                f"{_share(gpus)}: take a smaller network or batch_size"
+                f"{_larger(node, takes, gpus)}."
+            )
+        elif n < node.fit:
             made.warnings.append(
                 f"{node.name} runs {node.fit} trials at a time, but has memory for {n} of the "
                 f"largest: give --parallel {max(1, n)}, or more CPUs or GPUs to each."
             )
+
+
+def _share(gpus: float) -> str:
+    return f" per GPU, of which a trial has {gpus:g}" if 0 < gpus < 1 else ""
+
+
+def _larger(node: Node, takes: float, gpus: float) -> str:
+    r"""Returns the advice to give trials a larger share of a GPU, if there is one that does."""
+
+    least = math.ceil(20 * takes / MARGIN / node.memory) / 20
+
+    return f", or give --gpus-per-trial {least:g}" if 0 < gpus < least <= 1 else ""
 
 
 def _check_disk(made: Plan, runs: Path) -> None:

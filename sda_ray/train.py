@@ -26,6 +26,8 @@ from .validation import Validation
 
 __all__ = ["Interrupted", "OutOfMemory", "Stop", "default_device", "train"]
 
+RESIDENT = 1 / 8  # part of a GPU's memory that the data may take; a plan leaves as much free
+
 
 class Interrupted(RuntimeError):
     r"""Signals that a training was asked to stop and has saved a checkpoint."""
@@ -79,6 +81,7 @@ def train(
     init: Path | None = None,
     stop: Stop | None = None,
     after_step: Callable[[TrainState], None] | None = None,
+    share: float = 1.0,
 ) -> Iterator[Metrics]:
     r"""Trains a score network and yields the metrics of each epoch.
 
@@ -95,6 +98,7 @@ def train(
             run's record says that it extends that one.
         stop: Looked at after every step.
         after_step: Called after every step, when whatever it leaves on disk is there.
+        share: The part of a GPU's memory that is its own.
 
     Raises:
         Diverged: If the loss is not finite or has exploded. The run is marked `diverged`.
@@ -106,7 +110,7 @@ def train(
     config = run.config
 
     with _memory(config["batch_size"], device):
-        yield from _train(run, data, device, rungs, init, stop, after_step)
+        yield from _train(run, data, device, rungs, init, stop, after_step, share)
 
 
 def _train(
@@ -117,6 +121,7 @@ def _train(
     init: Path | None,
     stop: Stop | None,
     after_step: Callable[[TrainState], None] | None,
+    share: float,
 ) -> Iterator[Metrics]:
     config = run.config
 
@@ -126,6 +131,11 @@ def _train(
     # Data
     trainset = TrajectoryDataset(data / "train.h5", window=config["window"])
     validset = TrajectoryDataset(data / "valid.h5", window=config["window"])
+
+    if torch.device(device).type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        trainset.move(device, room=int(RESIDENT * min(free, share * total)))
+
     validation = Validation(validset, device)
 
     # Network

@@ -17,9 +17,10 @@ from ray.tune import Trainable
 
 from .files import write_atomic
 
-__all__ = ["REPORT_SECONDS", "Trial"]
+__all__ = ["REPORT_SECONDS", "Trial", "limit"]
 
 REPORT_SECONDS = 2.0  # epochs shorter than this are reported together
+CONTEXT = 2**29  # bytes of a GPU that CUDA itself takes for each process
 LOOK_SECONDS = 0.2  # between two looks for the wish to stop
 
 
@@ -27,7 +28,8 @@ class Trial(Trainable):
     r"""Creates a trial: one run, or a stretch of one between two rungs.
 
     Its config has `runs`, `data`, `config`, `run_id`, `index`, `attempt`, `rungs`, `record`,
-    `wandb`, `cpus` and `request`; and may have `stall`, see :mod:`sda_ray.watchdog`, `short`, how
+    `wandb`, `cpus` and `request`; and may have `gpus`, of which it takes no more memory than its
+    share, `stall`, see :mod:`sda_ray.watchdog`, `short`, how
     often the run was short of memory, and `objectives`, if there are several. A step trains for
     2 s or up to the next rung and returns
 
@@ -120,6 +122,11 @@ class Trial(Trainable):
         self.watchdog.phase()
         device = "cuda" if ray.get_gpu_ids() else "cpu"
         torch.set_num_threads(max(1, int(spec["cpus"])))
+        share = min(1.0, spec.get("gpus") or 1.0)
+
+        if device == "cuda" and share < 1:
+            total = torch.cuda.get_device_properties(0).total_memory
+            torch.cuda.set_per_process_memory_fraction(limit(share, total))
 
         self.run = Run(
             Path(spec["runs"]),
@@ -144,6 +151,7 @@ class Trial(Trainable):
             spec["rungs"],
             stop=self.stop,
             after_step=self._after_step,
+            share=share,
         )
 
         return [(epoch, line["loss_valid"]) for epoch, line in self.run.lines.items()]
@@ -208,6 +216,12 @@ class Trial(Trainable):
 
     def cleanup(self) -> None:
         self.close("interrupted")
+
+
+def limit(share: float, total: int) -> float:
+    r"""Returns the part of a GPU of `total` bytes that torch may take of a trial's share."""
+
+    return max(share / 2, share - CONTEXT / total)
 
 
 def _stop(request: Path, index: int) -> Any:

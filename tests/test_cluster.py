@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from sda_ray.cluster import Slots, connect, local_cpus
+from sda_ray.cluster import Slots, connect, fitting, local_cpus
 from sda_ray.errors import UserError
 
 # Starts a Ray where another one seems to be running, says what it is like, and waits for a line
@@ -136,6 +136,16 @@ def test_address_without_a_cluster_is_an_error() -> None:
     # Not `auto`: that would find a Ray of somebody else on this machine, and wait for it.
     with pytest.raises(UserError, match="no Ray at 'nonsense'"), connect("nonsense"):
         pass
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "fits"),
+    [(1, 0, 32), (0.1, 0, 320), (1, 1, 4), (1, 0.1, 32), (2, 0.1, 16), (1, 0.4, 8), (1, 3, 1)],
+)
+def test_as_many_trials_fit_as_ray_would_place(cpus: float, gpus: float, fits: int) -> None:
+    r"""A share of a GPU lies on a single one: 0.4 fits twice on each."""
+
+    assert fitting(Slots(cpus, gpus).wanted, {"CPU": 32.0, "GPU": 4.0}) == fits
 
 
 def test_trial_that_fits_nowhere_is_refused_before_ray_starts() -> None:

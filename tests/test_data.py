@@ -73,6 +73,28 @@ def test_user_block_is_skipped(tmp_path: Path) -> None:
     assert np.array_equal(TrajectoryDataset(tmp_path / "x.h5", window=2).x, numbers(4))
 
 
+@pytest.mark.parametrize("dtype", ["f2", "f4", "f8"])
+def test_data_on_a_device_give_the_same_windows(tmp_path: Path, dtype: str) -> None:
+    file = write(tmp_path / "train.h5", numbers(4).astype(dtype))
+    mapped, moved = TrajectoryDataset(file, window=2), TrajectoryDataset(file, window=2)
+    indices = torch.randint(len(mapped), (16,))
+    starts = torch.randint(mapped.starts, (16,))
+    size = 4 * mapped.x.size
+
+    assert not moved.move("cpu", room=size - 1)
+    assert moved.windows(indices, starts).equal(mapped.windows(indices, starts))
+    assert moved.move("cpu", room=size)
+    assert moved.windows(indices, starts).equal(mapped.windows(indices, starts))
+    assert moved.windows([1], [0]).dtype == torch.float32
+
+    with pytest.raises(IndexError, match="trajectory 0, start -1"):
+        moved.windows([0], [-1])
+
+    far = TrajectoryDataset(file, window=2)
+    assert far.move("meta", room=size)
+    assert far.windows(indices, starts).is_meta  # cut out on the device itself
+
+
 def test_windows_outside_are_refused(directory: Path) -> None:
     dataset = TrajectoryDataset(directory / "train.h5", window=3)
 

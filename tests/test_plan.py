@@ -20,7 +20,7 @@ from sda_ray.data import check_data
 from sda_ray.definition import load_script
 from sda_ray.errors import UserError
 from sda_ray.places import look_here
-from sda_ray.plan import Plan, at_a_time, check_memory, plan
+from sda_ray.plan import Plan, at_a_time, check_memory, memory_of, plan
 from sda_ray.start import Start, check_start, confirm, remember
 from sda_ray.tracking import Wandb
 
@@ -316,7 +316,26 @@ def test_node_with_memory_for_few_trials_is_told_of(made: Plan) -> None:
 
     assert [at_a_time(node, memory, 0) for memory in (100, 400, 1001)] == [4, 2, 0]
     assert at_a_time(replace(node, gpus=2), 400, 0.5) == 4
-    assert at_a_time(replace(node, gpus=1), 600, 0.25) == 1
+
+
+@pytest.mark.parametrize(("gpus", "most"), [(1, 850), (0.5, 425), (0.25, 212), (2, 850)])
+def test_trial_fits_its_share_of_a_gpu_with_a_margin(made: Plan, gpus: float, most: int) -> None:
+    node = replace(made.nodes[0], memory=1000, fit=4, gpus=4)
+
+    assert at_a_time(node, most, gpus) == 4
+    assert at_a_time(node, most + 1, gpus) == 0
+
+
+def test_share_of_a_gpu_that_is_too_small_is_caught(made: Plan) -> None:
+    takes = memory_of(made.nodes[0], max(made.shapes, key=lambda x: x.cost.peak).cost)
+    nodes = [replace(node, memory=2 * takes, gpus=1) for node in made.nodes]
+    tight = replace(made, nodes=nodes, faults=[], warnings=[])
+
+    check_memory(tight, 0.75)
+    assert tight.faults == tight.warnings == []
+    check_memory(tight, 0.5)
+    assert "per GPU, of which a trial has 0.5." in tight.faults[0]
+    assert tight.faults[0].endswith("or give --gpus-per-trial 0.6.")
 
 
 def test_start_is_checked_and_knows_what_the_plan_found(
