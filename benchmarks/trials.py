@@ -9,6 +9,9 @@ Runs a sweep of tiny trials, all of them to the end, and prints
 
     python benchmarks/trials.py [--trials 50] [--slots 2] [--wandb offline]
 
+With `--versus-tune`, it is a sweep with pruning instead, 8 trials of 8 epochs of a small network,
+beside Ray Tune alone with OptunaSearch, ASHA and the plain loop: `plain_tune.py`.
+
 Times depend on the machine and on what else it does; the processor time is printed beside them.
 """
 
@@ -29,17 +32,18 @@ SWEEP = """
 from sda_ray import CONFIG, Sweep, loguniform, main
 
 CONFIG = CONFIG | {{
-    "window": 3, "embedding": 8, "hidden_channels": (8, 16), "hidden_blocks": (1, 1),
-    "batch_size": 8, "epochs": {epochs},
+    "window": 3, "epochs": {epochs}, {network}
 }}
 SPACE = {{"learning_rate": loguniform(1e-4, 1e-2)}}
-sweep = Sweep("trials", CONFIG, SPACE, trials={trials}, sampler="random", pruner="none")
+sweep = Sweep("trials", CONFIG, SPACE, trials={trials}, {rules})
 
 if __name__ == "__main__":
     main(sweep)
 """
 
-COST, START = 1.0, 12.0  # seconds, at most
+TINY = '"embedding": 8, "hidden_channels": (8, 16), "hidden_blocks": (1, 1), "batch_size": 8'
+SMALL = '"hidden_channels": (16, 32, 64), "hidden_blocks": (1, 1, 1), "batch_size": 32'
+COST, START, WHOLE = 1.0, 12.0, 15.0  # seconds, at most
 
 
 def environment(root: Path) -> dict[str, str]:
@@ -73,6 +77,36 @@ def sweep(root: Path, slots: int, wandb: str) -> tuple[float, float]:
     return given, first
 
 
+def versus_tune(root: Path, slots: int, wandb: str) -> None:
+    r"""Runs 8 trials of 8 epochs, with pruning, by a sweep and by Ray Tune alone."""
+
+    rules = 'sampler="tpe", min_epochs=1, eta=2'
+    (root / "sweep.py").write_text(SWEEP.format(trials=8, epochs=8, network=SMALL, rules=rules))
+    start = time.monotonic()
+    sweep(root, slots, wandb)
+    ours = time.monotonic() - start
+    files = list(root.glob("runs/*_*/metrics.jsonl"))
+    epochs = sum(len(file.read_text().splitlines()) for file in files)
+    config = next(root.glob("runs/*_*/config.json"))
+
+    words = [Path(__file__).with_name("plain_tune.py"), root / "data", config, 8, slots]
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, *map(str, words)], env=environment(root), capture_output=True, text=True
+    )
+    theirs = time.monotonic() - start
+
+    if done.returncode:
+        sys.exit(done.stderr)
+
+    count = int(done.stdout.split()[-1])
+    print(
+        f"sweep:          {ours:6.1f} s for {epochs} epochs in {len(files)} runs (at most {WHOLE:g})"
+    )
+    print(f"Ray Tune alone: {theirs:6.1f} s for {count} epochs; {theirs / ours:.1f} times as long")
+    print(f"load {os.getloadavg()[0]:.1f}")
+
+
 def trained(root: Path) -> list[float]:
     r"""Returns the seconds that each run has trained, the first epoch's first."""
 
@@ -91,12 +125,29 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=9, help="of each trial (9)")
     parser.add_argument("--wandb", default="offline", help="disabled or offline (default)")
     parser.add_argument("--keep", action="store_true", help="leave all files behind")
+    parser.add_argument("--versus-tune", action="store_true", help="beside Ray Tune alone")
     args = parser.parse_args()
 
     root = Path(tempfile.mkdtemp(prefix="trials-", dir="/tmp"))  # short: Ray puts sockets there
     make_data(root / "data")
     (root / "home").mkdir()
-    (root / "sweep.py").write_text(SWEEP.format(trials=args.trials, epochs=args.epochs))
+
+    if args.versus_tune:
+        versus_tune(root, args.slots, args.wandb)
+    else:
+        marginal(root, args)
+
+    if args.keep:
+        print(root)
+    else:
+        shutil.rmtree(root, ignore_errors=True)
+
+
+def marginal(root: Path, args: argparse.Namespace) -> None:
+    rules = 'sampler="random", pruner="none"'
+    (root / "sweep.py").write_text(
+        SWEEP.format(trials=args.trials, epochs=args.epochs, network=TINY, rules=rules)
+    )
     given, first = sweep(root, args.slots, args.wandb)
     ended = time.time()
 
@@ -117,11 +168,6 @@ def main() -> None:
     print(
         f"processor time        {cpu.ru_utime + cpu.ru_stime:6.1f} s; load {os.getloadavg()[0]:.1f}"
     )
-
-    if args.keep:
-        print(root)
-    else:
-        shutil.rmtree(root, ignore_errors=True)
 
 
 if __name__ == "__main__":

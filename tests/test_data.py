@@ -1,6 +1,11 @@
 r"""Tests for the sda_ray.data module."""
 
+import json
+import math
+import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import h5py
@@ -55,6 +60,90 @@ def test_contiguous_file_is_mapped_and_not_read(directory: Path) -> None:
 
     assert isinstance(dataset.x, np.memmap)
     assert not dataset.x.flags.writeable
+
+
+# Processes that read all windows, and one that only starts a training
+SHARED = """
+import json, sys
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from sda_ray.data import TrajectoryDataset
+from sda_ray.validation import Validation
+
+torch.set_num_threads(1)
+file, count = Path(sys.argv[1]), 8
+
+def taken(pid, key):
+    mine, total = False, 0
+
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        if "-" in line.split(" ")[0]:
+            mine = line.endswith(file.name)
+        elif mine and line.startswith(f"{key}:"):
+            total += 1024 * int(line.split()[1])
+
+    return total
+
+def anonymous():
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return 1024 * int(line.split()[1])
+
+def read(pipe):
+    before = anonymous()
+    dataset = TrajectoryDataset(file, 3)
+    Validation(TrajectoryDataset(file.with_name("valid.h5"), 3))
+    began = taken("self", "Rss")
+
+    for i in range(len(dataset)):
+        for start in (*range(0, dataset.starts, 3), dataset.starts - 1):
+            dataset.windows([i], [start])
+
+    pipe.send((began, anonymous() - before))
+    pipe.recv()
+
+context = get_context("fork")
+pipes, processes = [], []
+
+for _ in range(count):
+    here, there = context.Pipe()
+    processes.append(context.Process(target=read, args=(there,)))
+    pipes.append(here)
+    processes[-1].start()
+
+told = [pipe.recv() for pipe in pipes]
+shared = [taken(process.pid, "Pss") for process in processes]
+
+for pipe, process in zip(pipes, processes):
+    pipe.send(None)
+    process.join()
+
+print(json.dumps({"began": [x for x, _ in told], "own": [x for _, x in told], "shared": shared}))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux")
+def test_processes_of_a_machine_share_one_copy(tmp_path: Path) -> None:
+    shape = (256, 16, 2, 32, 32)
+    size = 4 * math.prod(shape)  # 32 MiB
+    write(tmp_path / "train.h5", np.random.default_rng(0).random(shape, dtype=np.float32))
+    write(tmp_path / "valid.h5", np.ones((4, *shape[1:]), dtype=np.float32))
+    done = subprocess.run(
+        [sys.executable, "-c", SHARED, str(tmp_path / "train.h5")],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+
+    assert 0.95 * size < sum(found["shared"]) < 1.05 * size
+    assert max(found["own"]) < size / 2  # no copy of its own
+    assert max(found["began"]) == 0  # a start reads nothing of the training data
 
 
 def test_chunked_file_is_read_with_a_notice(
