@@ -4,11 +4,10 @@ r"""What does a training step cost, against the plain formulation?
 Each measurement is a process of its own, on one core, whose CPU time counts. The processes of a
 comparison take turns. Losses after the same steps are compared, too: both must train alike.
 
-    python benchmarks/step.py [small mid full] [--precision fp32 bf16] [--tuned] [--rounds 3]
+    python benchmarks/step.py [small mid full] [--precision fp32 bf16] [--keep both] [--rounds 3]
 """
 
 import argparse
-import ctypes
 import json
 import os
 import resource
@@ -32,17 +31,15 @@ GOALS = {
     "fp32": {"small": 2.0, "mid": 1.6, "full": 2.0},
     "bf16": {"small": 3.0, "mid": 2.5, "full": 3.5},
 }
-TRIM, TOP, MMAP = -1, -2, -4  # of glibc's mallopt: M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX
 
 
 def measure(kind: str, size: str, precision: str, batch: int, tuned: bool) -> dict[str, Any]:
     r"""Returns the CPU seconds of the median step, the last loss, and the memory at its peak."""
 
     if tuned:
-        libc = ctypes.CDLL(None)
-        libc.mallopt(MMAP, 0)
-        libc.mallopt(TRIM, 2**31 - 1)
-        libc.mallopt(TOP, 64 * 2**20)
+        from sda_ray.allocator import keep_memory
+
+        keep_memory()
 
     import torch
 
@@ -87,7 +84,7 @@ def measure(kind: str, size: str, precision: str, batch: int, tuned: bool) -> di
     return {"seconds": statistics.median(times[1:]), "loss": loss, "peak": peak}
 
 
-def compare(size: str, precision: str, batch: int, tuned: bool, rounds: int) -> dict[str, float]:
+def compare(size: str, precision: str, batch: int, keep: str, rounds: int) -> dict[str, float]:
     r"""Returns what a step costs, ours and plain, from processes that take turns."""
 
     found: dict[str, list[dict[str, Any]]] = {"plain": [], "ours": []}
@@ -95,7 +92,13 @@ def compare(size: str, precision: str, batch: int, tuned: bool, rounds: int) -> 
     for _ in range(rounds):
         for kind, results in found.items():
             words = [kind, size, precision if kind == "ours" else "fp32", str(batch)]
-            command = [sys.executable, __file__, "--measure", *words, *["tuned"] * tuned]
+            command = [
+                sys.executable,
+                __file__,
+                "--measure",
+                *words,
+                *["tuned"] * (keep in ("both", kind)),
+            ]
             env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
             done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
             results.append(json.loads(done.stdout.splitlines()[-1]))
@@ -144,7 +147,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("sizes", nargs="*", metavar="SIZE", help="small, mid, full (default: all)")
     parser.add_argument("--precision", nargs="+", default=["fp32"], choices=("fp32", "bf16"))
-    parser.add_argument("--tuned", action="store_true", help="memory is never given back, on both")
+    parser.add_argument(
+        "--keep",
+        default="ours",
+        choices=("none", "ours", "both"),
+        help="who keeps freed memory; a training of ours does",
+    )
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
@@ -153,7 +161,7 @@ def main() -> None:
 
     for size in args.sizes or SIZES:
         for precision in args.precision:
-            x = compare(size, precision, args.batch, args.tuned, args.rounds)
+            x = compare(size, precision, args.batch, args.keep, args.rounds)
             print(
                 f"{size:5} {precision}: plain {x['plain']:.3f}, ours {x['ours']:.3f}, ratio "
                 f"{x['ratio']:.2f}; memory {x['memory']:.2f} times less; relative difference of "

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from .diffusion import VPSDE
 
@@ -72,7 +73,7 @@ class GaussianScore(nn.Module):
             x = x.detach().requires_grad_()
 
             with torch.set_grad_enabled(not self.detach):
-                eps = self.sde.eps(x, t, c)
+                eps = _frozen(self.sde.eps, x, t, c)
 
             error = self.y - self.A((x - _fit(sigma, x) * eps) / _fit(mu, x))
             var = self.std**2 + self.gamma * _fit(sigma / mu, error) ** 2
@@ -136,7 +137,7 @@ class DPSGaussianScore(nn.Module):
 
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            eps = self.sde.eps(x, t, c)
+            eps = _frozen(self.sde.eps, x, t, c)
             error = self.y - self.A((x - _fit(sigma, x) * eps) / _fit(mu, x))
             square = error.square()
             square = square.sum() if self.joint else square.flatten(1).sum(1)
@@ -147,6 +148,15 @@ class DPSGaussianScore(nn.Module):
         norm = square.detach().sqrt().clamp(min=torch.finfo(square.dtype).tiny)
 
         return eps.detach() + _fit(sigma, x) * self.zeta * s / _fit(norm, x)
+
+
+def _frozen(eps: nn.Module, x: Tensor, t: Tensor, c: Tensor | None) -> Tensor:
+    r"""Estimates the noise such that nothing is prepared for gradients of the weights."""
+
+    weights = {name: p.detach() for name, p in eps.named_parameters()}
+    noise: Tensor = functional_call(eps, weights, (x, t, c))
+
+    return noise
 
 
 def _fit(a: Tensor, x: Tensor) -> Tensor:

@@ -13,79 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .padding import channels_last, circular_pad
 from .precision import lower
 from .winograd import pays, winograd_conv2d
 
-__all__ = ["CircularConv2d", "circular_pad", "upsampled_conv2d"]
-
-
-def circular_pad(x: Tensor, padding: int) -> Tensor:
-    r"""Pads a periodic field with its own opposite borders.
-
-    The result has its channels last in memory, whatever the layout of the field.
-
-    Arguments:
-        x: The field, with shape :math:`(B, C, H, W)`.
-        padding: The number :math:`p` of cells to add on each side, at most :math:`\min(H, W)`.
-
-    Returns:
-        The padded field, with shape :math:`(B, C, H + 2p, W + 2p)`.
-    """
-
-    if padding > min(x.shape[-2:]):
-        raise ValueError(
-            f"padding is {padding}, but must be at most the size of the field, here "
-            f"{tuple(x.shape[-2:])}. Use a smaller kernel or fewer levels."
-        )
-
-    return _CircularPad.apply(x, padding)
-
-
-class _CircularPad(torch.autograd.Function):
-    # As a composition of slices, autograd would write one full-size gradient for each of them.
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, p: int) -> Tensor:
-        B, C, H, W = x.shape
-        ctx.p = p
-
-        out = _empty(x, (B, C, H + 2 * p, W + 2 * p))
-        y = out.permute(0, 2, 3, 1)
-
-        y[:, p : H + p, p : W + p] = x.permute(0, 2, 3, 1)
-        y[:, p : H + p, :p] = y[:, p : H + p, W : W + p]
-        y[:, p : H + p, W + p :] = y[:, p : H + p, p : 2 * p]
-        y[:, :p] = y[:, H : H + p]
-        y[:, H + p :] = y[:, p : 2 * p]
-
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        p = ctx.p
-        B, C, H, W = grad.shape[:2] + tuple(n - 2 * p for n in grad.shape[2:])
-
-        out = _empty(grad, (B, C, H, W))
-        x, y = out.permute(0, 2, 3, 1), grad.permute(0, 2, 3, 1)
-
-        x.copy_(y[:, p : H + p, p : W + p])
-
-        # Pairs of the cells that were copied and of their copies
-        rows = ((slice(0, p), slice(H + p, None)), (slice(H - p, H), slice(0, p)))
-        columns = ((slice(0, p), slice(W + p, None)), (slice(W - p, W), slice(0, p)))
-
-        for i, k in rows:
-            x[:, i] += y[:, k, p : W + p]
-
-        for j, m in columns:
-            x[:, :, j] += y[:, p : H + p, m]
-
-        for i, k in rows:
-            for j, m in columns:
-                x[:, i, j] += y[:, k, m]
-
-        return out, None
+__all__ = ["CircularConv2d", "upsampled_conv2d"]
 
 
 class _Interleave(torch.autograd.Function):
@@ -97,7 +29,7 @@ class _Interleave(torch.autograd.Function):
         ctx.phases = tuple(_phases(C, H // 2, W // 2, y.shape[-1] - W // 2))
         ctx.shape, ctx.dtype = y.shape, y.dtype
 
-        out = _empty(skip, (B, C, H, W), dtype=torch.result_type(y, skip))
+        out = channels_last(skip, (B, C, H, W), dtype=torch.result_type(y, skip))
         x, y, skip = (z.permute(0, 2, 3, 1) for z in (out, y, skip))
 
         for fine, coarse in ctx.phases:
@@ -108,7 +40,7 @@ class _Interleave(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        out = _empty(grad, ctx.shape, dtype=ctx.dtype)
+        out = channels_last(grad, ctx.shape, dtype=ctx.dtype)
         x, y = grad.permute(0, 2, 3, 1), out.permute(0, 2, 3, 1)
 
         # Each phase leaves out one row and one column, if its convolution has an even kernel.
@@ -139,15 +71,6 @@ def _phases(C: int, H: int, W: int, shift: int) -> Sequence[tuple[Any, Any]]:
         for a in (0, 1)
         for b in (0, 1)
     ]
-
-
-def _empty(x: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
-    return torch.empty(
-        tuple(shape),
-        dtype=dtype or x.dtype,
-        device=x.device,
-        memory_format=torch.channels_last,
-    )
 
 
 def upsampled_conv2d(x: Tensor, weight: Tensor, bias: Tensor, skip: Tensor) -> Tensor:
@@ -217,6 +140,9 @@ class CircularConv2d(nn.Conv2d):
             assert self.bias is not None
             return winograd_conv2d(x, self.weight, self.bias)
 
-        x = circular_pad(x, self.kernel_size[0] // 2)
+        return self.padded(circular_pad(x, self.kernel_size[0] // 2))
 
-        return _conv2d(x, self.weight, self.bias, self.stride[0])
+    def padded(self, x: Tensor) -> Tensor:
+        r"""Returns the convolution of a field that is padded already."""
+
+        return _conv2d(lower(x), self.weight, self.bias, self.stride[0])

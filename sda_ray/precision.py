@@ -6,13 +6,16 @@ around the network are in fp32. So is whatever happens outside of :func:`lowered
 and sampling.
 """
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-__all__ = ["full", "lower", "lowered", "strict"]
+__all__ = ["full", "lower", "lowered", "strict", "warn_slow"]
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -42,6 +45,34 @@ def strict() -> None:
     r"""Makes CUDA compute fp32 in fp32: torch takes TF32 for convolutions unless told not to."""
 
     _allow_tf32(False)
+
+
+def warn_slow(precision: str, device: str) -> bool:
+    r"""Warns of a precision that the device has no instructions for.
+
+    Returns:
+        Whether it did.
+    """
+
+    if precision != "bf16" or torch.device(device).type != "cpu" or _has_bf16():
+        return False
+
+    logger.warning(
+        "precision is bf16, for which this CPU has no instructions (AVX512_BF16 or AMX): a step "
+        "takes about 5 times as long as in fp32. Set precision=fp32."
+    )
+
+    return True
+
+
+def _has_bf16() -> bool:
+    r"""Tells whether the CPU computes in bf16. What cannot be told is taken for a yes."""
+
+    asked = [getattr(torch.cpu, f"_is_{x}_supported", None) for x in ("avx512_bf16", "amx_tile")]
+
+    return torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2", "AVX512") or any(
+        ask is None or ask() for ask in asked
+    )
 
 
 def _allow_tf32(allowed: bool) -> None:

@@ -11,13 +11,14 @@ from types import FrameType
 
 import torch
 
+from .allocator import keep_memory
 from .checkpoint import RunPath
 from .config import steady_epochs
 from .data import TrajectoryDataset
 from .errors import UserError
 from .extension import carry_over, keep_start
 from .lease import LeaseLost
-from .precision import strict
+from .precision import strict, warn_slow
 from .presence import Vanished
 from .runs import Run
 from .score import load_network
@@ -127,6 +128,10 @@ def _train(
 
     if torch.device(device).type == "cuda":
         _make_deterministic()
+    else:
+        keep_memory()
+
+    warn_slow(config["precision"], device)
 
     # Data
     trainset = TrajectoryDataset(data / "train.h5", window=config["window"])

@@ -15,8 +15,8 @@ MODULES = sorted(file.stem for file in PACKAGE.glob("[!_]*.py"))
 
 # A module imports from its own floor and from those below.
 FLOORS = {
-    0: "errors keys config files hdf5 lease precision presence provenance streams watchdog",
-    1: "domain data flow generation periodic solver stencil weights winograd mailbox limits",
+    0: "allocator errors keys config files hdf5 lease precision presence provenance streams watchdog",
+    1: "domain data flow generation padding periodic solver stencil weights winograd mailbox limits",
     2: "nn score",
     3: "diffusion guidance",
     4: "averaging training validation checkpoint samples pruner forecast",

@@ -14,7 +14,7 @@ from sda_ray.data import TrajectoryDataset
 from sda_ray.diffusion import VPSDE
 from sda_ray.nn import LayerNorm, UNet, UpTail
 from sda_ray.periodic import CircularConv2d
-from sda_ray.precision import full, lower, lowered, strict
+from sda_ray.precision import full, lower, lowered, strict, warn_slow
 from sda_ray.score import MCScoreNet, make_score
 from sda_ray.training import TrainState, train_epoch
 from sda_ray.validation import Validation
@@ -191,3 +191,13 @@ def test_lowering_ends_where_it_is_left() -> None:
             assert lower(x) is x
 
     assert lower(x) is x
+
+
+def test_bf16_without_instructions_for_it_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else "avx512_bf16"
+    slow = not any(name in flags for name in ("avx512_bf16", "amx", "bf16"))
+
+    assert warn_slow("bf16", "cpu") == slow
+    assert ("precision=fp32" in caplog.text) == slow
+    assert not warn_slow("fp32", "cpu")
+    assert not warn_slow("bf16", "cuda")
