@@ -22,7 +22,9 @@ def keep_memory() -> bool:
     r"""Keeps freed memory in this process for what is asked for next, from now on.
 
     It does so with glibc alone, and not if the environment variable `SDA_RAY_KEEP_MEMORY` is 0.
-    The process then holds as much as it ever used, until :func:`give_memory_back`.
+    The process then holds as much as it ever used, until :func:`give_memory_back`. That grows for
+    the first few steps: what alignment leaves over behind a piece may keep it from being reused,
+    until the cache of such left-overs is full (7 of each size).
 
     Returns:
         Whether it does.
@@ -34,8 +36,9 @@ def keep_memory() -> bool:
         return False
 
     settings = ((MMAP_MAX, 0), (TRIM_THRESHOLD, NEVER), (TOP_PAD, PAD))
+    taken = [libc.mallopt(parameter, value) for parameter, value in settings]
 
-    return all([libc.mallopt(parameter, value) for parameter, value in settings])
+    return all(taken)
 
 
 def give_memory_back() -> None:

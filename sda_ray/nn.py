@@ -129,12 +129,13 @@ class Residue(nn.Sequential):
         """
 
         norm, first, activation, second = self
+        assert isinstance(first, CircularConv2d)
         p = first.kernel_size[0] // 2
         y, x = modulated_pad(x, shift, p)
-        y = first.padded(norm(y))
+        y = first(norm(y), padded=True)
 
         if isinstance(activation, nn.SiLU) and not (self.training and self.dropout):
-            y = second.padded(silu_pad(y, p))
+            y = second(silu_pad(y, p), padded=True)
         else:
             y = activation(y)
             y = second(F.dropout(y, self.dropout, self.training))

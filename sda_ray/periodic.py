@@ -133,16 +133,20 @@ class CircularConv2d(nn.Conv2d):
     ) -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, padded: bool = False) -> Tensor:
+        r"""
+        Arguments:
+            x: The field, with shape :math:`(B, C, H, W)`.
+            padded: Whether it is padded already.
+        """
+
         x = lower(x)
 
-        if pays(x, self.weight, self.stride[0]):
-            assert self.bias is not None
-            return winograd_conv2d(x, self.weight, self.bias)
+        if not padded:
+            if pays(x, self.weight, self.stride[0]):
+                assert self.bias is not None
+                return winograd_conv2d(x, self.weight, self.bias)
 
-        return self.padded(circular_pad(x, self.kernel_size[0] // 2))
+            x = circular_pad(x, self.kernel_size[0] // 2)
 
-    def padded(self, x: Tensor) -> Tensor:
-        r"""Returns the convolution of a field that is padded already."""
-
-        return _conv2d(lower(x), self.weight, self.bias, self.stride[0])
+        return _conv2d(x, self.weight, self.bias, self.stride[0])
