@@ -125,14 +125,14 @@ def has_bf16() -> bool:
 def results(quick: bool) -> Iterator[Result]:
     for precision in ("fp32", *["bf16"] * has_bf16()):
         for size in ("small", "mid") if quick else SIZES:
-            for tuned in (False, True):
-                x = compare(size, precision, 32, tuned, rounds=1 if quick else 3)
+            for keep in ("none", "ours", "both"):
+                x = compare(size, precision, 32, keep, rounds=1 if quick else 3)
                 yield Result(
-                    f"step, {size}, {precision}{', allocators tuned' * tuned}",
+                    f"step, {size}, {precision}, freed memory kept by {keep}",
                     x["ours"],
                     x["plain"],
                     x["ratio"],
-                    None if tuned else GOALS[precision][size],
+                    GOALS[precision][size] if keep == "ours" else None,
                     "CPU s",
                     f"memory {x['memory']:.2f} times less; loss differs by {x['loss']:.0e}",
                 )
