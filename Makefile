@@ -26,7 +26,7 @@ demo: .venv/installed
 	$(BIN)/sda-ray simulate --preset demo
 	$(BIN)/sda-ray sweep sweeps/demo.py
 
-bench: .venv/installed
+bench: .venv/installed-dev
 	$(BIN)/python benchmarks/bench.py $(ARGS)
 
 test: .venv/installed-dev
