@@ -31,7 +31,7 @@ N = M + R - 1  # inputs along each side of a tile
 # 0, 1, -1, 2, -2, have one and a half times the rounding error.
 POINTS = (Fraction(0), Fraction(1), Fraction(-1), Fraction(1, 2), Fraction(-2))
 
-CHANNELS = 128  # from which on it is faster than the direct sum, and
+CHANNELS = 48  # from which on it is faster than the direct sum, and
 TILES = 128  # in a batch: the weights are transformed for each
 ROOM = 2**22  # numbers in a transformed piece of a batch, which shall fit into the cache
 
@@ -83,7 +83,7 @@ class _Winograd(torch.autograd.Function):
 
         for part, y in zip(_pieces(x), _pieces(out, like=x), strict=True):
             v = torch.bmm(_inputs(part), u)
-            tiles = (back @ v.flatten(1)).view(M, M, *_tiles(y))
+            tiles = _both(back, v).view(M, M, *_tiles(y))
             torch.add(tiles.permute(2, 3, 0, 4, 1, 5), bias, out=_split(y))
 
         return out.permute(0, 3, 1, 2)
@@ -103,17 +103,17 @@ class _Winograd(torch.autograd.Function):
         parts = _pieces(x), _pieces(grad, like=x), _pieces(dx, like=x) if wants_x else repeat(dx)
 
         for part, g, d in zip(*parts, strict=False):
-            tiles = _split(g).permute(2, 4, 0, 1, 3, 5).reshape(M * M, -1)
-            dv = (back.T @ tiles).view(N * N, -1, g.shape[-1])
+            tiles = _split(g).permute(2, 4, 0, 1, 3, 5).contiguous()
+            dv = _both(back.T, tiles).view(N * N, -1, g.shape[-1])
 
             if wants_weight:
                 du += torch.bmm(_inputs(part).transpose(1, 2), dv)
 
             if wants_x:
-                products = torch.bmm(dv, u.transpose(1, 2)).flatten(1)
-                _scatter((inputs.T @ products).view(N, N, *_tiles(part)), d)
+                products = torch.bmm(dv, u.transpose(1, 2))
+                _scatter(_both(inputs.T, products).view(N, N, *_tiles(part)), d)
 
-        dw = (there.T @ du.flatten(1)).view(R, R, *u.shape[1:]).permute(3, 2, 0, 1)
+        dw = _both(there.T, du).view(R, R, *u.shape[1:]).permute(3, 2, 0, 1)
 
         return (
             dx.permute(0, 3, 1, 2) if wants_x else None,
@@ -124,7 +124,7 @@ class _Winograd(torch.autograd.Function):
 
 @cache
 def _matrices(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    r"""Returns the transforms of products, weights and inputs, each for both axes at once.
+    r"""Returns the transforms of products, weights and inputs along one axis of a tile.
 
     They are those of Toom and Cook: two polynomials are evaluated at the points, multiplied there,
     and interpolated; a convolution of a tile is the transpose of that.
@@ -158,20 +158,27 @@ def _matrices(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 
     inputs.append(polynomial(list(POINTS)))
 
-    def both(matrix: list[list[Fraction]]) -> Tensor:
-        one = torch.tensor([[float(x) for x in row] for row in matrix], dtype=torch.float64)
-        return torch.kron(one, one).to(dtype)
+    def tensor(matrix: list[list[Fraction]]) -> Tensor:
+        return torch.tensor([[float(x) for x in row] for row in matrix], dtype=dtype)
 
-    return both(powers(M)).T.contiguous(), both(weights), both(inputs)
+    return tensor(powers(M)).T.contiguous(), tensor(weights), tensor(inputs)
+
+
+def _both(matrix: Tensor, x: Tensor) -> Tensor:
+    r"""Transforms tiles along both of their axes, the first of :math:`(m, m, *)`, maybe merged."""
+
+    m = matrix.shape[1]
+
+    return torch.matmul(matrix, (matrix @ x.view(m, -1)).view(len(matrix), m, -1))
 
 
 def _transformed(weight: Tensor) -> Tensor:
     r"""Returns the transformed weights, with shape :math:`(36, C, C')`."""
 
     _, there, _ = _matrices(weight.dtype)
-    taps = weight.permute(2, 3, 1, 0).flatten(0, 1)
+    taps = weight.permute(2, 3, 1, 0).contiguous()
 
-    return (there @ taps.flatten(1)).view(N * N, *taps.shape[1:])
+    return _both(there, taps).view(N * N, *taps.shape[2:])
 
 
 def _inputs(x: Tensor) -> Tensor:
@@ -183,7 +190,7 @@ def _inputs(x: Tensor) -> Tensor:
     for i, j, (rows, to_rows), (columns, to_columns) in _places(x):
         tiles[i, j, :, to_rows, to_columns] = x[:, rows, columns]
 
-    return (inputs @ tiles.view(N * N, -1)).view(N * N, -1, x.shape[-1])
+    return _both(inputs, tiles).view(N * N, -1, x.shape[-1])
 
 
 def _scatter(tiles: Tensor, out: Tensor) -> None:
