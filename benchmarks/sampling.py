@@ -5,7 +5,7 @@ Trajectories are sampled by `VPSDE.sample`, alone and guided by an observation o
 cell. Each measurement is a process of its own, on one core, whose CPU time counts. The processes
 of a comparison take turns. The samples are compared, too: both must be the same.
 
-    python benchmarks/sampling.py [small mid full] [--length 16] [--kept] [--rounds 3]
+    python benchmarks/sampling.py [small mid full] [--length 16] [--keep both] [--rounds 3]
 """
 
 import argparse
@@ -15,12 +15,15 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
+from measured import Result
 from step import SIZES
 
 STEPS = {"small": 4, "mid": 2, "full": 1}
+GOALS = {"small": 2.0, "mid": None, "full": 1.4}
+LENGTH = 16  # snapshots of a trajectory
 
 
 def measure(kind: str, size: str, length: int, guided: bool, kept: bool) -> dict[str, Any]:
@@ -64,14 +67,14 @@ def measure(kind: str, size: str, length: int, guided: bool, kept: bool) -> dict
     return {"seconds": times[-1], "sample": x.flatten()[:: x.numel() // 64].tolist()}
 
 
-def compare(size: str, length: int, guided: bool, kept: bool, rounds: int) -> dict[str, float]:
+def compare(size: str, length: int, guided: bool, keep: str, rounds: int) -> dict[str, float]:
     r"""Returns what a step costs, ours and plain, from processes that take turns."""
 
     found: dict[str, list[dict[str, Any]]] = {"plain": [], "ours": []}
 
     for _ in range(rounds):
         for kind, results in found.items():
-            words = [kind, size, str(length), str(int(guided)), str(int(kept and kind == "ours"))]
+            words = [kind, size, str(length), str(int(guided)), str(int(keep in ("both", kind)))]
             command = [sys.executable, __file__, "--measure", *words]
             env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
             done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
@@ -89,6 +92,22 @@ def compare(size: str, length: int, guided: bool, kept: bool, rounds: int) -> di
     }
 
 
+def results(quick: bool) -> Iterator[Result]:
+    for size in ("small",) if quick else SIZES:
+        for guided in (False, True):
+            for keep in ("none", "ours", "both"):
+                x = compare(size, LENGTH, guided, keep, rounds=1 if quick else 3)
+                yield Result(
+                    f"sampling{', guided' * guided}, {size}, freed memory kept by {keep}",
+                    x["ours"],
+                    x["plain"],
+                    x["ratio"],
+                    GOALS[size] if keep == "ours" else None,
+                    "CPU s a step",
+                    f"the samples differ by {x['difference']:.0e}",
+                )
+
+
 def main() -> None:
     if sys.argv[1:2] == ["--measure"]:
         kind, size, *numbers = sys.argv[2:]
@@ -98,8 +117,10 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("sizes", nargs="*", metavar="SIZE", help="small, mid, full (default: all)")
-    parser.add_argument("--length", type=int, default=16, help="snapshots of a trajectory")
-    parser.add_argument("--kept", action="store_true", help="ours keeps freed memory")
+    parser.add_argument("--length", type=int, default=LENGTH, help="snapshots of a trajectory")
+    parser.add_argument(
+        "--keep", default="ours", choices=("none", "ours", "both"), help="who keeps freed memory"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
 
@@ -107,7 +128,7 @@ def main() -> None:
 
     for size in args.sizes or SIZES:
         for guided in (False, True):
-            x = compare(size, args.length, guided, args.kept, args.rounds)
+            x = compare(size, args.length, guided, args.keep, args.rounds)
             print(
                 f"{size:5} {'guided' if guided else 'alone':6}: plain {x['plain']:.3f}, ours "
                 f"{x['ours']:.3f}, ratio {x['ratio']:.2f}; relative difference of the samples "
@@ -117,5 +138,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
     main()

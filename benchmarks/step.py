@@ -33,8 +33,17 @@ GOALS = {
 }
 
 
-def measure(kind: str, size: str, precision: str, batch: int, tuned: bool) -> dict[str, Any]:
-    r"""Returns the CPU seconds of the median step, the last loss, and the memory at its peak."""
+def measure(
+    kind: str, size: str, precision: str, batch: int, tuned: bool, cores: int = 0
+) -> dict[str, Any]:
+    r"""Returns the seconds of the median step, the last loss, and the memory at its peak.
+
+    They are seconds of the CPU, with one thread; or of the wall on so many cores, with a thread
+    on each.
+    """
+
+    if cores:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
 
     if tuned:
         from sda_ray.allocator import keep_memory
@@ -50,7 +59,8 @@ def measure(kind: str, size: str, precision: str, batch: int, tuned: bool) -> di
     from sda_ray.precision import lowered
     from sda_ray.training import TrainState
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(max(1, cores))
+    clock = time.perf_counter if cores else time.process_time
     config = CONFIG | SIZES[size] | {"precision": precision}
     state = TrainState(config, size=64)
     x = torch.randn(
@@ -75,9 +85,9 @@ def measure(kind: str, size: str, precision: str, batch: int, tuned: bool) -> di
     times: list[float] = []
 
     for i in range(1 + STEPS[size]):
-        start = time.process_time()
+        start = clock()
         loss = step(x, torch.Generator().manual_seed(i))
-        times.append(time.process_time() - start)
+        times.append(clock() - start)
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
@@ -91,17 +101,10 @@ def compare(size: str, precision: str, batch: int, keep: str, rounds: int) -> di
 
     for _ in range(rounds):
         for kind, results in found.items():
-            words = [kind, size, precision if kind == "ours" else "fp32", str(batch)]
-            command = [
-                sys.executable,
-                __file__,
-                "--measure",
-                *words,
-                *["tuned"] * (keep in ("both", kind)),
-            ]
-            env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-            done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
-            results.append(json.loads(done.stdout.splitlines()[-1]))
+            kept = keep in ("both", kind)
+            results.append(
+                _measured(kind, size, precision if kind == "ours" else "fp32", batch, kept)
+            )
 
     plain, ours = (statistics.median(x["seconds"] for x in found[k]) for k in ("plain", "ours"))
 
@@ -112,6 +115,32 @@ def compare(size: str, precision: str, batch: int, keep: str, rounds: int) -> di
         "loss": abs(found["ours"][0]["loss"] / found["plain"][0]["loss"] - 1),
         "memory": found["plain"][0]["peak"] / found["ours"][0]["peak"],
     }
+
+
+def _measured(*args: Any) -> dict[str, Any]:
+    r"""Returns what :func:`measure` does, from a process of its own."""
+
+    words = [sys.executable, __file__, "--measure", json.dumps(args)]
+    env = {k: x for k, x in os.environ.items() if k != "OMP_NUM_THREADS"}
+    env["CUDA_VISIBLE_DEVICES"] = ""
+    done = subprocess.run(words, env=env, capture_output=True, text=True, check=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+
+    return found
+
+
+def scaling(size: str, rounds: int) -> Result:
+    r"""Returns how much faster a step of ours is on two cores than on one, by the wall."""
+
+    times: dict[int, list[float]] = {1: [], 2: []}
+
+    for _ in range(rounds):
+        for cores, found in times.items():
+            found.append(_measured("ours", size, "fp32", 32, True, cores)["seconds"])
+
+    one, two = (statistics.median(found) for found in times.values())
+
+    return Result(f"step, {size}, two cores", two, one, one / two, 1.7, "s", "against one core")
 
 
 def has_bf16() -> bool:
@@ -137,11 +166,14 @@ def results(quick: bool) -> Iterator[Result]:
                     f"memory {x['memory']:.2f} times less; loss differs by {x['loss']:.0e}",
                 )
 
+    if len(os.sched_getaffinity(0)) > 1:
+        for size in ("small", "mid") if quick else SIZES:
+            yield scaling(size, rounds=1 if quick else 3)
+
 
 def main() -> None:
     if sys.argv[1:2] == ["--measure"]:
-        kind, size, precision, batch, *tuned = sys.argv[2:]
-        print(json.dumps(measure(kind, size, precision, int(batch), bool(tuned))))
+        print(json.dumps(measure(*json.loads(sys.argv[2]))))
         return
 
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])

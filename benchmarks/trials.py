@@ -24,9 +24,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from chaos import make_data
+from measured import Result, limit
 
 SWEEP = """
 from sda_ray import CONFIG, Sweep, loguniform, main
@@ -77,8 +80,8 @@ def sweep(root: Path, slots: int, wandb: str) -> tuple[float, float]:
     return given, first
 
 
-def versus_tune(root: Path, slots: int, wandb: str) -> None:
-    r"""Runs 8 trials of 8 epochs, with pruning, by a sweep and by Ray Tune alone."""
+def versus_tune(root: Path, slots: int, wandb: str) -> Iterator[Result]:
+    r"""Yields what 8 trials of 8 epochs, with pruning, take in a sweep and by Ray Tune alone."""
 
     rules = 'sampler="tpe", min_epochs=1, eta=2'
     (root / "sweep.py").write_text(SWEEP.format(trials=8, epochs=8, network=SMALL, rules=rules))
@@ -100,11 +103,16 @@ def versus_tune(root: Path, slots: int, wandb: str) -> None:
         sys.exit(done.stderr)
 
     count = int(done.stdout.split()[-1])
-    print(
-        f"sweep:          {ours:6.1f} s for {epochs} epochs in {len(files)} runs (at most {WHOLE:g})"
+    yield limit(f"sweep of 8 trials, {epochs} epochs", ours, WHOLE, "s", f"{len(files)} runs.")
+    yield Result(
+        "time of an epoch in a sweep of 8 trials",
+        ours / epochs,
+        theirs / count,
+        theirs / count * epochs / ours,
+        None,
+        "s",
+        f"Ray Tune alone took {theirs:.1f} s for {count} epochs",
     )
-    print(f"Ray Tune alone: {theirs:6.1f} s for {count} epochs; {theirs / ours:.1f} times as long")
-    print(f"load {os.getloadavg()[0]:.1f}")
 
 
 def trained(root: Path) -> list[float]:
@@ -118,6 +126,61 @@ def trained(root: Path) -> list[float]:
     return found
 
 
+def marginal(root: Path, trials: int, slots: int, epochs: int, wandb: str) -> Iterator[Result]:
+    r"""Yields what trials cost in a sweep of tiny ones, beside their training."""
+
+    rules = 'sampler="random", pruner="none"'
+    (root / "sweep.py").write_text(
+        SWEEP.format(trials=trials, epochs=epochs, network=TINY, rules=rules)
+    )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    given, first = sweep(root, slots, wandb)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+
+    training = trained(root)
+    runs = list(root.glob("runs/*_*"))
+    start = min((run / "config.json").stat().st_mtime for run in runs)
+    end = max((run / "run.json").stat().st_mtime for run in runs)
+    wall, total = end - start, sum(training)
+    cost = (wall * slots - total) / len(runs)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    yield limit(
+        "one more trial",
+        cost,
+        COST,
+        "s",
+        f"{len(runs)} trials, {slots} at a time: {wall:.1f} s, of which {total:.1f} s training; "
+        f"{cpu:.0f} CPU s.",
+    )
+    yield limit("command to first step", first - given, START, "s", "The first epoch included.")
+
+
+def results(quick: bool) -> Iterator[Result]:
+    with place() as root:
+        yield from marginal(root, 10 if quick else 50, 2, 9, "offline")
+
+    with place() as root:
+        yield from versus_tune(root, 2, "offline")
+
+
+@contextmanager
+def place(keep: bool = False) -> Iterator[Path]:
+    r"""Makes a directory with data, and removes it with the block, unless it is to be kept."""
+
+    root = Path(tempfile.mkdtemp(prefix="trials-", dir="/tmp"))  # short: Ray puts sockets there
+    make_data(root / "data")
+    (root / "home").mkdir()
+
+    try:
+        yield root
+    finally:
+        if keep:
+            print(root)
+        else:
+            shutil.rmtree(root, ignore_errors=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--trials", type=int, default=50, help="default: 50")
@@ -128,46 +191,16 @@ def main() -> None:
     parser.add_argument("--versus-tune", action="store_true", help="beside Ray Tune alone")
     args = parser.parse_args()
 
-    root = Path(tempfile.mkdtemp(prefix="trials-", dir="/tmp"))  # short: Ray puts sockets there
-    make_data(root / "data")
-    (root / "home").mkdir()
+    with place(args.keep) as root:
+        if args.versus_tune:
+            found = versus_tune(root, args.slots, args.wandb)
+        else:
+            found = marginal(root, args.trials, args.slots, args.epochs, args.wandb)
 
-    if args.versus_tune:
-        versus_tune(root, args.slots, args.wandb)
-    else:
-        marginal(root, args)
+        for x in found:
+            print(f"{x.name}: {x.ours:.2f} {x.unit} (at most {x.peer:.3g}). {x.note}", flush=True)
 
-    if args.keep:
-        print(root)
-    else:
-        shutil.rmtree(root, ignore_errors=True)
-
-
-def marginal(root: Path, args: argparse.Namespace) -> None:
-    rules = 'sampler="random", pruner="none"'
-    (root / "sweep.py").write_text(
-        SWEEP.format(trials=args.trials, epochs=args.epochs, network=TINY, rules=rules)
-    )
-    given, first = sweep(root, args.slots, args.wandb)
-    ended = time.time()
-
-    training = trained(root)
-    runs = list(root.glob("runs/*_*"))
-    start = min((run / "config.json").stat().st_mtime for run in runs)
-    end = max((run / "run.json").stat().st_mtime for run in runs)
-    wall, total = end - start, sum(training)
-    cost = (wall * args.slots - total) / len(runs)
-    cpu = resource.getrusage(resource.RUSAGE_CHILDREN)
-
-    print(
-        f"{len(runs)} trials, {args.slots} at a time, {wall:.1f} s, of which {total:.1f} s training"
-    )
-    print(f"one more trial costs  {cost:6.2f} s  (at most {COST:g})")
-    print(f"until the first step  {first - given:6.2f} s  (at most {START:g}; with its epoch)")
-    print(f"end of the command    {ended - end:6.2f} s after the last trial")
-    print(
-        f"processor time        {cpu.ru_utime + cpu.ru_stime:6.1f} s; load {os.getloadavg()[0]:.1f}"
-    )
+    print(f"load {os.getloadavg()[0]:.1f}")
 
 
 if __name__ == "__main__":

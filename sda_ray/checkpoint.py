@@ -15,7 +15,6 @@ import string
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -114,21 +113,13 @@ def new_id() -> str:
 def new_name(id: str, number: int) -> str:
     r"""Returns the name `{adjective}-{noun}-{number}` that goes with an id."""
 
-    generator = _words()
-    generator.random = random.Random(id)
-    words = generator.generate(2)
-
-    return f"{words[0]}-{words[1]}-{number}"
-
-
-@cache
-def _words() -> Any:
     from coolname import RandomGenerator
     from coolname.data import config
 
     own: Any = copy.deepcopy(config)  # the generator changes it
+    words = RandomGenerator(own, random.Random(id)).generate(2)
 
-    return RandomGenerator(own, random.Random(0))
+    return f"{words[0]}-{words[1]}-{number}"
 
 
 def _digest(tensors: dict[str, Tensor], info: str) -> str:

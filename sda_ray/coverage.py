@@ -30,7 +30,7 @@ from .inventory import Entry, read_entry
 from .priors import Prior
 from .score import load_network, make_score
 from .train import default_device
-from .validation import Validation
+from .validation import DRAWS, Validation
 
 __all__ = ["Measure", "Refusal", "collect"]
 
@@ -91,7 +91,7 @@ class Measure:
             )
 
         sde = VPSDE(kernel, self.validset.shape, config["alpha"]).to(self.device)
-        loss, error = self.validation(sde)
+        loss, error = self.validation(sde, DRAWS)
 
         return {"epoch": config["epochs"], "loss_valid": loss, "loss_valid_se": error}
 

@@ -128,6 +128,7 @@ def _spec(sweep: Sweep, options: Options, info: DataInfo) -> dict[str, Any]:
             "study": f"sweeps/{sweep.name}/study.journal",
             "data": info.fingerprint,
             "wandb": asdict(options.wandb),
+            "rungs": list(sweep.rules.rungs),
         },
         "request": str(sweep_directory(options.runs, sweep.name) / "stop"),
         "stall": 60 * options.stall,

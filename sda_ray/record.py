@@ -28,6 +28,7 @@ KINDS: dict[str, type] = {
     "sweep": str,
     "wandb": dict,
     "attempts": list,
+    "rungs": list,
 }
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,9 @@ def read_record(path: RunPath) -> dict[str, Any]:
     for attempt in record.get("attempts") or []:
         if not isinstance(attempt, dict) or not isinstance(attempt.get("versions", {}), dict):
             raise UserError(f"{path.record} is damaged: an attempt is {show(attempt)}.")
+
+    if any(type(rung) is not int for rung in record.get("rungs") or []):
+        raise UserError(f"{path.record} is damaged: its rungs are {show(record['rungs'])}.")
 
     return {key: x for key, x in record.items() if x is not None or key not in KINDS}
 

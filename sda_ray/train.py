@@ -94,7 +94,7 @@ def train(
         run: The run, open.
         data: The directory of `train.h5` and `valid.h5`.
         device: Where to train.
-        rungs: Epochs at which a checkpoint is saved in any case.
+        rungs: Epochs at which the run is judged: by several draws, and with a checkpoint.
         init: The directory of a run whose weights to begin with, or whose checkpoint, if the
             run's record says that it extends that one.
         stop: Looked at after every step.
@@ -171,14 +171,15 @@ def _train(
         if wanted:
             raise Interrupted("asked to stop")
 
-    rungs = {*rungs, config["epochs"], steady_epochs(config)}
+    rungs = {*rungs, *run.record.get("rungs", ())}  # also of a run that goes on without its sweep
+    saved = {*rungs, config["epochs"], steady_epochs(config)}
     keep_start(run, state)  # if the run was killed before it did so
 
     try:
-        for metrics in epochs(state, trainset, validation, look_up):
+        for metrics in epochs(state, trainset, validation, look_up, rungs):
             run.log(metrics)
 
-            if metrics["epoch"] in rungs or run.due:
+            if metrics["epoch"] in saved or run.due:
                 run.save(state)
                 keep_start(run, state)
 

@@ -6,7 +6,7 @@ after any step and go on elsewhere as if nothing had happened.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from .diffusion import VPSDE
 from .precision import lowered
 from .score import MCScoreNet, make_score
 from .streams import DROPOUT, INIT, NOISE, ORDER, START, rng, seeded
-from .validation import Validation
+from .validation import DRAWS, Validation
 
 __all__ = ["Diverged", "Metrics", "TrainState", "epochs", "train_epoch"]
 
@@ -239,8 +239,12 @@ def epochs(
     trainset: TrajectoryDataset,
     validation: Validation,
     after_step: Callable[[TrainState], None] = lambda state: None,
+    rungs: Collection[int] = (),
 ) -> Iterator[Metrics]:
     r"""Trains to the end of the config's epochs and yields the metrics of each.
+
+    A run is judged by its loss at a rung and at the end: there it is the mean of several draws,
+    of which the first is that of all other epochs.
 
     Yields:
         `epoch` (from 1), `loss_train`, `loss_valid`, `loss_valid_se`, `lr` and `seconds`, and
@@ -253,11 +257,13 @@ def epochs(
     while state.epoch < state.config["epochs"]:
         start = time.monotonic()
         loss_train = train_epoch(state, trainset, after_step)
-        loss_valid, error = validation(state.result_sde)
+        judged = state.epoch in rungs or state.epoch == state.config["epochs"]
+        draws = DRAWS if judged else 1
+        loss_valid, error = validation(state.result_sde, draws)
         losses = {"loss_train": loss_train, "loss_valid": loss_valid}
 
         if state.average is not None:
-            losses["loss_valid_raw"], _ = validation(state.sde)
+            losses["loss_valid_raw"], _ = validation(state.sde, draws)
 
         for key, loss in losses.items():
             if not loss < EXPLODED:

@@ -15,6 +15,7 @@ from typing import Any
 
 from ray.tune import Trainable
 
+from .allocator import give_memory_back
 from .files import write_atomic
 
 __all__ = ["REPORT_SECONDS", "Trial", "limit"]
@@ -213,6 +214,9 @@ class Trial(Trainable):
 
         if watchdog is not None:
             watchdog.close()
+
+        if run is not None:
+            give_memory_back()  # before a smaller network comes, or nothing for a while
 
     def cleanup(self) -> None:
         self.close("interrupted")

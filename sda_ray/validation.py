@@ -10,7 +10,9 @@ from .data import TrajectoryDataset
 from .diffusion import VPSDE
 from .streams import VALID, rng
 
-__all__ = ["Items", "Validation"]
+__all__ = ["DRAWS", "Items", "Validation"]
+
+DRAWS = 4  # independent draws whose mean a run is judged by
 
 
 class Items(NamedTuple):

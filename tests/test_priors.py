@@ -44,7 +44,7 @@ from sda_ray.seen import study_of
 from sda_ray.study import Study
 from sda_ray.tracking import Wandb
 from sda_ray.train import train
-from sda_ray.validation import Validation
+from sda_ray.validation import DRAWS, Validation
 
 REFERENCE = Path(__file__).parent / "reference" / "runs" / "crimson-cloud-4_6k7cjnx7"
 OFF = Wandb("disabled")
@@ -262,7 +262,7 @@ def test_run_on_other_data_is_measured_on_those_of_the_sweep(
 
     assert (
         loss
-        == Validation(validset)(sde)[0]
+        == Validation(validset)(sde, DRAWS)[0]
         != read_history(source / "metrics.jsonl")[3]["loss_valid"]
     )
     assert prior.notes == (
@@ -356,7 +356,8 @@ def test_run_by_sda_is_measured_and_brought_in(
     adopt([str(REFERENCE)], upstream, runs, large, record_of)
     (record,) = records(runs, "up")
     validset = TrajectoryDataset(large / "valid.h5", 3)
-    loss, _ = Validation(validset)(VPSDE(load_score(REFERENCE).kernel, validset.shape))
+    sde = VPSDE(load_score(REFERENCE).kernel, validset.shape)
+    loss, _ = Validation(validset)(sde, DRAWS)
     copy = RunPath(by_id(runs, record.run_id))
 
     assert "its loss is that of its state.pth on this data" in capsys.readouterr().out

@@ -148,7 +148,7 @@ def test_init_starts_from_the_weights_of_another_run(
 ) -> None:
     config = small | {"seed": 1, "learning_rate": 1e-30, "weight_decay": 0.0}
     run = begin(tmp_path / "runs", config, parent=whole.id)
-    metrics = next(train(run, data, init=whole.directory))
+    metrics = next(train(run, data, rungs=[1], init=whole.directory))
     assert metrics["loss_valid"] == pytest.approx(history(whole)[-1]["loss_valid"], rel=1e-5)
 
 

@@ -12,7 +12,7 @@ from sda_ray.config import CONFIG, Config, schedule
 from sda_ray.data import TrajectoryDataset
 from sda_ray.streams import rng
 from sda_ray.training import Diverged, TrainState, epochs, train_epoch
-from sda_ray.validation import Validation
+from sda_ray.validation import DRAWS, Validation
 
 SIZE = 16
 
@@ -205,6 +205,20 @@ def train_to_the_end(
 ) -> list[dict[str, object]]:
     metrics = list(epochs(state, trainset, validation))
     return [{k: x for k, x in m.items() if k != "seconds"} for m in metrics]
+
+
+def test_loss_that_a_run_is_judged_by_is_the_mean_of_several_draws(
+    small: Config, trainset: TrajectoryDataset, validation: Validation
+) -> None:
+    state, found = TrainState(small | {"epochs": 3}, SIZE), []
+
+    for metrics in epochs(state, trainset, validation, rungs=[2]):
+        expected = [validation(state.sde), validation(state.sde, DRAWS)]
+        found.append((metrics["loss_valid"], metrics["loss_valid_se"]))
+        assert found[-1] == expected[metrics["epoch"] in (2, 3)]  # the last is a rung, too
+
+    errors = [error for _, error in found]
+    assert max(errors[1:]) < 0.75 * errors[0]  # a half of it, but for chance
 
 
 def test_same_seed_trains_the_same_bits(
