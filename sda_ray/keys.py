@@ -12,6 +12,7 @@ from .errors import UserError
 __all__ = [
     "ACTIVATIONS",
     "ALPHAS",
+    "COMPILATIONS",
     "KEYS",
     "OPTIMIZERS",
     "PRECISIONS",
@@ -29,6 +30,7 @@ OPTIMIZERS: tuple[str, ...] = ("AdamW",)
 SCHEDULERS: tuple[str, ...] = ("linear", "cosine", "exponential", "constant", "wsd")
 ALPHAS: tuple[str, ...] = ("cos", "lin", "exp")
 PRECISIONS: tuple[str, ...] = ("fp32", "bf16", "tf32")
+COMPILATIONS: tuple[str, ...] = ("off", "on", "graphs")
 
 MAX_LEVELS = 16
 
@@ -114,6 +116,7 @@ KEYS: dict[str, Key] = {
     "grad_clip": Key(0.0, "highest norm of the gradient, 0 for any", float, 0, 1e9, ours=True),
     "ema": Key(0.0, "decay of averaged weights, 0 for none", float, 0, 1, below=True, ours=True),
     "precision": Key("fp32", "arithmetic of training", str, options=PRECISIONS, ours=True),
+    "compile": Key("off", "torch.compile of the network", str, options=COMPILATIONS, ours=True),
 }
 
 

@@ -1,13 +1,15 @@
 r"""Padding of periodic fields, alone or with what comes just before it.
 
 The fields are padded by a node of the graph each, which keeps the channels last in memory. As
-compositions of slices, autograd would write one full-size gradient for each slice.
+compositions of slices, autograd would write one full-size gradient for each slice. A compiler, which
+sees the whole network, is given the plain formulation.
 """
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -33,6 +35,9 @@ def circular_pad(x: Tensor, padding: int) -> Tensor:
             f"{tuple(x.shape[-2:])}. Use a smaller kernel or fewer levels."
         )
 
+    if torch.compiler.is_compiling():
+        return F.pad(x, (padding,) * 4, mode="circular")
+
     return _CircularPad.apply(x, padding)
 
 
@@ -49,11 +54,17 @@ def modulated_pad(x: Tensor, shift: Tensor, padding: int) -> tuple[Tensor, Tenso
         that is used, rather than `x`, both gradients are summed in one pass.
     """
 
+    if torch.compiler.is_compiling():
+        return circular_pad(x + shift, padding), x
+
     return _ModulatedPad.apply(x, shift, padding)
 
 
 def silu_pad(x: Tensor, padding: int) -> Tensor:
     r"""Pads the SiLU of a periodic field as :func:`circular_pad`, in one pass through memory."""
+
+    if torch.compiler.is_compiling():
+        return circular_pad(F.silu(x), padding)
 
     return _SiLUPad.apply(x, padding)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from .averaging import average_of, follow
+from .compilation import compiled
 from .config import Config, learning_rate
 from .data import TrajectoryDataset
 from .diffusion import VPSDE
@@ -54,6 +55,7 @@ class TrainState:
         self.device = torch.device(device)
         self.shape = 2 * config["window"], size, size
         self.sde = self._sde(self.score)
+        self.compiled = compiled(self.sde, config["compile"])  # what a step of training sees
         self.average = average_of(self.score) if config["ema"] else None
         self.lr = config["learning_rate"]
         self.moments = {
@@ -217,7 +219,7 @@ def train_epoch(
         state.sde.train()
 
         with dropout, lowered(config["precision"], state.device):
-            loss = state.sde.loss(x, generator=noise_rng)
+            loss = state.compiled.loss(x, generator=noise_rng)
 
         state.sde.eval()
         loss.backward()

@@ -52,6 +52,7 @@ OURS = {
     "grad_clip": 0.0,
     "ema": 0.0,
     "precision": "fp32",
+    "compile": "off",
 }
 
 BAD: list[tuple[dict[Any, Any], str]] = [

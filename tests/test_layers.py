@@ -19,7 +19,7 @@ FLOORS = {
     1: "domain data flow generation padding periodic solver stencil weights winograd mailbox limits",
     2: "nn score",
     3: "diffusion guidance",
-    4: "averaging training validation checkpoint samples pruner forecast",
+    4: "averaging compilation training validation checkpoint samples pruner forecast",
     5: "settings cost record history tracking fragments runs extension train curves inventory reclaim outcome vigil",
     6: "probe room space seen danger grid methods sampler stopping journal study reconcile cluster details render upload",
     7: "fitting queueing priors coverage shapes places nodes archive definition trial drawing losses driver desk lookout executor table progress",
