@@ -1,22 +1,32 @@
 r"""Ray, started for one command or attached to on request, and never found by accident."""
 
 import fcntl
+import logging
 import os
 import secrets
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from .errors import UserError
+from .scaling import Growth, growth, leaving_nodes
 
 __all__ = ["Slots", "connect", "fitting", "local_cpus"]
 
+logger = logging.getLogger(__name__)
+
+FRESH = 1.0  # seconds that a count of the nodes holds
+PATIENCE = 20.0  # seconds without room for a trial after which that is said
+LAST = 60.0  # … after which the sweep ends, if all nodes that are up are avoided
+
 STORE = 100 * 2**20  # bytes of shared memory; nothing large goes through Ray
 PREFIX = "sda-ray-"
+BAD = "node "  # how reasons begin that are held against a node
 LONGEST = 24  # characters of a directory in which the paths of Ray's sockets stay short enough
 
 
@@ -130,13 +140,66 @@ class Slots:
     def __init__(self, cpus: float, gpus: float, most: int | None = None) -> None:
         self.wanted = {key: x for key, x in {"CPU": cpus, "GPU": gpus}.items() if x > 0}
         self.most = most
+        self.avoided: Mapping[str, str] = {}  # nodes where no trial may start -> why
+        self.growth: Growth | None = None  # what the cluster may start, once it was checked
+        self._count = 0
+        self._counted = self._room = -FRESH
+        self._said = False
 
     def __call__(self) -> int:
-        r"""Returns the number of trials that fit on the nodes of the cluster, as it is now."""
+        r"""Returns the number of trials that fit on the nodes of the cluster, as it is now.
 
-        total = sum(self._on(node["Resources"]) for node in _nodes())
+        What the cluster may start counts as well; nodes that are leaving or avoided do not.
 
-        return total if self.most is None else min(total, self.most)
+        Raises:
+            UserError: If all nodes have long been avoided.
+        """
+
+        if (now := time.monotonic()) - self._counted > FRESH:
+            self._count, self._counted = self._look(), now
+            self._room = now if self._count or self._room < 0 else self._room
+            self._complain(now - self._room)
+
+        return self._count if self.most is None else min(self._count, self.most)
+
+    def _look(self) -> int:
+        here = {node["NodeID"]: self._on(node["Resources"]) for node in _nodes()}
+        gone = leaving_nodes() if here else set()
+        avoided = sum(here.get(id, 0) for id in self.avoided)
+        able = sum(x for id, x in here.items() if id not in self.avoided and id not in gone)
+
+        return max(able, self._possible() - avoided)
+
+    def _possible(self) -> int:
+        if self.growth is None:
+            return 0
+
+        return self.growth.fit([self._on(kind.resources) for kind in self.growth.types])
+
+    def _complain(self, seconds: float) -> None:
+        r"""Says once that there is no room for a trial, or that there never will be again."""
+
+        if seconds == 0:
+            self._said = False
+            return
+
+        bad = [why for why in self.avoided.values() if why.startswith(BAD)]
+        fit = {node["NodeID"] for node in _nodes() if self._on(node["Resources"])}
+
+        if seconds > LAST and bad and fit <= set(self.avoided):
+            raise UserError(
+                f"there is no node left for a trial: {'; '.join(dict.fromkeys(bad))}. Look at "
+                "errors.log and stacks.txt of their runs, then carry on with the same command."
+            )
+
+        if seconds > PATIENCE and not self._said:
+            self._said = True
+            wanted = " ".join(f"{key}={x:g}" for key, x in self.wanted.items())
+            logger.warning(
+                "no node has room for a trial of %s at the moment: the sweep waits for one to "
+                "join. `ray status` says what the cluster has.",
+                wanted,
+            )
 
     def _on(self, resources: dict[str, float]) -> int:
         return fitting(self.wanted, resources)
@@ -150,9 +213,21 @@ class Slots:
         self._check({"this machine": here})
 
     def check(self) -> None:
-        r"""Raises a UserError if no node can ever hold a trial: Ray would wait for ever."""
+        r"""Raises a UserError if no node can ever hold a trial: Ray would wait for ever.
 
-        self._check({f"node {n['NodeManagerHostname']}": n["Resources"] for n in _nodes()})
+        Nodes that the cluster starts when they are wanted need not be up.
+        """
+
+        self.growth = growth()
+        found = {f"node {n['NodeManagerHostname']}": n["Resources"] for n in _nodes()}
+
+        if self.growth is not None and self.growth.unknown:
+            return
+
+        for kind in () if self.growth is None else self.growth.types:
+            found[f"a node of type {kind.name}"] = kind.resources
+
+        self._check(found)
 
     def _check(self, nodes: dict[str, dict[str, float]]) -> None:
         if any(self._on(resources) for resources in nodes.values()):

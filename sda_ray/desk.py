@@ -257,7 +257,6 @@ class Desk:
 
         for record in failed:
             driver.study.revive(record)
-            driver.losses.short.pop(record.index, None)
 
         driver.errors.clear()
         numbers = ", ".join(str(record.index) for record in failed)

@@ -159,7 +159,8 @@ class Driver:
             "run_id": record.run_id,
             "index": record.index,
             "attempt": record.attempt,
-            "short": self.losses.short[record.index],
+            "short": record.short,
+            "avoid": sorted(self.losses.avoided),
         }
 
     def _reveal(self) -> list[Record]:
@@ -224,6 +225,11 @@ class Driver:
 
         if event != "running":
             del self.live[trial]
+
+            if result.get("leaving"):
+                self.losses.leave(record.index)
+            else:
+                self.losses.acquit(record.index)
 
         if event == "stopped":
             self.unwanted.add(record.index)  # told when its process has let go of it

@@ -103,6 +103,7 @@ def carry_out(sweep: Sweep, study: Study, slots: Slots, options: Options, info: 
                 keeper,
             )
             study.journal.stopping = lambda: driver.stopping
+            slots.avoided = driver.losses.avoided
             _drive(driver, slots, options, table)
             _end(driver, _again(sweep.name, options.root, options.runs))
 

@@ -6,6 +6,7 @@ cannot tell a bug from a lost machine: lost workers are adopted by the driver.
 """
 
 import logging
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -15,16 +16,22 @@ from typing import Any
 
 import ray
 from ray import tune
+from ray.tune import Callback
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from .driver import Driver
 from .lookout import Lookout
+from .scaling import node_of
 from .trial import Trial
 
 __all__ = ["execute"]
 
+logger = logging.getLogger(__name__)
+
 CLOSING = 60.0  # seconds given to trials in the end to close their runs
+WAITING = 1000  # trials that may wait for a node, at most
+PATIENCE = 20.0  # seconds that they wait before that is said
 
 
 def execute(driver: Driver, resources: dict[str, float], scratch: Path, own: bool = False) -> None:
@@ -44,15 +51,17 @@ def execute(driver: Driver, resources: dict[str, float], scratch: Path, own: boo
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # we say it ourselves
 
     lookout = Lookout(driver)
+    # Trials that wait for a node are what the cluster starts nodes for. Tune lets one wait.
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = "1" if own else str(WAITING)
 
     with _on_signals(driver.stop), _memory_kills_are_deaths(), _started_workers(own):
         tune.run(
-            tune.with_resources(Trial, resources),
+            tune.with_resources(Trial, _place(resources)),
             name="sweep",
             storage_path=str(scratch / "tune"),
             search_alg=_Searcher(driver, lookout),
-            scheduler=_Scheduler(driver, lookout),
-            callbacks=[lookout],
+            scheduler=_Scheduler(driver, lookout, own),
+            callbacks=[lookout, _Patience()],
             num_samples=-1,
             max_failures=0,
             reuse_actors=not resources["gpu"],
@@ -167,6 +176,45 @@ def as_death(exception: Exception) -> Exception:
     return exception
 
 
+def _place(resources: dict[str, float]) -> Callable[[dict[str, Any]], Any]:
+    r"""Returns what tells, by a trial's config, what Ray shall keep for it, and where not."""
+
+    bundle = {key.upper(): x for key, x in resources.items() if x}
+
+    def place(config: dict[str, Any]) -> Any:
+        if not (avoid := config.get("avoid")):
+            return tune.PlacementGroupFactory([bundle])
+
+        where = {"ray.io/node-id": f"!in({','.join(avoid)})"}
+
+        return tune.PlacementGroupFactory([bundle], bundle_label_selector=[where])
+
+    return place
+
+
+class _Patience(Callback):
+    r"""Creates what says that trials have waited long for a node, once for each such time."""
+
+    def __init__(self) -> None:
+        self.since: float | None = None
+        self.said = False
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        waiting = sum(trial.status == "PENDING" for trial in trials)
+
+        if not waiting or any(trial.status == "RUNNING" for trial in trials):
+            self.since, self.said = None, False
+        elif self.since is None:
+            self.since = time.monotonic()
+        elif time.monotonic() - self.since > PATIENCE and not self.said:
+            self.said = True
+            logger.warning(
+                "%d trials wait for room: the cluster starts nodes for them, or others use those "
+                "that are up. `ray status` says more.",
+                waiting,
+            )
+
+
 class _Searcher(Searcher):
     r"""Creates the face of the driver that Tune asks for trials."""
 
@@ -202,13 +250,26 @@ class _Searcher(Searcher):
 class _Scheduler(FIFOScheduler):
     r"""Creates the face of the driver that Tune tells results."""
 
-    def __init__(self, driver: Driver, lookout: Lookout) -> None:
+    def __init__(self, driver: Driver, lookout: Lookout, own: bool) -> None:
         super().__init__()
         self.driver = driver
         self.lookout = lookout
+        self.own = own
+
+    def _note_place(self, trial: Any) -> None:
+        r"""Notes where a run is. Of a Ray of our own, the one node is never avoided."""
+
+        index = self.driver.live.get(trial.trial_id)
+
+        if index is not None and not self.own:
+            self.driver.losses.places[index] = node_of(trial.temporary_state.ray_actor)
 
     def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
         actor = trial.temporary_state.ray_actor
+
+        if result["event"] != "running":
+            self._note_place(trial)
+
         self.lookout.nodes[trial.trial_id] = result.get("node", "")
         self.lookout.actors[self.driver.live.get(trial.trial_id, 0)] = actor
 
@@ -233,6 +294,7 @@ class _Scheduler(FIFOScheduler):
 
     def on_trial_error(self, controller: Any, trial: Any) -> None:
         try:
+            self._note_place(trial)
             self.lookout.lose(trial)
         except Exception as error:
             self.driver.guard(error)

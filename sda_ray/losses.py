@@ -15,6 +15,7 @@ logger = logging.getLogger(__name__)
 
 ALIKE = 3  # runs that fail alike, before any is complete, after which a sweep stops
 LOST = 5  # times that a worker may die under a run
+STRIKES = 3  # workers in a row that may die on a node, before it is avoided
 SHORT = 1  # times that a run may be short of memory
 UNREACHED = 2  # attempts that W&B's server fails, after which new ones start offline
 
@@ -54,13 +55,16 @@ def alike(errors: Sequence[str]) -> bool:
 
 
 class Losses:
-    r"""Creates the count of the workers that were lost under runs.
+    r"""Creates the count of the workers that were lost under runs, and of those lost on nodes.
 
-    Deaths are counted in the study, by all drivers together; shortages of memory by this one.
+    What is held against a run is counted in the study, by all drivers together; what is held
+    against a node, for this sweep, by this driver.
     """
 
     def __init__(self) -> None:
-        self.short: Counter[int] = Counter()  # index of a run -> times that it lacked memory
+        self.places: dict[int, tuple[str, str]] = {}  # index of a run -> id and name of its node
+        self.strikes: Counter[str] = Counter()  # id of a node -> workers that died there in a row
+        self.avoided: dict[str, str] = {}  # ids of nodes where no trial may start -> why
 
     def count(self, study: Study, record: Record, cause: str, reason: str) -> str:
         r"""Counts a loss, and returns why the run is given up, or nothing.
@@ -73,16 +77,42 @@ class Losses:
         """
 
         if cause == "memory":
-            self.short[record.index] += 1
-
-            short = self.short[record.index]
+            short = study.lack(record).short
 
             return f"out of memory {short} times, last of: {reason}" if short > SHORT else ""
 
-        if cause != "node" and (lost := study.lose(record).lost) > LOST:
+        if cause == "node":
+            return ""
+
+        self._strike(record, reason)
+
+        if (lost := study.lose(record).lost) > LOST:
             return f"its worker died {lost} times, last of: {reason}"
 
         return ""
+
+    def _strike(self, record: Record, reason: str) -> None:
+        id, name = self.places.get(record.index, ("", ""))
+        self.strikes[id] += 1
+
+        if id and self.strikes[id] >= STRIKES and id not in self.avoided:
+            why = f"node {name}: {self.strikes[id]} workers in a row died there, last of: {reason}"
+            self.avoided[id] = why
+            logger.warning("%s. No trial of this sweep starts there any more.", why)
+
+    def acquit(self, index: int) -> None:
+        r"""Takes in that an attempt at a run has come to its own end: its node is fine."""
+
+        self.strikes.pop(self.places.get(index, ("", ""))[0], None)
+
+    def leave(self, index: int) -> None:
+        r"""Takes in that the node of a run is about to go: no trial starts there any more."""
+
+        id, name = self.places.get(index, ("", ""))
+
+        if id and id not in self.avoided:
+            self.avoided[id] = f"{name} is leaving"
+            logger.warning("Node %s is leaving the cluster: its trials go on elsewhere.", name)
 
 
 class Outage:

@@ -41,6 +41,7 @@ class Record:
             to the sampler and does not count towards the target.
         queued: The number of the queued configuration that the run was started for, if any.
         lost: The number of times that a worker died under the run.
+        short: The number of times that it was short of memory.
         finals: The values of all objectives of a complete run, if there are several.
     """
 
@@ -58,6 +59,7 @@ class Record:
     source: str = ""
     queued: int | None = None
     lost: int = 0
+    short: int = 0
     finals: tuple[float, ...] = ()
 
     @property

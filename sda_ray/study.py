@@ -181,6 +181,11 @@ class Study:
 
         return self._set(record, lost=record.lost + 1)
 
+    def lack(self, record: Record) -> Record:
+        r"""Records that a run was short of memory."""
+
+        return self._set(record, short=record.short + 1)
+
     def revive(self, record: Record) -> Record:
         r"""Adds a record that takes over a closed one: its run is adopted next."""
 
@@ -308,5 +313,6 @@ def _record(trial: FrozenTrial, notes: dict[str, Any]) -> Record:
         source=attrs.get("source", ""),
         queued=attrs.get("queued"),
         lost=attrs.get("lost", 0),
+        short=attrs.get("short", 0),
         finals=tuple(trial.values) if trial.state == TrialState.COMPLETE else (),
     )

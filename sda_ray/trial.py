@@ -41,10 +41,14 @@ class Trial(Trainable):
     * `unreached`, whether W&B's server has failed this attempt
     * `longest`, the seconds that it went without looking for the wish to stop
     * `node`, Ray's id of the node that it runs on
+    * `leaving`, whether it was interrupted since that is about to go
     """
 
     def setup(self, config: dict[str, Any]) -> None:
+        from .leaving import watch
+
         self.spec = config
+        self.leaving = watch()
         self.run: Any = None
         self.tracker: Any = None
         self.training: Iterator[dict[str, Any]] | None = None
@@ -104,6 +108,7 @@ class Trial(Trainable):
             "unreached": unreached,
             "longest": longest,
             "node": ray.get_runtime_context().get_node_id(),
+            "leaving": event == "interrupted" and self.leaving(),
         }
 
     def _open(self) -> list[tuple[int, float]]:
@@ -159,6 +164,9 @@ class Trial(Trainable):
 
     def _after_step(self, state: Any) -> None:
         self.watchdog.step()
+
+        if self.leaving():
+            self.stop.signal = SIGTERM
 
         if state.step == len(state.losses):  # the epoch's last
             self.watchdog.phase()

@@ -22,7 +22,7 @@ FLOORS = {
     4: "averaging compilation training validation checkpoint samples pruner forecast",
     5: "settings cost record history tracking fragments runs extension train curves inventory reclaim outcome vigil",
     6: "probe room space seen danger grid methods sampler stopping journal study reconcile cluster details render upload",
-    7: "fitting queueing priors coverage shapes places nodes archive definition trial drawing losses driver desk lookout executor table progress",
+    7: "fitting queueing priors coverage shapes places nodes archive definition trial drawing losses driver desk lookout executor table progress scaling leaving clusterfile",
     8: "steering faults plan bill start adoption driving sweep session simulate browse sync",
     9: "options commands cli",
 }
@@ -42,7 +42,7 @@ IMPORTERS = {
         "methods",
         "stopping",
     },
-    "ray": {"trial", "executor", "lookout", "simulate", "cluster", "nodes"},
+    "ray": {"trial", "executor", "lookout", "simulate", "cluster", "nodes", "scaling", "leaving", "clusterfile"},
     "wandb": {"tracking", "upload", "fragments"},
 }
 
