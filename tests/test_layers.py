@@ -42,7 +42,17 @@ IMPORTERS = {
         "methods",
         "stopping",
     },
-    "ray": {"trial", "executor", "lookout", "simulate", "cluster", "nodes", "scaling", "leaving", "clusterfile"},
+    "ray": {
+        "trial",
+        "executor",
+        "lookout",
+        "simulate",
+        "cluster",
+        "nodes",
+        "scaling",
+        "leaving",
+        "clusterfile",
+    },
     "wandb": {"tracking", "upload", "fragments"},
 }
 
