@@ -73,6 +73,7 @@ class Driver:
 
         self.live: dict[str, int] = {}  # who carries out what: a trial's name -> index of its run
         self.closing: dict[int, Callable[[], bool]] = {}  # index of a run -> whether it is closed
+        self.noted = False  # whether a note of a trial was passed on
         self.unwanted: set[int] = set()  # runs that the user stops, until that is told
         self.losses = Losses()
         self.outage = Outage()
@@ -201,6 +202,11 @@ class Driver:
         record = self.study.report(record, dict(result["epochs"]))
         event, error = result["event"], result["error"]
         self.longest = max(self.longest, result.get("longest", 0.0))
+
+        for note in result.get("notes", ()):
+            if not self.noted:  # one says it for all
+                self.noted = True
+                logger.warning("%s", note)
 
         if result.get("unreached"):
             self.spec = self.outage.note(self.spec, record)

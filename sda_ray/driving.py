@@ -144,6 +144,11 @@ def _drive(driver: Driver, slots: Slots, options: Options, table: LiveTable) -> 
             scratch = stack.enter_context(connect(options.address))
 
         from .executor import execute  # imports Ray, which must be set up by then
+        from .link import opened
+
+        if options.address is not None:  # whose nodes may not see our files
+            depot = opened(options.runs, options.data, driver.request)
+            driver.spec = driver.spec | {"depot": stack.enter_context(depot)}
 
         slots.check()
         resources = {"cpu": options.cpus, "gpu": slots.wanted.get("GPU", 0)}

@@ -13,7 +13,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
@@ -146,11 +146,14 @@ def pulse(file: Path) -> int:
 
 
 def _kill(found: dict[str, Any]) -> None:
-    r"""Kills a holder on this host and waits for its end, lest it wake up with a lock in hand."""
+    r"""Kills a holder on this host and waits for its end, lest it wake up with a lock in hand.
+
+    One that holds leases for many others is left to the attempt number.
+    """
 
     pid = found["pid"]
 
-    if pid in (None, os.getpid()) or not _is_here(found):
+    if pid in (None, os.getpid()) or found.get("agent") or not _is_here(found):
         return
 
     deadline = time.monotonic() + DEATH
@@ -181,6 +184,9 @@ class Lease:
         takeover: Whether to take the lease from a holder that seems to live. On this host its
             process is killed; elsewhere the attempt number keeps it from writing.
         patience: How long to watch for the heartbeat of a holder on another host, in seconds.
+        agent: The name of this process, if it holds leases for processes elsewhere. The same
+            agent, started again, may take a lease again with the same attempt number.
+        alive: Whether whom the lease is held for is alive: there is a heartbeat only then.
 
     Raises:
         UserError: If another process holds the lease, or the file cannot be written.
@@ -194,9 +200,13 @@ class Lease:
         attempt: int | None = None,
         takeover: bool = False,
         patience: float = STALE,
+        agent: str | None = None,
+        alive: Callable[[], bool] = lambda: True,
     ) -> None:
         self.file = file
         self.what = what
+        self.agent = agent
+        self.alive = alive
         self._over = threading.Event()
 
         try:
@@ -225,8 +235,9 @@ class Lease:
                 return False
 
             last = 0 if now is None else now["attempt"]
+            again = now is not None and self.agent and now.get("agent") == self.agent
 
-            if attempt is not None and attempt <= last:
+            if attempt is not None and attempt <= last - bool(again):
                 raise LeaseLost(f"attempt {attempt} at {self.what} comes after attempt {last}")
 
             self.attempt = last + 1 if attempt is None else attempt
@@ -252,12 +263,16 @@ class Lease:
             "started": None if pid is None else _started(pid),
             "since": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             **place(),
+            **({"agent": self.agent} if self.agent else {}),
         }
         write_json(self.file, mine)
         self._mine = mine
 
     def _beat(self) -> None:
         while not self._over.wait(HEARTBEAT):
+            if not self.alive():
+                continue
+
             try:
                 with self.hold():
                     os.utime(self.file)

@@ -22,7 +22,8 @@ UNREACHED = 2  # attempts that W&B's server fails, after which new ones start of
 # What Ray 2.60 says; everything else is the death of a worker on a node that lives
 SAYINGS = {
     "memory": r"[^\n]*node running low on memory[^\n]*|[^\n]*\bOutOfMemory[^\n]*",
-    "node": r"[^\n]*(?:node has died|node was terminated|preempted|was drained|draining)[^\n]*",
+    "node": r"[^\n]*(?:node has died|node was terminated|preempted|was drained|draining"
+    r"|was cut off from the head)[^\n]*",
     "unclear": r"[^\n]*is unavailable: [^\n]*",  # its node may be dead without Ray knowing it yet
 }
 

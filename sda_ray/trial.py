@@ -4,13 +4,10 @@ Tune receives numbers only: the run's directory, its checkpoints and its resumpt
 trial's process is kept for the next trial, so that everything ends in :meth:`Trial.close`.
 """
 
-import os
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
-from signal import SIGTERM
 from typing import Any
 
 from ray.tune import Trainable
@@ -22,7 +19,6 @@ __all__ = ["REPORT_SECONDS", "Trial", "limit"]
 
 REPORT_SECONDS = 2.0  # epochs shorter than this are reported together
 CONTEXT = 2**29  # bytes of a GPU that CUDA itself takes for each process
-LOOK_SECONDS = 0.2  # between two looks for the wish to stop
 
 
 class Trial(Trainable):
@@ -31,8 +27,10 @@ class Trial(Trainable):
     Its config has `runs`, `data`, `config`, `run_id`, `index`, `attempt`, `rungs`, `record`,
     `wandb`, `cpus` and `request`; and may have `gpus`, of which it takes no more memory than its
     share, `stall`, see :mod:`sda_ray.watchdog`, `short`, how
-    often the run was short of memory, and `objectives`, if there are several. A step trains for
-    2 s or up to the next rung and returns
+    often the run was short of memory, `objectives`, if there are several, and `depot`, see
+    :func:`sda_ray.link.opened`, if nodes may not see these directories: the trial finds out itself
+    whether this one does, see :mod:`sda_ray.away`. A step trains for 2 s or up to the next rung
+    and returns
 
     * `epochs`, the list of (epoch, value)
     * `event`: `running`, `complete`, `diverged`, `interrupted`, `stopped` (by the user, for good),
@@ -42,6 +40,10 @@ class Trial(Trainable):
     * `longest`, the seconds that it went without looking for the wish to stop
     * `node`, Ray's id of the node that it runs on
     * `leaving`, whether it was interrupted since that is about to go
+    * `notes`, what the user should know
+
+    What it returns is on the disk of the driver's node by then. A trial that is cut off from there
+    raises :class:`sda_ray.link.Cut`.
     """
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -49,6 +51,8 @@ class Trial(Trainable):
 
         self.spec = config
         self.leaving = watch()
+        self.away: Any = None
+        self.data: Any = None  # what keeps data that were fetched
         self.run: Any = None
         self.tracker: Any = None
         self.training: Iterator[dict[str, Any]] | None = None
@@ -63,6 +67,8 @@ class Trial(Trainable):
     def step(self) -> dict[str, Any]:
         import ray
 
+        from .lease import LeaseLost
+        from .link import Cut
         from .presence import Vanished
         from .train import Interrupted, OutOfMemory
         from .training import Diverged
@@ -79,6 +85,14 @@ class Trial(Trainable):
 
             if event == "complete":
                 finals = self._finals()
+            elif self.away is not None:
+                self._hand_over(values)
+        except Cut:
+            self.close("interrupted")
+            raise
+        except LeaseLost as e:
+            self.close("interrupted")
+            raise Cut(f"the trial was cut off from the head: {e}") from e
         except Interrupted:
             event = "stopped" if self.stop.alone else "interrupted"
         except Diverged as e:
@@ -91,6 +105,7 @@ class Trial(Trainable):
             event, error = "failed", f"{type(e).__name__}: {e}"
             self._keep(traceback.format_exc())
 
+        notes = [] if self.away is None else self.away.mirror.notes
         unreached = self.tracker is not None and self.tracker.failed
         longest = 0.0 if self.watchdog is None else self.watchdog.longest
 
@@ -98,7 +113,13 @@ class Trial(Trainable):
             self.watchdog.rest()
         else:
             again = "failed" if self.spec.get("short") else "interrupted"
-            self.close({"complete": "finished", "memory": again}.get(event, event))
+            wrong = self.close({"complete": "finished", "memory": again}.get(event, event))
+
+            if isinstance(wrong, Cut):
+                raise wrong
+
+            if wrong is not None and event == "complete":
+                event, error = "failed", f"its files cannot be kept on the head: {wrong}"
 
         return {
             "event": event,
@@ -109,6 +130,7 @@ class Trial(Trainable):
             "longest": longest,
             "node": ray.get_runtime_context().get_node_id(),
             "leaving": event == "interrupted" and self.leaving(),
+            "notes": list(notes),
         }
 
     def _open(self) -> list[tuple[int, float]]:
@@ -117,6 +139,9 @@ class Trial(Trainable):
         import ray
         import torch
 
+        from .away import Away, data_of
+        from .halt import stop_of
+        from .link import sees
         from .runs import Run
         from .tracking import Wandb
         from .train import train
@@ -124,8 +149,24 @@ class Trial(Trainable):
 
         spec = self.spec
         request, stall = Path(spec["request"]), spec.get("stall") or STALL
-        self.watchdog = Watchdog(request.with_name(f"stacks.{spec['index']}.txt"), stall)
+        depot = spec.get("depot")
+        runs, data, early = Path(spec["runs"]), Path(spec["data"]), request.parent
+
+        if depot and not sees(depot):
+            self.away = Away(depot, spec["run_id"], spec["attempt"], spec["index"])
+            runs = early = self.away.runs
+
+        name = STACKS if self.away else f"stacks.{spec['index']}.txt"
+        self.watchdog = Watchdog(early / name, stall)
         self.watchdog.phase()
+
+        if self.away is not None:
+            self.away.open(self.watchdog.phase)
+
+        if depot:
+            expected = spec["record"]["data"]
+            data, self.data = data_of(depot, data, expected, self.watchdog.phase)
+
         device = "cuda" if ray.get_gpu_ids() else "cpu"
         torch.set_num_threads(max(1, int(spec["cpus"])))
         share = min(1.0, spec.get("gpus") or 1.0)
@@ -135,7 +176,7 @@ class Trial(Trainable):
             torch.cuda.set_per_process_memory_fraction(limit(share, total))
 
         self.run = Run(
-            Path(spec["runs"]),
+            runs,
             spec["config"],
             id=spec["run_id"],
             number=spec["index"],
@@ -149,10 +190,14 @@ class Trial(Trainable):
         self.watchdog.close()
         self.watchdog = Watchdog(self.run.path.directory / STACKS, stall)
         self.watchdog.phase()
-        self.stop = _stop(request, spec["index"])
+        self.stop = stop_of(request, spec["index"], self.away)
+
+        if self.away is not None:
+            self.away.watch(self.run.path)
+
         self.training = train(
             self.run,
-            Path(spec["data"]),
+            data,
             device,
             spec["rungs"],
             stop=self.stop,
@@ -188,6 +233,14 @@ class Trial(Trainable):
 
         return "complete"
 
+    def _hand_over(self, values: list[tuple[int, float]]) -> None:
+        r"""Waits until the depot has the epochs that are reported; at a rung, all of the run."""
+
+        if values and values[-1][0] in self.spec["rungs"]:
+            self.away.mirror.flush(self.watchdog.phase)
+        else:
+            self.away.mirror.tell()
+
     def _finals(self) -> list[float] | None:
         from .outcome import finals
 
@@ -199,11 +252,16 @@ class Trial(Trainable):
         if self.run is not None:
             write_atomic(self.run.path.error, error.encode())
 
-    def close(self, status: str) -> None:
-        r"""Ends the attempt: checkpoint, W&B, lease. Never raises, and may be repeated."""
+    def close(self, status: str) -> Exception | None:
+        r"""Ends the attempt: checkpoint, W&B, lease. Never raises, and may be repeated.
+
+        Returns:
+            Why the depot has not got all of it, if it has not.
+        """
 
         run, training, watchdog = self.run, self.training, self.watchdog
-        self.run = self.training = self.watchdog = None
+        away, data, wrong = self.away, self.data, None
+        self.run = self.training = self.watchdog = self.away = self.data = None
 
         if watchdog is not None:
             watchdog.phase()
@@ -220,11 +278,19 @@ class Trial(Trainable):
         except Exception:  # taken over by another attempt, or a full disk
             traceback.print_exc()
 
+        if away is not None:
+            wrong = away.close(watchdog.phase)
+
         if watchdog is not None:
             watchdog.close()
 
         if run is not None:
             give_memory_back()  # before a smaller network comes, or nothing for a while
+
+        if data is not None:
+            data.close()
+
+        return wrong
 
     def cleanup(self) -> None:
         self.close("interrupted")
@@ -234,38 +300,3 @@ def limit(share: float, total: int) -> float:
     r"""Returns the part of a GPU of `total` bytes that torch may take of a trial's share."""
 
     return max(share / 2, share - CONTEXT / total)
-
-
-def _stop(request: Path, index: int) -> Any:
-    r"""Returns the wish to stop that is expressed by the existence of a file.
-
-    The file `request` is meant for all trials of the sweep, `request.N` for run N `alone`.
-    """
-
-    from .train import Stop
-
-    class Request(Stop):
-        looked = 0.0
-        number: int | None = None
-        alone = False
-
-        @property
-        def signal(self) -> int | None:
-            if self.number is None and time.monotonic() - self.looked > LOOK_SECONDS:
-                self.looked = time.monotonic()
-                names: list[str] = []
-
-                with suppress(OSError):  # a file system away for a while
-                    # A listing is fresh on NFS, where the absence of a file may be remembered
-                    names = os.listdir(request.parent)
-
-                self.alone = f"{request.name}.{index}" in names
-                self.number = SIGTERM if self.alone or request.name in names else None
-
-            return self.number
-
-        @signal.setter
-        def signal(self, number: int | None) -> None:
-            self.number = number
-
-    return Request()

@@ -93,13 +93,21 @@ def end(path: RunPath, record: Record, silent: float) -> str:
     pid, where = found.get("pid"), found.get("host")
     state = ""
 
-    if pid and all(found[key] == x for key, x in place().items()) and is_alive(path.lease):
+    agent = bool(found.get("agent"))  # which holds the leases of others, too
+
+    if (
+        pid
+        and not agent
+        and all(found[key] == x for key, x in place().items())
+        and is_alive(path.lease)
+    ):
         state = ", ".join(filter(None, (_proc(pid, name) for name in ("status", "wchan"))))
 
         with suppress(OSError):
             os.kill(pid, signal.SIGKILL)
 
-    said = f"no sign of life for {silent:.0f} s from process {pid} on {where}"
+    who = "the process elsewhere" if agent else f"process {pid} on {where}"
+    said = f"no sign of life for {silent:.0f} s from {who}"
     said += f" ({state})" if state else ""
 
     with suppress(OSError), open(path.directory / STACKS, "a") as stream:
