@@ -54,6 +54,8 @@ def main(sweep: Any = None, argv: Sequence[str] | None = None) -> None:
         "train": _train,
         "plan": plan_command,
         "sweep": sweep_command,
+        "slurm": _slurm,
+        "join": _join,
         "stop": stop_command,
         "adopt": adopt_command,
         "runs": runs_command,
@@ -101,6 +103,18 @@ def _simulate(args: argparse.Namespace, _: Any) -> None:
         workers=args.workers,
         address=args.address,
     )
+
+
+def _slurm(args: argparse.Namespace, _: Any) -> None:
+    from .slurm import slurm_command
+
+    slurm_command(args)
+
+
+def _join(args: argparse.Namespace, _: Any) -> None:
+    from .join import join
+
+    join(args.runs, args.sweep, args.cpus, args.gpus, args.wait)
 
 
 def _train(args: argparse.Namespace, _: Any) -> None:

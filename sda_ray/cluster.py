@@ -16,7 +16,7 @@ from typing import Any
 from .errors import UserError
 from .scaling import Growth, growth, leaving_nodes
 
-__all__ = ["Slots", "connect", "fitting", "local_cpus"]
+__all__ = ["RAY", "Slots", "connect", "fitting", "gate", "local_cpus", "private_directory"]
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +27,7 @@ LAST = 60.0  # … after which the sweep ends, if all nodes that are up are avoi
 STORE = 100 * 2**20  # bytes of shared memory; nothing large goes through Ray
 PREFIX = "sda-ray-"
 BAD = "node "  # how reasons begin that are held against a node
+RAY = "r"  # the part of a private directory that Ray 2.60 opens to everybody
 LONGEST = 24  # characters of a directory in which the paths of Ray's sockets stay short enough
 
 
@@ -78,12 +79,12 @@ def connect(address: str | None = None, cpus: int | None = None) -> Iterator[Pat
 
     import ray
 
-    with _private_directory() as directory:
+    with private_directory() as directory:
         local = {
             "num_cpus": cpus or local_cpus(),
             "include_dashboard": False,
             "object_store_memory": STORE,
-            "_temp_dir": str(directory),
+            "_temp_dir": str(directory / RAY),
         }
 
         try:
@@ -112,6 +113,26 @@ def connect(address: str | None = None, cpus: int | None = None) -> Iterator[Pat
             yield directory
         finally:
             ray.shutdown()
+
+
+def gate(own: bool) -> tuple[str, str | None]:
+    r"""Returns where other machines can reach the Ray that this process is at, and its token.
+
+    Arguments:
+        own: Whether the Ray is for the sweep alone. The token of another one is not told.
+    """
+
+    import ray
+
+    address = str(ray.get_runtime_context().gcs_address)
+
+    if not own or os.environ.get("RAY_AUTH_MODE") != "token":
+        return address, None
+
+    if file := os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        return address, os.environ.get("RAY_AUTH_TOKEN") or Path(file).read_text().strip()
+
+    return address, os.environ.get("RAY_AUTH_TOKEN")
 
 
 def fitting(wanted: dict[str, float], resources: dict[str, float]) -> int:
@@ -251,7 +272,7 @@ def _nodes() -> list[dict[str, Any]]:
 
 
 @contextmanager
-def _private_directory() -> Iterator[Path]:
+def private_directory() -> Iterator[Path]:
     r"""Makes a directory that ends with the block, and removes those of killed processes.
 
     Each is locked by its process for as long as that lives, in whatever container.

@@ -2,6 +2,7 @@ r"""The commands about sweeps: `sda-ray plan | sweep | stop | adopt`."""
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -14,6 +15,7 @@ from .errors import UserError
 
 __all__ = [
     "adopt_command",
+    "chosen_sweep",
     "launch_options",
     "plan_command",
     "stop_command",
@@ -56,6 +58,8 @@ def launch_options(args: argparse.Namespace) -> Any:
 def sweep_command(args: argparse.Namespace, sweep: Any) -> None:
     r"""Starts a sweep, carries it on, extends it, or steers the one that runs."""
 
+    args = _again(args)
+
     if sweep is None and _taken_up(args):
         return
 
@@ -68,9 +72,13 @@ def sweep_command(args: argparse.Namespace, sweep: Any) -> None:
         raise UserError(f"--keep-checkpoints is {args.keep_checkpoints}, but must be at least 0.")
 
     options = replace(
-        launch_options(args), hours=args.hours, stall=args.stall, ask_above=args.ask_above
+        launch_options(args),
+        hours=args.hours,
+        stall=args.stall,
+        ask_above=args.ask_above,
+        job=args.job and os.environ.get("SLURM_JOB_ID"),
     )
-    sweep, options = _chosen(args, sweep, options)
+    sweep, options = chosen_sweep(args, sweep, options)
 
     if args.keep_checkpoints is not None:
         options = replace(options, keep=args.keep_checkpoints)
@@ -87,6 +95,27 @@ def sweep_command(args: argparse.Namespace, sweep: Any) -> None:
 
     wishes = Wishes(tuple(args.enqueue), warm, args.retry_failed, args.trials is not None)
     launch(sweep, options, wishes)
+
+
+def _again(args: argparse.Namespace) -> argparse.Namespace:
+    r"""Returns what is asked of the sweep of a Slurm job that has started again: to be carried on.
+
+    What was asked beside that has been done, and may have been undone by others since.
+    """
+
+    from .archive import sweep_directory
+    from .head import is_again
+
+    if args.job is None:
+        return args
+
+    if not is_again(sweep_directory(args.runs, args.job), os.environ.get("SLURM_JOB_ID")):
+        return args
+
+    lists: dict[str, Any] = {key: [] for key in ("settings", "fix", "enqueue", "warm_start")}
+    rest = {"name": None, "trials": None, "fork": False, "retry_failed": False}
+
+    return argparse.Namespace(**vars(args) | lists | rest | {"sweep": args.job})
 
 
 def _taken_up(args: argparse.Namespace) -> bool:
@@ -111,7 +140,7 @@ def _taken_up(args: argparse.Namespace) -> bool:
     return False
 
 
-def _chosen(args: argparse.Namespace, sweep: Any, options: Any) -> tuple[Any, Any]:
+def chosen_sweep(args: argparse.Namespace, sweep: Any, options: Any) -> tuple[Any, Any]:
     r"""Returns the sweep that is meant by the arguments, and the options that it gets."""
 
     from .definition import load_script
@@ -223,7 +252,7 @@ def plan_command(args: argparse.Namespace, _: Any) -> None:
     source: Any = Path(args.sweep)
 
     if not args.sweep.endswith(".py"):
-        source, options = _chosen(args, None, options)
+        source, options = chosen_sweep(args, None, options)
 
     with _status(args.json) as say:
         made = plan(
@@ -268,7 +297,7 @@ def adopt_command(args: argparse.Namespace, _: Any) -> None:
     from .adoption import adopt
     from .sweep import record_of
 
-    sweep, options = _chosen(args, None, launch_options(args))
+    sweep, options = chosen_sweep(args, None, launch_options(args))
 
     if options.gpus is None:
         options = replace(options, gpus=0)

@@ -17,10 +17,11 @@ from .losses import Losses, Outage, alike
 from .pruner import Record, Rules, Stops, decide, reveal
 from .study import Study
 
-__all__ = ["Driver", "Notify"]
+__all__ = ["TIME", "Driver", "Notify"]
 
 logger = logging.getLogger(__name__)
 
+TIME = "its time is up"
 HOUSE = 5.0  # seconds between two times of keeping house
 
 Notify = Callable[[str, Record], None]
@@ -93,7 +94,9 @@ class Driver:
 
         self.why = self.why or why
         self.stopping = True
-        self.request.touch()
+
+        if not self.study.journal.lease.is_lost():  # the trials are another driver's then
+            self.request.touch()
 
     def tick(self) -> None:
         r"""Looks at the clock. To be called a few times a second, whatever else happens."""
@@ -105,7 +108,7 @@ class Driver:
                 early = margin(self.longest, self.deadline - self.start)
 
                 if now > self.deadline - early:
-                    self.stop("its time is up")
+                    self.stop(TIME)
 
             if now - self.kept > HOUSE:
                 self.kept = now

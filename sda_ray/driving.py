@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from .archive import read_sweep, sweep_directory, write_sweep
-from .cluster import Slots, connect
+from .cluster import Slots, connect, gate
 from .data import DataInfo
 from .definition import Sweep
 from .desk import attended
-from .driver import Driver
+from .driver import TIME, Driver
 from .errors import UserError
+from .head import announced
 from .limits import deadline
 from .pruner import decide
 from .room import Keeper
@@ -22,9 +23,10 @@ from .study import Study
 from .table import LiveTable
 from .tracking import Wandb
 
-__all__ = ["Options", "carry_out"]
+__all__ = ["LATER", "Options", "carry_out"]
 
 OFFLINE = Wandb()
+LATER = 75  # the exit code of a sweep whose time is up (EX_TEMPFAIL)
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Options:
         keep: The number of best runs that keep their checkpoints, beside those under way.
         limit: The bytes that all checkpoints of the sweep may take together.
         ask_above: The GPU-hours above which a first start asks.
+        job: The Slurm job that carries it out, see :mod:`sda_ray.allocation`.
     """
 
     root: Path
@@ -62,6 +65,7 @@ class Options:
     keep: int | None = None
     limit: int | None = None
     ask_above: float = 1.0
+    job: str | None = None
 
 
 def carry_out(sweep: Sweep, study: Study, slots: Slots, options: Options, info: DataInfo) -> None:
@@ -104,7 +108,7 @@ def carry_out(sweep: Sweep, study: Study, slots: Slots, options: Options, info: 
             )
             study.journal.stopping = lambda: driver.stopping
             slots.avoided = driver.losses.avoided
-            _drive(driver, slots, options, table)
+            _drive(driver, slots, options, table, directory)
             _end(driver, _again(sweep.name, options.root, options.runs))
 
         study.close()
@@ -136,7 +140,9 @@ def _spec(sweep: Sweep, options: Options, info: DataInfo) -> dict[str, Any]:
     }
 
 
-def _drive(driver: Driver, slots: Slots, options: Options, table: LiveTable) -> None:
+def _drive(
+    driver: Driver, slots: Slots, options: Options, table: LiveTable, directory: Path
+) -> None:
     r"""Starts Ray, or attaches to it, and runs trials there."""
 
     with suppress(KeyboardInterrupt), table, ExitStack() as stack:
@@ -151,6 +157,8 @@ def _drive(driver: Driver, slots: Slots, options: Options, table: LiveTable) -> 
             driver.spec = driver.spec | {"depot": stack.enter_context(depot)}
 
         slots.check()
+        lease, own = driver.study.journal.lease, options.address is None or bool(options.job)
+        stack.enter_context(announced(directory, lease, *gate(own), options.job))
         resources = {"cpu": options.cpus, "gpu": slots.wanted.get("GPU", 0)}
         execute(driver, resources, scratch, own=options.address is None)
 
@@ -169,7 +177,7 @@ def _end(driver: Driver, again: str) -> None:
 
     why = f", since {driver.why}" if driver.why else ""
     print(f"Stopped{why}. Nothing is lost: carry on with `{again}`.")
-    sys.exit(130)
+    sys.exit(LATER if driver.why == TIME else 130)
 
 
 def _again(name: str, root: Path, runs: Path) -> str:

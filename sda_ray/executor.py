@@ -286,7 +286,8 @@ class _Scheduler(FIFOScheduler):
             with suppress(Exception):
                 self.driver.closing[0] = close("interrupted")
 
-        if result["event"] == "memory":  # Tune would keep the process, and what fills its memory
+        # Tune would keep the process, and with it what fills its memory, or a node that leaves
+        if result["event"] == "memory" or (result.get("leaving") and not goes_on):
             ray.kill(actor)
             return TrialScheduler.CONTINUE
 

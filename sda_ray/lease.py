@@ -307,6 +307,14 @@ class Lease:
 
             yield
 
+    def is_lost(self) -> bool:
+        r"""Tells whether another attempt is known to have taken the lease.
+
+        Nothing is held meanwhile, so that it may be called at any time, by a signal handler, too.
+        """
+
+        return holder(self.file) not in (None, self._mine)
+
     def release(self) -> None:
         r"""Gives the lease back, if it is still held. The attempt number stays on record."""
 

@@ -2,6 +2,8 @@ r"""The time that a sweep has: until when it may run, and how early it has to st
 
 import logging
 import math
+import re
+import subprocess
 import time
 from collections.abc import Mapping
 
@@ -34,7 +36,7 @@ def deadline(hours: float | None, environ: Mapping[str, str]) -> float | None:
 
         ends.append(time.monotonic() + 3600 * hours)
 
-    if end := environ.get("SLURM_JOB_END_TIME"):
+    if end := environ.get("SLURM_JOB_END_TIME") or _ask_slurm(environ.get("SLURM_JOB_ID")):
         try:
             left = float(end) - time.time()
             ends.append(time.monotonic() + left - (SLURM - LEAST))
@@ -42,6 +44,27 @@ def deadline(hours: float | None, environ: Mapping[str, str]) -> float | None:
             logger.warning("SLURM_JOB_END_TIME is %r, which is no time: it is ignored.", end)
 
     return min(ends, default=None)
+
+
+def _ask_slurm(job: str | None) -> str:
+    r"""Returns the end of a Slurm job as Slurm before 23.02 does not tell it, or nothing."""
+
+    if job is None:
+        return ""
+
+    command = ["squeue", "--noheader", f"--jobs={job}", "--format=%L"]
+
+    try:
+        left = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+    if not (parts := re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", left)):
+        return ""  # UNLIMITED, or nothing of use
+
+    days, hours, minutes, seconds = (int(x or 0) for x in parts.groups())
+
+    return str(time.time() + ((24 * days + hours) * 60 + minutes) * 60 + seconds)
 
 
 def margin(longest: float, whole: float) -> float:

@@ -8,6 +8,7 @@ from pathlib import Path
 from . import __version__
 from .browse import add_runs_parser, with_action
 from .config import format_value
+from .jobs import add_job_parsers, split_words
 from .keys import KEYS
 from .sync import add_sync_parser
 
@@ -65,6 +66,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """
 
     parser = _parser()
+    argv, after = split_words(argv)
     args, rest = parser.parse_known_args(with_action(argv))
     unknown = [x for x in rest if x.startswith("-") or "=" not in x or "settings" not in args]
 
@@ -77,6 +79,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         args.settings += rest
 
     _locate(args)
+    args.words, args.sbatch = list(argv[1:]), after
 
     return args
 
@@ -110,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(command("train", "train one network", f"{TRAIN}\n{_keys()}"))
     _add_plan(command("plan", "what a sweep would cost, and what is wrong with it", PLAN))
     _add_sweep(command("sweep", "search for good settings", SWEEP))
+    add_job_parsers(command, _add_sweep)
     _add_stop(command("stop", "stop a sweep that runs, or one trial", STOP))
     _add_adopt(command("adopt", "bring finished runs into a sweep", ADOPT))
     add_runs_parser(command)
@@ -187,6 +191,7 @@ def _add_sweep(parser: argparse.ArgumentParser) -> None:
     priors.add_argument(
         "--retry-failed", action="store_true", help="failed runs are tried again, where they were"
     )
+    parser.add_argument("--job", metavar="NAME", help=argparse.SUPPRESS)  # see allocation.py
     limits = parser.add_argument_group("limits")
     limits.add_argument("--hours", type=float, metavar="H", help="stop in time, to be carried on")
     limits.add_argument(

@@ -17,6 +17,7 @@ from .definition import SETTINGS, Sweep, load_script
 from .driving import Options, carry_out
 from .errors import UserError
 from .files import remove_leftovers
+from .head import is_again
 from .lease import Lease
 from .priors import bring_all
 from .queueing import parse_item
@@ -79,7 +80,8 @@ def launch(sweep: Sweep, options: Options, wishes: Wishes = NOTHING) -> None:
     r"""Starts a sweep, carries it on, or extends it: whatever its record calls for.
 
     Everything is checked before anything is written and before Ray is started. There is one
-    driver to a sweep at a time; a sweep that runs takes up what is wished.
+    driver to a sweep at a time; a sweep that runs takes up what is wished. A Slurm job that has
+    started again takes the sweep over from its former self, wherever that was.
 
     Arguments:
         sweep: The sweep.
@@ -116,7 +118,9 @@ def launch(sweep: Sweep, options: Options, wishes: Wishes = NOTHING) -> None:
         for item in warm_start(other, sweep, options.runs, options.data)
     ]
 
-    if wishes and not start.first:
+    again = is_again(directory, options.job)
+
+    if wishes and not start.first and not again:
         with suppress(Absent):
             trials = sweep.trials if wishes.retarget else None
             ask_for(directory, trials, wishes.retry, queue, priors)
@@ -124,7 +128,7 @@ def launch(sweep: Sweep, options: Options, wishes: Wishes = NOTHING) -> None:
 
     # Sweep
     directory.mkdir(parents=True, exist_ok=True)
-    lease = Lease(directory / "lease.json", f"sweep '{sweep.name}'")
+    lease = Lease(directory / "lease.json", f"sweep '{sweep.name}'", takeover=again)
 
     try:
         remove_leftovers(directory)

@@ -8,6 +8,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from signal import SIGTERM
 from typing import Any
 
 from ray.tune import Trainable
@@ -39,7 +40,7 @@ class Trial(Trainable):
     * `unreached`, whether W&B's server has failed this attempt
     * `longest`, the seconds that it went without looking for the wish to stop
     * `node`, Ray's id of the node that it runs on
-    * `leaving`, whether it was interrupted since that is about to go
+    * `leaving`, whether that is about to go, which interrupts
     * `notes`, what the user should know
 
     What it returns is on the disk of the driver's node by then. A trial that is cut off from there
@@ -129,7 +130,7 @@ class Trial(Trainable):
             "unreached": unreached,
             "longest": longest,
             "node": ray.get_runtime_context().get_node_id(),
-            "leaving": event == "interrupted" and self.leaving(),
+            "leaving": self.leaving(),
             "notes": list(notes),
         }
 

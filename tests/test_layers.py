@@ -21,10 +21,10 @@ FLOORS = {
     3: "diffusion guidance",
     4: "averaging compilation training validation checkpoint samples pruner forecast",
     5: "settings cost record history tracking fragments runs extension train curves inventory reclaim outcome vigil link local",
-    6: "probe room space seen danger grid methods sampler stopping journal study reconcile cluster details render upload mirror halt",
-    7: "fitting queueing priors coverage shapes places nodes archive definition trial drawing losses driver desk lookout executor table progress scaling leaving clusterfile away",
-    8: "steering faults plan bill start adoption driving sweep session simulate browse sync",
-    9: "options commands cli",
+    6: "probe room space seen danger grid methods sampler stopping journal study reconcile cluster details render upload mirror halt head",
+    7: "fitting queueing priors coverage shapes places nodes archive definition trial drawing losses driver desk lookout executor table progress scaling leaving clusterfile away member",
+    8: "steering faults plan bill start adoption driving sweep session simulate browse sync join allocation jobs",
+    9: "options commands cli slurm",
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
 
