@@ -1,6 +1,6 @@
 r"""Runs the command line as `python -m sda_ray`."""
 
-from .cli import main
+from .entry import main
 
 __all__: list[str] = []
 

@@ -73,17 +73,20 @@ def write_sweep(directory: Path, content: dict[str, Any], script: Path | None) -
 
     Arguments:
         directory: The directory of the sweep.
-        content: `name`, `trials`, `definition`, `fingerprint` of the data, and `options`.
+        content: `name`, `trials`, `definition`, `fingerprint` of the data, and `options`; and
+            `code`, the hash of the code, if that is not to stay what is recorded.
         script: The script of the sweep. One that defines what is recorded already is not copied.
     """
 
     file, copy = directory / "sweep.json", directory / "script.py"
-    same = file.exists() and read_json(file).get("definition") == content["definition"]
+    before = read_json(file) if file.exists() else {}
+    same = before.get("definition") == content["definition"]
 
     if script is not None and not same and script.resolve() != copy.resolve():
         write_atomic(copy, script.read_bytes())
 
-    write_json(file, content)
+    kept = {key: before[key] for key in ("code",) if key in before}
+    write_json(file, kept | content)
 
 
 def read_sweep(runs: Path, name: str) -> dict[str, Any]:

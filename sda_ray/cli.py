@@ -21,6 +21,7 @@ from .commands import (
     wandb_options,
 )
 from .config import CONFIG, Config, check_config, load_config, parse_overrides
+from .entry import execute
 from .errors import UserError
 from .options import parse
 from .sync import sync_command
@@ -38,6 +39,7 @@ def main(sweep: Any = None, argv: Sequence[str] | None = None) -> None:
 
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     signal.signal(signal.SIGTERM, _terminate)
+    started = argv is None
     argv = list(sys.argv[1:] if argv is None else argv)
 
     if sweep is not None:
@@ -66,6 +68,11 @@ def main(sweep: Any = None, argv: Sequence[str] | None = None) -> None:
         _check_places(args)
         commands[args.command](args, sweep)
     except UserError as error:
+        if started and (place := getattr(error, "place", None)):  # the code is another's
+            print(error, flush=True)
+            what = "sda-ray" if sweep is None else str(sweep.script)
+            execute(place, what, sys.argv[1:])
+
         print(f"sda-ray: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

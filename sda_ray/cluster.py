@@ -41,7 +41,9 @@ def local_cpus() -> int:
 
 
 @contextmanager
-def connect(address: str | None = None, cpus: int | None = None) -> Iterator[Path]:
+def connect(
+    address: str | None = None, cpus: int | None = None, package: Path | None = None
+) -> Iterator[Path]:
     r"""Starts a Ray of our own on this machine, or attaches to the one at an address.
 
     Our own Ray counts the CPUs of this process' affinity, keeps its files in a private directory,
@@ -50,6 +52,7 @@ def connect(address: str | None = None, cpus: int | None = None) -> Iterator[Pat
     Arguments:
         address: The address of a running cluster, such as `auto` on its head.
         cpus: The number of CPUs of our own Ray.
+        package: The package that workers import, instead of what they find themselves.
 
     Yields:
         A private directory that ends with the block.
@@ -93,6 +96,7 @@ def connect(address: str | None = None, cpus: int | None = None) -> Iterator[Pat
                 log_to_driver=False,
                 logging_level="ERROR",
                 **({} if address else local),
+                **({} if package is None else _code(package, ship=address is not None)),
             )
         except (ConnectionError, RuntimeError, ValueError) as error:
             ray.shutdown()
@@ -133,6 +137,32 @@ def gate(own: bool) -> tuple[str, str | None]:
         return address, os.environ.get("RAY_AUTH_TOKEN") or Path(file).read_text().strip()
 
     return address, os.environ.get("RAY_AUTH_TOKEN")
+
+
+class _Paths(list[str]):
+    r"""Creates a list of directories that stays as it is."""
+
+    def extend(self, more: Any) -> None:
+        pass
+
+
+def _code(package: Path, ship: bool) -> dict[str, Any]:
+    r"""Returns arguments of `ray.init` that let workers import a package, and no other of its name.
+
+    To a cluster it is shipped, since nodes may not see the directory.
+    """
+
+    from ray.job_config import JobConfig
+
+    # Ray 2.60 lets workers look in the driver's current directory and its script's before all
+    # others: a checkout there would be imported.
+    paths = _Paths() if ship else _Paths([str(package.parent)])
+    job: dict[str, Any] = {"job_config": JobConfig(_py_driver_sys_path=paths)}
+
+    if ship:
+        job["runtime_env"] = {"py_modules": [str(package)], "excludes": ["**/__pycache__/**"]}
+
+    return job
 
 
 def fitting(wanted: dict[str, float], resources: dict[str, float]) -> int:

@@ -77,6 +77,7 @@ def sweep_command(args: argparse.Namespace, sweep: Any) -> None:
         stall=args.stall,
         ask_above=args.ask_above,
         job=args.job and os.environ.get("SLURM_JOB_ID"),
+        code=args.code,
     )
     sweep, options = chosen_sweep(args, sweep, options)
 

@@ -49,6 +49,7 @@ class Options:
         limit: The bytes that all checkpoints of the sweep may take together.
         ask_above: The GPU-hours above which a first start asks.
         job: The Slurm job that carries it out, see :mod:`sda_ray.allocation`.
+        code: `recorded`, or `current` if a sweep shall go on with other code than recorded.
     """
 
     root: Path
@@ -66,10 +67,27 @@ class Options:
     limit: int | None = None
     ask_above: float = 1.0
     job: str | None = None
+    code: str = "recorded"
 
 
-def carry_out(sweep: Sweep, study: Study, slots: Slots, options: Options, info: DataInfo) -> None:
-    r"""Runs trials until there is nothing left to do, or exits and says how to carry on."""
+def carry_out(
+    sweep: Sweep,
+    study: Study,
+    slots: Slots,
+    options: Options,
+    info: DataInfo,
+    package: Path | None = None,
+) -> None:
+    r"""Runs trials until there is nothing left to do, or exits and says how to carry on.
+
+    Arguments:
+        sweep: The sweep.
+        study: Its study.
+        slots: The resources of a trial.
+        options: How it is carried out.
+        info: The data.
+        package: The code that trials run.
+    """
 
     records = study.records()
     failed = sum(record.state == "failed" for record in records)
@@ -108,7 +126,7 @@ def carry_out(sweep: Sweep, study: Study, slots: Slots, options: Options, info: 
             )
             study.journal.stopping = lambda: driver.stopping
             slots.avoided = driver.losses.avoided
-            _drive(driver, slots, options, table, directory)
+            _drive(driver, slots, options, table, package)
             _end(driver, _again(sweep.name, options.root, options.runs))
 
         study.close()
@@ -141,13 +159,13 @@ def _spec(sweep: Sweep, options: Options, info: DataInfo) -> dict[str, Any]:
 
 
 def _drive(
-    driver: Driver, slots: Slots, options: Options, table: LiveTable, directory: Path
+    driver: Driver, slots: Slots, options: Options, table: LiveTable, package: Path | None
 ) -> None:
     r"""Starts Ray, or attaches to it, and runs trials there."""
 
     with suppress(KeyboardInterrupt), table, ExitStack() as stack:
         with attended(driver):
-            scratch = stack.enter_context(connect(options.address))
+            scratch = stack.enter_context(connect(options.address, package=package))
 
         from .executor import execute  # imports Ray, which must be set up by then
         from .link import opened
@@ -158,7 +176,7 @@ def _drive(
 
         slots.check()
         lease, own = driver.study.journal.lease, options.address is None or bool(options.job)
-        stack.enter_context(announced(directory, lease, *gate(own), options.job))
+        stack.enter_context(announced(driver.request.parent, lease, *gate(own), options.job))
         resources = {"cpu": options.cpus, "gpu": slots.wanted.get("GPU", 0)}
         execute(driver, resources, scratch, own=options.address is None)
 
@@ -172,7 +190,8 @@ def _end(driver: Driver, again: str) -> None:
     if driver.hopeless:
         raise UserError(
             f"the first {len(driver.errors)} runs failed alike, so the sweep stops: "
-            f"{driver.errors[0]}. Mend it, then carry on with `{again}`."
+            f"{driver.errors[0]}. Mend it, then carry on with `{again}`; with --code current, "
+            "if it was in the package."
         )
 
     why = f", since {driver.why}" if driver.why else ""

@@ -8,6 +8,7 @@ from pathlib import Path
 from . import __version__
 from .browse import add_runs_parser, with_action
 from .config import format_value
+from .entry import find_root
 from .jobs import add_job_parsers, split_words
 from .keys import KEYS
 from .sync import add_sync_parser
@@ -216,6 +217,14 @@ def _add_sweep(parser: argparse.ArgumentParser) -> None:
         metavar="HOURS",
         help="ask before a first start that needs more GPU-hours (default: 1)",
     )
+    code = parser.add_argument_group("code")
+    code.add_argument(
+        "--code",
+        choices=("recorded", "current"),
+        default="recorded",
+        help="a sweep goes on with the code that it was started with, whatever was edited since "
+        "then; `current` takes the edits up",
+    )
     _add_resources(parser, "resources of trials")
     _add_wandb(parser)
 
@@ -263,23 +272,12 @@ def _add_wandb(parser: argparse.ArgumentParser) -> None:
 
 
 def _locate(args: argparse.Namespace) -> None:
-    r"""Makes root, runs and data absolute. Nothing else looks at these variables."""
-
-    here = Path.cwd()
-
-    if args.root or os.environ.get("SDA_RAY_ROOT"):
-        root = Path(args.root or os.environ["SDA_RAY_ROOT"])
-    elif (here / "runs").is_dir() or (here / "data").is_dir():
-        root = here
-    elif os.environ.get("SCRATCH"):
-        root = Path(os.environ["SCRATCH"]) / "sda" / "kolmogorov"
-    else:
-        root = here
+    r"""Makes root, runs and data absolute."""
 
     def absolute(path: str | None, default: Path) -> Path:
         return Path(os.path.abspath(Path(path).expanduser())) if path else default
 
-    args.root = absolute(str(root), here)
+    args.root = find_root(args.root)
     args.data_given = args.data is not None
     args.data = absolute(args.data, args.root / "data")
     args.runs = absolute(getattr(args, "runs", None), args.root / "runs")

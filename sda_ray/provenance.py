@@ -4,6 +4,7 @@ A process finds it out once, for all runs that it trains one after the other: wh
 stays as it was at that time.
 """
 
+import json
 import logging
 import platform
 import subprocess
@@ -17,9 +18,10 @@ from typing import Any
 import torch
 
 from . import __version__
+from .entry import code_of, digests
 from .files import write_atomic
 
-__all__ = ["differences", "provenance", "save_diff"]
+__all__ = ["differences", "origin", "provenance", "save_diff"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +40,7 @@ PACKAGES = (
 DECISIVE = ("sda_ray", "numpy", "torch")  # the packages that bits depend on
 
 HERE = Path(__file__)
+ORIGIN = HERE.with_name("origin.json")  # of a copy of the package in the record of a sweep
 LARGEST = 2**20  # bytes of a diff that is kept
 
 
@@ -50,6 +53,7 @@ def provenance(device: str | torch.device = "cpu") -> dict[str, Any]:
         "host": platform.node(),
         "device": torch.cuda.get_device_name(device) if cuda else _processor(),
         "threads": torch.get_num_threads(),
+        "code": _code(),
         "versions": dict(_versions()),
         **_commit(),
     }
@@ -63,8 +67,18 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         return {"device": found.get("device"), "threads": found.get("threads"), **versions}
 
     then = decisive(before)
+    differ = [key for key, value in decisive(now).items() if then[key] != value]
 
-    return [key for key, value in decisive(now).items() if then[key] != value]
+    if (was := before.get("code")) and now.get("code") not in (None, was):
+        differ.append("code")
+
+    return differ
+
+
+def origin() -> tuple[dict[str, Any], bytes | None]:
+    r"""Returns where the package is from, and how it differs from its commit, for a copy of it."""
+
+    return {"package": str(HERE.parent), "host": platform.node(), **_commit()}, _diff()
 
 
 @cache
@@ -84,8 +98,19 @@ def _version(package: str) -> str:
 
 
 @cache
+def _code() -> str:
+    r"""Returns the hash of the package that this process has begun to import."""
+
+    return code_of(digests(HERE.parent))
+
+
+@cache
 def _commit() -> dict[str, Any]:
-    r"""Returns the commit of the package's own repository, if it runs from one."""
+    r"""Returns the commit of the package's own repository, if it runs from one or is a copy."""
+
+    if ORIGIN.is_file():
+        known = json.loads(ORIGIN.read_bytes())
+        return {key: known.get(key) for key in ("commit", "dirty")}
 
     if not _is_tracked():
         return {"commit": None, "dirty": None}
@@ -124,6 +149,9 @@ def save_diff(directory: Path, hold: Callable[[], AbstractContextManager[None]])
 def _diff() -> bytes | None:
     # Neither the user's settings nor programs named in the repository shall have a part in it
     options = ("--no-color", "--no-ext-diff", "--no-textconv", "--no-relative", "--binary")
+
+    if ORIGIN.is_file():
+        return patch.read_bytes() if (patch := ORIGIN.with_suffix(".patch")).is_file() else None
 
     return _git("diff", *options, "HEAD") if _is_tracked() else None
 

@@ -23,6 +23,7 @@ from .priors import bring_all
 from .queueing import parse_item
 from .reconcile import catch_up
 from .sampler import importances
+from .snapshot import check_code, keep_code, running
 from .start import check_start, confirm
 from .steering import Absent, ask_for, live
 from .study import Study
@@ -94,6 +95,7 @@ def launch(sweep: Sweep, options: Options, wishes: Wishes = NOTHING) -> None:
 
     # Checks
     directory = sweep_directory(options.runs, str(sweep.name))
+    check_code(directory, options.code)
     slots = Slots(
         options.cpus, _gpus() if options.gpus is None else options.gpus, options.parallel
     )
@@ -132,7 +134,8 @@ def launch(sweep: Sweep, options: Options, wishes: Wishes = NOTHING) -> None:
 
     try:
         remove_leftovers(directory)
-        write_sweep(directory, record, sweep.script)
+        code = keep_code(directory)
+        write_sweep(directory, record | {"code": code.hash}, sweep.script)
         study = Study(directory / "study.journal", sweep.name, lease, sweep.objectives)
         catch_up(study, options.runs)
 
@@ -141,7 +144,9 @@ def launch(sweep: Sweep, options: Options, wishes: Wishes = NOTHING) -> None:
 
         _grant(study, wishes, queue, priors)
         announce(sweep.name, sweep.rules, study.records(), directory)
-        carry_out(sweep, study, slots, options, start.info)
+
+        with running(code):
+            carry_out(sweep, study, slots, options, start.info, code.package)
     finally:
         lease.release()
 
