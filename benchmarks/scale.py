@@ -169,6 +169,10 @@ def _evaluate(
 
     last = max(starts)
     wall = last - first
+
+    if wall <= 0:
+        sys.exit("Not all slots were taken before the last trial began: take longer trials.")
+
     busy = sum(max(0.0, min(b, last) - max(a, first)) for a, b in spans)
     inside = [x for x in clock if first <= x[0] <= last]
     core = (inside[-1][1] - inside[0][1]) / (inside[-1][0] - inside[0][0])

@@ -24,6 +24,8 @@ __all__ = ["add_runs_parser", "runs_command", "with_action"]
 RUNS = """
 Shows run directories. RUN is a path, a name, an id or an unambiguous beginning of one.
 Without an action the runs are listed: `sda-ray runs window=5 --sort loss_valid`.
+With --runs s3://BUCKET/PREFIX, what is small of them is fetched first: settings, metrics, records.
+Weights stay there: `aws s3 cp s3://BUCKET/PREFIX/RUN/state.pth .`
 """
 
 LIST = """

@@ -50,6 +50,7 @@ def main(sweep: Any = None, argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     places = f"data {args.data}" + ("" if args.command == "simulate" else f", runs {args.runs}")
     out = sys.stderr if getattr(args, "json", False) else sys.stdout
+    places += f", a copy of which is in {args.bucket}" if args.bucket else ""
     print(f"sda-ray {__version__}: root {args.root}, {places}", file=out, flush=True)
     commands = {
         "simulate": _simulate,
@@ -66,6 +67,7 @@ def main(sweep: Any = None, argv: Sequence[str] | None = None) -> None:
 
     try:
         _check_places(args)
+        _check_bucket(args)
         commands[args.command](args, sweep)
     except UserError as error:
         if started and (place := getattr(error, "place", None)):  # the code is another's
@@ -96,6 +98,33 @@ def _check_places(args: argparse.Namespace) -> None:
                     raise UserError(f"{place} cannot be used: {part} is a file, no directory.")
 
                 break
+
+
+def _check_bucket(args: argparse.Namespace) -> None:
+    r"""Looks whether a command can do with runs in a bucket, and fetches what is to be listed."""
+
+    if not args.bucket:
+        return
+
+    if args.command not in ("sweep", "runs", "plan", "stop") or (
+        args.command == "runs" and args.action == "prune"
+    ):
+        raise UserError(
+            f"`sda-ray {args.command}` works on a directory, not on {args.bucket}: give it --runs "
+            f"{args.runs}, where runs of this machine are, and those fetched by `sda-ray runs`."
+        )
+
+    if args.command == "runs":
+        from .bucket import Bucket, Unreachable
+        from .fetching import fetch_records
+
+        bucket = Bucket(args.bucket)
+        bucket.check()
+
+        try:
+            fetch_records(bucket, args.runs)
+        except Unreachable as error:
+            raise UserError(f"{args.bucket} does not answer: {error}. Try again.") from error
 
 
 def _simulate(args: argparse.Namespace, _: Any) -> None:

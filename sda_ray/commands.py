@@ -63,6 +63,30 @@ def sweep_command(args: argparse.Namespace, sweep: Any) -> None:
     if sweep is None and _taken_up(args):
         return
 
+    if not args.bucket:
+        return _sweep(args, sweep, None)
+
+    from .copier import copied
+
+    with copied(args.bucket, args.runs, _name(args, sweep)) as copier:
+        _sweep(args, sweep, copier)
+
+
+def _name(args: argparse.Namespace, sweep: Any) -> str:
+    r"""Returns the name of the sweep that is meant, before anything of it need be there."""
+
+    from .definition import load_script
+
+    if args.fork and not args.name:
+        raise UserError("--fork with runs in a bucket goes with --name: what to call the sweep.")
+
+    if args.name or (sweep is None and not args.sweep.endswith(".py")):
+        return str(args.name or args.sweep)
+
+    return str((sweep or load_script(Path(args.sweep))).name)
+
+
+def _sweep(args: argparse.Namespace, sweep: Any, copier: Any) -> None:
     from .adoption import fork
     from .definition import load_script
     from .room import parse_size
@@ -78,6 +102,8 @@ def sweep_command(args: argparse.Namespace, sweep: Any) -> None:
         ask_above=args.ask_above,
         job=args.job and os.environ.get("SLURM_JOB_ID"),
         code=args.code,
+        bucket=args.bucket,
+        copier=copier,
     )
     sweep, options = chosen_sweep(args, sweep, options)
 

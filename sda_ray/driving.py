@@ -50,6 +50,8 @@ class Options:
         ask_above: The GPU-hours above which a first start asks.
         job: The Slurm job that carries it out, see :mod:`sda_ray.allocation`.
         code: `recorded`, or `current` if a sweep shall go on with other code than recorded.
+        bucket: Where the runs are copied to, `s3://bucket/prefix`, if anywhere.
+        copier: What does that, see :mod:`sda_ray.copier`.
     """
 
     root: Path
@@ -68,6 +70,8 @@ class Options:
     ask_above: float = 1.0
     job: str | None = None
     code: str = "recorded"
+    bucket: str | None = None
+    copier: Any = None
 
 
 def carry_out(
@@ -109,6 +113,12 @@ def carry_out(
         table.target = target
         write_sweep(directory, read_sweep(options.runs, sweep.name) | {"trials": target}, None)
 
+    def house() -> None:
+        keeper()
+
+        if options.copier is not None:
+            options.copier.check()
+
     try:
         if decide(records, (), rules, stops=stops).kind != "stop":
             driver = Driver(
@@ -122,12 +132,12 @@ def carry_out(
                 stops,
                 deadline(options.hours, os.environ),
                 retarget,
-                keeper,
+                house,
             )
             study.journal.stopping = lambda: driver.stopping
             slots.avoided = driver.losses.avoided
             _drive(driver, slots, options, table, package)
-            _end(driver, _again(sweep.name, options.root, options.runs))
+            _end(driver, _again(sweep.name, options.root, options.bucket or options.runs))
 
         study.close()
     finally:
@@ -199,7 +209,7 @@ def _end(driver: Driver, again: str) -> None:
     sys.exit(LATER if driver.why == TIME else 130)
 
 
-def _again(name: str, root: Path, runs: Path) -> str:
+def _again(name: str, root: Path, runs: Path | str) -> str:
     r"""Returns the command that carries a sweep on from the current directory."""
 
     command = f"sda-ray sweep {name}"

@@ -49,6 +49,7 @@ class Journal(BaseJournalBackend):
         self.file = file
         self.lease = lease
         self.stopping: Callable[[], bool] = lambda: False  # whether to wait no longer
+        self.appended: Callable[[list[dict[str, Any]]], None] = lambda logs: None  # who is told
         self.line = 0  # the number of the last record that was read
         self._offset = 0  # where it ends
         self._held: list[dict[str, Any]] | None = None
@@ -82,6 +83,7 @@ class Journal(BaseJournalBackend):
         else:
             lines = (json.dumps(log, separators=(",", ":")) + "\n" for log in logs)
             self._append("".join(lines).encode())
+            self.appended(logs)
 
     @contextmanager
     def together(self) -> Iterator[None]:

@@ -22,7 +22,7 @@ from typing import Any
 from .errors import UserError
 from .files import read_json, write_json
 
-__all__ = ["Lease", "LeaseLost", "holder", "is_alive", "place", "pulse"]
+__all__ = ["Lease", "LeaseLost", "described", "holder", "is_alive", "place", "pulse", "verdict"]
 
 logger = logging.getLogger(__name__)
 
@@ -101,16 +101,11 @@ def is_alive(file: Path, patience: float = STALE) -> bool:
 
     found = holder(file)
 
-    if found is None or found["pid"] is None:
+    if found is None:
         return False
 
-    here = place()
-
-    if _is_here(found):
-        return _started(found["pid"]) == found["started"]
-
-    if found["host"] == here["host"] and found["boot"] != here["boot"]:  # before its last boot
-        return False
+    if (known := verdict(found)) is not None:
+        return known
 
     logger.warning(
         "%s was last held by process %d on %s, which cannot be seen from here: watching for a "
@@ -131,8 +126,35 @@ def is_alive(file: Path, patience: float = STALE) -> bool:
     return False
 
 
+def verdict(found: dict[str, Any]) -> bool | None:
+    r"""Tells whether a holder lives, or returns None if that cannot be seen from here."""
+
+    if found.get("pid") is None:
+        return False
+
+    if _is_here(found):
+        return _started(found["pid"]) == found.get("started")
+
+    here = place()
+    rebooted = found.get("host") == here["host"] and found.get("boot") != here["boot"]
+
+    return False if rebooted else None
+
+
 def _is_here(found: dict[str, Any]) -> bool:
-    return all(found[key] == value for key, value in place().items())
+    return all(found.get(key) == value for key, value in place().items())
+
+
+def described(attempt: int) -> dict[str, Any]:
+    r"""Returns what this process says of itself when it takes a lease."""
+
+    return {
+        "attempt": attempt,
+        "pid": os.getpid(),
+        "started": _started(os.getpid()),
+        "since": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **place(),
+    }
 
 
 def pulse(file: Path) -> int:
@@ -257,14 +279,8 @@ class Lease:
             os.close(descriptor)
 
     def _write(self, pid: int | None) -> None:
-        mine = {
-            "attempt": self.attempt,
-            "pid": pid,
-            "started": None if pid is None else _started(pid),
-            "since": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            **place(),
-            **({"agent": self.agent} if self.agent else {}),
-        }
+        mine = described(self.attempt) | ({} if pid else {"pid": None, "started": None})
+        mine |= {"agent": self.agent} if self.agent else {}
         write_json(self.file, mine)
         self._mine = mine
 

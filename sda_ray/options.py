@@ -40,6 +40,11 @@ sweep, carries it on after a crash, and, with a larger --trials, extends it. Whi
   sda-ray sweep demo --enqueue learning_rate=1e-3   try this next; what is not given is drawn
   sda-ray sweep demo --enqueue RUN                  the settings of a run
   sda-ray sweep sweeps/demo.py seed=1 --fork        another sweep, with what still holds of this
+
+With --runs s3://BUCKET/PREFIX, the runs are in ROOT/runs/s3/BUCKET/PREFIX, and a copy of them that
+follows within 5 s is in the bucket: should this machine and its disk be lost, the same command on
+another one carries the sweep on from the copy. One driver at a time: another one is refused for as
+long as this one lives. It takes `pip install 'sda-ray[cluster]'`, and finds keys as AWS' tools do.
 """
 
 PLAN = """
@@ -106,7 +111,10 @@ def _parser() -> argparse.ArgumentParser:
         where.add_argument("--data", help="the data directory (default: ROOT/data)")
 
         if name != "simulate":
-            where.add_argument("--runs", help="the directory of all runs (default: ROOT/runs)")
+            where.add_argument(
+                "--runs",
+                help="the directory of all runs (default: ROOT/runs), or s3://BUCKET/PREFIX",
+            )
 
         return added
 
@@ -280,4 +288,11 @@ def _locate(args: argparse.Namespace) -> None:
     args.root = find_root(args.root)
     args.data_given = args.data is not None
     args.data = absolute(args.data, args.root / "data")
-    args.runs = absolute(getattr(args, "runs", None), args.root / "runs")
+    args.bucket = None
+    runs = getattr(args, "runs", None)
+
+    if runs and runs.startswith("s3://"):
+        args.bucket = runs.rstrip("/")
+        runs = str(args.root / "runs" / "s3" / args.bucket.removeprefix("s3://"))
+
+    args.runs = absolute(runs, args.root / "runs")

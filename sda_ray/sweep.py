@@ -137,6 +137,10 @@ def launch(sweep: Sweep, options: Options, wishes: Wishes = NOTHING) -> None:
         code = keep_code(directory)
         write_sweep(directory, record | {"code": code.hash}, sweep.script)
         study = Study(directory / "study.journal", sweep.name, lease, sweep.objectives)
+
+        if options.copier is not None:
+            options.copier.follow(study)
+
         catch_up(study, options.runs)
 
         for line in widened:

@@ -1,0 +1,501 @@
+r"""Tests for `sda_ray.bucket`, and what is built on it: `owner`, `folder`, `fetching`, `copier`.
+
+The bucket is moto's server on loopback: what it does with conditions and parts is S3's.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Cli, Start
+
+from sda_ray.bucket import PIECE, Bucket, Damaged, Refused, parse_url
+from sda_ray.errors import UserError
+from sda_ray.fetching import compare_journals, fetch_sweep
+from sda_ray.folder import RUN, SUMS, Folder, files_of
+from sda_ray.owner import Owner
+
+pytest.importorskip("moto.server")
+
+URL = "s3://lab-bucket/kolmogorov/runs"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    from moto.server import ThreadedMotoServer
+
+    started = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    started.start()
+    host, port = started.get_host_and_port()
+    yield f"http://{host}:{port}"
+    started.stop()
+
+
+@pytest.fixture
+def account(server: str, home: Path) -> dict[str, str]:
+    r"""The variables by which AWS' tools find server and keys, and no others of this machine."""
+
+    return {
+        "AWS_ENDPOINT_URL": server,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "eu-central-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_CONFIG_FILE": str(home / "none"),
+        "AWS_SHARED_CREDENTIALS_FILE": str(home / "none"),
+    }
+
+
+@pytest.fixture
+def bucket(account: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Bucket:
+    r"""An empty bucket."""
+
+    for name, value in account.items():
+        monkeypatch.setenv(name, value)
+
+    made = Bucket(URL)
+
+    try:
+        made._client.create_bucket(
+            Bucket=made.name,
+            CreateBucketConfiguration={"LocationConstraint": "eu-central-1"},
+        )
+    except made._client.exceptions.BucketAlreadyOwnedByYou:
+        for key in made.sizes():
+            made.delete(key)
+
+    return made
+
+
+# Objects
+
+
+@pytest.mark.parametrize("url", ["s3://", "s3://B/x", "s3://lab/../x", "s3://lab/a b", "s3://l"])
+def test_wrong_url_is_refused(url: str) -> None:
+    with pytest.raises(UserError, match=r"s3://BUCKET/PREFIX"):
+        parse_url(url)
+
+
+def test_objects_come_back(bucket: Bucket) -> None:
+    bucket.write("a/b.txt", b"1")
+    bucket.write("a/c/d.txt", b"22")
+
+    assert bucket.read("a/b.txt") == b"1"
+    assert bucket.read("a/none.txt") is None
+    assert bucket.sizes() == {"a/b.txt": 1, "a/c/d.txt": 2}
+    assert bucket.sizes("a/c") == {"a/c/d.txt": 2}
+    assert bucket.sizes("none") == {}
+
+
+def test_bucket_that_is_not_there_is_said(bucket: Bucket) -> None:
+    with pytest.raises(UserError, match=r"s3://other-bucket/x cannot be used.*Create the bucket"):
+        Bucket("s3://other-bucket/x").check()
+
+
+def test_write_on_condition_is_refused_where_it_does_not_hold(bucket: Bucket) -> None:
+    version = bucket.swap("o", b"1", None)
+
+    for wrong in (None, '"0"'):
+        with pytest.raises(Refused):
+            bucket.swap("o", b"2", wrong)
+
+    newer = bucket.swap("o", b"2", version)
+
+    assert bucket.peek("o") == (b"2", newer)
+    assert bucket.peek("none") is None
+
+
+def test_pyarrow_knows_no_condition(bucket: Bucket) -> None:
+    r"""The day that it does, boto3 is not needed any more."""
+
+    bucket.write("o", b"1")
+    condition = {"If-None-Match": "*", "IfNoneMatch": "*"}
+
+    with bucket._fs.open_output_stream(bucket._path("o"), metadata=condition) as stream:
+        stream.write(b"2")
+
+    assert bucket.read("o") == b"2"
+
+
+def test_large_file_that_is_given_up_leaves_the_object(bucket: Bucket, tmp_path: Path) -> None:
+    file = tmp_path / "large"
+    file.write_bytes(os.urandom(2 * PIECE + 1))
+    bucket.write("large", b"before")
+    parts = []
+
+    def going() -> None:
+        parts.append(1)
+
+        if len(parts) == 2:
+            raise UserError("taken over")
+
+    with open(file, "rb") as stream, pytest.raises(UserError, match=r"taken over"):
+        bucket.upload("large", stream, going)
+
+    assert bucket.read("large") == b"before"
+    assert bucket.sizes() == {"large": 6}
+
+    with open(file, "rb") as stream:
+        bucket.upload("large", stream, lambda: None)
+
+    assert bucket.read("large") == file.read_bytes()
+    assert bucket.sizes() == {"large": 2 * PIECE + 1}
+
+
+def test_wrong_checksum_leaves_the_file(bucket: Bucket, tmp_path: Path) -> None:
+    bucket.write("o", b"damaged")
+    (tmp_path / "file").write_bytes(b"before")
+
+    with pytest.raises(Damaged, match=r"s3://.*/o is damaged"):
+        bucket.download("o", tmp_path / "file", ["0" * 64])
+
+    assert (tmp_path / "file").read_bytes() == b"before"
+
+
+# Ownership
+
+
+def elsewhere(owner: Owner) -> None:
+    r"""Lets an owner look as if it were a process of another machine."""
+
+    owner.mine |= {"host": "elsewhere", "boot": "another"}
+    owner._write()
+
+
+def test_second_driver_is_refused_while_the_first_lives(bucket: Bucket) -> None:
+    owner = Owner(bucket, "owner.json", "sweep 'x'")
+
+    with pytest.raises(UserError, match=r"sweep 'x' is carried out by process \d+ on .* since"):
+        Owner(bucket, "owner.json", "sweep 'x'")
+
+    owner.release()
+    second = Owner(bucket, "owner.json", "sweep 'x'")
+
+    assert second.attempt == owner.attempt + 1
+    second.release()
+
+
+def test_owner_elsewhere_is_refused_by_its_sign_of_life(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sda_ray.owner.BEAT", 0.2)
+    owner = Owner(bucket, "owner.json", "sweep 'x'")
+    elsewhere(owner)
+
+    with pytest.raises(UserError, match=r"carried out by process \d+ on elsewhere"):
+        Owner(bucket, "owner.json", "sweep 'x'", patience=30.0)
+
+    owner.release()
+
+
+def test_silent_owner_is_taken_over_and_writes_no_more(bucket: Bucket, tmp_path: Path) -> None:
+    owner = Owner(bucket, "owner.json", "sweep 'x'")
+    elsewhere(owner)
+    owner._over.set()  # no more signs of life
+    write(tmp_path / "run", **{"metrics.jsonl": "1\n"})
+    folder = Folder(bucket, "run", tmp_path / "run", owner.check, owner.attempt)
+
+    second = Owner(bucket, "owner.json", "sweep 'x'", patience=0.5)
+    owner._confirmed -= 3600  # an hour later it comes back
+
+    with pytest.raises(UserError, match=r"taken over by process .* this driver stops"):
+        folder.copy(RUN)
+
+    assert set(bucket.sizes()) == {"owner.json"}
+    owner.release()
+    second.check()
+    assert second.taken is None
+    second.release()
+
+
+def test_owner_whose_answer_was_lost_goes_on(bucket: Bucket) -> None:
+    owner = Owner(bucket, "owner.json", "sweep 'x'")
+    owner._version = '"another"'  # as if the last answer had not come back
+    owner._renew()
+    owner._renew()
+    owner.check()
+
+    assert owner.taken is None
+    owner.release()
+
+
+# Directories
+
+
+def write(directory: Path, **files: str) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+
+    for name, text in files.items():
+        (directory / name).write_text(text)
+
+
+FIRST = {"config.json": "{}", "metrics.jsonl": "1\n", "checkpoint.pth": "at 1", "run.json": "R1"}
+THEN = {
+    "metrics.jsonl": "1\n2\n",
+    "checkpoint.pth": "at 2",
+    "state.pth": "weights",
+    "run.json": "finished",
+}
+
+
+def test_copy_is_whole_at_whatever_moment_its_writer_dies(bucket: Bucket, tmp_path: Path) -> None:
+    allowed = {"metrics.jsonl": ("1\n", "1\n2\n"), "checkpoint.pth": ("at 1", "at 2")}
+
+    for moment in range(9):
+        here, there, left = tmp_path / f"{moment}", tmp_path / f"to-{moment}", [10**6]
+
+        def check(left: list[int] = left) -> None:
+            left[0] -= 1
+
+            if left[0] < 0:
+                raise KeyboardInterrupt
+
+        folder = Folder(bucket, f"run-{moment}", here, check)
+        write(here, **FIRST)
+        folder.copy(files_of(here, RUN))
+        write(here, **THEN)
+        left[0] = moment
+
+        with contextlib.suppress(KeyboardInterrupt):
+            folder.copy(files_of(here, RUN))
+
+        Folder(bucket, f"run-{moment}", there).fetch(lambda name: True)
+        found = {file.name: file.read_text() for file in there.iterdir()}
+
+        assert set(FIRST) <= set(found)
+        assert all(found[name] in texts for name, texts in allowed.items())
+        assert len(found["metrics.jsonl"]) >= 2 * int(found["checkpoint.pth"][-1])
+        assert found["run.json"] == "R1" or found["state.pth"] == "weights"
+
+    assert found == FIRST | THEN  # the last moment is after the end
+
+
+def test_only_what_has_changed_goes_up(bucket: Bucket, tmp_path: Path) -> None:
+    write(tmp_path, **FIRST)
+    folder = Folder(bucket, "run", tmp_path)
+    folder.copy(files_of(tmp_path, RUN))
+    written: list[str] = []
+    bucket.write = lambda key, data: written.append(key)  # type: ignore[method-assign]
+    folder.copy(files_of(tmp_path, RUN))
+    again = Folder(bucket, "run", tmp_path)
+    again.copy(files_of(tmp_path, RUN))
+
+    assert written == []
+
+    write(tmp_path, **{"metrics.jsonl": "1\n2\n"})
+    again.copy(files_of(tmp_path, RUN))
+
+    assert written == [f"run/{SUMS}", "run/metrics.jsonl"]
+
+
+def test_torn_line_stays_behind(bucket: Bucket, tmp_path: Path) -> None:
+    write(tmp_path, **{"metrics.jsonl": '{"epoch": 1}\n{"epo'})
+    Folder(bucket, "run", tmp_path).copy(files_of(tmp_path, RUN))
+
+    assert bucket.read("run/metrics.jsonl") == b'{"epoch": 1}\n'
+
+
+def test_deleted_checkpoint_is_deleted(bucket: Bucket, tmp_path: Path) -> None:
+    write(tmp_path, **FIRST)
+    folder = Folder(bucket, "run", tmp_path)
+    folder.copy(files_of(tmp_path, RUN))
+    (tmp_path / "checkpoint.pth").unlink()
+    folder.copy([*files_of(tmp_path, RUN), "checkpoint.pth"])
+
+    assert "run/checkpoint.pth" not in bucket.sizes()
+    assert "checkpoint.pth" not in json.loads(bucket.read(f"run/{SUMS}") or b"")["files"]
+
+
+@pytest.mark.parametrize("damage", [b"", b"at", b"at 9"])
+def test_damaged_object_is_left_out(
+    bucket: Bucket, tmp_path: Path, damage: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path / "here", **FIRST)
+    Folder(bucket, "run", tmp_path / "here").copy(files_of(tmp_path / "here", RUN))
+    bucket.write("run/checkpoint.pth", damage)
+    Folder(bucket, "run", tmp_path / "there").fetch(lambda name: True)
+
+    assert "run/checkpoint.pth is damaged: its checksum is wrong" in caplog.text
+    assert files_of(tmp_path / "there", RUN) == ["config.json", "metrics.jsonl", "run.json"]
+
+
+def test_name_that_leads_out_of_the_directory_is_left_out(bucket: Bucket, tmp_path: Path) -> None:
+    sums = {"../out": ["0"], "/tmp/out": ["0"], "a/../../out": ["0"]}
+    bucket.write(f"run/{SUMS}", json.dumps({"attempt": 1, "files": sums}).encode())
+    Folder(bucket, "run", tmp_path / "there").fetch(lambda name: True)
+
+    assert list(tmp_path.iterdir()) == []
+
+
+# Which journal
+
+
+@pytest.mark.parametrize(
+    "here, copy, newer",
+    [
+        (b"", b"", "here"),
+        (b"a\n", b"", "here"),
+        (b"", b"a\n", "copy"),
+        (b"a\nb\n", b"a\n", "here"),
+        (b"a\nb\n", b"a\nb\n", "here"),
+        (b"a\n", b"a\nb\n", "copy"),
+        (b"a\nto", b"a\nb\n", "copy"),  # torn
+        (b"a\nb\n", b"a\nc\nd\n", "parted"),
+    ],
+)
+def test_newer_journal_goes_on_where_the_other_ends(here: bytes, copy: bytes, newer: str) -> None:
+    assert compare_journals(here, copy) == newer
+
+
+def parted(bucket: Bucket, tmp_path: Path, by: int, last: int) -> Path:
+    r"""Makes a journal and a copy that have parted, written by drivers of these numbers."""
+
+    there = tmp_path / "there" / "sweeps" / "x"
+    write(there, **{"study.journal": "a\nc\nd\n", "sweep.json": "{}"})
+    Folder(bucket, "sweeps/x", there, attempt=by).copy(["sweep.json", "study.journal"])
+    here = tmp_path / "here" / "sweeps" / "x"
+    write(here, **{"study.journal": "a\nb\n", "copy.json": json.dumps({"attempt": last})})
+
+    return tmp_path / "here"
+
+
+def test_copy_of_a_later_driver_wins_over_what_it_did_not_know(
+    bucket: Bucket, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    runs = parted(bucket, tmp_path, by=3, last=2)
+    fetch_sweep(bucket, runs, "x")
+    directory = runs / "sweeps" / "x"
+
+    assert (directory / "study.journal").read_text() == "a\nc\nd\n"
+    assert (directory / "study.journal.parted-3").read_text() == "a\nb\n"
+    assert "has 4 bytes that another driver did not know of" in caplog.text
+
+
+def test_journals_that_parted_without_a_reason_are_refused(bucket: Bucket, tmp_path: Path) -> None:
+    runs = parted(bucket, tmp_path, by=2, last=2)
+
+    with pytest.raises(UserError, match=r"\(4 bytes\) and its copy .* \(6 bytes\) have parted"):
+        fetch_sweep(bucket, runs, "x")
+
+    assert (runs / "sweeps" / "x" / "study.journal").read_text() == "a\nb\n"
+
+
+def test_damaged_copy_of_a_journal_is_said(bucket: Bucket, tmp_path: Path) -> None:
+    runs = parted(bucket, tmp_path, by=2, last=2)
+    bucket.write("sweeps/x/study.journal", b"a\nc\n")
+
+    with pytest.raises(UserError, match=r"study\.journal is damaged: its checksum is wrong"):
+        fetch_sweep(bucket, runs, "x")
+
+
+# Sweeps
+
+SCRIPT = """
+from sda_ray import CONFIG, Sweep, loguniform, main
+
+CONFIG = CONFIG | {settings} | {{"epochs": 9}}
+SPACE = {{"learning_rate": loguniform(1e-4, 1e-2)}}
+sweep = Sweep("cloud", CONFIG, SPACE, trials=6, min_epochs=3, eta=3)
+
+if __name__ == "__main__":
+    main(sweep)
+"""
+
+
+def wait_for(what: Any, process: Any, seconds: float = 240.0) -> None:
+    deadline = time.monotonic() + seconds
+
+    while not what():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def records(journal: bytes) -> list[dict[str, Any]]:
+    r"""Returns the runs that a journal creates."""
+
+    lines = [json.loads(line) for line in journal.splitlines()]
+
+    return [line["user_attrs"] for line in lines if line.get("op_code") == 4]
+
+
+def test_sweep_outlives_its_machine(
+    bucket: Bucket,
+    account: dict[str, str],
+    cli: Cli,
+    start: Start,
+    small: dict[str, Any],
+    tmp_path: Path,
+) -> None:
+    from conftest import SMALL
+
+    (tmp_path / "cloud.py").write_text(SCRIPT.format(settings=SMALL))
+    command = ("sweep", "cloud.py", f"--runs={URL}", "--parallel=2")
+    first = start(*command, **account)
+
+    def under_way() -> bool:
+        data = bucket.read("sweeps/cloud/study.journal") or b""
+        return len(records(data)) >= 3 and data.count(b'"op_code":7') >= 3
+
+    wait_for(under_way, first)
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    before = records(bucket.read("sweeps/cloud/study.journal") or b"")
+    runs = tmp_path / "runs" / "s3" / "lab-bucket" / "kolmogorov" / "runs"
+    assert (runs / "sweeps" / "cloud" / "study.journal").exists()
+    wait_for_the_end_of_trials(runs)
+    shutil.rmtree(tmp_path / "runs")  # a new machine, with an empty disk
+
+    done = cli(*command, timeout=400, **account)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"All of it is in {URL}" in done.stdout
+    keys, journal = bucket.sizes(), bucket.read("sweeps/cloud/study.journal") or b""
+    made = {record["run"]: record["run_id"] for record in records(journal)}
+    assert made | {r["run"]: r["run_id"] for r in before} == made  # none lost
+    assert sorted(made) == [1, 2, 3, 4, 5, 6]  # and none twice
+    directories = {key.partition("/")[0] for key in keys if key.endswith("/run.json")}
+    assert {name.rpartition("_")[2] for name in directories} == set(made.values())
+    statuses = []
+
+    for name in directories:
+        record = json.loads(bucket.read(f"{name}/run.json") or b"")
+        lines = (bucket.read(f"{name}/metrics.jsonl") or b"").splitlines()
+        epochs = [json.loads(line)["epoch"] for line in lines]
+        statuses.append(record["status"])
+        assert epochs == [*range(1, len(epochs) + 1)]
+        assert (f"{name}/state.pth" in keys) == (record["status"] == "finished")
+
+    assert {"finished", "paused"} == {*statuses}
+
+    shutil.rmtree(tmp_path / "runs")
+    listed = cli("runs", f"--runs={URL}", "--json", **account)
+    assert {run["id"] for run in json.loads(listed.stdout)} == set(made.values())
+
+
+def wait_for_the_end_of_trials(runs: Path) -> None:
+    r"""Waits until the processes of a killed driver's trials are gone: they have lost their Ray."""
+
+    from sda_ray.lease import is_alive
+
+    deadline = time.monotonic() + 120
+
+    while any(is_alive(file) for file in runs.glob("*_*/lease.json")):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def test_command_that_cannot_do_with_a_bucket_says_so(
+    bucket: Bucket, account: dict[str, str], cli: Cli
+) -> None:
+    done = cli("train", f"--runs={URL}", **account)
+
+    assert done.returncode == 2
+    assert "`sda-ray train` works on a directory, not on s3://" in done.stderr
