@@ -121,7 +121,9 @@ class Bucket:
             parsed = urlparse(endpoint)
             where |= {"endpoint_override": parsed.netloc, "scheme": parsed.scheme}
 
-        self._fs = fs.S3FileSystem(connect_timeout=connect, request_timeout=read, **where)
+        self._fs = fs.S3FileSystem(
+            connect_timeout=connect, request_timeout=read, allow_delayed_open=True, **where
+        )
 
     def _key(self, key: str) -> str:
         return f"{self.prefix}/{key}" if self.prefix else key
