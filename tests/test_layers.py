@@ -21,8 +21,8 @@ FLOORS = {
     3: "diffusion guidance owner folder",
     4: "averaging compilation training validation checkpoint samples pruner forecast",
     5: "settings cost record history tracking fragments runs extension train curves inventory reclaim outcome vigil link local",
-    6: "probe room space seen danger grid methods sampler stopping journal study reconcile cluster details render upload mirror halt head",
-    7: "fitting queueing priors coverage shapes places nodes archive definition trial drawing losses driver desk lookout executor table progress scaling leaving clusterfile away member snapshot copier fetching",
+    6: "scaling probe room space seen danger grid methods sampler stopping journal study reconcile cluster details render upload mirror halt head",
+    7: "fitting queueing priors coverage shapes places nodes archive definition trial drawing losses driver desk lookout executor table progress leaving clusterfile away member snapshot copier fetching",
     8: "steering faults plan bill start adoption driving sweep session simulate browse sync join allocation jobs",
     9: "options commands cli slurm",
 }
