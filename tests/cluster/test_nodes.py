@@ -1,0 +1,266 @@
+r"""Tests on a real cluster: a sweep survives whatever happens to nodes, and no stranger gets in.
+
+One sweep of 8 trials is started by `ray submit` and loses, one after the other: workers on a node
+that kills them, a node to a power cut, one to a partition of the network, a spot machine with
+notice, a machine that is replaced by another, and its head.
+"""
+
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lab import CHECKOUT, ROOT, Lab, wait
+
+TRIALS = 8
+SECONDS = 45  # that a trial takes, about
+REDONE = 60  # seconds of training that a loss may cost, and a step
+
+SCRIPT = """from sda_ray import CONFIG, Sweep, loguniform, main
+
+CONFIG = CONFIG | {{
+    "window": 3, "embedding": 8, "hidden_channels": (8, 16), "hidden_blocks": (1, 1),
+    "batch_size": 8, "epochs": {epochs},
+}}
+sweep = Sweep(
+    "small", CONFIG, {{"learning_rate": loguniform(1e-4, 1e-2)}}, trials={trials}, pruner="none"
+)
+
+if __name__ == "__main__":
+    main(sweep)
+"""
+
+# What the head's disk says of the runs
+RUNS = """
+import json, pathlib, time
+found = {}
+for file in sorted((pathlib.Path("%s").expanduser() / "runs").glob("*_*/run.json")):
+    run, here = json.loads(file.read_text()), file.parent
+    lines = here / "metrics.jsonl"
+    text = lines.read_text() if lines.exists() else ""
+    saved = here / "checkpoint.pth"
+    found[here.name] = {
+        "status": run.get("status"),
+        "hosts": [x["host"] for x in run["attempts"]],
+        "ended": ["ended" in x for x in run["attempts"]],
+        "epochs": [json.loads(line)["epoch"] for line in text.splitlines(True) if line[-1] == "\\n"],
+        "age": time.time() - (saved if saved.exists() else here / "config.json").stat().st_mtime,
+        "state": (here / "state.pth").exists(),
+    }
+print(json.dumps(found))
+"""
+
+# The metadata of a spot machine of AWS that is about to be taken away
+SPOT = """
+import http.server, json, time
+when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + 120))
+class Answer(http.server.BaseHTTPRequestHandler):
+    def say(self, text):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(text.encode())
+    def do_PUT(self):
+        self.say("session")
+    def do_GET(self):
+        assert self.headers["X-aws-ec2-metadata-token"] == "session"
+        self.say(json.dumps({"action": "terminate", "time": when}))
+http.server.HTTPServer(("127.0.0.1", 8169), Answer).serve_forever()
+"""
+
+Runs = dict[str, dict[str, Any]]
+
+
+def runs(lab: Lab) -> Runs:
+    return json.loads(lab.run("head", f"python - <<'END'\n{RUNS % ROOT}END").splitlines()[-1])
+
+
+def at_work(lab: Lab, host: str) -> Runs:
+    r"""Returns the runs whose newest attempt is on a host, and has not ended."""
+
+    return {
+        name: run
+        for name, run in runs(lab).items()
+        if run["hosts"][-1:] == [host] and not run["ended"][-1] and run["epochs"]
+    }
+
+
+def wait_for_work(lab: Lab, host: str, seconds: float = 240) -> str:
+    r"""Waits until a host trains a run, and returns which."""
+
+    return next(iter(wait(f"a trial on {host}", lambda: at_work(lab, host), seconds)))
+
+
+def wait_for_move(lab: Lab, name: str, before: Runs, seconds: float = 300) -> None:
+    r"""Waits until a run has a new attempt."""
+
+    attempts = len(before[name]["hosts"])
+    wait(f"{name} to go on", lambda: len(runs(lab)[name]["hosts"]) > attempts, seconds)
+
+
+def per_epoch(lab: Lab) -> float:
+    r"""Returns the seconds that an epoch takes on this machine."""
+
+    words = "window=3 embedding=8 hidden_channels=8,16 hidden_blocks=1,1 batch_size=8 epochs=40"
+    lab.run("head", f"sda-ray train {words} --data {ROOT}/data --runs /tmp/speed", 300)
+    lines = lab.run("head", "cat /tmp/speed/*/metrics.jsonl").splitlines()
+
+    return sum(json.loads(line)["seconds"] for line in lines[10:40]) / 30
+
+
+@pytest.fixture(scope="module")
+def epochs(lab: Lab) -> int:
+    return min(5000, max(100, round(SECONDS / per_epoch(lab))))
+
+
+def test_strangers_get_nothing_and_only_ssh_and_ray_listen(lab: Lab) -> None:
+    head = lab.ips["head"]
+    stranger = f"HOME=/tmp RAY_AUTH_MODE=token RAY_AUTH_TOKEN={'0' * 64}"
+    jobs = "curl -s -o /dev/null -w '%{http_code}' -m 10"
+
+    # From another host
+    gcs = (
+        f"from ray._raylet import GcsClient; GcsClient(address='{head}:6379').get_all_node_info()"
+    )
+    said = lab.run("w1", f'{stranger} timeout 60 python -c "{gcs}" && echo got in', code=None)
+    assert "got in" not in said
+
+    client = f"import ray; ray.init('ray://{head}:10001')"
+    said = lab.run("w1", f'{stranger} timeout 60 python -c "{client}" && echo got in', code=None)
+    assert "got in" not in said
+    assert lab.run("w1", f"{jobs} http://{head}:8265/api/jobs/", code=None).endswith("000")
+    submit = f"{stranger} timeout 60 ray job submit --address http://{head}:8265 -- id"
+    assert "uid=" not in lab.run("w1", submit, code=None)
+
+    # On the head itself, the dashboard knows who has the token; so does the agent of each node
+    assert "401" in lab.run("head", f"{jobs} http://127.0.0.1:8265/api/jobs/", code=None)
+    token = '-H "Authorization: Bearer $(cat ~/.ray/auth_token)"'
+    assert "200" in lab.run("head", f"{jobs} {token} http://127.0.0.1:8265/api/jobs/", code=None)
+    assert lab.run("head", "stat -c %a ~/.ray/auth_token").strip() == "600"
+
+    for host in ("head", "w1"):
+        for line in lab.run(host, "ss -tlnpH").splitlines():
+            address = line.split()[3].rsplit(":", 1)[0]
+            program = line.split("users:")[-1]
+
+            if not address.strip("[]").removeprefix("::ffff:").startswith("127."):
+                pid = re.search(r"pid=(\d+)", program)
+                command = lab.run(host, f"tr '\\0' ' ' < /proc/{pid[1] if pid else 0}/cmdline")
+                assert re.search(r"sshd|ray::|/ray/", command), f"{host}: {line}"
+
+
+def test_sweep_survives_the_loss_of_every_node(lab: Lab, epochs: int, tmp_path: Path) -> None:
+    text = SCRIPT.format(epochs=epochs, trials=TRIALS)
+    lab.run("client", f"cat > ~/small.py <<'END'\n{text}END")
+    log = tmp_path / "submit.log"
+    command = f"cd {CHECKOUT} && ray submit ~/cluster.yaml ~/small.py --address auto"
+    submit = lab.start("client", command, log)
+    moved = {wait_for_work(lab, host) for host in lab.workers}
+    assert len(moved) == 2
+    ages = []
+
+    def lose(host: str) -> tuple[str, Runs]:
+        r"""Returns a run that a host is about to lose, and all runs."""
+
+        name, before = wait_for_work(lab, host), runs(lab)
+        ages.append(before[name]["age"])
+        assert submit.poll() is None, log.read_text()
+
+        return name, before
+
+    # A node on which workers die, and die, and die: no more trials there
+    for _ in range(3):
+        name, before = lose("w1")
+        lab.run("w1", "kill -9 $(pgrep -f ray::ResourceTrainable)")
+        wait_for_death(lab, name, before, log)
+
+    assert "w1: 3 workers in a row died there" in wait_for_words(log, "No trial of this sweep")
+    assert not at_work(lab, "w1") or name in at_work(lab, "w1")
+
+    # A power cut, and the same machine again: for Ray it is a new node, and may have trials
+    lab.hosts("kill", "w1")
+    lab.hosts("start", "w1")
+    wait_for_work(lab, "w1")
+    wait_for_move(lab, name, before)
+
+    name, before = lose("w1")
+    lab.hosts("kill", "w1")
+    wait_for_move(lab, name, before)
+    lab.hosts("start", "w1")
+
+    # A partition: the process lives on, and finds its run taken when it is back
+    wait_for_work(lab, "w1")
+    name, before = lose("w2")
+    lab.hosts("link", "w2", "down")
+    lab.wait_for(["w2"], alive=False)
+    wait_for_move(lab, name, before)
+    lab.hosts("link", "w2", "up")
+
+    # A spot machine with notice: its trial has saved a checkpoint when it is gone
+    wait_for_work(lab, "w2")
+    name, before = lose("w1")
+    spot = lab.start("w1", f"python - <<'END'\n{SPOT}END", tmp_path / "spot.log")
+    wait("the trial to make way", lambda: runs(lab)[name]["ended"][-1], 60)
+    assert "w1 is leaving" in wait_for_words(log, "is leaving")
+    lab.hosts("kill", "w1")
+    spot.wait(60)
+
+    # A new machine in its place has nothing of it; and the head loses power, too
+    lab.hosts("start", "w1", "--fresh")
+    name, before = lose("w2")
+    assert not lab.nodes().get("w1")
+    lab.hosts("kill", "head")
+    submit.wait(120)
+    lab.hosts("start", "head")
+    lab.up()
+
+    # The same command carries on
+    assert lab.start("client", command, log).wait(900) == 0, log.read_text()
+    found = runs(lab)
+
+    assert len(found) == TRIALS
+    assert len(found[name]["hosts"]) > len(before[name]["hosts"])
+    assert max(ages) <= REDONE + 15, ages  # the age of a checkpoint, and what it takes to look
+
+    for run in found.values():  # each ended, and no epoch of any was written twice
+        assert run["status"] == "finished" and run["state"]
+        assert run["epochs"] == list(range(1, epochs + 1))
+
+    assert_alone(lab, name)
+
+
+def wait_for_death(lab: Lab, name: str, before: Runs, log: Path) -> None:
+    r"""Waits until it is seen that the worker of a run has died."""
+
+    attempts = len(before[name]["hosts"])
+
+    def seen() -> bool:
+        said = "workers in a row died there" in " ".join(log.read_text().split())
+
+        return said or len(runs(lab)[name]["hosts"]) > attempts
+
+    wait(f"the death of {name}", seen, 120)
+
+
+def wait_for_words(log: Path, words: str) -> str:
+    r"""Waits until a sweep has said something, and returns all that it said, in one line."""
+
+    wait(words, lambda: re.search(words, " ".join(log.read_text().split())), 120)
+
+    return " ".join(log.read_text().split())
+
+
+def assert_alone(lab: Lab, name: str) -> None:
+    r"""Asserts that a run, lost as often as it was, has the weights of one that never was."""
+
+    start = time.monotonic()
+    words = f"--config {ROOT}/runs/{name} --data {ROOT}/data --runs /tmp/alone"
+    lab.run("head", f"sda-ray train {words}", 900)
+    same = (
+        "import torch, pathlib, sys; "
+        f"a = torch.load(pathlib.Path('{ROOT}/runs/{name}/state.pth').expanduser()); "
+        "b = torch.load(next(pathlib.Path('/tmp/alone').glob('*/state.pth'))); "
+        "print(a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a))"
+    )
+    assert lab.run("head", f'python -c "{same}"').split()[-1] == "True", time.monotonic() - start
