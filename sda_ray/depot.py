@@ -227,7 +227,7 @@ class Depot:
 
         return {name: (self.data / name).stat().st_size for name in DATA}
 
-    def datatake_piece(self, name: str, offset: int, size: int) -> Any:
+    def data_piece(self, name: str, offset: int, size: int) -> Any:
         r"""Returns a piece of a file of data, and its SHA-256."""
 
         if name not in DATA:

@@ -122,11 +122,10 @@ def opened(runs: Path, data: Path, request: Path) -> Iterator[dict[str, str]]:
 
     nonce = secrets.token_hex(16)
     name, here = f"depot-{nonce[:8]}", ray.get_runtime_context()
-    actor = ray.remote(Depot).options(
+    actor = ray.remote(concurrency_groups=GROUPS)(Depot).options(
         name=name,
         num_cpus=0,
         max_restarts=-1,
-        concurrency_groups=GROUPS,
         scheduling_strategy=NodeAffinitySchedulingStrategy(here.get_node_id(), soft=False),
     )
     depot = actor.remote(name, str(runs), str(data), str(request))
