@@ -11,7 +11,6 @@ The token of the job's Ray is made here and goes to the other nodes through `sru
 no command, environment or script has it.
 """
 
-import argparse
 import json
 import os
 import secrets
@@ -45,15 +44,16 @@ WHOLE = (
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    r"""Carries out a sweep in this allocation, or is one more node of it, with `--node`."""
+    r"""Carries out a sweep in this allocation, or is one more node of it.
 
-    parser = argparse.ArgumentParser(prog="python -m sda_ray.allocation", description=__doc__)
-    parser.add_argument("--node", action="store_true", help="join the Ray named on standard input")
-    parser.add_argument("sweep", nargs=argparse.REMAINDER, help="arguments of `sda-ray sweep`")
-    args = parser.parse_args(argv)
+    Arguments:
+        argv: `--node`, or the arguments of `sda-ray sweep`; by default those of the process.
+    """
+
+    words = list(sys.argv[1:] if argv is None else argv)
 
     try:
-        sys.exit(_node() if args.node else _run(args.sweep))
+        sys.exit(_node() if words == ["--node"] else _run(words))
     except UserError as error:
         print(f"sda-ray: {error}", file=sys.stderr, flush=True)
         sys.exit(2)

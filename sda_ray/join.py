@@ -22,6 +22,7 @@ from .member import DRAIN, END, Member, member, own_cpus, own_gpus, own_ip
 __all__ = ["join", "stay"]
 
 LOOK = 2.0  # seconds between two looks at whether the sweep goes on
+TWICE = 1.0  # seconds within which the same wish may come twice, as `timeout` and srun send it
 GONE = 6.0  # seconds without its notice after which it does not
 
 Why = Callable[[], str]
@@ -106,14 +107,16 @@ def _asked() -> Iterator[Why]:
     r"""Yields what tells why this process is asked to leave, or nothing. A second signal ends it."""
 
     every = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-    heard: list[int] = []
+    heard: list[float] = []
     end = deadline(None, os.environ)
 
     def handle(number: int, frame: Any) -> None:
-        if heard and number != signal.SIGUSR1:
+        now = time.monotonic()
+
+        if heard and now - heard[0] > TWICE and number != signal.SIGUSR1:
             raise KeyboardInterrupt
 
-        heard.append(number)
+        heard.append(now)
 
     def why() -> str:
         if heard:

@@ -8,6 +8,7 @@ import pytest
 from byhand import Desk
 from simulated import Sweeping
 
+from sda_ray.lease import Lease
 from sda_ray.pruner import Rules
 
 
@@ -29,6 +30,15 @@ def test_three_runs_that_fail_alike_stop_the_sweep(desk: Desk) -> None:
 
     with pytest.raises(StopIteration):
         desk.driver.suggest("e")
+
+
+def test_driver_that_was_taken_over_does_not_stop_the_trials_of_another(desk: Desk) -> None:
+    other = Lease(desk.lease.file, "the sweep", takeover=True)
+    desk.driver.stop()
+
+    assert desk.driver.stopping
+    assert not desk.driver.request.exists()
+    other.release()
 
 
 @pytest.mark.parametrize("last", ["RuntimeError: this", "OSError: that"])

@@ -1,0 +1,145 @@
+r"""Tests of a sweep as a job of Slurm, on hosts that are killed and cut off under it."""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lab import ROOT, SLOW, Lab, laboratory, obstacle, wait
+from slurm import Job, install
+
+pytestmark = pytest.mark.skipif(bool(obstacle()), reason=obstacle())
+
+SWEEP = """
+from sda_ray import CONFIG, Sweep, loguniform, main
+
+small = {
+    "window": 3, "embedding": 8, "hidden_channels": (8, 16), "hidden_blocks": (1, 1),
+    "batch_size": 8, "epochs": 500,
+}
+space = {"weight_decay": loguniform(1e-4, 1e-2)}
+sweep = Sweep("jobs", CONFIG | small, space, trials=3, pruner="none")
+
+if __name__ == "__main__":
+    main(sweep)
+"""
+
+TAKEOVER = 120  # seconds within which a job that starts again drives its sweep
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    if "HOSTS_STATE" not in os.environ:
+        os.environ["HOSTS_STATE"] = str(tmp_path_factory.mktemp("hosts"))
+
+    with laboratory(("w1", "w2", "w3")) as lab:
+        yield lab
+
+
+@pytest.fixture
+def job(lab: Lab) -> Job:
+    r"""A job that was submitted on the client, by `sda-ray slurm`."""
+
+    shared = Path(lab.state) / "shared"
+    install(shared / "slurm")
+    lab.data("client")
+    (shared / "sda" / "jobs.py").write_text(SWEEP)
+    variables = (
+        "export PATH=/shared/slurm/bin:$PATH SLURM_STAND_IN=/shared/slurm WANDB_MODE=disabled "
+        f"OMP_NUM_THREADS=1 SDA_RAY_ROOT={ROOT}"
+    )
+
+    for host in ("client", "w1", "w2", "w3"):
+        if host != "client":
+            lab.home(host)
+
+        lab.run(host, f"echo '{variables}' >> ~/.bashrc")
+
+    words = f"cd {ROOT} && sda-ray slurm jobs.py --submit -- --nodes=2 -c1 --time=1:00:00"
+    said = lab.run("client", words.replace("sda-ray", "python -m sda_ray"))
+    assert "Submitted batch job 1" in said
+
+    return Job(lab, shared / "slurm")
+
+
+def test_job_survives_whatever_befalls_its_hosts(lab: Lab, job: Job) -> None:
+    root = Path(lab.state) / "shared" / "sda"
+    directory = root / "runs" / "sweeps" / "jobs"
+
+    def attempt() -> int:
+        file = directory / "lease.json"
+        return int(json.loads(file.read_text())["attempt"]) if file.exists() else 0
+
+    def epochs() -> dict[str, int]:
+        files = root.glob("runs/*/metrics.jsonl")
+        return {file.parent.name[-8:]: len(file.read_text().splitlines()) for file in files}
+
+    def nodes() -> set[str]:
+        found = [json.loads(file.read_text()) for file in root.glob("runs/*/lease.json")]
+        return {lease["host"] for lease in found if lease["pid"]}
+
+    def works() -> bool:
+        return (directory / "head.json").exists() and len(nodes()) == 2
+
+    # Two nodes, both of which work; before the end of its time it saves all, and is requeued
+    process = job.start(["w1", "w2"])
+    wait("both nodes to work", lambda: nodes() == {"w1", "w2"} and len(epochs()) >= 2, 180)
+    job.signal("w1", "USR1")
+    assert process.wait(SLOW * 120) == 75, job.log.read_text()
+    assert job.requeued
+    kept = epochs()
+    statuses = [json.loads(file.read_text())["status"] for file in root.glob("runs/*/run.json")]
+    assert set(statuses) == {"interrupted"}
+    assert not (directory / "head.json").exists()
+    assert not (directory / "token").exists()
+
+    # Carried on, until the host of the driver loses its power
+    process = job.start(["w1", "w2"])
+    wait("it to go on", lambda: works() and sum(epochs().values()) > sum(kept.values()) + 20, 180)
+    assert attempt() == 2
+    lab.hosts("kill", "w1")
+    process.wait(60)
+
+    # From another host, which is then cut off and frozen, with all that it has begun to write
+    since = time.monotonic()
+    process = job.start(["w2", "w3"])
+    wait("the sweep to be taken over", lambda: attempt() == 3, TAKEOVER)
+    assert time.monotonic() - since < SLOW * TAKEOVER
+    before = sum(epochs().values())
+    wait("it to go on", lambda: works() and sum(epochs().values()) > before + 20, 180)
+    lab.hosts("link", "w2", "down")
+    lab.run("w2", "kill -STOP -1", code=None)
+
+    # From a third one, on which it ends
+    since = time.monotonic()
+    last = job.start(["w3"])
+    wait("the sweep to be taken over", lambda: attempt() == 4, TAKEOVER)
+    assert time.monotonic() - since < SLOW * TAKEOVER
+    assert last.wait(SLOW * 600) == 0, job.log.read_text()
+    assert sorted(epochs().values()) == [500, 500, 500]
+    assert len(list(root.glob("runs/*/state.pth"))) == 3
+
+    # The one that was cut off comes back, finds that it was taken over, and writes not a byte
+    written = snapshot(root)
+    lab.hosts("link", "w2", "up")
+    lab.run("w2", "kill -CONT -1", code=None)
+    assert process.wait(SLOW * 240) != 0
+    wait("its processes to end", lambda: not lab.run("w2", "pgrep -f ray:: || true").strip(), 120)
+    assert snapshot(root) == written
+
+
+def snapshot(root: Path) -> dict[str, Any]:
+    r"""Returns what every file in a directory is, and when it was last written."""
+
+    return {
+        str(file.relative_to(root)): (
+            hashlib.sha256(file.read_bytes()).hexdigest(),
+            file.stat().st_mtime_ns,
+        )
+        for file in sorted(root.rglob("*"))
+        if file.is_file()
+    }
