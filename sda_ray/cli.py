@@ -48,6 +48,7 @@ def main(sweep: Any = None, argv: Sequence[str] | None = None) -> None:
         argv = ["sweep", str(script), *argv]
 
     args = parse(argv)
+    args.words = argv
     places = f"data {args.data}" + ("" if args.command == "simulate" else f", runs {args.runs}")
     out = sys.stderr if getattr(args, "json", False) else sys.stdout
     places += f", a copy of which is in {args.bucket}" if args.bucket else ""
@@ -60,6 +61,8 @@ def main(sweep: Any = None, argv: Sequence[str] | None = None) -> None:
         "slurm": _slurm,
         "join": _join,
         "stop": stop_command,
+        "attach": _attach,
+        "cluster": _cluster,
         "adopt": adopt_command,
         "runs": runs_command,
         "sync": sync_command,
@@ -151,6 +154,18 @@ def _join(args: argparse.Namespace, _: Any) -> None:
     from .join import join
 
     join(args.runs, args.sweep, args.cpus, args.gpus, args.wait)
+
+
+def _attach(args: argparse.Namespace, _: Any) -> None:
+    from .attach import attach
+
+    attach(args.runs, args.sweep)
+
+
+def _cluster(args: argparse.Namespace, _: Any) -> None:
+    from .status import status_command
+
+    status_command(args)
 
 
 def _train(args: argparse.Namespace, _: Any) -> None:

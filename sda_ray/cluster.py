@@ -5,6 +5,7 @@ import logging
 import os
 import secrets
 import shutil
+import socket
 import sys
 import tempfile
 import time
@@ -28,6 +29,7 @@ STORE = 100 * 2**20  # bytes of shared memory; nothing large goes through Ray
 PREFIX = "sda-ray-"
 BAD = "node "  # how reasons begin that are held against a node
 RAY = "r"  # the part of a private directory that Ray 2.60 opens to everybody
+KNOCK = 10.0  # seconds in which somebody at an address answers
 LONGEST = 24  # characters of a directory in which the paths of Ray's sockets stay short enough
 
 
@@ -79,6 +81,9 @@ def connect(
 
         if "ray" not in sys.modules:  # Ray 2.60 reads its authentication mode at its import
             os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+
+    else:
+        _knock(address)
 
     import ray
 
@@ -137,6 +142,23 @@ def gate(own: bool) -> tuple[str, str | None]:
         return address, os.environ.get("RAY_AUTH_TOKEN") or Path(file).read_text().strip()
 
     return address, os.environ.get("RAY_AUTH_TOKEN")
+
+
+def _knock(address: str) -> None:
+    r"""Raises a UserError if nobody is at an address: Ray 2.60 tries for minutes."""
+
+    host, colon, port = address.rpartition(":")
+
+    if not colon or "/" in host or not port.isdecimal():
+        return  # `auto`, or what Ray itself has to understand
+
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), KNOCK).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"there is no Ray at '{address}': {error}. Start one, or leave --address out to use "
+            "this machine alone."
+        ) from error
 
 
 class _Paths(list[str]):

@@ -120,6 +120,13 @@ def _sweep(args: argparse.Namespace, sweep: Any, copier: Any) -> None:
         sweep = sweep if args.name else fork(sweep, options.runs, options.data)
         warm += (parent,)
 
+    if args.detach:
+        from .detach import detach
+        from .sweep import count_gpus
+
+        detach(sweep, options, args.words, count_gpus())
+        return
+
     wishes = Wishes(tuple(args.enqueue), warm, args.retry_failed, args.trials is not None)
     launch(sweep, options, wishes)
 

@@ -23,9 +23,9 @@ from optuna.study import StudyDirection
 
 from .errors import UserError
 from .files import open_regular, write_atomic
-from .lease import Lease
+from .lease import Lease, LeaseLost
 
-__all__ = ["Journal", "open_journal", "open_study"]
+__all__ = ["Holder", "Journal", "open_journal", "open_study"]
 
 logger = logging.getLogger(__name__)
 
@@ -35,17 +35,20 @@ PAUSES = (0.1, 10.0)  # seconds between two tries, first and in the end
 TAIL = 2**16  # bytes that are looked at first for the end of the last whole record
 
 
+Holder = Lease | None  # None reads alone
+
+
 class Journal(BaseJournalBackend):
     r"""Creates the backend of Optuna's journal storage for a file.
 
     Arguments:
         file: The journal. It appears with its first record.
-        lease: The lease of the sweep: without it nothing is written.
+        lease: The lease of the sweep, or None to read alone: without it nothing is written.
     """
 
     storage: JournalStorage
 
-    def __init__(self, file: Path, lease: Lease) -> None:
+    def __init__(self, file: Path, lease: Holder) -> None:
         self.file = file
         self.lease = lease
         self.stopping: Callable[[], bool] = lambda: False  # whether to wait no longer
@@ -114,6 +117,9 @@ class Journal(BaseJournalBackend):
             OSError: If there is none for too long, or the sweep shall stop.
         """
 
+        if self.lease is None:
+            raise LeaseLost(f"{self.file} was opened to be read")
+
         start, pause = time.monotonic(), PAUSES[0]
 
         while True:
@@ -160,7 +166,7 @@ class Journal(BaseJournalBackend):
 
 
 def open_study(
-    file: Path, name: str, lease: Lease, objectives: Sequence[str]
+    file: Path, name: str, lease: Holder, objectives: Sequence[str]
 ) -> tuple[optuna.Study, Journal]:
     r"""Opens the study in a journal, or creates both.
 
@@ -186,20 +192,15 @@ def open_study(
     return study, journal
 
 
-def open_journal(file: Path, lease: Lease) -> Journal:
+def open_journal(file: Path, lease: Holder) -> Journal:
     r"""Opens a journal, or makes ready for a new one, and puts right what a dead writer left.
 
     Raises:
         UserError: If the file is damaged, empty, or not a journal.
     """
 
-    with lease.hold():
-        # A lock that a killed dashboard left would stall the next one for 30 s.
-        for stale in file.parent.glob(f"{file.name}.lock*"):
-            stale.unlink(missing_ok=True)
-
-        if os.path.lexists(file):
-            _repair(file)
+    if lease is not None:
+        _put_right(file, lease)
 
     journal = Journal(file, lease)
 
@@ -216,6 +217,16 @@ def open_journal(file: Path, lease: Lease) -> Journal:
             f"({type(error).__name__}: {error}). Restore a copy of the file. If there is none, "
             "remove the line: values are read again from the directories of the runs."
         ) from error
+
+
+def _put_right(file: Path, lease: Lease) -> None:
+    with lease.hold():
+        # A lock that a killed dashboard left would stall the next one for 30 s.
+        for stale in file.parent.glob(f"{file.name}.lock*"):
+            stale.unlink(missing_ok=True)
+
+        if os.path.lexists(file):
+            _repair(file)
 
 
 def _repair(file: Path) -> None:

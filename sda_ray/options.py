@@ -12,6 +12,7 @@ from .entry import find_root
 from .jobs import add_job_parsers, split_words
 from .keys import KEYS
 from .sync import add_sync_parser
+from .views import add_view_parsers
 
 __all__ = ["parse"]
 
@@ -40,6 +41,7 @@ sweep, carries it on after a crash, and, with a larger --trials, extends it. Whi
   sda-ray sweep demo --enqueue learning_rate=1e-3   try this next; what is not given is drawn
   sda-ray sweep demo --enqueue RUN                  the settings of a run
   sda-ray sweep sweeps/demo.py seed=1 --fork        another sweep, with what still holds of this
+  sda-ray sweep demo --detach                       in the background; sda-ray attach demo shows it
 
 With --runs s3://BUCKET/PREFIX, the runs are in ROOT/runs/s3/BUCKET/PREFIX, and a copy of them that
 follows within 5 s is in the bucket: should this machine and its disk be lost, the same command on
@@ -124,6 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_sweep(command("sweep", "search for good settings", SWEEP))
     add_job_parsers(command, _add_sweep)
     _add_stop(command("stop", "stop a sweep that runs, or one trial", STOP))
+    add_view_parsers(command)
     _add_adopt(command("adopt", "bring finished runs into a sweep", ADOPT))
     add_runs_parser(command)
     add_sync_parser(command)
@@ -224,6 +227,11 @@ def _add_sweep(parser: argparse.ArgumentParser) -> None:
         default=1.0,
         metavar="HOURS",
         help="ask before a first start that needs more GPU-hours (default: 1)",
+    )
+    parser.add_argument(
+        "--detach",
+        action="store_true",
+        help="return once it runs: in the background, or with --address as a job of the cluster",
     )
     code = parser.add_argument_group("code")
     code.add_argument(

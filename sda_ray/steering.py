@@ -10,7 +10,7 @@ from .errors import UserError
 from .lease import STALE, holder, is_alive, place, pulse
 from .mailbox import mailbox_of, post, take, wait
 
-__all__ = ["Absent", "ask", "ask_for", "live", "stop_sweep"]
+__all__ = ["Absent", "ask", "ask_for", "live", "stop_sweep", "watch"]
 
 BATCH = 100  # runs that a driver is told of at a time
 PATIENCE = 120.0  # seconds for an answer; a driver that starts Ray answers when that is done
@@ -63,7 +63,7 @@ def ask(directory: Path, kind: str, **content: Any) -> str:
     untouched = False
 
     try:
-        answer = wait(box, id, _watch(file, found), PATIENCE)
+        answer = wait(box, id, watch(file, found), PATIENCE)
     finally:
         untouched = take(box, id)  # nobody shall find it later
 
@@ -134,7 +134,7 @@ def _is_here(found: dict[str, Any]) -> bool:
     return all(found[key] == x for key, x in place().items())
 
 
-def _watch(file: Path, found: dict[str, Any]) -> Callable[[], bool]:
+def watch(file: Path, found: dict[str, Any]) -> Callable[[], bool]:
     r"""Returns what tells whether the holder of a lease seems to live, without waiting for it."""
 
     last, since = pulse(file), time.monotonic()

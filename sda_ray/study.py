@@ -16,8 +16,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from .errors import UserError
-from .journal import open_study
-from .lease import Lease
+from .journal import Holder, open_study
 from .pruner import Record
 from .sampler import quiet
 
@@ -37,7 +36,7 @@ class Study:
     Arguments:
         file: The journal.
         name: The name of the sweep.
-        lease: The lease of the sweep: without it nothing is written.
+        lease: The lease of the sweep, or None to read alone: without it nothing is written.
         objectives: What is minimised, by name. The first is the value of the last epoch.
 
     Raises:
@@ -45,7 +44,7 @@ class Study:
     """
 
     def __init__(
-        self, file: Path, name: str, lease: Lease, objectives: Sequence[str] = ("loss_valid",)
+        self, file: Path, name: str, lease: Holder, objectives: Sequence[str] = ("loss_valid",)
     ) -> None:
         self.objectives = tuple(objectives)
         self._lock = threading.Lock()  # a live table reads from its own thread

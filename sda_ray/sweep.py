@@ -29,7 +29,16 @@ from .steering import Absent, ask_for, live
 from .study import Study
 from .table import announce, conclude
 
-__all__ = ["Options", "Sweep", "Wishes", "launch", "load_record", "record_of", "sweep_directory"]
+__all__ = [
+    "Options",
+    "Sweep",
+    "Wishes",
+    "count_gpus",
+    "launch",
+    "load_record",
+    "record_of",
+    "sweep_directory",
+]
 
 
 @dataclass(frozen=True)
@@ -97,7 +106,7 @@ def launch(sweep: Sweep, options: Options, wishes: Wishes = NOTHING) -> None:
     directory = sweep_directory(options.runs, str(sweep.name))
     check_code(directory, options.code)
     slots = Slots(
-        options.cpus, _gpus() if options.gpus is None else options.gpus, options.parallel
+        options.cpus, count_gpus() if options.gpus is None else options.gpus, options.parallel
     )
     options = replace(
         options,
@@ -215,7 +224,9 @@ def _grant(study: Study, wishes: Wishes, queue: list[Any], priors: list[Any]) ->
             study.enqueue(params)
 
 
-def _gpus() -> int:
+def count_gpus() -> int:
+    r"""Returns the GPUs that a trial gets if nothing else is said."""
+
     import torch
 
     return int(torch.cuda.is_available())

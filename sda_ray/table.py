@@ -136,6 +136,22 @@ class LiveTable:
         elif event != "running":
             self._print(event, record)
 
+    def look(self) -> None:
+        r"""Shows what has happened since the last look. For those whom nobody notifies."""
+
+        before = {record.run_id: record for record in self.now}
+        self.now = self.records()
+
+        if self.live is None:
+            for record in self.now:
+                if event := _event(before.get(record.run_id), record):
+                    self._print(event, record)
+
+    def show(self) -> None:
+        r"""Prints the table as it is."""
+
+        self.console.print(self._render())
+
     def _print(self, event: str, record: Record) -> None:
         said = {
             "draw": "starts",
@@ -187,6 +203,18 @@ class LiveTable:
 
         if any(record.run_id not in self.names for record in records):
             self.names |= {path.id: path.name for path in RunPath.all(self.runs)}
+
+
+def _event(before: Record | None, now: Record) -> str:
+    r"""Returns the word for what has become of a run, or nothing if nothing has."""
+
+    if before is None:
+        return "draw"
+
+    if _status(before) != (status := _status(now)):
+        return "promote" if status == "running" else status
+
+    return "adopt" if now.attempt > before.attempt else ""
 
 
 def announce(title: str, rules: Rules, records: Sequence[Record], directory: Path) -> None:

@@ -23,8 +23,8 @@ FLOORS = {
     5: "settings cost record history tracking fragments runs extension train curves inventory reclaim outcome vigil link local",
     6: "scaling probe room space seen danger grid methods sampler stopping journal study reconcile cluster details render upload mirror halt head",
     7: "fitting queueing priors coverage shapes places nodes archive definition trial drawing losses driver desk lookout executor table progress leaving clusterfile away member snapshot copier fetching",
-    8: "steering faults plan bill start adoption driving sweep session simulate browse sync join allocation jobs",
-    9: "options commands cli slurm",
+    8: "steering faults plan bill start adoption driving sweep session simulate browse sync join allocation jobs attach detach status overview",
+    9: "options commands cli slurm views",
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
 
@@ -53,6 +53,8 @@ IMPORTERS = {
         "leaving",
         "clusterfile",
         "link",
+        "status",
+        "detach",
     },
     "wandb": {"tracking", "upload", "fragments"},
 }
