@@ -6,17 +6,17 @@ of training: the real driver, study, sampler, pruner, searcher and scheduler, wi
 trial. Prints
 
 * how busy the slots were: the seconds that trials spent in their steps, by 64 times the seconds,
-  from the first moment with all slots taken to the start of the last trial
+  from the moment that all slots are taken to the start of the last trial
 * the processor time of the driver's process, by the same seconds
 
     python benchmarks/scale.py [--trials 320] [--seconds 60] [--slots 64]
 
-It takes some six minutes and 8 GB of memory. Sleepers need no processor, but their processes do
-when they start: on two cores the first fill takes a minute or two, and is left out.
+It takes some ten minutes and 8 GB of memory. Sleepers need no processor, but their processes do
+when they start, some 5 s each: the first ones wait for each other, and then begin at some point of
+their first trial, so that trials neither begin nor end all at once.
 """
 
 import argparse
-import math
 import os
 import sys
 import tempfile
@@ -61,7 +61,7 @@ def draw(trial: Any) -> dict[str, Any]:
     }
 
 
-def sleeper(seconds: float) -> type:
+def sleeper(seconds: float, slots: int, place: Path) -> type:
     r"""Returns a class of trials that sleep. It goes to the workers by value, without torch."""
 
     from ray.tune import Trainable
@@ -76,12 +76,23 @@ def sleeper(seconds: float) -> type:
 
         def step(self) -> dict[str, Any]:
             import math
+            import random
             import time
 
             import ray
 
+            length = seconds / REPORTS
+
+            if self.epoch == 0 and not (place / "go").exists():
+                (place / f"ready.{self.spec['index']}").touch()
+
+                while not (place / "go").exists():
+                    time.sleep(0.2)
+
+                length += random.uniform(0, seconds)
+
             start = time.time()
-            time.sleep(seconds / REPORTS)
+            time.sleep(length)
             self.epoch += 1
             rate = self.spec["config"]["learning_rate"]
             value = (math.log10(rate) + 3.2) ** 2 + 1 / self.epoch
@@ -123,7 +134,15 @@ def run(trials: int, seconds: float, slots: int, place: Path) -> Found:
 
             return super().report(trial, result, close)
 
+        def tick(self) -> None:
+            super().tick()
+
+            if not go and len([*place.glob("ready.*")]) >= min(slots, trials):
+                go.append(time.time())
+                (place / "go").touch()
+
     starts: list[float] = []
+    go: list[float] = []
 
     def notify(event: str, record: Any) -> None:
         if event in ("draw", "adopt", "promote"):
@@ -139,46 +158,31 @@ def run(trials: int, seconds: float, slots: int, place: Path) -> Found:
             notify,
             place / "stop",
         )
-        executor.Trial = sleeper(seconds)  # type: ignore[misc, assignment]
+        executor.Trial = sleeper(seconds, slots, place)  # type: ignore[misc, assignment]
         begin = time.time()
         executor.execute(driver, {"cpu": 1, "gpu": 0}, scratch, own=True)
 
     complete = sum(record.state == "complete" for record in study.records())
     lease.release()
 
-    return _evaluate(spans, starts, clock, slots, begin, complete)
+    return _evaluate(spans, clock, slots, go[0], max(starts), go[0] - begin, complete)
 
 
 def _evaluate(
     spans: list[tuple[float, float]],
-    starts: list[float],
     clock: list[tuple[float, float]],
     slots: int,
-    begin: float,
+    first: float,
+    last: float,
+    fill: float,
     complete: int,
 ) -> Found:
-    edges = sorted([(a, 1) for a, _ in spans] + [(b, -1) for _, b in spans])
-    at_work, first = 0, math.inf
-
-    for moment, change in edges:
-        at_work += change
-
-        if at_work == slots:
-            first = moment
-            break
-
-    last = max(starts)
-    wall = last - first
-
-    if wall <= 0:
-        sys.exit("Not all slots were taken before the last trial began: take longer trials.")
-
     busy = sum(max(0.0, min(b, last) - max(a, first)) for a, b in spans)
     inside = [x for x in clock if first <= x[0] <= last]
     core = (inside[-1][1] - inside[0][1]) / (inside[-1][0] - inside[0][0])
-    load = os.getloadavg()[0]
+    wall = last - first
 
-    return Found(busy / slots / wall, core, wall, first - begin, complete, load)
+    return Found(busy / slots / wall, core, wall, fill, complete, os.getloadavg()[0])
 
 
 def measure(trials: int, seconds: float, slots: int) -> Found:

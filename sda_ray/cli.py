@@ -21,6 +21,7 @@ from .commands import (
     wandb_options,
 )
 from .config import CONFIG, Config, check_config, load_config, parse_overrides
+from .doctor import doctor_command
 from .entry import execute
 from .errors import UserError
 from .options import parse
@@ -66,6 +67,7 @@ def main(sweep: Any = None, argv: Sequence[str] | None = None) -> None:
         "adopt": adopt_command,
         "runs": runs_command,
         "sync": sync_command,
+        "doctor": doctor_command,
     }
 
     try:

@@ -8,6 +8,7 @@ from pathlib import Path
 from . import __version__
 from .browse import add_runs_parser, with_action
 from .config import format_value
+from .doctor import add_doctor_parser
 from .entry import find_root
 from .jobs import add_job_parsers, split_words
 from .keys import KEYS
@@ -130,6 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_adopt(command("adopt", "bring finished runs into a sweep", ADOPT))
     add_runs_parser(command)
     add_sync_parser(command)
+    add_doctor_parser(command)
 
     return parser
 
