@@ -101,12 +101,18 @@ def _count_gpus() -> int | str:
 
 
 def _token() -> int | None:
-    r"""Returns the permissions of the file with Ray's token, or None if there is none."""
+    r"""Returns the permissions of the file with Ray's token, or None if there is none.
 
-    file = os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token"
+    In a directory that others cannot enter they count for nothing.
+    """
+
+    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
 
     with suppress(OSError):
-        return os.stat(file).st_mode & 0o777
+        mode = file.stat().st_mode & 0o777
+        open_to = [part.stat().st_mode & 0o011 for part in file.absolute().parents]
+
+        return mode if all(open_to) else mode & 0o700
 
     return None
 

@@ -1,5 +1,6 @@
 r"""What is to be thought of a machine, by what it says of itself, and what to do about it."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ __all__ = ["Finding", "judge"]
 SKEW = (2.0, 60.0)  # seconds between clocks: worth a warning, and a fault
 FREE = (5e9, 1e9)  # bytes, likewise
 SLOW = 10e6  # bytes a second through the head, below which a warning
+DASHBOARD, TRIES = 8265, 50  # its port, and how many it tries from there on
 RAY = ("gcs_server", "raylet", "ray::", "/ray/", "ray.util", "ray start")  # in Ray's commands
 
 Judged = Iterator[tuple[str, str, str, str]]
@@ -120,7 +122,7 @@ def _ports(facts: Facts, driver: Facts, shared: bool) -> Judged:
         if port == 22 or "sshd" in command.partition(" ")[0]:
             continue
 
-        if "dashboard/dashboard.py" in command.replace("\\", "/") or port == 8265:
+        if _is_dashboard(port, command):
             do = "Start the head with --dashboard-host=127.0.0.1."
             yield "ports", "fault", f"Ray's dashboard listens on {address}:{port}", do
         elif any(word in command for word in RAY):
@@ -136,6 +138,18 @@ def _ports(facts: Facts, driver: Facts, shared: bool) -> Judged:
         yield "ports", "warning", f"others listen, too: {', '.join(sorted(set(others)))}", do
     else:
         yield "ports", "ok", "nothing but SSH and Ray listens for other machines", ""
+
+
+def _is_dashboard(port: int, command: str) -> bool:
+    r"""Tells whether a port is the dashboard's own, not one of its metrics (44227 as a rule)."""
+
+    if "dashboard/dashboard.py" not in command:
+        return port == DASHBOARD
+
+    given = re.search(r"--port=(\d+)", command)
+    first = int(given[1]) if given else DASHBOARD
+
+    return first <= port < first + TRIES
 
 
 def _token(facts: Facts, driver: Facts, shared: bool) -> Judged:
