@@ -9,18 +9,23 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 from conftest import Cli, Start
+from optuna.trial import TrialState
 
 from sda_ray.bucket import PIECE, Bucket, Damaged, Refused, parse_url
+from sda_ray.copier import Copier
 from sda_ray.errors import UserError
 from sda_ray.fetching import compare_journals, fetch_sweep
 from sda_ray.folder import RUN, SUMS, Folder, files_of
+from sda_ray.lease import Lease
 from sda_ray.owner import Owner
+from sda_ray.study import Study
 
 pytest.importorskip("moto.server")
 
@@ -394,6 +399,122 @@ def test_damaged_copy_of_a_journal_is_said(bucket: Bucket, tmp_path: Path) -> No
 
     with pytest.raises(UserError, match=r"study\.journal is damaged: its checksum is wrong"):
         fetch_sweep(bucket, runs, "x")
+
+
+# Copies of a study at work
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Iterator[Study]:
+    directory = tmp_path / "sweeps" / "x"
+    directory.mkdir(parents=True)
+    lease = Lease(directory / "lease.json", "sweep 'x'")
+    yield Study(directory / "study.journal", "x", lease)
+    lease.release()
+
+
+def copied_to(bucket: Bucket, study: Study) -> bool:
+    r"""Tells whether the copy of a journal is as the journal is."""
+
+    return bucket.read("sweeps/x/study.journal") == study.journal.file.read_bytes()
+
+
+def until(what: Callable[[], bool], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_journal_follows_changes_at_once_and_reports_later(
+    bucket: Bucket, study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sda_ray.copier.LAG", 3600.0)
+
+    # The lease of the sweep is ours: `copied` would find it at work
+    owner = Owner(bucket, "sweeps/x/owner.json", "sweep 'x'")
+    copier = Copier(bucket, tmp_path, "x", owner)
+    copier.follow(study)
+    until(lambda: copied_to(bucket, study))
+    study.enqueue({"learning_rate": 1e-3})
+    until(lambda: copied_to(bucket, study))
+    study.study.add_trial(optuna.trial.create_trial(state=TrialState.RUNNING))
+    until(lambda: copied_to(bucket, study))
+    study.storage.set_trial_intermediate_value(0, 1, 0.5)
+
+    assert not copied_to(bucket, study)  # an hour later
+
+    copier.finish(60.0)
+
+    assert copied_to(bucket, study)
+
+
+def test_bucket_that_is_away_holds_nobody_up(
+    bucket: Bucket,
+    server: str,
+    study: Study,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from moto.server import ThreadedMotoServer
+
+    monkey = pytest.MonkeyPatch()
+    other = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    other.start()
+    host, port = other.get_host_and_port()
+    monkey.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    monkey.setattr("sda_ray.copier.PAUSES", (0.1, 0.5))
+    far = Bucket(URL)  # the same objects, by a way that can be cut
+    monkey.undo()
+    copier = Copier(far, tmp_path, "x", Owner(far, "sweeps/x/owner.json", "sweep 'x'"))
+    copier.follow(study)
+    until(lambda: copied_to(bucket, study))
+
+    other.stop()
+    start = time.monotonic()
+    study.enqueue({"learning_rate": 1e-3})
+
+    assert time.monotonic() - start < 5
+    until(lambda: "nothing is copied to" in caplog.text)
+    assert not copied_to(bucket, study)
+
+    again = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
+    again.start()
+    until(lambda: copied_to(bucket, study), 120)
+    until(lambda: "is copied to again, after" in caplog.text)
+    copier.finish(60.0)
+    again.stop()
+
+    assert caplog.text.count("nothing is copied to") == 1
+    assert f"All of it is in {URL}" in capsys.readouterr().out
+
+
+def test_driver_that_was_taken_over_is_told_and_copies_no_more(
+    bucket: Bucket, study: Study, tmp_path: Path
+) -> None:
+    owner = Owner(bucket, "sweeps/x/owner.json", "sweep 'x'")
+    copier = Copier(bucket, tmp_path, "x", owner)
+    copier.follow(study)
+    until(lambda: copied_to(bucket, study))
+    copier.check()
+    elsewhere(owner)
+    owner._over.set()
+    second = Owner(bucket, "sweeps/x/owner.json", "sweep 'x'", patience=0.5)
+    owner._confirmed -= 3600
+    before = bucket.read("sweeps/x/study.journal")
+    study.enqueue({"learning_rate": 1e-3})
+    until(lambda: owner.taken is not None)
+
+    with pytest.raises(UserError, match="was taken over by process"):
+        copier.check()
+
+    copier.finish(60.0)
+
+    assert bucket.read("sweeps/x/study.journal") == before
+    assert second.taken is None
+    second.release()
 
 
 # Sweeps
