@@ -43,7 +43,7 @@ def announced(
         "pid": os.getpid(),
         "address": address,
         "attempt": lease.attempt,
-        "code": None,
+        "code": read_json(directory / "sweep.json").get("code"),
         "since": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 

@@ -64,7 +64,7 @@ class Job:
         said = " ".join(f"export {key}={x};" for key, x in environment.items())
         words = f"{said} echo $$ > /shared/slurm/{self.number}/pid; exec bash {self.script}"
 
-        return self.lab.start(hosts[0], words, self.log)  # type: ignore[no-any-return]
+        return self.lab.start(hosts[0], words, self.log)
 
     @property
     def log(self) -> Path:
@@ -137,5 +137,5 @@ def srun(place: Path, *words: str) -> int:
 
 
 if __name__ == "__main__":
-    commands = {"sbatch": sbatch, "srun": srun, "scontrol": scontrol, "squeue": squeue}
+    commands: dict[str, Any] = {"sbatch": sbatch, "srun": srun, "scontrol": scontrol, "squeue": squeue}
     sys.exit(commands[Path(sys.argv[0]).name](Path(os.environ["SLURM_STAND_IN"]), *sys.argv[1:]))
