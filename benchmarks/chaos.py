@@ -32,7 +32,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from sda_ray.lease import Lease, holder
+from sda_ray.holder import holder
+from sda_ray.lease import Lease
 from sda_ray.pruner import Record
 from sda_ray.study import Study
 

@@ -115,11 +115,12 @@ def run(trials: int, seconds: float, slots: int, place: Path) -> Found:
     r"""Runs the sweep and returns how busy slots and driver were."""
 
     from sda_ray import executor
-    from sda_ray.cluster import Slots, connect
+    from sda_ray.cluster import connect
     from sda_ray.driver import Driver
     from sda_ray.lease import Lease
     from sda_ray.pruner import Rules
     from sda_ray.sampler import propose
+    from sda_ray.slots import Slots
     from sda_ray.study import Study
 
     lease = Lease(place / "lease.json", "the benchmark")

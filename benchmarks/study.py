@@ -31,7 +31,8 @@ from rich.console import Console
 from rich.progress import track
 
 from sda_ray.driver import Driver
-from sda_ray.lease import Lease, place
+from sda_ray.holder import place
+from sda_ray.lease import Lease
 from sda_ray.pruner import Record, Rules, decide, reveal
 from sda_ray.reconcile import catch_up
 from sda_ray.sampler import propose

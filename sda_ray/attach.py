@@ -8,7 +8,7 @@ from typing import Any
 from .archive import read_sweep, sweep_directory
 from .checkpoint import RunPath
 from .errors import UserError
-from .lease import holder
+from .holder import holder
 from .sampler import importances
 from .steering import watch
 from .study import Study

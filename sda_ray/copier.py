@@ -21,7 +21,7 @@ from .errors import UserError
 from .fetching import MARK, fetch_sweep
 from .files import read_json, write_json
 from .folder import RUN, Folder, files_of
-from .lease import STALE, is_alive
+from .holder import STALE, is_alive
 from .owner import Owner
 from .study import Study
 

@@ -19,7 +19,8 @@ from .checkpoint import RunPath
 from .driver import Driver
 from .errors import UserError
 from .files import write_json
-from .lease import Lease, LeaseLost, holder
+from .holder import holder
+from .lease import Lease, LeaseLost
 from .mailbox import Request, answer, mailbox_of, pending, take, tidy
 from .pruner import Record
 from .record import read_record

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from .archive import sweep_directory
-from .cluster import Slots
 from .definition import Sweep
 from .driving import Options
 from .errors import UserError
-from .lease import holder
+from .holder import holder
+from .slots import Slots
 from .start import check_start, confirm
 
 __all__ = ["detach"]

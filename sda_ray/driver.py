@@ -95,7 +95,9 @@ class Driver:
         self.why = self.why or why
         self.stopping = True
 
-        if (lease := self.study.journal.lease) is None or not lease.is_lost():  # the trials are another driver's then
+        if (
+            lease := self.study.journal.lease
+        ) is None or not lease.is_lost():  # the trials are another driver's then
             self.request.touch()
 
     def tick(self) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .archive import read_sweep, sweep_directory, write_sweep
-from .cluster import Slots, connect, gate
+from .cluster import connect, gate
 from .data import DataInfo
 from .definition import Sweep
 from .desk import attended
@@ -19,6 +19,7 @@ from .head import announced
 from .limits import deadline
 from .pruner import decide
 from .room import Keeper
+from .slots import Slots
 from .study import Study
 from .table import LiveTable
 from .tracking import Wandb

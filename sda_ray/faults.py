@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from .archive import compare, read_sweep, sweep_directory
-from .cluster import Slots
 from .config import CONFIG, Config, check_config, check_value, format_value
 from .data import DataInfo, check_data, check_file
 from .definition import Sweep
 from .domain import Choice, loguniform
 from .errors import UserError
+from .holder import is_alive
 from .keys import KEYS
-from .lease import is_alive
 from .places import check_machine, check_runs, check_wandb
+from .slots import Slots
 from .tracking import Wandb
 
 __all__ = ["Findings", "find_faults"]

@@ -19,7 +19,7 @@ from .config import Config, load_config
 from .curves import check_regular, last_metrics
 from .errors import UserError
 from .files import read_json
-from .lease import STALE, holder, is_alive, place
+from .holder import STALE, holder, is_alive, place
 
 __all__ = [
     "SORTS",

@@ -11,12 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .cluster import Slots, connect, fitting
+from .cluster import connect
 from .config import Config
 from .cost import measure
 from .data import DataInfo, TrajectoryDataset
 from .places import look_here
 from .probe import SECONDS, Sample, Speed, speed_of, take_steps
+from .slots import Slots, fitting
 
 __all__ = ["Node", "look"]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from .bucket import Bucket, Refused, Unreachable
 from .errors import UserError
-from .lease import STALE, described, verdict
+from .holder import STALE, described, verdict
 
 __all__ = ["Owner"]
 

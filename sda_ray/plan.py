@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .cluster import Slots
 from .cost import Cost
 from .data import DataInfo
 from .definition import Sweep, load_script
@@ -23,6 +22,7 @@ from .places import free_disk, machine_memory
 from .probe import Speed
 from .pruner import Rules
 from .shapes import Shape, distinct_shapes, epoch_seconds
+from .slots import Slots
 from .tracking import Wandb
 
 __all__ = [

@@ -16,8 +16,8 @@ from .checkpoint import RunPath
 from .curves import check_regular
 from .errors import UserError
 from .files import write_json
+from .holder import holder
 from .inventory import Entry, is_held, read_entry
-from .lease import holder
 
 __all__ = ["give_back", "prune", "refusal", "resumable"]
 

@@ -18,7 +18,8 @@ from .checkpoint import RunPath
 from .errors import UserError
 from .files import write_json
 from .history import read_history
-from .lease import Lease, LeaseLost, holder
+from .holder import holder
+from .lease import Lease, LeaseLost
 from .outcome import finals
 from .pruner import Action, Record, Rules, Stops, decide
 from .record import read_record

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .archive import sweep_directory
-from .cluster import Slots
-from .commands import chosen_sweep, launch_options
+from .chosen import chosen_sweep
+from .commands import launch_options
 from .errors import UserError
 from .files import write_atomic
+from .slots import Slots
 from .start import check_start
 
 __all__ = ["slurm_command"]

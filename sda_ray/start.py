@@ -13,7 +13,7 @@ from typing import Any
 
 from .archive import sweep_directory
 from .bill import show_time
-from .cluster import Slots, local_cpus
+from .cluster import local_cpus
 from .data import DataInfo
 from .definition import Sweep
 from .errors import UserError
@@ -21,6 +21,7 @@ from .faults import find_faults
 from .files import read_json, write_json
 from .forecast import forecast
 from .plan import Plan, times_of
+from .slots import Slots
 from .tracking import Wandb
 
 __all__ = ["ASK_ABOVE", "CPUS_PER_GPU", "Start", "check_start", "confirm", "remember"]

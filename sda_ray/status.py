@@ -12,11 +12,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from .cluster import connect, fitting
+from .cluster import connect
 from .errors import UserError
 from .files import read_json
+from .holder import holder
 from .inventory import Entry, entries
-from .lease import holder
+from .slots import fitting
 
 __all__ = ["gather", "status_command", "why_waiting"]
 

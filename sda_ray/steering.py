@@ -7,7 +7,7 @@ from typing import Any
 
 from .archive import read_sweep, sweep_directory
 from .errors import UserError
-from .lease import STALE, holder, is_alive, place, pulse
+from .holder import STALE, holder, is_alive, place, pulse
 from .mailbox import mailbox_of, post, take, wait
 
 __all__ = ["Absent", "ask", "ask_for", "live", "stop_sweep", "watch"]

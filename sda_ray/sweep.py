@@ -11,7 +11,6 @@ from typing import Any
 
 from .adoption import warm_start
 from .archive import compare, read_sweep, space_of, sweep_directory, write_sweep
-from .cluster import Slots
 from .data import DataInfo
 from .definition import SETTINGS, Sweep, load_script
 from .driving import Options, carry_out
@@ -23,6 +22,7 @@ from .priors import bring_all
 from .queueing import parse_item
 from .reconcile import catch_up
 from .sampler import importances
+from .slots import Slots
 from .snapshot import check_code, keep_code, running
 from .start import check_start, confirm
 from .steering import Absent, ask_for, live

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import RunPath
-from .lease import HEARTBEAT, holder, is_alive, place, pulse
+from .holder import holder, is_alive, place, pulse
+from .lease import HEARTBEAT
 from .pruner import Record
 from .watchdog import OTHER, STACKS, TAKEN
 

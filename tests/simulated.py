@@ -14,7 +14,8 @@ from typing import Any
 
 from sda_ray.checkpoint import RunPath
 from sda_ray.driver import Driver
-from sda_ray.lease import Lease, place
+from sda_ray.holder import place
+from sda_ray.lease import Lease
 from sda_ray.pruner import Record, Rules, Stops
 from sda_ray.reconcile import catch_up
 from sda_ray.sampler import propose

@@ -12,13 +12,15 @@ from typing import Any
 
 import pytest
 
-from sda_ray.cluster import Slots, connect, fitting, local_cpus
+from sda_ray.cluster import connect, local_cpus
 from sda_ray.errors import UserError
+from sda_ray.slots import Slots, fitting
 
 # Starts a Ray where another one seems to be running, says what it is like, and waits for a line
 PROGRAM = """
 import json, os, sys
-from sda_ray.cluster import Slots, connect
+from sda_ray.cluster import connect
+from sda_ray.slots import Slots
 
 with connect() as scratch:
     import ray

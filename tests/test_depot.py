@@ -11,7 +11,8 @@ import pytest
 
 from sda_ray.attempts import PULSE, Unknown
 from sda_ray.depot import Depot
-from sda_ray.lease import HEARTBEAT, Lease, LeaseLost, holder
+from sda_ray.holder import holder
+from sda_ray.lease import HEARTBEAT, Lease, LeaseLost
 from sda_ray.presence import Vanished
 
 RUN, NAME = "abcdefgh", "calm-cat-1_abcdefgh"

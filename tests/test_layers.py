@@ -15,16 +15,16 @@ MODULES = sorted(file.stem for file in PACKAGE.glob("[!_]*.py"))
 
 # A module imports from its own floor and from those below.
 FLOORS = {
-    0: "allocator errors keys config files hdf5 lease precision presence provenance streams watchdog pieces entry checkup diagnosis",
+    0: "allocator errors keys config files hdf5 holder lease precision presence provenance streams watchdog pieces entry checkup diagnosis",
     1: "domain data flow generation padding periodic solver stencil weights winograd mailbox limits attempts depot bucket",
     2: "nn score",
     3: "diffusion guidance owner folder",
     4: "averaging compilation training validation checkpoint samples pruner forecast",
     5: "settings cost record history tracking fragments runs extension train curves inventory reclaim outcome vigil link local",
-    6: "scaling probe room space seen danger grid methods sampler stopping journal study reconcile cluster details render upload mirror halt head",
+    6: "scaling probe room space seen danger grid methods sampler stopping journal study reconcile cluster slots details render upload mirror halt head",
     7: "fitting queueing priors coverage shapes places nodes archive definition trial drawing losses driver desk lookout executor table progress leaving clusterfile away member snapshot copier fetching",
     8: "steering faults plan bill start adoption driving sweep session simulate browse sync join allocation jobs attach detach status overview doctor",
-    9: "options commands cli slurm views",
+    9: "chosen options commands cli slurm views",
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
 
@@ -48,6 +48,7 @@ IMPORTERS = {
         "lookout",
         "simulate",
         "cluster",
+        "slots",
         "nodes",
         "scaling",
         "leaving",

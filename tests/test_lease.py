@@ -12,7 +12,8 @@ import pytest
 
 from sda_ray import lease as leases
 from sda_ray.errors import UserError
-from sda_ray.lease import Lease, LeaseLost, holder, is_alive
+from sda_ray.holder import holder, is_alive, place
+from sda_ray.lease import Lease, LeaseLost
 
 HOLD = """
 import sys, time
@@ -178,10 +179,10 @@ def test_beating_holder_on_another_host_is_alive(
 
 def test_holder_in_another_container_is_not_judged_by_its_pid(file: Path) -> None:
     Lease(file, "run x")
-    from_elsewhere(file, **leases.place(), pid=2**22 + 1)
+    from_elsewhere(file, **place(), pid=2**22 + 1)
     assert not is_alive(file)  # at once
 
-    from_elsewhere(file, **leases.place() | {"space": "pid:[1]"}, pid=2**22 + 1)
+    from_elsewhere(file, **place() | {"space": "pid:[1]"}, pid=2**22 + 1)
     start = time.monotonic()
     assert not is_alive(file, patience=0.3)
     assert time.monotonic() - start >= 0.3

@@ -15,12 +15,13 @@ from rich.console import Console
 
 from sda_ray.archive import write_sweep
 from sda_ray.bill import plan_to_json, print_plan
-from sda_ray.cluster import Slots, local_cpus
+from sda_ray.cluster import local_cpus
 from sda_ray.data import check_data
 from sda_ray.definition import load_script
 from sda_ray.errors import UserError
 from sda_ray.places import look_here
 from sda_ray.plan import Plan, at_a_time, check_memory, memory_of, plan
+from sda_ray.slots import Slots
 from sda_ray.start import Start, check_start, confirm, remember
 from sda_ray.tracking import Wandb
 

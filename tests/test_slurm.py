@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from sda_ray.checkpoint import RunPath
-from sda_ray.lease import holder
+from sda_ray.holder import holder
 from sda_ray.record import read_record
 
 SWEEP = """

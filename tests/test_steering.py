@@ -19,7 +19,8 @@ import pytest
 
 from sda_ray.checkpoint import RunPath
 from sda_ray.errors import UserError
-from sda_ray.lease import Lease, holder
+from sda_ray.holder import holder
+from sda_ray.lease import Lease
 from sda_ray.steering import Absent, ask, live, stop_sweep
 
 PROGRAM = """

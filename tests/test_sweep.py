@@ -19,7 +19,8 @@ import torch
 from sda_ray.checkpoint import RunPath
 from sda_ray.cli import main
 from sda_ray.config import load_config
-from sda_ray.lease import Lease, holder
+from sda_ray.holder import holder
+from sda_ray.lease import Lease
 from sda_ray.pruner import Record
 from sda_ray.study import Study
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from sda_ray.checkpoint import RunPath
-from sda_ray.lease import HEARTBEAT, holder
+from sda_ray.holder import holder
+from sda_ray.lease import HEARTBEAT
 from sda_ray.pruner import Record
 from sda_ray.vigil import AWAY, BEATS, Vigil, end
 

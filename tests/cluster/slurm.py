@@ -137,5 +137,10 @@ def srun(place: Path, *words: str) -> int:
 
 
 if __name__ == "__main__":
-    commands: dict[str, Any] = {"sbatch": sbatch, "srun": srun, "scontrol": scontrol, "squeue": squeue}
+    commands: dict[str, Any] = {
+        "sbatch": sbatch,
+        "srun": srun,
+        "scontrol": scontrol,
+        "squeue": squeue,
+    }
     sys.exit(commands[Path(sys.argv[0]).name](Path(os.environ["SLURM_STAND_IN"]), *sys.argv[1:]))
