@@ -8,6 +8,7 @@ and has a private directory, so that several of them, of whatever jobs, live on 
 import ctypes
 import importlib.util
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -24,6 +25,7 @@ from .head import write_secret
 __all__ = ["DRAIN", "Member", "member", "own_cpus", "own_gpus", "own_ip"]
 
 START = 180.0  # seconds that Ray may take to start
+TRIES = 3  # times that it may, if the machine is busy
 DRAIN = 100.0  # seconds that trials have to save a checkpoint when a node leaves
 END = 10.0  # seconds that Ray may take to end, beyond that
 STORE = 100 * 2**20  # bytes of shared memory; nothing large goes through Ray
@@ -96,7 +98,8 @@ class Member:
     def leave(self) -> None:
         r"""Begins to leave. Nothing new starts here, and trials save a checkpoint first.
 
-        Ray 2.60 drains a node when `ray start --block` is asked to end, and waits until it is idle.
+        Ray 2.60 drains a node when `ray start --block` is asked to end, and waits until it is
+        idle. Trials look out for that, see :mod:`sda_ray.leaving`.
         """
 
         with suppress(ProcessLookupError):
@@ -168,6 +171,20 @@ def member(
             *["--disable-usage-stats", "--block"],
         ]
 
+        process, found = _start(command, environment, directory)
+
+        try:
+            yield Member(process, directory, found)
+        finally:
+            Member(process, directory, found).end()
+
+
+def _start(
+    command: list[str], environment: dict[str, str], directory: Path
+) -> tuple["subprocess.Popen[bytes]", str]:
+    r"""Starts a node, again if the machine is too busy. Returns it and the address of its Ray."""
+
+    for left in reversed(range(TRIES)):
         with open(directory / "ray.log", "wb") as log:
             process = subprocess.Popen(
                 command,
@@ -180,9 +197,17 @@ def member(
             )
 
         try:
-            yield Member(process, directory, _wait(process, directory, address))
-        finally:
+            return process, _wait(process, directory)
+        except BaseException as error:
             Member(process, directory, "").end()
+
+            # Ray 2.60 gives its own processes 30 s, whatever RAY_raylet_start_wait_time_s says
+            if not (left and isinstance(error, UserError) and "timed out" in str(error)):
+                raise
+
+            shutil.rmtree(directory / RAY, ignore_errors=True)
+
+    raise AssertionError
 
 
 def _client_port() -> list[str]:
@@ -201,7 +226,7 @@ def _end_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG; Linux only
 
 
-def _wait(process: "subprocess.Popen[bytes]", directory: Path, address: str | None) -> str:
+def _wait(process: "subprocess.Popen[bytes]", directory: Path) -> str:
     r"""Waits until a node has started, and returns the address of its Ray."""
 
     file, deadline = directory / RAY / "ray_current_cluster", time.monotonic() + START
@@ -209,8 +234,8 @@ def _wait(process: "subprocess.Popen[bytes]", directory: Path, address: str | No
     while not (file.is_file() and (found := file.read_text().strip())):
         if process.poll() is not None or time.monotonic() > deadline:
             said = (directory / "ray.log").read_text(errors="replace").strip().splitlines()
-            what = f"join the one at {address}" if address else "start on this machine"
-            raise UserError(f"Ray could not {what}: {' '.join(said[-3:]) or 'it gives no answer'}")
+            why = said[-1].strip() if process.poll() is not None and said else "it timed out"
+            raise UserError(f"Ray could not be started on {socket.gethostname()}: {why}")
 
         time.sleep(0.1)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from lab import ROOT, SLOW, Lab, laboratory, obstacle, wait
-from slurm import Job, install
+from standin import Job, install
 
 pytestmark = pytest.mark.skipif(bool(obstacle()), reason=obstacle())
 
@@ -32,21 +32,24 @@ TAKEOVER = 120  # seconds within which a job that starts again drives its sweep
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    if "HOSTS_STATE" not in os.environ:
-        os.environ["HOSTS_STATE"] = str(tmp_path_factory.mktemp("hosts"))
+def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    r"""Hosts of our own, on which nothing of Ray runs."""
 
-    with laboratory(("w1", "w2", "w3")) as lab:
-        yield lab
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOSTS_STATE", str(tmp_path_factory.mktemp("hosts")))
+        patch.setenv("HOSTS_TAG", os.environ.get("HOSTS_TAG", "sda") + "-s")
+
+        with laboratory(("w1", "w2", "w3")) as lab:
+            yield lab
 
 
 @pytest.fixture
-def job(lab: Lab) -> Job:
+def job(hosts: Lab) -> Job:
     r"""A job that was submitted on the client, by `sda-ray slurm`."""
 
-    shared = Path(lab.state) / "shared"
+    shared = Path(hosts.state) / "shared"
     install(shared / "slurm")
-    lab.data("client")
+    hosts.data("client")
     (shared / "sda" / "jobs.py").write_text(SWEEP)
     variables = (
         "export PATH=/shared/slurm/bin:$PATH SLURM_STAND_IN=/shared/slurm WANDB_MODE=disabled "
@@ -55,19 +58,19 @@ def job(lab: Lab) -> Job:
 
     for host in ("client", "w1", "w2", "w3"):
         if host != "client":
-            lab.home(host)
+            hosts.home(host)
 
-        lab.run(host, f"echo '{variables}' >> ~/.bashrc")
+        hosts.run(host, f"echo '{variables}' >> ~/.bashrc")
 
     words = f"cd {ROOT} && sda-ray slurm jobs.py --submit -- --nodes=2 -c1 --time=1:00:00"
-    said = lab.run("client", words.replace("sda-ray", "python -m sda_ray"))
+    said = hosts.run("client", words.replace("sda-ray", "python -m sda_ray"))
     assert "Submitted batch job 1" in said
 
-    return Job(lab, shared / "slurm")
+    return Job(hosts, shared / "slurm")
 
 
-def test_job_survives_whatever_befalls_its_hosts(lab: Lab, job: Job) -> None:
-    root = Path(lab.state) / "shared" / "sda"
+def test_job_survives_whatever_befalls_its_hosts(hosts: Lab, job: Job) -> None:
+    root = Path(hosts.state) / "shared" / "sda"
     directory = root / "runs" / "sweeps" / "jobs"
 
     def attempt() -> int:
@@ -101,7 +104,7 @@ def test_job_survives_whatever_befalls_its_hosts(lab: Lab, job: Job) -> None:
     process = job.start(["w1", "w2"])
     wait("it to go on", lambda: works() and sum(epochs().values()) > sum(kept.values()) + 20, 180)
     assert attempt() == 2
-    lab.hosts("kill", "w1")
+    hosts.hosts("kill", "w1")
     process.wait(60)
 
     # From another host, which is then cut off and frozen, with all that it has begun to write
@@ -111,8 +114,8 @@ def test_job_survives_whatever_befalls_its_hosts(lab: Lab, job: Job) -> None:
     assert time.monotonic() - since < SLOW * TAKEOVER
     before = sum(epochs().values())
     wait("it to go on", lambda: works() and sum(epochs().values()) > before + 20, 180)
-    lab.hosts("link", "w2", "down")
-    lab.run("w2", "kill -STOP -1", code=None)
+    hosts.hosts("link", "w2", "down")
+    hosts.run("w2", "kill -STOP -1", code=None)
 
     # From a third one, on which it ends
     since = time.monotonic()
@@ -125,10 +128,12 @@ def test_job_survives_whatever_befalls_its_hosts(lab: Lab, job: Job) -> None:
 
     # The one that was cut off comes back, finds that it was taken over, and writes not a byte
     written = snapshot(root)
-    lab.hosts("link", "w2", "up")
-    lab.run("w2", "kill -CONT -1", code=None)
+    hosts.hosts("link", "w2", "up")
+    hosts.run("w2", "kill -CONT -1", code=None)
     assert process.wait(SLOW * 240) != 0
-    wait("its processes to end", lambda: not lab.run("w2", "pgrep -f ray:: || true").strip(), 120)
+    wait(
+        "its processes to end", lambda: not hosts.run("w2", "pgrep -f ray:: || true").strip(), 120
+    )
     assert snapshot(root) == written
 
 
