@@ -1,8 +1,16 @@
 r"""Tests for sda_ray.losses: what Ray says of a lost worker is understood."""
 
-import pytest
+from collections.abc import Iterator
+from pathlib import Path
 
-from sda_ray.losses import alike, cause_of
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from sda_ray.lease import Lease
+from sda_ray.losses import Losses, alike, cause_of
+from sda_ray.pruner import Record
+from sda_ray.study import Study
 
 HEAD = """Failure # 1 (occurred at 2026-11-23_14-42-18)
 The actor died unexpectedly before finishing this task.
@@ -64,3 +72,75 @@ def test_errors_are_alike_paths_and_numbers_apart() -> None:
     assert alike(same)
     assert not alike(same[:2])
     assert not alike([*same, "OSError: something else"])
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Iterator[Study]:
+    lease = Lease(tmp_path / "lease.json", "the sweep")
+    yield Study(tmp_path / "study.journal", "test", lease)
+    lease.release()
+
+
+def add(study: Study) -> Record:
+    index = 1 + len(study.records())
+    record = Record(index, f"run{index:05}", "running", 1, 9, attempt=1, config={"seed": index})
+
+    return study.add(record, optuna.trial.create_trial(state=TrialState.RUNNING))
+
+
+def test_run_is_given_up_after_its_sixth_death_and_its_second_lack_of_memory(
+    study: Study, tmp_path: Path
+) -> None:
+    r"""All drivers count together; lost nodes are free, however many they are."""
+
+    record = add(study)
+
+    for _ in range(20):
+        assert Losses().count(study, record, "node", "a power cut") == ""
+
+    assert Losses().count(study, record, "memory", "3 GB used") == ""
+    assert "out of memory 2 times, last of: 3 GB" in Losses().count(
+        study, study.records()[0], "memory", "3 GB used"
+    )
+
+    for _ in range(5):
+        assert Losses().count(study, study.records()[0], "worker", "x") == ""
+
+    again = Losses().count(study, study.records()[0], "worker", "SIGSEGV")
+    assert again == "its worker died 6 times, last of: SIGSEGV"
+
+
+def test_node_is_avoided_once_three_workers_in_a_row_have_died_there(
+    study: Study, caplog: pytest.LogCaptureFixture
+) -> None:
+    losses = Losses()
+    records = [add(study) for _ in range(4)]
+
+    for record in records[:3]:
+        losses.places[record.index] = ("id-1", "bad")
+
+    losses.places[4] = ("id-2", "good")
+    losses.count(study, records[0], "worker", "x")
+    losses.count(study, records[1], "worker", "x")
+    losses.acquit(3)  # comes to its end there
+    losses.count(study, records[2], "worker", "x")
+    losses.count(study, records[3], "worker", "x")
+    losses.count(study, records[0], "node", "x")
+    losses.count(study, records[0], "memory", "x")
+    losses.count(study, records[0], "worker", "x")
+    assert losses.avoided == {}
+
+    losses.count(study, records[1], "worker", "cudaErrorECCUncorrectable")
+    assert list(losses.avoided) == ["id-1"]
+    assert "node bad: 3 workers in a row died there, last of: cudaErrorECC" in caplog.text
+
+
+def test_node_that_leaves_is_avoided(study: Study, caplog: pytest.LogCaptureFixture) -> None:
+    losses = Losses()
+    losses.leave(1)  # of a Ray of our own: nobody knows another place
+    losses.places[1] = ("id-1", "spot")
+    losses.leave(1)
+    losses.leave(1)
+
+    assert losses.avoided == {"id-1": "spot is leaving"}
+    assert caplog.text.count("Node spot is leaving") == 1
