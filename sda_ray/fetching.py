@@ -62,6 +62,7 @@ def fetch_sweep(bucket: Bucket, runs: Path, name: str) -> None:
         folder.fetch(lambda name: name != "study.journal", replace=True)
         ids = {match.decode() for match in ID.findall(copy)}
         keys = [key for key in _folders(bucket) if key.rpartition("_")[2] in ids]
+        _clear(bucket, keys)
         _fetch(bucket, runs, keys, SMALL, replace=True)
         _fetch_checkpoints(bucket, runs, keys)
         write_atomic(file, copy)  # the last: an interrupted fetch is begun anew
@@ -120,6 +121,16 @@ def _folders(bucket: Bucket) -> list[str]:
     found = (key.rpartition("/")[0] for key in keys if key.endswith(f"/{SUMS}"))
 
     return sorted(key for key in found if f"{key}/run.json" in keys)
+
+
+def _clear(bucket: Bucket, keys: Iterable[str]) -> None:
+    r"""Deletes what killed uploads have left aside in folders that nobody writes to now."""
+
+    own = frozenset(keys)
+
+    for key in bucket.sizes():
+        if key.endswith(".tmp") and key.rpartition("/")[0] in own:
+            bucket.delete(key)
 
 
 def _fetch(

@@ -419,7 +419,7 @@ def copied_to(bucket: Bucket, study: Study) -> bool:
     return bucket.read("sweeps/x/study.journal") == study.journal.file.read_bytes()
 
 
-def until(what: Callable[[], bool], seconds: float = 60.0) -> None:
+def until(what: Callable[[], bool], seconds: float = 300.0) -> None:
     deadline = time.monotonic() + seconds
 
     while not what():
@@ -476,13 +476,13 @@ def test_bucket_that_is_away_holds_nobody_up(
     start = time.monotonic()
     study.enqueue({"learning_rate": 1e-3})
 
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 15
     until(lambda: "nothing is copied to" in caplog.text)
     assert not copied_to(bucket, study)
 
     again = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
     again.start()
-    until(lambda: copied_to(bucket, study), 120)
+    until(lambda: copied_to(bucket, study))
     until(lambda: "is copied to again, after" in caplog.text)
     copier.finish(60.0)
     again.stop()
