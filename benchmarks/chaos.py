@@ -301,10 +301,8 @@ def main() -> None:
         table.add_column(column, justify="right" if column else "left")
 
     for name, row in rows.items():
-        wrong = row["complete"] < 3 or any(
-            row[key]
-            for key in ("lost", "twice", "hung", "open", "failed", "strange", "unequal", "left")
-        )
+        faults = ("lost", "twice", "hung", "open", "failed", "strange", "unequal", "left")
+        wrong = row["complete"] < 3 or any(row[key] for key in faults)
         bad += wrong
         table.add_row(name, *map(str, row.values()), style="red" if wrong else None)
 
