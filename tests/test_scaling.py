@@ -17,8 +17,8 @@ import yaml
 from conftest import Cli
 from ray.util import get_node_ip_address
 
-from sda_ray.cluster import Slots
 from sda_ray.scaling import Growth, NodeType, _given, _growth
+from sda_ray.slots import Slots
 
 CONFIG = {
     "max_workers": 5,
