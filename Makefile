@@ -1,5 +1,7 @@
 # make demo    from nothing to a finished sweep
-# make test    all tests
+# make test    all tests but those on a real cluster
+# make test-cluster   those: hosts on this machine, which needs root
+# make cluster-check  what is wrong with a cluster file (FILE=cluster.yaml)
 # make bench   measure what we claim about speed, into benchmarks/results/
 # make check   lint, types and tests, as before a commit
 # make clean   removes .venv and caches; runs/ and data/ are never touched
@@ -14,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PIP_NO_INPUT = 1
 export PIP_REQUIRE_VIRTUALENV = 0
 
-.PHONY: help demo bench test lint types check format clean
+.PHONY: help demo bench test test-cluster cluster-check lint types check format clean
 .DELETE_ON_ERROR:
 
 help:
@@ -31,6 +33,15 @@ bench: .venv/installed-dev
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest $(ARGS)
+
+# Hosts with their own network, disk and sshd, on which Ray is launched as on machines of a lab.
+test-cluster: .venv/installed-dev .venv/installed-cluster
+	tests/cluster/prepare
+	$(BIN)/python -m pytest --override-ini addopts=-ra -p no:xdist tests/cluster $(ARGS)
+
+cluster-check: FILE ?= cluster.yaml
+cluster-check: .venv/installed-cluster
+	@$(BIN)/python -m sda_ray.clusterfile $(FILE)
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check
@@ -56,6 +67,10 @@ clean:
 
 .venv/installed-dev: .venv/installed
 	$(PIP) --editable '.[dev]'
+	@touch $@
+
+.venv/installed-cluster: .venv/installed
+	$(PIP) --editable '.[cluster]'
 	@touch $@
 
 .venv/created:

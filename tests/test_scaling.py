@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -86,8 +87,13 @@ def test_only_the_file_of_the_cluster_itself_is_taken(monitor: str) -> None:
 
 HEAD = "f" * 51 + "00000"  # the id that Ray's provider for tests gives its head
 
-AUTOSCALER = {
+AUTOSCALER: dict[str, Any] = {
     "cluster_name": "test",
+    **dict.fromkeys(("auth", "docker", "file_mounts"), {}),
+    **dict.fromkeys(("initialization_commands", "setup_commands", "head_setup_commands"), []),
+    **dict.fromkeys(("worker_setup_commands", "cluster_synced_files", "rsync_exclude"), []),
+    **dict.fromkeys(("head_start_ray_commands", "worker_start_ray_commands"), []),
+    **{"rsync_filter": [], "file_mounts_sync_continuously": False},
     "max_workers": 3,
     "upscaling_speed": 10,
     "idle_timeout_minutes": 5,
