@@ -264,6 +264,19 @@ class _Scheduler(FIFOScheduler):
         if index is not None and not self.own:
             self.driver.losses.places[index] = node_of(trial.temporary_state.ray_actor)
 
+    def choose_trial_to_run(self, controller: Any) -> Any:
+        r"""Returns what to start, if anything. What waits for a node is no reason to go on."""
+
+        if not self.driver.stopping:
+            return super().choose_trial_to_run(controller)
+
+        for trial in controller.get_trials():
+            if trial.status == "PENDING":
+                self.driver.live.pop(trial.trial_id, None)
+                controller.request_stop_trial(trial)
+
+        return None
+
     def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
         actor = trial.temporary_state.ray_actor
 
