@@ -94,7 +94,8 @@ class Slots:
         if seconds > LAST and bad and fit <= set(self.avoided):
             raise UserError(
                 f"there is no node left for a trial: {'; '.join(dict.fromkeys(bad))}. Look at "
-                "errors.log and stacks.txt of their runs, then carry on with the same command."
+                "Ray's logs on them (/tmp/ray/session_latest/logs), then carry on with the same "
+                "command."
             )
 
         if seconds > PATIENCE and not self._said:
