@@ -13,7 +13,7 @@ from typing import Any
 
 from .files import cut_torn_line, remove_leftovers, sync_directory
 from .lease import Lease, LeaseLost
-from .presence import held
+from .presence import check_present, held
 
 __all__ = ["Attempt", "Attempts", "Unknown"]
 
@@ -142,12 +142,20 @@ class Attempts:
 
     @contextmanager
     def at(self, run_id: str, number: int) -> Iterator[Attempt]:
-        r"""Has an attempt to itself for the duration of the block, see :meth:`find`."""
+        r"""Has an attempt to itself for the duration of the block, see :meth:`find`.
+
+        Raises:
+            Vanished: If the block fails because the directory of the run is gone.
+        """
 
         attempt = self.find(run_id, number)
 
         with attempt.lock:
-            yield attempt
+            try:
+                yield attempt
+            except OSError:
+                check_present(attempt.lease.file)
+                raise
 
     def settle(self, run_id: str, number: int, name: str) -> None:
         r"""Gives the directory of a new run its name."""

@@ -131,13 +131,16 @@ class Away:
         return self.wanted
 
     def close(self, beat: Beat = lambda: None) -> Exception | None:
-        r"""Hands over what is left, ends the attempt, and removes the directory.
+        r"""Hands over what is left, ends the attempt, and removes the directory. Safe to repeat.
 
         Returns:
             Why the depot has not got all of it, if it has not.
         """
 
         wrong: Exception | None = None
+
+        if self._over.is_set():
+            return None
 
         try:
             self.mirror.flush(beat)

@@ -74,7 +74,7 @@ class Driver:
 
         self.live: dict[str, int] = {}  # who carries out what: a trial's name -> index of its run
         self.closing: dict[int, Callable[[], bool]] = {}  # index of a run -> whether it is closed
-        self.noted = False  # whether a note of a trial was passed on
+        self.noted: set[str] = set()  # what notes were about that were passed on
         self.unwanted: set[int] = set()  # runs that the user stops, until that is told
         self.losses = Losses()
         self.outage = Outage()
@@ -208,9 +208,9 @@ class Driver:
         event, error = result["event"], result["error"]
         self.longest = max(self.longest, result.get("longest", 0.0))
 
-        for note in result.get("notes", ()):
-            if not self.noted:  # one says it for all
-                self.noted = True
+        for about, note in result.get("notes", {}).items():
+            if about not in self.noted:  # one trial says it for all
+                self.noted.add(about)
                 logger.warning("%s", note)
 
         if result.get("unreached"):

@@ -47,7 +47,7 @@ class Mirror:
         self.link = link
         self.lost: Exception | None = None
         self.failure: Exception | None = None
-        self.notes: list[str] = []
+        self.notes: dict[str, str] = {}  # by what they are about
         self._directory = Path()
         self._moved = 0  # bytes
         self._sent: dict[str, Any] = {}  # file -> what it was like when it was handed over
@@ -117,7 +117,7 @@ class Mirror:
             mine = self._asked
             self._change.notify_all()
 
-            while self._passed < mine and self.lost is None:
+            while self._passed < mine and self.lost is None and self._thread.is_alive():
                 self._change.wait(1.0)
 
                 if self._moved != moved:
@@ -145,6 +145,7 @@ class Mirror:
             self.lost = self.lost or error
         except Exception as error:  # a full disk: tried again at the next pass
             self.failure = error
+            self.notes["disk"] = f"a run cannot be kept on the head, which is tried again: {error}"
 
     def _run(self) -> None:
         while self.lost is None:
@@ -250,8 +251,8 @@ class Mirror:
         between = took / CHECKPOINT_COST
         self._next = start + between
 
-        if between > CHECKPOINT_SECONDS and not self.notes:
-            self.notes.append(
+        if between > CHECKPOINT_SECONDS:
+            self.notes["link"] = (
                 f"{os.uname().nodename} hands files to the head at {size / took / 1e6:.3g} MB/s: a "
                 f"checkpoint of {size / 1e6:.3g} MB takes {took:.0f} s, so that there is one every "
                 f"{between / 60:.0f} min, and at each rung: a node that is lost loses as much."

@@ -41,7 +41,7 @@ class Trial(Trainable):
     * `longest`, the seconds that it went without looking for the wish to stop
     * `node`, Ray's id of the node that it runs on
     * `leaving`, whether that is about to go, which interrupts
-    * `notes`, what the user should know
+    * `notes`, what the user should know, by what it is about
 
     What it returns is on the disk of the driver's node by then. A trial that is cut off from there
     raises :class:`sda_ray.link.Cut`.
@@ -106,7 +106,7 @@ class Trial(Trainable):
             event, error = "failed", f"{type(e).__name__}: {e}"
             self._keep(traceback.format_exc())
 
-        notes = [] if self.away is None else self.away.mirror.notes
+        notes = {} if self.away is None else self.away.mirror.notes
         unreached = self.tracker is not None and self.tracker.failed
         longest = 0.0 if self.watchdog is None else self.watchdog.longest
 
@@ -131,7 +131,7 @@ class Trial(Trainable):
             "longest": longest,
             "node": ray.get_runtime_context().get_node_id(),
             "leaving": self.leaving(),
-            "notes": list(notes),
+            "notes": dict(notes),
         }
 
     def _open(self) -> list[tuple[int, float]]:
