@@ -11,9 +11,10 @@ from typing import Any
 from .attempts import Unknown
 from .depot import GROUPS, Depot
 
-__all__ = ["PATIENCE", "Cut", "Link", "opened", "sees"]
+__all__ = ["PATIENCE", "Cut", "Link", "bandwidth", "opened", "sees"]
 
-START = 120.0  # seconds that a depot may take to start
+START = 300.0  # seconds that a depot may take to start
+SOME = 16 * 2**20  # bytes that measure the way here
 
 PATIENCE = 60.0  # seconds without an answer after which a trial stops
 AGAIN = 0.5  # seconds before what has failed is tried again
@@ -145,3 +146,27 @@ def opened(runs: Path, data: Path, request: Path) -> Iterator[dict[str, str]]:
 
         with suppress(Exception):  # Ray may be gone
             ray.kill(depot)
+
+
+def bandwidth(node: str) -> float:
+    r"""Returns the bytes a second that come here from a node, given Ray's id of it.
+
+    Raises:
+        Exception: If it does not answer within a minute.
+    """
+
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    there = NodeAffinitySchedulingStrategy(node, soft=False)
+    task = ray.remote(num_cpus=0, max_retries=0)(_some_bytes)
+    ref = task.options(scheduling_strategy=there).remote()
+    ray.wait([ref], timeout=PATIENCE, fetch_local=False)
+    start = time.monotonic()
+    ray.get(ref, timeout=PATIENCE)
+
+    return SOME / (time.monotonic() - start)
+
+
+def _some_bytes() -> bytes:
+    return bytes(SOME)

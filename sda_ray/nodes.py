@@ -15,6 +15,7 @@ from .cluster import connect
 from .config import Config
 from .cost import measure
 from .data import DataInfo, TrajectoryDataset
+from .link import bandwidth
 from .places import look_here
 from .probe import SECONDS, Sample, Speed, speed_of, take_steps
 from .slots import Slots, fitting
@@ -39,8 +40,9 @@ class Node:
         gpus: The number of GPUs.
         id: Ray's id.
         faults: What keeps trials from running there.
+        missing: Directories of the head that it does not see, and need not.
         speed: What was measured on a node of this kind.
-        note: Why nothing was.
+        note: Why nothing was, and how files get to the head.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Node:
     gpus: int = 0
     id: str = ""
     faults: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
     speed: Speed | None = None
     note: str = ""
 
@@ -93,15 +96,41 @@ def look(
             slots.check()
 
         say(f"looking at {len(able)} node{'s' * (len(able) != 1)}")
-        nodes = _inspect(able, slots, runs, data, info, token)
+        nodes = _inspect(able, slots, runs, data, info, token, address is not None)
 
         for kind in dict.fromkeys(node.kind for node in nodes if not node.faults):
-            which = next(node for node in nodes if node.kind == kind and not node.faults)
+            usable = [node for node in nodes if node.kind == kind and not node.faults]
+            which = min(usable, key=lambda node: str(data) in node.missing)
+
+            if str(data) in which.missing:  # the first trial fetches them, which may take long
+                known: dict[str, Any] = {
+                    "note": f"unknown: {which.name} has not got the data yet."
+                }
+                nodes = [replace(x, **known) if x.kind == kind else x for x in nodes]
+                continue
+
             say(f"measuring on {kind}")
             known = _probe(which, slots, configs, data) if configs else {}
             nodes = [replace(x, **known) if x.kind == kind else x for x in nodes]
 
+        for i, node in enumerate(nodes):
+            if node.missing and not node.faults:
+                nodes[i] = replace(node, note=f"{_seen_from(node)} {node.note}".strip())
+
     return nodes
+
+
+def _seen_from(node: Node) -> str:
+    r"""Returns what it means for trials that a node does not see all files."""
+
+    try:
+        speed = f" at {bandwidth(node.id) / 1e6:.3g} MB/s"
+    except Exception:  # busy, or lost meanwhile: a trial will tell
+        speed = ""
+
+    missing = " and ".join(node.missing)
+
+    return f"{node.name} does not see {missing}: files go through the head{speed}."
 
 
 def _autoscales() -> bool:
@@ -154,13 +183,14 @@ def _inspect(
     data: Path,
     info: DataInfo | None,
     token: str,
+    away: bool,
 ) -> list[Node]:
     import ray
 
     task = ray.remote(num_cpus=0, max_retries=0)(look_here)
     expected = None if info is None else info.fingerprint
     asked = {
-        id: task.options(scheduling_strategy=_on(id)).remote(runs, data, expected, token)
+        id: task.options(scheduling_strategy=_on(id)).remote(runs, data, expected, token, away)
         for id in found
     }
     ray.wait(list(asked.values()), num_returns=len(asked), timeout=REACH) if asked else None
@@ -168,14 +198,15 @@ def _inspect(
 
     for id, n in found.items():
         name, resources = n["NodeManagerHostname"], n["Resources"]
+        model, memory, missing = "", 0, []
 
         try:
-            model, memory, faults = ray.get(asked[id], timeout=0.1)
+            model, memory, faults, missing = ray.get(asked[id], timeout=0.1)
         except ray.exceptions.GetTimeoutError:
-            model, memory, faults = "", 0, [f"it has not answered within {REACH:g} s"]
+            faults = [f"it has not answered within {REACH:g} s"]
         except Exception as error:  # whatever keeps a worker from starting
             told = str(error).strip().split("\n")[-1]
-            model, memory, faults = "", 0, [f"no trial can start there: {told}"]
+            faults = [f"no trial can start there: {told}"]
 
         nodes.append(
             Node(
@@ -186,6 +217,7 @@ def _inspect(
                 gpus=int(resources.get("GPU", 0)),
                 id=id,
                 faults=tuple(f"node {name}: {fault}" for fault in faults),
+                missing=tuple(missing),
             )
         )
 

@@ -13,6 +13,7 @@ from urllib.parse import urlparse
 from .cluster import local_cpus
 from .data import fingerprint
 from .errors import UserError
+from .local import local_directory
 from .tracking import Wandb
 
 __all__ = [
@@ -93,15 +94,29 @@ def check_wandb(wandb: Wandb) -> None:
 
 
 def look_here(
-    runs: Path, data: Path, expected: str | None, token: str
-) -> tuple[str, int, list[str]]:
-    r"""Looks at the node that it is called on: its CPU, its memory, and what is wrong there."""
+    runs: Path, data: Path, expected: str | None, token: str, away: bool = False
+) -> tuple[str, int, list[str], list[str]]:
+    r"""Looks at the node that it is called on.
 
-    faults = []
+    Arguments:
+        runs: The directory of all runs.
+        data: The directory of the data.
+        expected: The fingerprint of the data, if they are known.
+        token: A file in the directory of all runs.
+        away: Whether trials may do without these directories, see :mod:`sda_ray.away`.
+
+    Returns:
+        The model of its CPU, its memory, what is wrong there, and what is missing there that the
+        head has.
+    """
+
+    faults: list[str] = []
+    missing: dict[str, str] = {}
 
     try:
         if not (runs / token).is_file():
-            faults.append(f"{runs} is not the one of the sweep, but must be shared by all nodes")
+            shared = "is not the one of the sweep, but must be shared by all nodes"
+            missing[str(runs)] = f"{runs} {shared}"
         else:
             with tempfile.NamedTemporaryFile(prefix=".sda-ray-", dir=runs) as file:
                 file.write(token.encode())
@@ -111,11 +126,20 @@ def look_here(
     if expected is not None:
         try:
             if fingerprint(data) != expected:
-                faults.append(f"the data in {data} are others than those of the sweep")
+                others = f"the data in {data} are others than those of the sweep"
+                missing[str(data)] = others
         except (UserError, OSError) as error:
+            missing[str(data)] = str(error)
+
+    if not away:
+        faults += missing.values()
+    elif missing:
+        try:
+            local_directory("runs")
+        except UserError as error:
             faults.append(str(error))
 
-    return processor(), machine_memory(), faults
+    return processor(), machine_memory(), faults, list(missing)
 
 
 def processor() -> str:

@@ -377,17 +377,30 @@ def test_node_that_reaches_other_files_is_told_of(tmp_path: Path, data: Path) ->
     fingerprint = check_data(data).fingerprint
     (tmp_path / "token").write_text("token")
 
-    model, memory, faults = look_here(tmp_path, data, fingerprint, "token")
+    model, memory, faults, _ = look_here(tmp_path, data, fingerprint, "token")
     assert model and memory > 2**28 and faults == []
 
-    _, _, faults = look_here(tmp_path, data, "0" * 64, "other")
+    _, _, faults, _ = look_here(tmp_path, data, "0" * 64, "other")
     assert len(faults) == 2
     assert "must be shared by all nodes" in faults[0]
     assert "are others than those of the sweep" in faults[1]
 
-    _, _, faults = look_here(tmp_path, tmp_path, fingerprint, "token")
+    _, _, faults, _ = look_here(tmp_path, tmp_path, fingerprint, "token")
     assert "there is no file" in faults[0]
     assert [file.name for file in tmp_path.iterdir()] == ["token"]
+
+
+def test_node_of_a_cluster_need_not_have_the_files(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SDA_RAY_LOCAL", str(tmp_path / "local"))
+    _, _, faults, missing = look_here(tmp_path / "runs", data, "0" * 64, "token", away=True)
+    assert faults == [] and missing == [str(tmp_path / "runs"), str(data)]
+
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SDA_RAY_LOCAL", str(tmp_path / "file"))
+    _, _, faults, _ = look_here(tmp_path / "runs", data, None, "token", away=True)
+    assert "Set SDA_RAY_LOCAL on this node" in faults[0]
 
 
 class Terminal(io.StringIO):
