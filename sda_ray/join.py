@@ -7,6 +7,7 @@ go on elsewhere, and only then its Ray ends.
 
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -59,6 +60,7 @@ def join(
 
         while (head := _await_head(runs, name, last, 60 * wait, asked)) is not None:
             last = head["attempt"]
+            _check_reach(name, head)
             ip = own_ip(head["ip"])
 
             with member(find_token(directory), head["address"], ip, cpus, gpus) as node:
@@ -160,6 +162,15 @@ def _await_head(
         time.sleep(min(LOOK, 0.1 + wait))
 
     return None
+
+
+def _check_reach(name: str, head: dict[str, Any]) -> None:
+    if head["ip"].startswith("127.") and head["host"] != socket.gethostname():
+        raise UserError(
+            f"sweep '{name}' runs on {head['host']}, whose Ray listens on {head['ip']} alone: it "
+            "found no network when it started. Stop the sweep and carry it on there, once there "
+            "is one, or on a cluster with --address."
+        )
 
 
 def _watch(directory: Path, attempt: int, asked: Why) -> Why:

@@ -214,7 +214,7 @@ def test_job_is_requeued_when_its_time_is_up_and_done_when_the_sweep_is(
 
         # Shortly before the end
         process.send_signal(signal.SIGUSR1)
-        assert process.wait(120) == 75, log.read_text()
+        assert process.wait(300) == 75, log.read_text()
         assert "scontrol requeue 7" in Path(slurm["SAID"]).read_text()
         run = RunPath(next(tmp_path.glob("runs/*/metrics.jsonl")).parent)
         assert run.checkpoint.exists()
@@ -224,7 +224,7 @@ def test_job_is_requeued_when_its_time_is_up_and_done_when_the_sweep_is(
 
         # As it was left; what was asked of the first start is not asked again
         process = carry_out(tmp_path, env | {"SLURM_RESTART_COUNT": "1"}, log)
-        assert process.wait(300) == 0, log.read_text()
+        assert process.wait(1200) == 0, log.read_text()
     finally:
         process.terminate()
         process.wait(60)

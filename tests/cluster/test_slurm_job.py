@@ -19,7 +19,7 @@ from sda_ray import CONFIG, Sweep, loguniform, main
 
 small = {
     "window": 3, "embedding": 8, "hidden_channels": (8, 16), "hidden_blocks": (1, 1),
-    "batch_size": 8, "epochs": 500,
+    "batch_size": 8, "epochs": 240,
 }
 space = {"weight_decay": loguniform(1e-4, 1e-2)}
 sweep = Sweep("jobs", CONFIG | small, space, trials=3, pruner="none")
@@ -102,7 +102,7 @@ def test_job_survives_whatever_befalls_its_hosts(hosts: Lab, job: Job) -> None:
 
     # Carried on, until the host of the driver loses its power
     process = job.start(["w1", "w2"])
-    wait("it to go on", lambda: works() and sum(epochs().values()) > sum(kept.values()) + 20, 180)
+    wait("it to go on", lambda: works() and sum(epochs().values()) > sum(kept.values()) + 5, 180)
     assert attempt() == 2
     hosts.hosts("kill", "w1")
     process.wait(60)
@@ -113,7 +113,7 @@ def test_job_survives_whatever_befalls_its_hosts(hosts: Lab, job: Job) -> None:
     wait("the sweep to be taken over", lambda: attempt() == 3, TAKEOVER)
     assert time.monotonic() - since < SLOW * TAKEOVER
     before = sum(epochs().values())
-    wait("it to go on", lambda: works() and sum(epochs().values()) > before + 20, 180)
+    wait("it to go on", lambda: works() and sum(epochs().values()) > before + 5, 180)
     hosts.hosts("link", "w2", "down")
     hosts.run("w2", "kill -STOP -1", code=None)
 
@@ -122,8 +122,8 @@ def test_job_survives_whatever_befalls_its_hosts(hosts: Lab, job: Job) -> None:
     last = job.start(["w3"])
     wait("the sweep to be taken over", lambda: attempt() == 4, TAKEOVER)
     assert time.monotonic() - since < SLOW * TAKEOVER
-    assert last.wait(SLOW * 600) == 0, job.log.read_text()
-    assert sorted(epochs().values()) == [500, 500, 500]
+    assert last.wait(SLOW * 400) == 0, job.log.read_text()
+    assert sorted(epochs().values()) == [240, 240, 240]
     assert len(list(root.glob("runs/*/state.pth"))) == 3
 
     # The one that was cut off comes back, finds that it was taken over, and writes not a byte
