@@ -105,20 +105,21 @@ def _submit(directory: Path, words: Sequence[str], address: str) -> str:
     told = {k: x for k, x in os.environ.items() if TOLD.fullmatch(k) and not SECRET.search(k)}
     lease = directory / "lease.json"
     before = (holder(lease) or {}).get("attempt", 0)
+    command = shlex.join([sys.executable, "-m", "sda_ray", *words])
 
     try:
         client = _client(address)
         client.submit_job(
-            entrypoint=shlex.join([sys.executable, "-m", "sda_ray", *words]),
+            entrypoint=f"cd {shlex.quote(os.getcwd())} && exec {command}",
             submission_id=id,
             runtime_env={"env_vars": told},
         )
     except (ImportError, ConnectionError, RuntimeError, ValueError) as error:
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"the Ray at '{address}' takes no jobs: {said} Its head needs the dashboard, which "
-            "comes with pip install 'ray[default]'. Without it, start the sweep in tmux or screen, "
-            "without --detach."
+            f"the Ray at '{address}' takes no jobs: {said.rstrip('.')}. Its head needs the "
+            "dashboard and its agent (`pip install 'ray[default]'` before `ray start`). Without "
+            "them, start the sweep in tmux or screen, without --detach."
         ) from error
 
     def ended() -> str | None:
