@@ -35,7 +35,7 @@ PAUSES = (1.0, 30.0)  # seconds between two tries, first and in the end
 PATIENCE = 600.0  # seconds that the end of a sweep waits for a bucket that does not answer
 REPORT = 7  # what Optuna's journal calls the value of an epoch
 QUICK = ("config.json", "metrics.jsonl")
-SWEEP = ("sweep.json", "script.py", "code", "study.journal")
+SWEEP = ("script.py", "code", "sweep.json", "study.journal")
 
 
 @contextmanager

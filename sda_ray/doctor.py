@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +65,9 @@ def doctor_command(args: argparse.Namespace, _: Any = None) -> None:
 def _check_file(file: Path) -> Iterator[Finding]:
     r"""Yields what is wrong with a cluster file."""
 
-    faults = import_module(".clusterfile", __package__).check_cluster(file)
+    from .clusterfile import check_cluster
+
+    faults = check_cluster(file)
 
     for fault in faults:
         yield Finding(file.name, "file", "fault", fault, "Mend the file.")

@@ -95,7 +95,12 @@ def _hand_over(words: Sequence[str], what: str, rest: Sequence[str]) -> None:
             return
 
         root = find_root(options.get("--root"))
-        runs = Path(options.get("--runs") or root / "runs").expanduser().absolute()
+        given = options.get("--runs") or str(root / "runs")
+
+        if given.startswith("s3://"):  # a copy is there
+            given = str(root / "runs" / "s3" / given.removeprefix("s3://").rstrip("/"))
+
+        runs = Path(given).expanduser().absolute()
 
         if (found := recorded(runs / "sweeps" / name)) is None:
             return

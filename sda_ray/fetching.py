@@ -58,8 +58,10 @@ def fetch_sweep(bucket: Bucket, runs: Path, name: str) -> None:
         )
         write_atomic(file.with_name(f"study.journal.parted-{folder.by}"), here)
 
-    if newer in ("copy", "parted"):
+    if newer in ("copy", "parted") or not here:
         folder.fetch(lambda name: name != "study.journal", replace=True)
+
+    if newer in ("copy", "parted"):
         ids = {match.decode() for match in ID.findall(copy)}
         keys = [key for key in _folders(bucket) if key.rpartition("_")[2] in ids]
         _clear(bucket, keys)

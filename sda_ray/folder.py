@@ -35,14 +35,18 @@ ON_ITS_WAY = 8  # checksums that are kept of a file whose uploads fail
 
 
 def files_of(directory: Path, names: Sequence[str]) -> list[str]:
-    r"""Returns the regular files that there are of these names; of directories, all in them."""
+    r"""Returns the regular files that there are of these names; of directories, all in them.
+
+    What is hidden, or compiled, is left out.
+    """
 
     found: list[str] = []
 
     for name in names:
         if (directory / name).is_dir():
             below = (p for p in sorted((directory / name).rglob("*")) if p.is_file())
-            found += [str(p.relative_to(directory)) for p in below if not p.is_symlink()]
+            inner = [p.relative_to(directory) for p in below if not p.is_symlink()]
+            found += [str(p) for p in inner if not any(map(_is_private, p.parts))]
         elif (directory / name).is_file() and not (directory / name).is_symlink():
             found.append(name)
 
@@ -217,6 +221,10 @@ class Folder:
             except Damaged as error:
                 if again:
                     logger.warning("%s: it is left out.", error)
+
+
+def _is_private(part: str) -> bool:
+    return part.startswith(".") or part == "__pycache__"
 
 
 def _sign(stat: os.stat_result) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ from conftest import Cli, Start
 from optuna.trial import TrialState
 
 from sda_ray.bucket import PIECE, Bucket, Damaged, Refused, parse_url
-from sda_ray.copier import Copier
+from sda_ray.copier import SWEEP, Copier
 from sda_ray.errors import UserError
 from sda_ray.fetching import compare_journals, fetch_sweep
 from sda_ray.folder import RUN, SUMS, Folder, files_of
@@ -393,6 +393,21 @@ def test_journals_that_parted_without_a_reason_are_refused(bucket: Bucket, tmp_p
     assert (runs / "sweeps" / "x" / "study.journal").read_text() == "a\nb\n"
 
 
+def test_code_of_a_sweep_comes_along_before_there_is_a_journal(
+    bucket: Bucket, tmp_path: Path
+) -> None:
+    here = tmp_path / "here" / "sweeps" / "x"
+    write(here, **{"sweep.json": "{}"})
+    write(here / "code" / "0123" / "sda_ray", **{"nn.py": "1", ".hidden": ""})
+    write(here / "code" / "0123" / "sda_ray" / "__pycache__", **{"nn.pyc": ""})
+    Folder(bucket, "sweeps/x", here).copy(files_of(here, SWEEP))
+    fetch_sweep(bucket, tmp_path / "there", "x")
+    there = tmp_path / "there" / "sweeps" / "x"
+    found = {str(p.relative_to(there)) for p in there.rglob("*") if p.is_file()}
+
+    assert found == {"sweep.json", "code/0123/sda_ray/nn.py"}
+
+
 def test_damaged_copy_of_a_journal_is_said(bucket: Bucket, tmp_path: Path) -> None:
     runs = parted(bucket, tmp_path, by=2, last=2)
     bucket.write("sweeps/x/study.journal", b"a\nc\n")
@@ -593,6 +608,9 @@ def test_sweep_outlives_its_machine(
         assert (f"{name}/state.pth" in keys) == (record["status"] == "finished")
 
     assert {"finished", "paused"} == {*statuses}
+
+    recorded = json.loads(bucket.read("sweeps/cloud/sweep.json") or b"")["code"][:16]
+    assert f"sweeps/cloud/code/{recorded}/sda_ray/nn.py" in keys
 
     third = {"SDA_RAY_ROOT": str(tmp_path / "third")}
     listed = cli("runs", f"--runs={URL}", "--json", **account, **third)
