@@ -11,7 +11,8 @@ from conftest import Cli, Start
 from test_snapshot import SCRIPT
 
 from sda_ray.detach import _without
-from sda_ray.lease import Lease, LeaseLost, holder
+from sda_ray.holder import holder
+from sda_ray.lease import Lease, LeaseLost
 from sda_ray.study import Study
 
 LONG = SCRIPT.replace('"epochs": 27', '"epochs": 100000').replace("trials=4", "trials=2")
