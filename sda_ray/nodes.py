@@ -92,7 +92,7 @@ def look(
         found = {n["NodeID"]: n for n in ray.nodes() if n["Alive"]}
         able = {id: n for id, n in found.items() if fitting(slots.wanted, n["Resources"])}
 
-        if not able and not (address is not None and _autoscales()):
+        if not able:
             slots.check()
 
         say(f"looking at {len(able)} node{'s' * (len(able) != 1)}")
@@ -131,20 +131,6 @@ def _seen_from(node: Node) -> str:
     missing = " and ".join(node.missing)
 
     return f"{node.name} does not see {missing}: files go through the head{speed}."
-
-
-def _autoscales() -> bool:
-    r"""Tells whether this machine is the head of a cluster that starts nodes as they are wanted."""
-
-    for file in Path("/proc").glob("[0-9]*/cmdline"):
-        with suppress(OSError):
-            words = file.read_bytes().split(b"\0")
-
-            # Ray 2.60 has no call for this: its monitor runs on any head, mostly without a config.
-            if any(word.startswith(b"--autoscaling-config=") for word in words):
-                return True
-
-    return False
 
 
 @contextmanager
