@@ -94,7 +94,7 @@ def connect(
                 **({} if address else local),
                 **({} if package is None else _code(package, ship=address is not None)),
             )
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except Exception as error:  # Ray 2.60 raises just that if it takes more than 30 s
             ray.shutdown()
 
             if address is None:

@@ -546,13 +546,21 @@ if __name__ == "__main__":
 """
 
 
-def wait_for(what: Any, process: Any, seconds: float = 240.0) -> None:
+def wait_for(what: Any, process: Any, seconds: float = 400.0) -> bool:
+    r"""Waits for something; not if Ray does not start within 30 s, as on a busy machine."""
+
     deadline = time.monotonic() + seconds
 
     while not what():
-        assert process.poll() is None, process.communicate()
+        if process.poll() is not None:
+            said = process.communicate()
+            assert "Ray could not be started" in said[1], said
+            return False
+
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+    return True
 
 
 def records(journal: bytes) -> list[dict[str, Any]]:
@@ -575,19 +583,27 @@ def test_sweep_outlives_its_machine(
 
     (tmp_path / "cloud.py").write_text(SCRIPT.format(settings=SMALL))
     command = ("sweep", "cloud.py", f"--runs={URL}", "--parallel=2")
-    first = start(*command, **account)
 
     def under_way() -> bool:
         data = bucket.read("sweeps/cloud/study.journal") or b""
         return len(records(data)) >= 3 and data.count(b'"op_code":7') >= 3
 
-    wait_for(under_way, first)
+    for _ in range(4):
+        first = start(*command, **account)
+
+        if wait_for(under_way, first):
+            break
+
     first.send_signal(signal.SIGKILL)
     first.communicate()
     before = records(bucket.read("sweeps/cloud/study.journal") or b"")
     new = {"SDA_RAY_ROOT": str(tmp_path / "new")}  # a machine with an empty disk
 
-    done = cli(*command, timeout=600, **account, **new)
+    for _ in range(4):
+        done = cli(*command, timeout=600, **account, **new)
+
+        if "Ray could not be started" not in done.stderr:  # within 30 s, on a busy machine
+            break
 
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"All of it is in {URL}" in done.stdout
