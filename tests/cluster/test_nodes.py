@@ -147,7 +147,7 @@ def test_strangers_get_nothing_and_only_ssh_and_ray_listen(lab: Lab) -> None:
             if not address.strip("[]").removeprefix("::ffff:").startswith("127."):
                 pid = re.search(r"pid=(\d+)", program)
                 command = lab.run(host, f"tr '\\0' ' ' < /proc/{pid[1] if pid else 0}/cmdline")
-                assert re.search(r"sshd|ray::|/ray/", command), f"{host}: {line}"
+                assert re.search(r"sshd|ray::|/ray/|-m ray\.", command), f"{host}: {line}"
 
 
 def test_sweep_survives_the_loss_of_every_node(lab: Lab, epochs: int, tmp_path: Path) -> None:
