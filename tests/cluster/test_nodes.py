@@ -103,7 +103,7 @@ def per_epoch(lab: Lab) -> float:
     r"""Returns the seconds that an epoch takes on this machine."""
 
     words = "window=3 embedding=8 hidden_channels=8,16 hidden_blocks=1,1 batch_size=8 epochs=40"
-    lab.run("head", f"sda-ray train {words} --data {ROOT}/data --runs /tmp/speed", 300)
+    lab.run("head", f"python -m sda_ray train {words} --data {ROOT}/data --runs /tmp/speed", 300)
     lines = lab.run("head", "cat /tmp/speed/*/metrics.jsonl").splitlines()
 
     return sum(json.loads(line)["seconds"] for line in lines[10:40]) / 30
@@ -256,7 +256,7 @@ def assert_alone(lab: Lab, name: str) -> None:
 
     start = time.monotonic()
     words = f"--config {ROOT}/runs/{name} --data {ROOT}/data --runs /tmp/alone"
-    lab.run("head", f"sda-ray train {words}", 900)
+    lab.run("head", f"python -m sda_ray train {words}", 900)
     same = (
         "import torch, pathlib, sys; "
         f"a = torch.load(pathlib.Path('{ROOT}/runs/{name}/state.pth').expanduser()); "
