@@ -17,13 +17,14 @@ from typing import Any
 import h5py
 import numpy as np
 
-__all__ = ["ROOT", "Lab", "laboratory", "obstacle", "wait"]
+__all__ = ["ROOT", "SHARED", "Lab", "laboratory", "obstacle", "wait"]
 
 HERE = Path(__file__).parent
 CHECKOUT = HERE.parents[1]
 VENV = Path(sys.prefix)
 TAG = os.environ.get("HOSTS_TAG", "sda")
-ROOT = "/shared/sda"  # "~/sda" for a root on the head's own disk
+ROOT = "~/sda"  # on the disk of each host: no node sees that of another
+SHARED = "/shared/sda"  # on a file system that all hosts have
 NAMES = ("head", "w1", "w2")
 TOOLS = {"sshd": "openssh-server", "rsync": "rsync", "ip": "iproute2", "nsenter": "util-linux"}
 SLOW = float(os.environ.get("SDA_TEST_SLOW", "1"))  # times that this machine is slower
@@ -220,7 +221,7 @@ class Lab:
 
         return self.run("head", f"tail -n 40 {logs}/monitor.log {logs}/monitor.out", 60, None)
 
-    def data(self, host: str = "head") -> None:
+    def data(self, host: str = "head", root: str = ROOT) -> None:
         r"""Makes tiny data in the root on a host: 20, 4 and 4 trajectories of 12 states."""
 
         shared = Path(self.state, "shared", "data")
@@ -231,7 +232,7 @@ class Lab:
             with h5py.File(shared / f"{split}.h5", "w") as f:
                 f.create_dataset("x", data=rng.standard_normal((n, 12, 2, 16, 16), "f4"))
 
-        self.run(host, f"mkdir -p {ROOT}/data && cp /shared/data/*.h5 {ROOT}/data/")
+        self.run(host, f"mkdir -p {root}/data && cp /shared/data/*.h5 {root}/data/")
 
     @property
     def state(self) -> str:

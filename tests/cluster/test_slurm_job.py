@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lab import ROOT, SLOW, Lab, laboratory, obstacle, wait
+from lab import SHARED, SLOW, Lab, laboratory, obstacle, wait
 from standin import Job, install
 
 pytestmark = pytest.mark.skipif(bool(obstacle()), reason=obstacle())
@@ -49,11 +49,11 @@ def job(hosts: Lab) -> Job:
 
     shared = Path(hosts.state) / "shared"
     install(shared / "slurm")
-    hosts.data("client")
+    hosts.data("client", SHARED)
     (shared / "sda" / "jobs.py").write_text(SWEEP)
     variables = (
         "export PATH=/shared/slurm/bin:$PATH SLURM_STAND_IN=/shared/slurm WANDB_MODE=disabled "
-        f"OMP_NUM_THREADS=1 SDA_RAY_ROOT={ROOT}"
+        f"OMP_NUM_THREADS=1 SDA_RAY_ROOT={SHARED}"
     )
 
     for host in ("client", "w1", "w2", "w3"):
@@ -62,7 +62,7 @@ def job(hosts: Lab) -> Job:
 
         hosts.run(host, f"echo '{variables}' >> ~/.bashrc")
 
-    words = f"cd {ROOT} && sda-ray slurm jobs.py --submit -- --nodes=2 -c1 --time=1:00:00"
+    words = f"cd {SHARED} && sda-ray slurm jobs.py --submit -- --nodes=2 -c1 --time=1:00:00"
     said = hosts.run("client", words.replace("sda-ray", "python -m sda_ray"))
     assert "Submitted batch job 1" in said
 
