@@ -169,8 +169,9 @@ def _code(package: Path, ship: bool) -> dict[str, Any]:
 
     # Ray 2.60 lets workers look in the driver's current directory and its script's before all
     # others: a checkout there would be imported.
-    paths = _Paths() if ship else _Paths([str(package.parent)])
-    job: dict[str, Any] = {"job_config": JobConfig(_py_driver_sys_path=paths)}
+    config = JobConfig()
+    config._py_driver_sys_path = _Paths([] if ship else [str(package.parent)])
+    job: dict[str, Any] = {"job_config": config}
 
     if ship:
         job["runtime_env"] = {"py_modules": [str(package)], "excludes": ["**/__pycache__/**"]}

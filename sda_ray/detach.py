@@ -15,6 +15,7 @@ from typing import Any
 from .archive import sweep_directory
 from .definition import Sweep
 from .driving import Options
+from .entry import recorded
 from .errors import UserError
 from .holder import holder
 from .slots import Slots
@@ -92,7 +93,12 @@ def _background(directory: Path, words: Sequence[str]) -> str:
             return log.read().decode(errors="replace")
 
     lease = directory / "lease.json"
-    _await(lambda: (holder(lease) or {}).get("pid") == process.pid, ended, process.wait)
+
+    def runs() -> bool:
+        mine = (holder(lease) or {}).get("pid") == process.pid
+        return mine and recorded(directory) is not None  # from then on edits change nothing
+
+    _await(runs, ended, process.wait)
 
     return f"in the background, as process {process.pid}; its output goes to {file}"
 
@@ -128,7 +134,8 @@ def _submit(directory: Path, words: Sequence[str], address: str) -> str:
 
     def runs() -> bool:
         found = holder(lease) or {"attempt": 0, "pid": None}
-        return found["attempt"] > before and found["pid"] is not None
+        mine = found["attempt"] > before and found["pid"] is not None
+        return mine and recorded(directory) is not None
 
     _await(runs, ended, lambda: int(client.get_job_status(id).name != "SUCCEEDED"))
 

@@ -223,16 +223,16 @@ def test_sweep_is_a_job_and_runs_the_code_that_was_recorded(
     shutil.rmtree(tmp_path / "sda_ray" / "__pycache__", ignore_errors=True)
     whole = {name: (tmp_path / "sda_ray" / f"{name}.py").read_bytes() for name in ("trial", "nn")}
     spoil(tmp_path, *whole)  # before its workers have started
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
 
-    while not (runs := list(tmp_path.glob("runs/*/run.json"))):
-        assert time.monotonic() < deadline, (directory / "lease.json").read_text()
+    while not list(tmp_path.glob("runs/*/run.json")):
+        assert time.monotonic() < deadline, (directory / "study.journal").read_text()
         time.sleep(0.2)
 
     for name, content in whole.items():
         (tmp_path / "sda_ray" / f"{name}.py").write_bytes(content)
 
-    found = json.loads(run("cluster", "status", "--address", address, "--json").split("\n", 0)[0])
+    found = json.loads(run("cluster", "status", "--address", address, "--json"))
     at_work = [x for node in found["nodes"] for x in node["runs"]]
 
     assert [x["sweep"] for x in at_work] in (["tiny"], []), found  # none between two of them
@@ -244,7 +244,5 @@ def test_sweep_is_a_job_and_runs_the_code_that_was_recorded(
     code = json.loads((directory / "sweep.json").read_bytes())["code"]
     records = [json.loads(file.read_bytes()) for file in tmp_path.glob("runs/*/run.json")]
 
-    assert len(records) == 4 and len(runs) >= 1
+    assert len(records) == 4
     assert {x["code"] for record in records for x in record["attempts"]} == {code}
-    assert all(record["attempts"][0]["number"] == 1 for record in records)
-    assert {len(record["attempts"]) for record in records} <= {1, 2, 3, 4}
