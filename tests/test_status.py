@@ -39,7 +39,12 @@ with connect(sys.argv[1]):
     kept.append(ray.remote(num_cpus=2)(Trial).remote())
     deadline = time.monotonic() + 60
 
-    while len((found := gather(Path("nowhere")))["waiting"]) < 2 and time.monotonic() < deadline:
+    while time.monotonic() < deadline:
+        found = gather(Path("nowhere"))
+
+        if len(found["waiting"]) == 2 and found["nodes"][0]["cpus"]["used"] == 2:
+            break
+
         time.sleep(0.5)
 
     print(json.dumps(found))
