@@ -158,6 +158,7 @@ class Driver:
             record = self.study.start(action.record, action.until, action.shown)
 
         self.live[trial] = record.index
+        self.losses.places.pop(record.index, None)  # nobody knows yet where it goes on
         self.notify(action.kind, record)
 
         return self.spec | {

@@ -60,8 +60,8 @@ def execute(driver: Driver, resources: dict[str, float], scratch: Path, own: boo
             name="sweep",
             storage_path=str(scratch / "tune"),
             search_alg=_Searcher(driver, lookout),
-            scheduler=_Scheduler(driver, lookout, own),
-            callbacks=[lookout, _Patience()],
+            scheduler=_Scheduler(driver, lookout),
+            callbacks=[lookout, _Placement(driver, own)],
             num_samples=-1,
             max_failures=0,
             reuse_actors=not resources["gpu"],
@@ -192,12 +192,23 @@ def _place(resources: dict[str, float]) -> Callable[[dict[str, Any]], Any]:
     return place
 
 
-class _Patience(Callback):
-    r"""Creates what says that trials have waited long for a node, once for each such time."""
+class _Placement(Callback):
+    r"""Creates what notes where trials are, and says that they have waited long for a node.
 
-    def __init__(self) -> None:
+    Of a Ray of our own nothing is noted: its one node is never avoided.
+    """
+
+    def __init__(self, driver: Driver, own: bool) -> None:
+        self.driver = driver
+        self.own = own
         self.since: float | None = None
         self.said = False
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        index = self.driver.live.get(trial.trial_id)
+
+        if index is not None and not self.own:
+            self.driver.losses.places[index] = node_of(trial.temporary_state.ray_actor)
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         waiting = sum(trial.status == "PENDING" for trial in trials)
@@ -250,19 +261,10 @@ class _Searcher(Searcher):
 class _Scheduler(FIFOScheduler):
     r"""Creates the face of the driver that Tune tells results."""
 
-    def __init__(self, driver: Driver, lookout: Lookout, own: bool) -> None:
+    def __init__(self, driver: Driver, lookout: Lookout) -> None:
         super().__init__()
         self.driver = driver
         self.lookout = lookout
-        self.own = own
-
-    def _note_place(self, trial: Any) -> None:
-        r"""Notes where a run is. Of a Ray of our own, the one node is never avoided."""
-
-        index = self.driver.live.get(trial.trial_id)
-
-        if index is not None and not self.own:
-            self.driver.losses.places[index] = node_of(trial.temporary_state.ray_actor)
 
     def choose_trial_to_run(self, controller: Any) -> Any:
         r"""Returns what to start, if anything. What waits for a node is no reason to go on."""
@@ -279,9 +281,6 @@ class _Scheduler(FIFOScheduler):
 
     def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
         actor = trial.temporary_state.ray_actor
-
-        if result["event"] != "running":
-            self._note_place(trial)
 
         self.lookout.nodes[trial.trial_id] = result.get("node", "")
         self.lookout.actors[self.driver.live.get(trial.trial_id, 0)] = actor
@@ -308,7 +307,6 @@ class _Scheduler(FIFOScheduler):
 
     def on_trial_error(self, controller: Any, trial: Any) -> None:
         try:
-            self._note_place(trial)
             self.lookout.lose(trial)
         except Exception as error:
             self.driver.guard(error)
