@@ -2,6 +2,7 @@ r"""Tests for sda_ray.snapshot and sda_ray.entry: a sweep runs the code that it 
 
 import argparse
 import ast
+import importlib
 import json
 import os
 import shutil
@@ -225,9 +226,8 @@ def test_what_is_imported_later_is_the_recorded_code(sweep: Path) -> None:
 
     try:
         with running(code):
-            from sda_ray import outcome
-
-            assert Path(outcome.__file__) == code.package / "outcome.py"
+            outcome = importlib.import_module("sda_ray.outcome")
+            assert Path(str(outcome.__file__)) == code.package / "outcome.py"
     finally:
         sys.modules.pop("sda_ray.outcome", None)
 

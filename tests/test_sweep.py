@@ -107,7 +107,7 @@ class Place:
 
         return path
 
-    def wait(self, what: Callable[[], Any], seconds: float = 60) -> Any:
+    def wait(self, what: Callable[[], Any], seconds: float = 240) -> Any:
         deadline = time.monotonic() + seconds
 
         while not (found := what()):
