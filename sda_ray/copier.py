@@ -193,7 +193,10 @@ class Copier:
             self._since = None
 
     def _copy_journal(self) -> None:
-        r"""Copies the journal, after the directories of the runs that it says are closed."""
+        r"""Copies the journal, after the directories of the runs that it says are closed or paused.
+
+        A run that is at rest has nothing but its directory to go on from.
+        """
 
         assert self.study is not None
         journal = self.study.journal.file.read_bytes()
@@ -202,7 +205,7 @@ class Copier:
             if record.source:
                 continue
 
-            if record.state == "running":
+            if record.state == "running" and not record.paused:
                 self.settled.discard(record.run_id)
             elif record.run_id not in self.settled:
                 self._copy_run(record.run_id, closed=True)
