@@ -15,7 +15,7 @@ import pytest
 from lab import CHECKOUT, ROOT, Lab, wait
 
 TRIALS = 8
-SECONDS = 45  # that a trial takes, about
+SECONDS = 75  # that a trial takes, about: what happens to all nodes takes some 5 minutes
 REDONE = 60  # seconds of training that a loss may cost, and a step
 
 SCRIPT = """from sda_ray import CONFIG, Sweep, loguniform, main
@@ -100,13 +100,13 @@ def wait_for_move(lab: Lab, name: str, before: Runs, seconds: float = 300) -> No
 
 
 def per_epoch(lab: Lab) -> float:
-    r"""Returns the seconds that an epoch takes on this machine."""
+    r"""Returns the seconds that an epoch takes on this machine, while nothing else runs."""
 
     words = "window=3 embedding=8 hidden_channels=8,16 hidden_blocks=1,1 batch_size=8 epochs=40"
     lab.run("head", f"python -m sda_ray train {words} --data {ROOT}/data --runs /tmp/speed", 300)
     lines = lab.run("head", "cat /tmp/speed/*/metrics.jsonl").splitlines()
 
-    return sum(json.loads(line)["seconds"] for line in lines[10:40]) / 30
+    return min(json.loads(line)["seconds"] for line in lines[10:])
 
 
 @pytest.fixture(scope="module")
