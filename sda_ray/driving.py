@@ -188,7 +188,16 @@ def _drive(
         slots.check()
         lease, own = driver.study.journal.lease, options.address is None or bool(options.job)
         assert lease is not None
-        stack.enter_context(announced(driver.request.parent, lease, *gate(own), options.job))
+        tell = stack.enter_context(
+            announced(driver.request.parent, lease, *gate(own), options.job)
+        )
+        house = driver.house
+
+        def also_tell() -> None:
+            house()
+            tell(driver.losses.avoided)
+
+        driver.house = also_tell
         resources = {"cpu": options.cpus, "gpu": slots.wanted.get("GPU", 0)}
         execute(driver, resources, scratch, own=options.address is None)
 

@@ -6,7 +6,7 @@ of its own: it lies beside, in `token`, for its owner only.
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
@@ -22,7 +22,7 @@ __all__ = ["announced", "find_token", "is_again", "read_head", "write_secret"]
 @contextmanager
 def announced(
     directory: Path, lease: Lease, address: str, token: str | None, job: str | None = None
-) -> Iterator[None]:
+) -> Iterator[Callable[[Mapping[str, str]], None]]:
     r"""Lets other machines find a sweep for as long as the block lasts.
 
     All is written under the lease: a driver that was taken over changes nothing.
@@ -34,6 +34,9 @@ def announced(
         token: The token of a Ray that belongs to the sweep, and ends with it. Others have the
             token that their user keeps.
         job: The Slurm job that the sweep runs in, which may start again, see :func:`is_again`.
+
+    Yields:
+        What takes the ids of the nodes where no trial starts any more, and why; for those who ask.
     """
 
     head, secret, restart = (directory / name for name in ("head.json", "token", "job.json"))
@@ -43,7 +46,7 @@ def announced(
         "pid": os.getpid(),
         "address": address,
         "attempt": lease.attempt,
-        "code": read_json(directory / "sweep.json").get("code"),
+        "code": _code(directory),
         "since": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
@@ -60,12 +63,28 @@ def announced(
 
         write_json(head, content)
 
+    def tell(avoided: Mapping[str, str]) -> None:
+        if content.get("avoided", {}) != avoided:
+            content["avoided"] = dict(avoided)
+
+            with suppress(LeaseLost, OSError), lease.hold():
+                write_json(head, content)
+
     try:
-        yield
+        yield tell
     finally:
         with suppress(LeaseLost, OSError), lease.hold():
             head.unlink(missing_ok=True)
             secret.unlink(missing_ok=True)
+
+
+def _code(directory: Path) -> str | None:
+    r"""Returns the hash of the code that a sweep runs, if it is recorded."""
+
+    with suppress(UserError, AttributeError):
+        return read_json(directory / "sweep.json").get("code")
+
+    return None
 
 
 def read_head(directory: Path) -> dict[str, Any] | None:

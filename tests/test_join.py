@@ -50,11 +50,16 @@ def test_sweep_is_found_for_as_long_as_it_runs(tmp_path: Path) -> None:
     lease = take(tmp_path)
     assert read_head(tmp_path) is None
 
-    with announced(tmp_path, lease, "10.0.0.1:1234", "secret"):
+    (tmp_path / "sweep.json").write_text('{"code": "c0de"}')
+
+    with announced(tmp_path, lease, "10.0.0.1:1234", "secret") as tell:
         head = read_head(tmp_path)
         assert head is not None
         assert (head["ip"], head["address"]) == ("10.0.0.1", "10.0.0.1:1234")
         assert (head["pid"], head["attempt"]) == (os.getpid(), 1)
+        assert head["code"] == "c0de" and "avoided" not in head
+        tell({"n0de": "it died"})
+        assert read_head(tmp_path) == head | {"avoided": {"n0de": "it died"}}
         assert find_token(tmp_path) == "secret"
         assert stat.S_IMODE((tmp_path / "token").stat().st_mode) == 0o600
 
