@@ -20,12 +20,13 @@ from .lease import LeaseLost
 from .link import Cut, Link
 from .local import PIECE
 from .presence import Vanished
-from .runs import CHECKPOINT_COST, CHECKPOINT_SECONDS
+from .runs import CHECKPOINT_SECONDS
 from .watchdog import STACKS
 
 __all__ = ["Mirror"]
 
 PASS = 1.0  # seconds between two looks for files that have changed
+SHARE = 0.5  # part of the time in which a checkpoint may be on its way
 SMALL = 2**16  # bytes that do not queue with large files
 
 METRICS = "metrics.jsonl"  # what is handed over first, and last:
@@ -245,10 +246,13 @@ class Mirror:
             self._measure(offset, start)
 
     def _measure(self, size: int, start: float) -> None:
-        r"""Stretches the time between two checkpoints that are handed over, if they take long."""
+        r"""Stretches the time between two checkpoints that are handed over, if they take long.
+
+        The training does not wait for them: what they may take is the link, half of the time.
+        """
 
         took = time.monotonic() - start
-        between = took / CHECKPOINT_COST
+        between = took / SHARE
         self._next = start + between
 
         if between > CHECKPOINT_SECONDS:

@@ -44,6 +44,7 @@ def begin(run_id, attempt, **more):
 
 with connect(cpus=1):
     import ray, torch
+    from sda_ray import mirror
     from sda_ray.away import Away
     from sda_ray.checkpoint import RunPath, save_checkpoint
     from sda_ray.files import append_line, write_atomic
@@ -120,6 +121,7 @@ with connect(cpus=1):
         said["left"] = list(map(str, (root / "local").glob("*/runs/*")))
 
         # A slow link: checkpoints come less often, unless they are asked for
+        mirror.CHECKPOINT_SECONDS = 1.0
         slow, here, there = begin("bbbbbbbb", 1)
         class Slow:
             def __init__(self, link): self.link = link
