@@ -49,7 +49,7 @@ def main(sweep: Any = None, argv: Sequence[str] | None = None) -> None:
         argv = ["sweep", str(script), *argv]
 
     args = parse(argv)
-    args.words = argv
+    args.argv = argv
     places = f"data {args.data}" + ("" if args.command == "simulate" else f", runs {args.runs}")
     out = sys.stderr if getattr(args, "json", False) else sys.stdout
     places += f", a copy of which is in {args.bucket}" if args.bucket else ""

@@ -123,7 +123,7 @@ def _sweep(args: argparse.Namespace, sweep: Any, copier: Any) -> None:
         from .detach import detach
         from .sweep import count_gpus
 
-        detach(sweep, options, args.words, count_gpus())
+        detach(sweep, options, args.argv, count_gpus())
         return
 
     wishes = Wishes(tuple(args.enqueue), warm, args.retry_failed, args.trials is not None)
