@@ -6,6 +6,7 @@ shorter one, and ends in the same bits as if it had.
 """
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -17,7 +18,7 @@ from .history import read_history
 from .provenance import differences, provenance
 from .record import read_record
 from .runs import Run
-from .training import TrainState
+from .training import Metrics, TrainState
 
 __all__ = ["carry_over", "check_extension", "describe_extension", "find_start", "keep_start"]
 
@@ -128,10 +129,19 @@ def find_start(path: RunPath) -> tuple[dict[str, Tensor], dict[str, Any]]:
     )
 
 
-def carry_over(run: Run, state: TrainState, parent: RunPath) -> None:
+def carry_over(
+    run: Run, state: TrainState, parent: RunPath, validate: Callable[[], Metrics]
+) -> None:
     r"""Begins a run with what it has in common with a shorter one: checkpoint and metrics.
 
     It may be killed at any time and done again: the checkpoint comes last.
+
+    Arguments:
+        run: The run.
+        state: Its state at the start.
+        parent: The shorter run.
+        validate: Validates the state anew: the end of the shorter run, where that was judged by
+            several draws, may be an epoch like others in this one.
     """
 
     try:
@@ -142,7 +152,8 @@ def carry_over(run: Run, state: TrainState, parent: RunPath) -> None:
 
     for epoch, metrics in sorted(read_history(parent.metrics).items()):
         if epoch <= state.epoch:
-            run.log(metrics)
+            ended = epoch == state.epoch == load_config(parent.config)["epochs"]
+            run.log(metrics | (validate() if ended else {}))
 
     state.saved = None
     run.save(state)

@@ -22,7 +22,7 @@ from .precision import strict, warn_slow
 from .presence import Vanished
 from .runs import Run
 from .score import load_network
-from .training import Diverged, Metrics, TrainState, epochs
+from .training import Diverged, Metrics, TrainState, epochs, validate
 from .validation import Validation
 
 __all__ = ["Interrupted", "OutOfMemory", "Stop", "default_device", "train"]
@@ -143,12 +143,14 @@ def _train(
 
     validation = Validation(validset, device)
 
+    rungs = {*rungs, *run.record.get("rungs", ())}  # also of a run that goes on without its sweep
+
     # Network
     state = TrainState(config, size=trainset.shape[-1], device=device)
     run.load(state)
 
     if state.saved is None and init is not None and "extends" in run.record:
-        carry_over(run, state, RunPath(init))
+        carry_over(run, state, RunPath(init), lambda: validate(state, validation, rungs))
     elif state.saved is None and init is not None:
         state.begin(load_network(init)[0].state_dict())
         run.save(state)
@@ -171,7 +173,6 @@ def _train(
         if wanted:
             raise Interrupted("asked to stop")
 
-    rungs = {*rungs, *run.record.get("rungs", ())}  # also of a run that goes on without its sweep
     saved = {*rungs, config["epochs"], steady_epochs(config)}
     keep_start(run, state)  # if the run was killed before it did so
 

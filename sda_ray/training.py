@@ -23,7 +23,7 @@ from .score import MCScoreNet, make_score
 from .streams import DROPOUT, INIT, NOISE, ORDER, START, rng, seeded
 from .validation import DRAWS, Validation
 
-__all__ = ["Diverged", "Metrics", "TrainState", "epochs", "train_epoch"]
+__all__ = ["Diverged", "Metrics", "TrainState", "epochs", "train_epoch", "validate"]
 
 Metrics = dict[str, Any]
 
@@ -236,6 +236,19 @@ def train_epoch(
     return loss_train
 
 
+def validate(state: TrainState, validation: Validation, rungs: Collection[int] = ()) -> Metrics:
+    r"""Returns what :func:`epochs` says of validation, for a state at the end of an epoch."""
+
+    draws = DRAWS if state.epoch in {*rungs, state.config["epochs"]} else 1
+    losses: Metrics = {}
+    losses["loss_valid"], losses["loss_valid_se"] = validation(state.result_sde, draws)
+
+    if state.average is not None:
+        losses["loss_valid_raw"], _ = validation(state.sde, draws)
+
+    return losses
+
+
 def epochs(
     state: TrainState,
     trainset: TrajectoryDataset,
@@ -259,13 +272,9 @@ def epochs(
     while state.epoch < state.config["epochs"]:
         start = time.monotonic()
         loss_train = train_epoch(state, trainset, after_step)
-        judged = state.epoch in rungs or state.epoch == state.config["epochs"]
-        draws = DRAWS if judged else 1
-        loss_valid, error = validation(state.result_sde, draws)
-        losses = {"loss_train": loss_train, "loss_valid": loss_valid}
-
-        if state.average is not None:
-            losses["loss_valid_raw"], _ = validation(state.sde, draws)
+        losses = validate(state, validation, rungs)
+        error = losses.pop("loss_valid_se")
+        losses = {"loss_train": loss_train, **losses}
 
         for key, loss in losses.items():
             if not loss < EXPLODED:

@@ -16,7 +16,7 @@ from sda_ray.score import load_score
 from sda_ray.tracking import Wandb
 from sda_ray.train import train
 from sda_ray.training import TrainState, epochs, train_epoch
-from sda_ray.validation import Validation
+from sda_ray.validation import DRAWS, Validation
 
 DISABLED = Wandb("disabled")
 
@@ -88,7 +88,10 @@ def test_loss_valid_is_that_of_the_average_and_the_raw_one_is_logged(
 
     assert [m["loss_valid_raw"] for m in found] == [m["loss_valid"] for m in plain]
     assert all(m["loss_valid"] != m["loss_valid_raw"] for m in found)
-    assert validation(state.result_sde) == (found[-1]["loss_valid"], found[-1]["loss_valid_se"])
+    assert validation(state.result_sde, DRAWS) == (
+        found[-1]["loss_valid"],
+        found[-1]["loss_valid_se"],
+    )
     assert all("loss_valid_raw" not in m for m in plain)
 
 
