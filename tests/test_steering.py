@@ -72,7 +72,7 @@ with ExitStack() as stack:
         scratch = stack.enter_context(connect(cpus=2))
 
     from sda_ray.executor import execute
-    execute(driver, {"cpu": 1, "gpu": 0}, scratch)
+    execute(driver, {"cpu": 1, "gpu": 0}, scratch, own=True)
 
 for record in study.records():
     print(("end", record.index, record.last, record.state), flush=True)
