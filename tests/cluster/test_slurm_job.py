@@ -3,6 +3,7 @@ r"""Tests of a sweep as a job of Slurm, on hosts that are killed and cut off und
 import hashlib
 import json
 import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -130,6 +131,7 @@ def test_job_survives_whatever_befalls_its_hosts(hosts: Lab, job: Job) -> None:
     written = snapshot(root)
     hosts.hosts("link", "w2", "up")
     hosts.run("w2", "kill -CONT -1", code=None)
+    process.send_signal(signal.SIGCONT)  # what leads into the host has stopped with it
     assert process.wait(SLOW * 240) != 0
     wait(
         "its processes to end", lambda: not hosts.run("w2", "pgrep -f ray:: || true").strip(), 120
