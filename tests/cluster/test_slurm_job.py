@@ -134,7 +134,9 @@ def test_job_survives_whatever_befalls_its_hosts(hosts: Lab, job: Job) -> None:
     process.send_signal(signal.SIGCONT)  # what leads into the host has stopped with it
     assert process.wait(SLOW * 240) != 0
     wait(
-        "its processes to end", lambda: not hosts.run("w2", "pgrep -f ray:: || true").strip(), 120
+        "its processes to end",
+        lambda: not hosts.run("w2", "pgrep -f '[r]ay::' || true").strip(),
+        120,
     )
     assert snapshot(root) == written
 
