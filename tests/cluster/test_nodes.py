@@ -257,7 +257,7 @@ def assert_alone(lab: Lab, name: str) -> None:
     r"""Asserts that a run, lost as often as it was, has the weights of one that never was."""
 
     start = time.monotonic()
-    words = f"--config {ROOT}/runs/{name} --data {ROOT}/data --runs /tmp/alone"
+    words = f"--config {ROOT}/runs/{name} --data {ROOT}/data --runs /tmp/alone --threads 1"
     lab.run("head", f"python -m sda_ray train {words}", 900)
     same = (
         "import torch, pathlib, sys; "
