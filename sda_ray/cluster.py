@@ -16,7 +16,6 @@ from .errors import UserError
 
 __all__ = ["RAY", "connect", "gate", "local_cpus", "private_directory"]
 
-
 STORE = 100 * 2**20  # bytes of shared memory; nothing large goes through Ray
 PREFIX = "sda-ray-"
 RAY = "r"  # the part of a private directory that Ray 2.60 opens to everybody
@@ -72,7 +71,6 @@ def connect(
 
         if "ray" not in sys.modules:  # Ray 2.60 reads its authentication mode at its import
             os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
-
     else:
         _knock(address)
 

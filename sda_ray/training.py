@@ -272,18 +272,15 @@ def epochs(
     while state.epoch < state.config["epochs"]:
         start = time.monotonic()
         loss_train = train_epoch(state, trainset, after_step)
-        losses = validate(state, validation, rungs)
-        error = losses.pop("loss_valid_se")
-        losses = {"loss_train": loss_train, **losses}
+        losses = {"loss_train": loss_train, **validate(state, validation, rungs)}
 
         for key, loss in losses.items():
-            if not loss < EXPLODED:
+            if key != "loss_valid_se" and not loss < EXPLODED:
                 raise Diverged(f"{key} is {loss:.3g} after epoch {state.epoch}")
 
         yield {
             "epoch": state.epoch,
             **losses,
-            "loss_valid_se": error,
             "lr": state.lr,
             "seconds": round(time.monotonic() - start, 3),
         }
