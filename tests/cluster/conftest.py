@@ -6,14 +6,14 @@ import pytest
 from lab import Lab, laboratory, obstacle
 
 
-@pytest.fixture(scope="session")
-def lab() -> Iterator[Lab]:
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     r"""The hosts, with a cluster on them and tiny data in its root."""
 
     if why := obstacle():
         pytest.exit(f"{why}.", returncode=1)
 
-    with laboratory() as lab:
+    with laboratory(tmp_path_factory.mktemp("hosts")) as lab:
         lab.data()
         lab.up()
         yield lab

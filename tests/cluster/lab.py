@@ -22,7 +22,6 @@ __all__ = ["ROOT", "SHARED", "Lab", "laboratory", "obstacle", "wait"]
 HERE = Path(__file__).parent
 CHECKOUT = HERE.parents[1]
 VENV = Path(sys.prefix)
-TAG = os.environ.get("HOSTS_TAG", "sda")
 ROOT = "~/sda"  # on the disk of each host: no node sees that of another
 SHARED = "/shared/sda"  # on a file system that all hosts have
 NAMES = ("head", "w1", "w2")
@@ -82,12 +81,14 @@ class Lab:
     r"""Creates the hosts, which are up until :meth:`close`.
 
     Arguments:
+        state: The directory that holds all that is theirs, and is emptied first.
         names: The hosts beside the client.
         cpus: The trials at a time on a worker.
     """
 
-    def __init__(self, names: tuple[str, ...] = NAMES, cpus: int = 1) -> None:
-        self.cpus = cpus
+    def __init__(self, state: Path, names: tuple[str, ...] = NAMES, cpus: int = 1) -> None:
+        self.state, self.cpus = state, cpus
+        self.environment = os.environ | {"HOSTS_STATE": str(state)}
         self.hosts("down")
         seen = dict.fromkeys((sys.base_prefix, str(VENV), str(CHECKOUT)))
         self.hosts("up", *names, *(f"--ro={path}" for path in seen if path != "/usr"))
@@ -101,7 +102,9 @@ class Lab:
 
         command = [sys.executable, str(HERE / "hosts.py"), *words]
         # Hosts outlive the command, and hold its output if they can
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SLOW * 120)
+        done = subprocess.run(
+            command, env=self.environment, capture_output=True, text=True, timeout=SLOW * 120
+        )
         assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
 
         return done.stdout
@@ -118,6 +121,7 @@ class Lab:
 
         done = subprocess.run(
             self.command(host, words),
+            env=self.environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -134,6 +138,7 @@ class Lab:
         with open(log, "wb") as output:
             return subprocess.Popen(
                 self.command(host, words),
+                env=self.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -224,7 +229,7 @@ class Lab:
     def data(self, host: str = "head", root: str = ROOT) -> None:
         r"""Makes tiny data in the root on a host: 20, 4 and 4 trajectories of 12 states."""
 
-        shared = Path(self.state, "shared", "data")
+        shared = self.state / "shared" / "data"
         shared.mkdir(exist_ok=True)
         rng = np.random.default_rng(0)
 
@@ -234,10 +239,6 @@ class Lab:
 
         self.run(host, f"mkdir -p {root}/data && cp /shared/data/*.h5 {root}/data/")
 
-    @property
-    def state(self) -> str:
-        return os.environ["HOSTS_STATE"]
-
     def close(self) -> None:
         self.hosts("down")
 
@@ -246,10 +247,10 @@ STORE = "--object-store-memory=104857600"
 
 
 @contextmanager
-def laboratory(*args: Any, **options: Any) -> Iterator[Lab]:
+def laboratory(state: Path, names: tuple[str, ...] = NAMES) -> Iterator[Lab]:
     r"""Creates a lab that ends with the block, whatever happens."""
 
-    lab = Lab(*args, **options)
+    lab = Lab(state, names)
 
     try:
         yield lab

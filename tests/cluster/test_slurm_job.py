@@ -2,7 +2,6 @@ r"""Tests of a sweep as a job of Slurm, on hosts that are killed and cut off und
 
 import hashlib
 import json
-import os
 import signal
 import time
 from collections.abc import Iterator
@@ -36,19 +35,15 @@ TAKEOVER = 120  # seconds within which a job that starts again drives its sweep
 def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     r"""Hosts of our own, on which nothing of Ray runs."""
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HOSTS_STATE", str(tmp_path_factory.mktemp("hosts")))
-        patch.setenv("HOSTS_TAG", os.environ.get("HOSTS_TAG", "sda") + "-s")
-
-        with laboratory(("w1", "w2", "w3")) as lab:
-            yield lab
+    with laboratory(tmp_path_factory.mktemp("hosts"), ("w1", "w2", "w3")) as lab:
+        yield lab
 
 
 @pytest.fixture
 def job(hosts: Lab) -> Job:
     r"""A job that was submitted on the client, by `sda-ray slurm`."""
 
-    shared = Path(hosts.state) / "shared"
+    shared = hosts.state / "shared"
     install(shared / "slurm")
     hosts.data("client", SHARED)
     (shared / "sda" / "jobs.py").write_text(SWEEP)
@@ -71,7 +66,7 @@ def job(hosts: Lab) -> Job:
 
 
 def test_job_survives_whatever_befalls_its_hosts(hosts: Lab, job: Job) -> None:
-    root = Path(hosts.state) / "shared" / "sda"
+    root = hosts.state / "shared" / "sda"
     directory = root / "runs" / "sweeps" / "jobs"
 
     def attempt() -> int:
