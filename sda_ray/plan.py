@@ -201,6 +201,9 @@ def memory_of(node: Node, cost: Cost) -> int:
 def _foresee(made: Plan, slots: Slots) -> None:
     r"""Finds how many trials fit at a time, and how long the sweep takes."""
 
+    if any(shape.config["compile"] != "off" for shape in made.shapes):
+        made.warnings.append("times are without torch.compile: it slows the first steps only.")
+
     assert made.sweep is not None
     check_memory(made, made.wanted.get("GPU", 0))
     places = _places(made)

@@ -162,6 +162,15 @@ def test_slow_steps_are_few(small: Config, data: Path) -> None:
     assert [sample.batch for _, sample, _ in found] == [1]
 
 
+def test_steps_are_taken_without_a_compiler(
+    small: Config, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    found = list(take_steps([small | {"compile": "on"}], data, cpus=1, gpu=False, seconds=0))
+
+    assert len(found) == 1
+
+
 def test_memory_beyond_that_of_tensors_grows_for_large_networks_only(small: Config) -> None:
     base, more = 5 * 10**8, 10**9
     cost, large = (measure(small | {"batch_size": n}, 16) for n in (8, 4096))

@@ -269,7 +269,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def made(place: Path, data: Path) -> Plan:
     r"""The plan of a sweep over two widths, in which nothing is wrong."""
 
-    script = write(place, "SPACE['hidden_channels'] = choice((8, 16), (16, 32))")
+    script = write(
+        place,
+        "SPACE['hidden_channels'] = choice((8, 16), (16, 32))",
+        "CONFIG['compile'] = 'on'",
+    )
 
     return plan(script, place / "runs", data, gpus=0)
 
@@ -282,6 +286,7 @@ def test_plan_of_a_good_sweep_leaves_nothing_behind(made: Plan, place: Path) -> 
 def test_plan_tells_time_memory_and_disk(made: Plan) -> None:
     small, large = made.shapes
 
+    assert any("without torch.compile" in warning for warning in made.warnings)
     assert small.config["hidden_channels"] == (8, 16)
     assert small.draws + large.draws == len(made.order) == 1000
     assert small.cost.parameters < large.cost.parameters
