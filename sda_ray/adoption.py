@@ -4,17 +4,18 @@ Config and metrics of each run are copied into a directory of its own, whole or 
 line in the study says that it is there. Whatever is killed in between is found by the next try.
 """
 
+from __future__ import annotations
+
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .archive import compare, read_sweep, sweep_directory, write_sweep
 from .checkpoint import RunPath
-from .coverage import Known, Refusal, collect
 from .data import check_data, fingerprint
 from .definition import Sweep
 from .errors import UserError
@@ -23,6 +24,9 @@ from .inventory import entries
 from .lease import Lease
 from .priors import Prior, bring_all, place
 from .steering import Absent, ask_for, live
+
+if TYPE_CHECKING:
+    from .coverage import Known
 
 __all__ = ["adopt", "fork", "gather", "warm_start"]
 
@@ -197,6 +201,8 @@ def gather(
     Returns:
         What the study is to be told.
     """
+
+    from .coverage import Refusal, collect  # with torch, and networks
 
     digest = fingerprint(data)
     items = []

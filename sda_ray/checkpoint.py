@@ -4,6 +4,8 @@ A checkpoint is a flat dict of tensors plus one JSON text, with a SHA-256 digest
 is read with `weights_only=True`: no code in a file is ever executed.
 """
 
+from __future__ import annotations
+
 import copy
 import hashlib
 import io
@@ -16,15 +18,15 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from .config import MAX_WEIGHTS, count_weights, load_config
 from .errors import UserError
 from .files import open_atomic, read_regular, sync_directory, write_atomic
 from .weights import check_archive, total_size
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = [
     "RunPath",
@@ -66,7 +68,7 @@ class RunPath:
     lease = property(lambda self: self.directory / "lease.json")
 
     @staticmethod
-    def all(runs: Path) -> "Iterator[RunPath]":
+    def all(runs: Path) -> Iterator[RunPath]:
         r"""Yields the run directories in `runs`, in the order of their names."""
 
         for directory in sorted(runs.glob("*_" + "[a-z0-9]" * 8)):
@@ -74,13 +76,13 @@ class RunPath:
                 yield RunPath(directory)
 
     @classmethod
-    def of_id(cls, runs: Path, id: str) -> "RunPath | None":
+    def of_id(cls, runs: Path, id: str) -> RunPath | None:
         r"""Returns the run directory of an id, or None if there is none."""
 
         return next((path for path in cls.all(runs) if path.id == id), None)
 
     @classmethod
-    def find(cls, runs: Path, run: str) -> "RunPath":
+    def find(cls, runs: Path, run: str) -> RunPath:
         r"""Finds a run by its path, name, id or an unambiguous beginning of one.
 
         Raises:
@@ -123,6 +125,8 @@ def new_name(id: str, number: int) -> str:
 
 
 def _digest(tensors: dict[str, Tensor], info: str) -> str:
+    import torch
+
     digest = hashlib.sha256(info.encode())
 
     for key in sorted(tensors):
@@ -208,6 +212,8 @@ def _save(
     hold: Callable[[], AbstractContextManager[None]],
     before: Callable[[], None] = lambda: None,
 ) -> None:
+    import torch
+
     with ExitStack() as held, open_atomic(file) as stream:
         try:
             torch.save(content, stream)
@@ -277,6 +283,8 @@ def _read(file: Path) -> bytes:
 
 
 def _load(data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    import torch
+
     stream = io.BytesIO(data)
     check_archive(stream)
     content = torch.load(stream, map_location="cpu", weights_only=True)

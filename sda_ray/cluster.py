@@ -7,14 +7,15 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from .errors import UserError
 
-__all__ = ["RAY", "connect", "gate", "local_cpus", "private_directory"]
+__all__ = ["RAY", "connect", "gate", "local_cpus", "local_gpus", "private_directory"]
 
 STORE = 100 * 2**20  # bytes of shared memory; nothing large goes through Ray
 PREFIX = "sda-ray-"
@@ -32,9 +33,25 @@ def local_cpus() -> int:
     return os.cpu_count() or 1
 
 
+def local_gpus() -> int:
+    r"""Returns the number of GPUs that torch can use here. Where there are none, it is not loaded."""
+
+    devices = ("nvidia*", "nvhost*", "nvmap", "kfd", "dxg")  # of NVIDIA, AMD and WSL
+
+    if sys.platform == "linux" and not any(any(Path("/dev").glob(x)) for x in devices):
+        return 0
+
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
 @contextmanager
 def connect(
-    address: str | None = None, cpus: int | None = None, package: Path | None = None
+    address: str | None = None,
+    cpus: int | None = None,
+    package: Path | None = None,
+    meanwhile: Callable[[], Any] = lambda: None,
 ) -> Iterator[Path]:
     r"""Starts a Ray of our own on this machine, or attaches to the one at an address.
 
@@ -45,6 +62,7 @@ def connect(
         address: The address of a running cluster, such as `auto` on its head.
         cpus: The number of CPUs of our own Ray.
         package: The package that workers import, instead of what they find themselves.
+        meanwhile: What can be done while our own Ray starts.
 
     Yields:
         A private directory that ends with the block.
@@ -85,13 +103,14 @@ def connect(
         }
 
         try:
-            ray.init(
-                address=address or "local",
-                log_to_driver=False,
-                logging_level="ERROR",
-                **({} if address else local),
-                **({} if package is None else _code(package, ship=address is not None)),
-            )
+            with _started_lean(meanwhile) if address is None else nullcontext():
+                ray.init(
+                    address=address or "local",
+                    log_to_driver=False,
+                    logging_level="ERROR",
+                    **({} if address else local),
+                    **({} if package is None else _code(package, ship=address is not None)),
+                )
         except Exception as error:  # Ray 2.60 raises just that if it takes more than 30 s
             ray.shutdown()
 
@@ -148,6 +167,41 @@ def _knock(address: str) -> None:
             f"there is no Ray at '{address}': {error}. Start one, or leave --address out to use "
             "this machine alone."
         ) from error
+
+
+@contextmanager
+def _started_lean(meanwhile: Callable[[], Any]) -> Iterator[None]:
+    r"""Lets a Ray that starts within the block do without what serves no sweep on one machine.
+
+    Ray 2.60 starts a monitor for an autoscaler, the server of a dashboard, even of one that is not
+    wanted, for which it waits, and what sends logs to the driver. That takes 300 MB, and 2 s of a
+    start. There is no option against it. Then it looks once a second whether its processes are
+    up: here it is known when they are, and something else is done until then.
+    """
+
+    from ray._private.node import Node
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+
+    names = ("start_monitor", "start_api_server", "start_log_monitor", "start_raylet")
+    before = {name: getattr(Node, name) for name in names}
+
+    def start_raylet(self: Any, *args: Any) -> None:
+        before["start_raylet"](self, *args)
+        meanwhile()
+        gcs, until = GcsClient(address=self.gcs_address), time.monotonic() + KNOCK
+
+        while not gcs.get_all_node_info() and time.monotonic() < until:
+            time.sleep(0.02)
+
+    try:
+        for name in names:
+            setattr(Node, name, lambda *args, **options: None)
+
+        Node.start_raylet = start_raylet
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(Node, name, function)
 
 
 class _Paths(list[str]):

@@ -5,18 +5,22 @@ A data set is a directory with the files `train.h5`, `valid.h5` and `test.h5`. E
 mask `done` of those that are complete. Only the evaluation of a finished network opens `test.h5`.
 """
 
+from __future__ import annotations
+
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from .errors import UserError
 from .hdf5 import Origin, open_trajectories, read_origin, view
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 __all__ = [
     "DataInfo",
@@ -104,6 +108,8 @@ class TrajectoryDataset:
             Whether they are there now.
         """
 
+        import torch
+
         if 4 * self.x.size > room:
             return False
 
@@ -126,6 +132,8 @@ class TrajectoryDataset:
             first, then those of the second, and so on. They are where the trajectories are.
         """
 
+        import torch
+
         if self._moved is not None:
             return self._cut(self._moved, torch.as_tensor(indices), torch.as_tensor(starts))
 
@@ -139,6 +147,8 @@ class TrajectoryDataset:
         return out.flatten(1, 2)
 
     def _cut(self, x: Tensor, indices: Tensor, starts: Tensor) -> Tensor:
+        import torch
+
         for i, j in zip(indices.tolist(), starts.tolist(), strict=True):
             self._check(i, j)
 

@@ -3,6 +3,7 @@ r"""A sweep at work: its driver, its table and its disk, on Ray, from here to it
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -176,9 +177,10 @@ def _drive(
 
     with suppress(KeyboardInterrupt), table, ExitStack() as stack:
         with attended(driver):
-            scratch = stack.enter_context(connect(options.address, package=package))
+            ray = connect(options.address, package=package, meanwhile=_executor)
+            scratch = stack.enter_context(ray)
 
-        from .executor import execute  # imports Ray, which must be set up by then
+        execute = _executor()
         from .link import opened
 
         if options.address is not None:  # whose nodes may not see our files
@@ -200,6 +202,12 @@ def _drive(
         driver.house = also_tell
         resources = {"cpu": options.cpus, "gpu": slots.wanted.get("GPU", 0)}
         execute(driver, resources, scratch, own=options.address is None)
+
+
+def _executor() -> Callable[..., None]:
+    from .executor import execute  # imports Ray, which must be set up by then
+
+    return execute
 
 
 def _end(driver: Driver, again: str) -> None:

@@ -52,7 +52,7 @@ def execute(driver: Driver, resources: dict[str, float], scratch: Path, own: boo
 
     lookout = Lookout(driver)
     # Trials that wait for a node are what the cluster starts nodes for. Tune lets one wait.
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = "1" if own else str(WAITING)
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(WAITING)
 
     with _on_signals(driver.stop), _memory_kills_are_deaths(), _started_workers(own):
         tune.run(

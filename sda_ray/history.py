@@ -1,15 +1,19 @@
 r"""The history of a run: `metrics.jsonl`, one line per epoch, appended once and never changed."""
 
+from __future__ import annotations
+
 import logging
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
 from .files import append_line, cut_torn_line, read_lines
-from .training import Metrics
+
+if TYPE_CHECKING:
+    from .training import Metrics
 
 __all__ = ["History", "read_history"]
 

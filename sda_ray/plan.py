@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from .cluster import local_gpus
 from .cost import Cost
 from .data import DataInfo
 from .definition import Sweep, load_script
@@ -119,9 +120,7 @@ def plan(
         say: Told what goes on.
     """
 
-    import torch
-
-    slots = Slots(cpus, int(torch.cuda.is_available()) if gpus is None else gpus, parallel)
+    slots = Slots(cpus, int(local_gpus() > 0) if gpus is None else gpus, parallel)
     sweep, broken = None, []
 
     try:

@@ -4,6 +4,8 @@ A process finds it out once, for all runs that it trains one after the other: wh
 stays as it was at that time.
 """
 
+from __future__ import annotations
+
 import json
 import logging
 import platform
@@ -13,13 +15,14 @@ from contextlib import AbstractContextManager
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .entry import code_of, digests
 from .files import write_atomic
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["differences", "origin", "provenance", "save_diff"]
 
@@ -46,6 +49,8 @@ LARGEST = 2**20  # bytes of a diff that is kept
 
 def provenance(device: str | torch.device = "cpu") -> dict[str, Any]:
     r"""Returns what bits depend on beside the config: versions, code, device and threads."""
+
+    import torch
 
     cuda = torch.device(device).type == "cuda"
 

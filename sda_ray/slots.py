@@ -5,7 +5,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from .cluster import local_cpus
+from .cluster import local_cpus, local_gpus
 from .errors import UserError
 from .scaling import Growth, growth, leaving_nodes
 
@@ -113,9 +113,7 @@ class Slots:
     def check_local(self) -> None:
         r"""Raises a UserError if a Ray of our own on this machine could never hold a trial."""
 
-        import torch
-
-        here: dict[str, float] = {"CPU": local_cpus(), "GPU": torch.cuda.device_count()}
+        here: dict[str, float] = {"CPU": local_cpus(), "GPU": local_gpus()}
         self._check({"this machine": here})
 
     def check(self) -> None:

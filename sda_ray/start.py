@@ -4,15 +4,16 @@ What takes time is remembered in `runs/sweeps/{name}/plan.json`: that the data a
 a plan has measured. Both are looked up by what they depend on, and are found again or made anew.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .archive import sweep_directory
-from .bill import show_time
 from .cluster import local_cpus
 from .data import DataInfo
 from .definition import Sweep
@@ -20,9 +21,11 @@ from .errors import UserError
 from .faults import find_faults
 from .files import read_json, write_json
 from .forecast import forecast
-from .plan import Plan, times_of
 from .slots import Slots
 from .tracking import Wandb
+
+if TYPE_CHECKING:
+    from .plan import Plan
 
 __all__ = ["ASK_ABOVE", "CPUS_PER_GPU", "Start", "check_start", "confirm", "remember"]
 
@@ -114,6 +117,8 @@ def remember(made: Plan, runs: Path, data: Path, address: str | None = None) -> 
     if made.sweep is None or made.info is None or made.faults:
         return
 
+    from .plan import times_of  # and with it torch, which a start does without
+
     seconds, end = times_of(made)
     content: dict[str, Any] = {"files": _files(data), "info": asdict(made.info)}
 
@@ -145,6 +150,8 @@ def confirm(start: Start, ask_above: float = ASK_ABOVE) -> None:
 
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         return
+
+    from .bill import show_time
 
     takes = f"{start.hours:.3g} {start.unit}-hours and be done in {show_time(start.finish)}"
     answer = input(f"Sweep '{start.sweep.name}' is expected to take {takes}. Start it? [y/N] ")

@@ -11,6 +11,7 @@ from typing import Any
 
 from .adoption import warm_start
 from .archive import compare, read_sweep, space_of, sweep_directory, write_sweep
+from .cluster import local_gpus
 from .data import DataInfo
 from .definition import SETTINGS, Sweep, load_script
 from .driving import Options, carry_out
@@ -227,6 +228,4 @@ def _grant(study: Study, wishes: Wishes, queue: list[Any], priors: list[Any]) ->
 def count_gpus() -> int:
     r"""Returns the GPUs that a trial gets if nothing else is said."""
 
-    import torch
-
-    return int(torch.cuda.is_available())
+    return int(local_gpus() > 0)

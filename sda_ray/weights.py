@@ -1,16 +1,18 @@
 r"""Files of weights, as `state.pth`: what is read from them, and what is refused."""
 
+from __future__ import annotations
+
 import os
 import pickletools
 import zipfile
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from .errors import UserError
 from .keys import ALPHAS
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = [
     "check_alpha",
@@ -114,6 +116,8 @@ def total_size(tensors: Any) -> int:
 def read_weights(file: Path) -> dict[str, Tensor]:
     r"""Returns the tensors in a file, on the CPU. Nothing in the file is executed."""
 
+    import torch
+
     try:
         with open(file, "rb") as f:
             mmap = check_archive(f)
@@ -124,7 +128,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
         reason = str(e).partition("\n")[0]
         raise UserError(f"{file} is damaged, or not a file of weights: {reason}") from e
 
-    if not isinstance(state, dict) or not all(isinstance(x, Tensor) for x in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(x, torch.Tensor) for x in state.values()):
         raise UserError(f"{file} holds something else than a state dict: tensors by name.")
 
     return dict(state)
@@ -186,6 +190,8 @@ def check_weights(file: Path, state: dict[str, Tensor], expected: dict[str, Tens
 
 
 def _kind(x: Tensor) -> str:
+    import torch
+
     layout = "" if x.layout is torch.strided else f" ({x.layout})"
 
     return f"{x.dtype} of shape {tuple(x.shape)}{layout}".removeprefix("torch.")

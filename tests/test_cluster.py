@@ -19,10 +19,13 @@ from sda_ray.slots import Slots, fitting
 # Starts a Ray where another one seems to be running, says what it is like, and waits for a line
 PROGRAM = """
 import json, os, sys
+from pathlib import Path
 from sda_ray.cluster import connect
 from sda_ray.slots import Slots
 
-with connect() as scratch:
+done = []
+
+with connect(meanwhile=lambda: done.append(1)) as scratch:
     import ray
 
     @ray.remote(num_cpus=1)
@@ -35,6 +38,13 @@ with connect() as scratch:
         "address": ray.get_runtime_context().gcs_address,
         "cpus": node["Resources"]["CPU"],
         "worker": ray.get(look.remote()),
+        "done": done,
+        "files": [
+            Path(word).name
+            for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+            for word in Path(f"/proc/{pid}/cmdline").read_text().split("\\0")
+            if word.endswith(".py")
+        ],
         "slots": [Slots(1, 0)(), Slots(0.5, 0)(), Slots(1, 0, 1)(), Slots(1, 1)()],
     }
     try:
@@ -95,6 +105,10 @@ def test_ray_of_our_own_is_private_and_leaves_nothing(place: Path) -> None:
     assert scratch.parent == place / "tmp"
     assert said["cpus"] == (1 if shutil.which("taskset") else local_cpus())
     assert said["worker"] == [str(place), 0, True]
+
+    # No process that only a cluster has a use for; something else was done while it started
+    assert said["files"] == []
+    assert said["done"] == [1]
 
     # What fits
     if shutil.which("taskset"):

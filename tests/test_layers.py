@@ -144,6 +144,18 @@ def test_training_needs_neither_ray_nor_optuna_nor_wandb() -> None:
     assert not loaded & {"ray", "optuna", "wandb", "matplotlib", "pandas"}
 
 
+def test_sweep_starts_without_what_only_trials_need() -> None:
+    loaded = loaded_by(
+        "import sda_ray.cli, sda_ray.commands, sda_ray.sweep\n"
+        "from sda_ray.cluster import local_gpus\n"
+        "assert local_gpus() >= 0"
+    )
+
+    assert "optuna" in loaded
+    assert not loaded & {"ray", "wandb", "matplotlib", "pandas", "scipy"}
+    assert "torch" not in loaded or any(Path("/dev").glob("nvidia*"))
+
+
 def test_package_is_light() -> None:
     loaded = loaded_by("import sda_ray; sda_ray.CONFIG; sda_ray.choice(1); dir(sda_ray)")
     assert not loaded & {"torch", "numpy", "h5py", "ray", "optuna", "wandb", "rich"}
