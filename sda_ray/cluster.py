@@ -179,8 +179,8 @@ def _started_lean(meanwhile: Callable[[], Any]) -> Iterator[None]:
     up: here it is known when they are, and something else is done until then.
     """
 
+    import ray
     from ray._private.node import Node
-    from ray._raylet import GcsClient  # type: ignore[attr-defined]
 
     names = ("start_monitor", "start_api_server", "start_log_monitor", "start_raylet")
     before = {name: getattr(Node, name) for name in names}
@@ -188,7 +188,7 @@ def _started_lean(meanwhile: Callable[[], Any]) -> Iterator[None]:
     def start_raylet(self: Any, *args: Any) -> None:
         before["start_raylet"](self, *args)
         meanwhile()
-        gcs, until = GcsClient(address=self.gcs_address), time.monotonic() + KNOCK
+        gcs, until = ray._raylet.GcsClient(address=self.gcs_address), time.monotonic() + KNOCK
 
         while not gcs.get_all_node_info() and time.monotonic() < until:
             time.sleep(0.02)
