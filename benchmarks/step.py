@@ -155,7 +155,7 @@ def results(quick: bool) -> Iterator[Result]:
     for precision in ("fp32", *["bf16"] * has_bf16()):
         for size in ("small", "mid") if quick else SIZES:
             for keep in ("none", "ours", "both"):
-                x = compare(size, precision, 32, keep, rounds=1 if quick else 3)
+                x = compare(size, precision, 32, keep, _rounds(size, quick))
                 yield Result(
                     f"step, {size}, {precision}, freed memory kept by {keep}",
                     x["ours"],
@@ -168,7 +168,11 @@ def results(quick: bool) -> Iterator[Result]:
 
     if len(os.sched_getaffinity(0)) > 1:
         for size in ("small", "mid") if quick else SIZES:
-            yield scaling(size, rounds=1 if quick else 3)
+            yield scaling(size, _rounds(size, quick))
+
+
+def _rounds(size: str, quick: bool) -> int:
+    return 1 if quick or size == "full" else 3
 
 
 def main() -> None:

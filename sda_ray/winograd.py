@@ -11,7 +11,6 @@ References:
     | https://arxiv.org/abs/1509.09308
 """
 
-from collections.abc import Iterator
 from fractions import Fraction
 from functools import cache
 from itertools import repeat
@@ -20,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from .padding import circular_pad
 
 __all__ = ["pays", "winograd_conv2d"]
 
@@ -186,50 +187,33 @@ def _inputs(x: Tensor) -> Tensor:
     r"""Returns the transformed tiles of a field, with shape :math:`(36, T, C)`."""
 
     _, _, inputs = _matrices(x.dtype)
-    tiles = x.new_empty(N, N, *_tiles(x))
-
-    for i, j, (rows, to_rows), (columns, to_columns) in _places(x):
-        tiles[i, j, :, to_rows, to_columns] = x[:, rows, columns]
+    padded = circular_pad(x.permute(0, 3, 1, 2), 1).permute(0, 2, 3, 1)
+    tiles = padded.unfold(1, N, M).unfold(2, N, M).permute(4, 5, 0, 1, 2, 3).contiguous()
 
     return _both(inputs, tiles).view(N * N, -1, x.shape[-1])
 
 
 def _scatter(tiles: Tensor, out: Tensor) -> None:
-    r"""Writes the sum of overlapping tiles, the adjoint of cutting them out of a field."""
+    r"""Writes the sum of overlapping tiles, which it changes: the adjoint of cutting them out."""
 
-    inner = slice(1, M + 1)
-    _split(out).copy_(tiles[inner, inner].permute(2, 3, 0, 4, 1, 5))
+    for axis in (0, 1):
+        parts = tiles.unbind(axis)
+        _add_shifted(parts[M], parts[0], 2 + axis, -1)  # what sticks out into the tile before
+        _add_shifted(parts[1], parts[-1], 2 + axis, 1)  # and into the next one
+        tiles = tiles.narrow(axis, 1, M)
 
-    for i, j, (rows, to_rows), (columns, to_columns) in _places(out):
-        if not (0 < i <= M and 0 < j <= M):
-            out[:, rows, columns] += tiles[i, j, :, to_rows, to_columns]
-
-
-def _places(x: Tensor) -> Iterator[tuple[int, int, Any, Any]]:
-    r"""Yields, for each place in a tile, where it is in the field and in which tiles."""
-
-    every = [[list(_wrapped(n, i)) for i in range(N)] for n in x.shape[1:3]]
-
-    for i in range(N):
-        for j in range(N):
-            for rows in every[0][i]:
-                for columns in every[1][j]:
-                    yield i, j, rows, columns
+    _split(out).copy_(tiles.permute(2, 3, 0, 4, 1, 5))
 
 
-def _wrapped(n: int, i: int) -> Iterator[tuple[slice, slice]]:
-    r"""Yields slices of n cells, and of the tiles whose place i is there, around the border."""
+def _add_shifted(x: Tensor, y: Tensor, axis: int, shift: int) -> None:
+    r"""Adds a tensor that is rolled along an axis by one cell, forwards or backwards."""
 
-    first, count = i - 1, n // M
-
-    if first < 0:
-        yield slice(n - 1, n), slice(0, 1)
-        yield slice(M - 1, n - M, M), slice(1, count)
-    elif first >= M:
-        yield slice(first, n, M), slice(0, count - 1)
-        yield slice(first - M, first - M + 1), slice(count - 1, count)
-    else:
-        yield slice(first, n, M), slice(0, count)
+    n = x.shape[axis] - 1
+    to, back = (
+        (1, 0) if shift > 0 else (0, n)
+    )  # where the bulk goes, and the cell that goes around
+    x.narrow(axis, to, n).add_(y.narrow(axis, 1 - to, n))
+    x.narrow(axis, back, 1).add_(y.narrow(axis, n - back, 1))
 
 
 def _tiles(x: Tensor) -> tuple[int, ...]:
