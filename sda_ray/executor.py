@@ -273,7 +273,7 @@ class _Scheduler(FIFOScheduler):
             return super().choose_trial_to_run(controller)
 
         for trial in controller.get_trials():
-            if trial.status == "PENDING":
+            if trial.status == "PENDING" and trial.temporary_state.ray_actor is None:
                 self.driver.live.pop(trial.trial_id, None)
                 controller.request_stop_trial(trial)
 
@@ -288,6 +288,10 @@ class _Scheduler(FIFOScheduler):
         def close(status: str) -> Callable[[], bool]:
             task = actor.close.remote(status)
             return lambda: bool(ray.wait([task], timeout=0)[0])
+
+        if trial.trial_id not in self.driver.live:  # let go of when it was about to begin
+            self.driver.closing[0] = close("interrupted")
+            return TrialScheduler.STOP
 
         try:
             goes_on = self.driver.report(trial.trial_id, result, close)
