@@ -174,7 +174,7 @@ def _started_lean(meanwhile: Callable[[], Any]) -> Iterator[None]:
     r"""Lets a Ray that starts within the block do without what serves no sweep on one machine.
 
     Ray 2.60 starts a monitor for an autoscaler, the server of a dashboard, even of one that is not
-    wanted, for which it waits, and what sends logs to the driver. That takes 300 MB, and 2 s of a
+    wanted, for which it waits, and what sends logs to the driver. That takes 270 MB, and 2 s of a
     start. There is no option against it. Then it looks once a second whether its processes are
     up: here it is known when they are, and something else is done until then.
     """

@@ -177,8 +177,8 @@ def _drive(
 
     with suppress(KeyboardInterrupt), table, ExitStack() as stack:
         with attended(driver):
-            ray = connect(options.address, package=package, meanwhile=_executor)
-            scratch = stack.enter_context(ray)
+            started = connect(options.address, package=package, meanwhile=_executor)
+            scratch = stack.enter_context(started)
 
         execute = _executor()
         from .link import opened

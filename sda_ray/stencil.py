@@ -172,7 +172,7 @@ class StencilSolver:
         q = self.projection
         arrays = self.w, self.out, q.divergence, self.force, self.buffer
         sizes = batch, n
-        self.library = library
+        self.compiled = library
         self.advance = (*(x.data_ptr() for x in arrays), *sizes, kappa, drag)
         self.correct = (*(x.data_ptr() for x in (self.w, self.out, q.pressure)), *sizes)
 
@@ -181,7 +181,7 @@ class StencilSolver:
 
         torch.mul(x.transpose(0, 1), self.scale, out=self.out)
         self.projection.pressure.zero_()
-        self.library.correct(*self.correct)
+        self.compiled.correct(*self.correct)
 
     def store(self, x: Tensor) -> None:
         r"""Writes the states to :math:`x`, of shape :math:`(B, 2, n, n)`."""
@@ -191,6 +191,6 @@ class StencilSolver:
     def step(self) -> None:
         r"""Advances the states by :math:`dt / steps`."""
 
-        self.library.advance(*self.advance)
+        self.compiled.advance(*self.advance)
         self.projection.solve()
-        self.library.correct(*self.correct)
+        self.compiled.correct(*self.correct)

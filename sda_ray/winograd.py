@@ -209,9 +209,8 @@ def _add_shifted(x: Tensor, y: Tensor, axis: int, shift: int) -> None:
     r"""Adds a tensor that is rolled along an axis by one cell, forwards or backwards."""
 
     n = x.shape[axis] - 1
-    to, back = (
-        (1, 0) if shift > 0 else (0, n)
-    )  # where the bulk goes, and the cell that goes around
+    # Where the bulk goes, and the one cell that goes around
+    to, back = (1, 0) if shift > 0 else (0, n)
     x.narrow(axis, to, n).add_(y.narrow(axis, 1 - to, n))
     x.narrow(axis, back, 1).add_(y.narrow(axis, n - back, 1))
 
