@@ -8,6 +8,7 @@ user have fetched, each once.
 import fcntl
 import hashlib
 import os
+import random
 import shutil
 import tempfile
 import time
@@ -24,7 +25,7 @@ __all__ = ["PIECE", "Private", "fetch", "find_data", "leftovers", "local_directo
 
 PIECE = 4 * 2**20  # bytes that go through Ray at once
 KEPT = 3  # data sets on a node, those in use apart
-WAIT = 0.5  # seconds between two looks whether another trial has fetched the data
+WAIT = 0.5  # seconds, at most, between two looks whether another trial has fetched the data
 
 Read = Callable[[int, int], tuple[bytes, str]]
 
@@ -166,16 +167,17 @@ def find_data(
 
     try:
         while True:
-            _lock(held, fcntl.LOCK_SH, beat)
-
-            if _has(place, expected):
+            if _lock(held, fcntl.LOCK_SH) and _has(place, expected):
                 os.utime(held.fileno())
                 return place, held
 
-            fcntl.flock(held, fcntl.LOCK_UN)
-            _lock(held, fcntl.LOCK_EX, beat)
-
-            if not _has(place, expected):
+            # Others may have seen the same just now. One of them fetches, and then keeps a shared
+            # lock for as long as it trains: who waited for an exclusive one alone would hang.
+            if not _lock(held, fcntl.LOCK_EX):
+                fcntl.flock(held, fcntl.LOCK_UN)
+                beat()
+                time.sleep(random.uniform(0.5, 1.0) * WAIT)
+            elif not _has(place, expected):
                 shutil.rmtree(place, ignore_errors=True)
                 _fetch_all(place, expected, sizes(), read, beat)
     except BaseException:
@@ -183,13 +185,12 @@ def find_data(
         raise
 
 
-def _lock(file: Any, how: int, beat: Callable[[], None]) -> None:
-    while True:
-        try:
-            return fcntl.flock(file, how | fcntl.LOCK_NB)
-        except BlockingIOError:
-            beat()
-            time.sleep(WAIT)
+def _lock(file: Any, how: int) -> bool:
+    try:
+        fcntl.flock(file, how | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
 
 
 def _fetch_all(

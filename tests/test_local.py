@@ -1,10 +1,13 @@
 r"""Tests for sda_ray.local: private places end with their process, data are fetched once."""
 
+import fcntl
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +133,29 @@ def test_data_are_fetched_once_by_all_that_want_them(data: Path) -> None:
 
     assert source.asked == 2 and fingerprint(place) == fingerprint(data)
     assert sorted(x.name for x in place.iterdir()) == ["train.h5", "valid.h5"]
+
+
+def test_who_came_as_nothing_was_there_takes_what_another_has_fetched(
+    data: Path, here: Path
+) -> None:
+    r"""The other one keeps its lock for as long as it trains."""
+
+    source, found = Source(data), []
+    expected = fingerprint(data)
+    directory = local_directory("data")
+
+    with open(directory / f"{expected}.lock", "a") as other:
+        fcntl.flock(other, fcntl.LOCK_SH)
+        thread = threading.Thread(target=lambda: found.append(source.find()), daemon=True)
+        thread.start()
+        time.sleep(1.0)
+        shutil.copytree(data, directory / "aside")
+        (directory / "aside").rename(directory / expected)
+        thread.join(timeout=30)
+
+    ((place, held),) = found
+    held.close()
+    assert place == directory / expected and source.asked == 0
 
 
 def test_damaged_copy_is_fetched_again(data: Path, tmp_path: Path) -> None:
