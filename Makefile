@@ -37,7 +37,7 @@ test: .venv/installed-dev
 # Hosts with their own network, disk and sshd, on which Ray is launched as on machines of a lab.
 test-cluster: .venv/installed-dev .venv/installed-cluster
 	tests/cluster/prepare
-	$(BIN)/python -m pytest --override-ini addopts=-ra -p no:xdist --timeout 2400 tests/cluster $(ARGS)
+	$(BIN)/python -m pytest --override-ini addopts=-ra --numprocesses 2 --dist loadfile --timeout 2400 tests/cluster $(ARGS)
 
 cluster-check: FILE ?= cluster.yaml
 cluster-check: .venv/installed-cluster

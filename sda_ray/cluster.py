@@ -15,7 +15,7 @@ from typing import Any
 
 from .errors import UserError
 
-__all__ = ["RAY", "connect", "gate", "local_cpus", "local_gpus", "private_directory"]
+__all__ = ["RAY", "connect", "gate", "local_cpus", "local_gpus", "on_node", "private_directory"]
 
 STORE = 100 * 2**20  # bytes of shared memory; nothing large goes through Ray
 PREFIX = "sda-ray-"
@@ -150,6 +150,14 @@ def gate(own: bool) -> tuple[str, str | None]:
         return address, os.environ.get("RAY_AUTH_TOKEN") or Path(file).read_text().strip()
 
     return address, os.environ.get("RAY_AUTH_TOKEN")
+
+
+def on_node(id: str) -> dict[str, Any]:
+    r"""Returns the options by which a task or an actor runs on a node, given Ray's id of it."""
+
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(id, soft=False)}
 
 
 def _knock(address: str) -> None:

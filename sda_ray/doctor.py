@@ -122,6 +122,8 @@ def look(runs: Path, address: str | None, url: str | None) -> list[Finding]:
 def _look_at_nodes(runs: Path, url: str | None) -> list[Finding]:
     import ray
 
+    from .cluster import on_node
+
     nodes = {n["NodeID"]: n for n in ray.nodes() if n["Alive"]}
     here = ray.get_runtime_context().get_node_id()
     order = [here, *(id for id in nodes if id != here)]
@@ -129,7 +131,7 @@ def _look_at_nodes(runs: Path, url: str | None) -> list[Finding]:
     findings: list[Finding] = []
 
     with _left(runs) as token:
-        actors = {id: actor.options(scheduling_strategy=_on(id)).remote() for id in order}
+        actors = {id: actor.options(**on_node(id)).remote() for id in order}
         gpus = {id: nodes[id]["Resources"].get("GPU", 0) for id in order}
         asked = {id: x.examine.remote(runs, token, gpus[id] > 0, url) for id, x in actors.items()}
         ray.wait(list(asked.values()), num_returns=len(asked), timeout=START)
@@ -189,12 +191,6 @@ class _Examiner:
         ray.get(content[0])
 
         return time.perf_counter() - start
-
-
-def _on(id: str) -> Any:
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    return NodeAffinitySchedulingStrategy(id, soft=False)
 
 
 @contextmanager

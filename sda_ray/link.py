@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .attempts import Unknown
+from .cluster import on_node
 from .depot import GROUPS, Depot
 
 __all__ = ["PATIENCE", "Cut", "Link", "bandwidth", "opened", "sees"]
@@ -119,7 +120,6 @@ def opened(runs: Path, data: Path, request: Path) -> Iterator[dict[str, str]]:
     """
 
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     nonce = secrets.token_hex(16)
     name, here = f"depot-{nonce[:8]}", ray.get_runtime_context()
@@ -127,7 +127,7 @@ def opened(runs: Path, data: Path, request: Path) -> Iterator[dict[str, str]]:
         name=name,
         num_cpus=0,
         max_restarts=-1,
-        scheduling_strategy=NodeAffinitySchedulingStrategy(here.get_node_id(), soft=False),
+        **on_node(here.get_node_id()),
     )
     depot = actor.remote(name, str(runs), str(data), str(request))
 
@@ -156,11 +156,9 @@ def bandwidth(node: str) -> float:
     """
 
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    there = NodeAffinitySchedulingStrategy(node, soft=False)
     task = ray.remote(num_cpus=0, max_retries=0)(_some_bytes)
-    ref = task.options(scheduling_strategy=there).remote()
+    ref = task.options(**on_node(node)).remote()
     ray.wait([ref], timeout=PATIENCE, fetch_local=False)
     start = time.monotonic()
     ray.get(ref, timeout=PATIENCE)

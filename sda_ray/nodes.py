@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .cluster import connect
+from .cluster import connect, on_node
 from .config import Config
 from .cost import measure
 from .data import DataInfo, TrajectoryDataset
@@ -176,8 +176,7 @@ def _inspect(
     task = ray.remote(num_cpus=0, max_retries=0)(look_here)
     expected = None if info is None else info.fingerprint
     asked = {
-        id: task.options(scheduling_strategy=_on(id)).remote(runs, data, expected, token, away)
-        for id in found
+        id: task.options(**on_node(id)).remote(runs, data, expected, token, away) for id in found
     }
     ray.wait(list(asked.values()), num_returns=len(asked), timeout=REACH) if asked else None
     nodes = []
@@ -210,12 +209,6 @@ def _inspect(
     return nodes
 
 
-def _on(id: str) -> Any:
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    return NodeAffinitySchedulingStrategy(id, soft=False)
-
-
 def _kind(model: str, resources: dict[str, float], gpu: bool) -> str:
     cpus = f"{resources.get('CPU', 0):g} CPUs"
     types = [x.partition(":")[2] for x in resources if x.startswith("accelerator_type:")]
@@ -234,7 +227,7 @@ def _probe(node: Node, slots: Slots, configs: Sequence[Config], data: Path) -> d
     cpus, gpus = (slots.wanted.get(key, 0) for key in ("CPU", "GPU"))
     copies = min(node.fit, slots.most or COPIES, COPIES)
     actor = ray.remote(num_cpus=cpus, num_gpus=gpus, max_concurrency=2)(_Probe)
-    probes = [actor.options(scheduling_strategy=_on(node.id)).remote() for _ in range(copies)]
+    probes = [actor.options(**on_node(node.id)).remote() for _ in range(copies)]
 
     try:
         started = {probe.start.remote(): probe for probe in probes}

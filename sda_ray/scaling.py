@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .cluster import on_node
+
 __all__ = ["Growth", "NodeType", "drain", "growth", "leaving_nodes", "node_of"]
 
 HEAD = "node:__internal_head__"  # a resource that the head has, and no other node
@@ -71,13 +73,10 @@ def growth() -> Growth | None:
     here = ray.get_runtime_context().get_node_id()
 
     if found is None and heads and heads[0]["NodeID"] != here:
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-        there = NodeAffinitySchedulingStrategy(heads[0]["NodeID"], soft=False)
         task = ray.remote(num_cpus=0, max_retries=0)(_given)
 
         with suppress(ray.exceptions.RayError):  # unknown then
-            asked = task.options(scheduling_strategy=there).remote(address)
+            asked = task.options(**on_node(heads[0]["NodeID"])).remote(address)
             found = ray.get(asked, timeout=ASK)
 
     return None if found is None else _growth(found)

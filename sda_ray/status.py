@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from .cluster import connect
+from .cluster import connect, on_node
 from .errors import UserError
 from .files import read_json
 from .holder import holder
@@ -123,7 +123,6 @@ def _ask(ids: Sequence[str]) -> dict[str, dict[str, Any]]:
     r"""Returns what nodes say of their memory and disk; those that do not answer are left out."""
 
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as On
 
     def tell() -> dict[str, Any]:  # needs nothing of ours on the node
         import os
@@ -142,7 +141,7 @@ def _ask(ids: Sequence[str]) -> dict[str, dict[str, Any]]:
         return told
 
     task = ray.remote(num_cpus=0, max_retries=0)(tell)
-    asked = {task.options(scheduling_strategy=On(id, soft=False)).remote(): id for id in ids}
+    asked = {task.options(**on_node(id)).remote(): id for id in ids}
     done = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER)[0] if asked else []
     told = {}
 

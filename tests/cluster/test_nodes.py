@@ -1,6 +1,6 @@
 r"""Tests on a real cluster: a sweep survives whatever happens to nodes, and no stranger gets in.
 
-One sweep of 8 trials is started by `ray submit` and loses, one after the other: workers on a node
+One sweep of 6 trials is started by `ray submit` and loses, one after the other: workers on a node
 that kills them, a node to a power cut, one to a partition of the network, a spot machine with
 notice, a machine that is replaced by another, and its head.
 """
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from lab import CHECKOUT, ROOT, Lab, wait
 
-TRIALS = 8
+TRIALS = 6
 SECONDS = 75  # that a trial takes, about: what happens to all nodes takes some 5 minutes
 REDONE = 60  # seconds of training that a loss may cost, and a step
 
