@@ -29,6 +29,9 @@ hypothesis_settings.load_profile("sda_ray")
 
 torch.set_num_threads(1)  # the networks are tiny, and the machine may be shared
 
+# Where these assert something, a failure is told in full, as in a test.
+pytest.register_assert_rewrite("ordeal", "scene")
+
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 Start = Callable[..., "subprocess.Popen[str]"]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from conftest import Cli, Start
-from test_snapshot import SCRIPT
+from recorded_code import SCRIPT
 
 from sda_ray.detach import _without
 from sda_ray.holder import holder

@@ -1,22 +1,18 @@
 r"""Tests for sda_ray.cli: what is wrong is said at once, in one message, before anything starts."""
 
 import os
-import re
 import shutil
-import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
-from test_sweep import SCRIPT
+from refusing import Refuse, handlers, refuse, root
+from scene import SCRIPT
 
-from sda_ray.cli import main
-
-Refuse = Callable[..., str]
+__all__ = ["handlers", "refuse", "root"]  # fixtures
 
 # Faults of a configuration: words on the command line, and what the message must say
 FAULTS = [
@@ -94,47 +90,6 @@ SCRIPTS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def handlers() -> Iterator[None]:
-    r"""Gives back the handler of SIGTERM, which the command line takes over."""
-
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
-
-
-@pytest.fixture
-def root(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "data").symlink_to(data)
-    (tmp_path / "tiny.py").write_text(SCRIPT)
-    monkeypatch.chdir(tmp_path)
-
-    return tmp_path
-
-
-@pytest.fixture
-def refuse(root: Path, capsys: pytest.CaptureFixture[str]) -> Refuse:
-    r"""Runs a command that must be refused with one message and without a trace."""
-
-    def run(*words: str) -> str:
-        before = sorted(path for path in root.rglob("*") if "__pycache__" not in path.parts)
-
-        with pytest.raises(SystemExit) as exit:
-            main(argv=list(words))
-
-        out, err = capsys.readouterr()
-        after = sorted(path for path in root.rglob("*") if "__pycache__" not in path.parts)
-        assert exit.value.code == 2
-        assert after == before, "something was written"
-        assert len(re.findall(r"^sda-ray[ \w]*: ", err, re.M)) == 1
-        assert "Traceback" not in out + err
-        assert "sweep '" not in out, "the sweep was begun"
-
-        return err
-
-    return run
-
-
 @pytest.mark.parametrize(("words", "message"), FAULTS, ids=[words for words, _ in FAULTS])
 @pytest.mark.parametrize("command", ["train", "sweep", "replicas"])
 def test_fault_of_a_configuration_is_refused(
@@ -165,51 +120,6 @@ def test_fault_of_a_script_is_refused(
     (root / "tiny.py").write_text(SCRIPT.replace(old, new))
 
     assert message in refuse("sweep", "tiny.py")
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("sweep none.py", "there is no sweep script none.py"),
-        ("sweep none", "there is no sweep 'none' in "),
-        ("sweep data", "there is no sweep 'data' in "),
-        ("sweep ../x", "there is no sweep '../x' in "),
-        ("sweep tiny.py --trials 0", "trials is 0, but must be an integer from 1"),
-        ("sweep tiny.py --trials x", "--trials: invalid int value: 'x'"),
-        ("sweep tiny.py --name a/b", "the sweep's name is 'a/b'"),
-        ("sweep tiny.py --parallel 0", "--parallel is 0, but must be above 0"),
-        ("sweep tiny.py --cpus-per-trial 0", "--cpus-per-trial is 0, but must be above 0"),
-        ("sweep tiny.py --cpus-per-trial nan", "--cpus-per-trial is nan, but must be above 0"),
-        ("sweep tiny.py --cpus-per-trial 64", "a trial wants CPU=64, but this machine has CPU="),
-        ("sweep tiny.py --gpus-per-trial 64", "a trial wants CPU=1 GPU=64, but this machine has"),
-        ("sweep tiny.py --trails 8", "unrecognized arguments: --trails 8"),
-        ("sweep tiny.py --fix seed=1", "--fix seed: SPACE has no key seed."),
-        ("sweep tiny.py --fix activatio=SiLU", "Did you mean 'activation'?"),
-        ("sweep tiny.py activation=SiLU", "--fix activation=SiLU"),
-        ("sweep tiny.py --wandb=of", "--wandb: invalid choice: 'of'"),
-        ("sweep", "the following arguments are required: SWEEP"),
-        ("train --resume none", "there is no run 'none' in "),
-        ("train --init none", "there is no run 'none' in "),
-        ("train --config none", "there is no run 'none' in "),
-        ("train --config tiny.py", "tiny.py is damaged, or not JSON"),
-        ("train --replicas 0", "--replicas is 0, but must be at least 1"),
-        ("train --replicas 2 --resume x", "--replicas goes with none of --init, --resume"),
-        ("train --resume x epochs=2", "--resume goes on with a run as it is"),
-        ("train --resume x --init y", "not allowed with argument"),
-        ("train --takeover", "--takeover goes with --resume RUN"),
-        ("train --parallel 2", "--parallel goes with --replicas N"),
-        ("train --device abacus", "device 'abacus' cannot be used"),
-        ("train epochs=1 --data nowhere", "/nowhere"),
-        ("train epochs=1 --runs tiny.py", "tiny.py cannot be used: "),
-        ("sweep tiny.py --root tiny.py", "tiny.py is a file, no directory"),
-        ("train --epochs 3", "arguments: --epochs. Settings are given as epochs=…"),
-        ("bake", "invalid choice: 'bake'"),
-        ("", "the following arguments are required: COMMAND"),
-        ("simulate x=1", "unrecognized arguments: x=1"),
-    ],
-)
-def test_fault_of_a_command_is_refused(refuse: Refuse, words: str, message: str) -> None:
-    assert message in refuse(*words.split())
 
 
 @pytest.mark.parametrize("command", ["train", "sweep tiny.py", "train --replicas 2"])
@@ -280,47 +190,3 @@ assert not {"ray", "wandb"} & sys.modules.keys()
 """
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     subprocess.run([sys.executable, "-c", code], check=True, env=env, cwd=root)
-
-
-@pytest.mark.parametrize(
-    ("words", "variables", "places"),
-    [
-        ("", {}, ("here", "here/data", "here/runs")),
-        ("--root x", {"SDA_RAY_ROOT": "/y"}, ("here/x", "here/x/data", "here/x/runs")),
-        ("", {"SDA_RAY_ROOT": "/y", "SCRATCH": "/s"}, ("/y", "/y/data", "/y/runs")),
-        ("--runs a --data ../b", {}, ("here", "b", "here/a")),
-        ("", {"SCRATCH": "/s"}, ("here", "here/data", "here/runs")),
-    ],
-)
-def test_places_are_absolute_and_said_in_the_first_line(
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    words: str,
-    variables: dict[str, str],
-    places: tuple[str, str, str],
-) -> None:
-    (tmp_path / "here" / "runs").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path / "here")
-
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-
-    with pytest.raises(SystemExit):
-        main(argv=["sweep", "none", *words.split()])
-
-    root, data, runs = (str(tmp_path / place) for place in places)
-    first = capsys.readouterr().out.splitlines()[0]
-    assert re.sub(r"^sda-ray \S+: ", "", first) == f"root {root}, data {data}, runs {runs}"
-
-
-def test_scratch_is_the_root_where_nothing_is(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("SCRATCH", "/scratch/me")
-
-    with pytest.raises(SystemExit):
-        main(argv=["sweep", "none"])
-
-    assert "root /scratch/me/sda/kolmogorov, " in capsys.readouterr().out

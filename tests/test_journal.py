@@ -4,9 +4,6 @@ import json
 import logging
 import os
 import shutil
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import optuna
@@ -14,7 +11,7 @@ import pytest
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from simulated import Sweeping, outcomes
-from test_study import add
+from studies import add, lease, no_sync
 
 from sda_ray.errors import UserError
 from sda_ray.journal import open_journal
@@ -23,21 +20,9 @@ from sda_ray.pruner import Rules
 from sda_ray.sampler import quiet
 from sda_ray.study import Study
 
+__all__ = ["lease", "no_sync"]  # fixtures
+
 RULES = Rules(target=6, epochs=9, min_epochs=1, eta=3)
-
-
-@pytest.fixture(autouse=True)
-def no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
-    r"""Leaves out what only a power cut would miss, which is most of the time."""
-
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
-
-
-@pytest.fixture
-def lease(tmp_path: Path) -> Iterator[Lease]:
-    lease = Lease(tmp_path / "lease.json", "the sweep")
-    yield lease
-    lease.release()
 
 
 @pytest.fixture
@@ -169,90 +154,6 @@ def test_study_is_not_written_without_the_lease(
 
     assert journal.read_bytes() == before
     other.release()
-
-
-# Full disks
-
-
-FULL = """
-import logging, resource, signal, sys, threading, time
-from pathlib import Path
-import sda_ray.journal
-from sda_ray.lease import Lease
-from sda_ray.study import Study
-from test_study import add
-
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-logging.basicConfig(format="%(message)s")
-directory = Path(sys.argv[1])
-journal = directory / "study.journal"
-study = Study(journal, "test", Lease(directory / "lease.json", "x"))
-record = add(study, until=9)
-before = journal.read_bytes()
-soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-def limit(size):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-
-def fails():
-    try:
-        study.report(record, {e: 1 / e for e in range(1, 10)})
-    except OSError:
-        assert journal.read_bytes() == before
-    else:
-        raise SystemExit("written in spite of the limit")
-
-limit(len(before) + 200)  # room for one of nine values
-"""
-
-
-def run_full(directory: Path, code: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-c", FULL + code, str(directory)]
-    tests = Path(__file__).parent
-    env = {**os.environ, "PYTHONPATH": str(tests.parent)}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tests, env=env)
-    assert done.returncode == 0, done.stderr
-
-    return done
-
-
-def test_append_to_a_full_disk_is_undone_and_tried_again_until_there_is_room(
-    tmp_path: Path,
-) -> None:
-    code = """
-def room():
-    while not tries:
-        time.sleep(0.01)
-    time.sleep(0.5)
-    assert journal.read_bytes() == before
-    limit(soft)
-
-tries = []
-study.journal.stopping = lambda: tries.append(1)
-threading.Thread(target=room).start()
-record = study.report(record, {e: 1 / e for e in range(1, 10)})
-assert len(tries) > 1
-assert record.last == 9
-assert [r.last for r in Study(journal, "test", study.journal.lease).records()] == [9]
-"""
-    done = run_full(tmp_path, code)
-    (said,) = done.stderr.splitlines()
-
-    assert "study.journal cannot be written: No space left on device (" in said
-    assert "bytes are free). Waiting for room." in said
-
-
-def test_wait_for_room_ends_in_time_or_with_the_wish_to_stop(tmp_path: Path) -> None:
-    code = """
-study.journal.stopping = lambda: True
-fails()
-study.journal.stopping = lambda: False
-sda_ray.journal.PATIENCE = 0.3
-fails()
-limit(soft)
-assert study.report(record, {1: 1.0}).values == {1: 1.0}
-"""
-    run_full(tmp_path, code)
 
 
 def test_other_errors_are_not_waited_for(journal: Path, lease: Lease) -> None:

@@ -1,7 +1,6 @@
-r"""Tests for sda_ray.room: what is given back, in which order, and that nobody misses it."""
+r"""Tests for sda_ray.room: what is given back, in which order, and what stays."""
 
 import json
-import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -9,123 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from simulated import Sweeping, outcomes
+from kept import MADE, Keeping, identity, keeping, made, path_of, runs, snapshot
 
-from sda_ray.checkpoint import RunPath, load_checkpoint
-from sda_ray.config import Config
+from sda_ray.checkpoint import RunPath
 from sda_ray.errors import UserError
-from sda_ray.fragments import read_fragments
-from sda_ray.history import read_history
 from sda_ray.lease import Lease
-from sda_ray.pruner import Record, Rules
+from sda_ray.pruner import Record
 from sda_ray.reclaim import give_back, resumable
 from sda_ray.room import AGAIN, Keeper, parse_size
-from sda_ray.runs import Run
-from sda_ray.tracking import Wandb
-from sda_ray.train import train
 
-# What became of the runs of a sweep, by their numbers: status, epochs done
-MADE = {
-    1: ("paused", 1),
-    2: ("paused", 1),
-    3: ("paused", 2),
-    4: ("finished", 3),
-    5: ("finished", 3),
-    6: ("diverged", 1),
-    7: ("running", 1),
-    8: ("failed", 2),
-}
-STATES = {"finished": "complete", "paused": "running"}
-
-
-def identity(index: int) -> str:
-    return f"{index:08}"
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, data: Path, small: Config) -> Path:
-    r"""The runs of a sweep, trained with different seeds."""
-
-    runs = tmp_path_factory.mktemp("room") / "runs"
-    disabled = Wandb("disabled")
-
-    for index, (status, last) in MADE.items():
-        run = Run(
-            runs,
-            small | {"seed": index},
-            identity(index),
-            index,
-            wandb=disabled,
-            attempt=1,
-            record={"sweep": "width", "trial": index},
-        )
-        training = train(run, data, rungs=(1, 2, 3))
-
-        for metrics in training:
-            if metrics["epoch"] == last < 3:
-                break
-
-        training.close()  # type: ignore[attr-defined]
-        run.close(status)
-
-    return runs
-
-
-@pytest.fixture
-def runs(made: Path, tmp_path: Path) -> Path:
-    shutil.copytree(made, tmp_path / "runs")
-    return tmp_path / "runs"
-
-
-def path_of(runs: Path, index: int) -> RunPath:
-    path = RunPath.of_id(runs, identity(index))
-    assert path is not None
-
-    return path
-
-
-def records_of(runs: Path) -> list[Record]:
-    r"""Returns what the study of the sweep would say; lower numbers have lower losses."""
-
-    return [
-        Record(
-            index,
-            identity(index),
-            STATES.get(status, status),
-            {"paused": last}.get(status, 3),
-            3,
-            {epoch: 1 / epoch + index / 100 for epoch in range(1, last + 1)},
-            attempt=1,
-        )
-        for index, (status, last) in MADE.items()
-    ]
-
-
-class Keeping:
-    r"""Creates a keeper and listens to what it says."""
-
-    def __init__(self, runs: Path, **options: Any) -> None:
-        self.runs = runs
-        self.said: list[str] = []
-        self.records = records_of(runs)
-        self.keeper = Keeper(
-            runs, "width", lambda: self.records, notify=self.said.append, **options
-        )
-        self.keeper.finish()
-
-    @property
-    def left(self) -> set[int]:
-        return {index for index in MADE if resumable(path_of(self.runs, index))}
-
-
-@pytest.fixture
-def keeping(runs: Path) -> Callable[..., Keeping]:
-    return lambda **options: Keeping(runs, **options)
-
-
-def snapshot(runs: Path) -> dict[Path, bytes]:
-    return {file: file.read_bytes() for file in runs.rglob("*") if file.is_file()}
-
+__all__ = ["keeping", "made", "runs"]  # fixtures
 
 # Sizes
 
@@ -333,163 +225,6 @@ def test_one_file_of_two_names_counts_once(runs: Path) -> None:
     assert sum(resumable(path).values()) == size
     assert give_back(path, "width") == size
     assert not path.decay.exists()
-
-
-# Going on without a checkpoint
-
-
-def go_on(runs: Path, index: int, data: Path, **options: Any) -> Run:
-    run = Run(runs, {}, identity(index), attempt=2, takeover=True, **options)
-    list(train(run, data, rungs=(1, 2, 3)))
-    run.close("finished")
-
-    return run
-
-
-def test_run_whose_checkpoint_was_given_back_ends_in_the_same_bits(
-    runs: Path, data: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    other = runs.with_name("undisturbed")
-    shutil.copytree(runs, other)
-    undisturbed = go_on(other, 3, data, wandb=Wandb("disabled"))
-    assert "restarted" not in undisturbed.record["attempts"][-1]
-
-    path = path_of(runs, 3)
-    lines = path.metrics.read_text()
-    assert give_back(path, "width") > 0
-    assert "given_back" in json.loads(path.record.read_text())
-    caplog.set_level(logging.WARNING)
-    go_on(runs, 3, data, wandb=Wandb("disabled"))
-    record = json.loads(path.record.read_text())
-
-    assert path.state.read_bytes() == undisturbed.path.state.read_bytes()
-    assert path.metrics.read_text().startswith(lines)
-    assert sorted(read_history(path.metrics)) == [1, 2, 3]
-    assert len(path.metrics.read_text().splitlines()) == 3
-    assert record["exact"] is True and record["status"] == "finished"
-    assert "given_back" not in record
-    assert [attempt.get("restarted") for attempt in record["attempts"]] == [
-        None,
-        "it gave its checkpoint back",
-    ]
-    assert [r.getMessage() for r in caplog.records] == [
-        f"{path.directory.name}: it gave its checkpoint back: it starts again at epoch 0, to the "
-        "same bits."
-    ]
-
-
-def test_epochs_done_again_are_not_sent_to_wandb_again(
-    tmp_path: Path, data: Path, small: Config
-) -> None:
-    offline, record = Wandb("offline"), {"sweep": "width"}
-    run = Run(tmp_path / "runs", small, "a" * 8, wandb=offline, attempt=1, record=record)
-    training = train(run, data, rungs=(2, 3))
-    next(training), next(training)
-    training.close()  # type: ignore[attr-defined]
-    run.close("paused")
-    give_back(run.path, "width")
-    again = Run(tmp_path / "runs", {}, "a" * 8, wandb=offline, attempt=2)
-    list(train(again, data))
-    again.close("finished")
-    rows = [row for fragment in read_fragments(run.path) for row in fragment.rows]
-
-    assert [step for step, values in rows if "loss_valid" in values] == [1, 2, 3]
-
-
-def test_reason_for_a_restart_is_the_right_one(runs: Path, data: Path) -> None:
-    for file in resumable(path_of(runs, 1)):  # as if it had been killed before its first one
-        file.unlink()
-
-    for file in resumable(path_of(runs, 2)):
-        file.write_bytes(b"damaged")
-
-    for index, why in (
-        (1, "it was ended before its first checkpoint"),
-        (2, "it has no whole checkpoint"),
-    ):
-        run = go_on(runs, index, data, wandb=Wandb("disabled"))
-        assert run.record["attempts"][-1]["restarted"] == why
-
-
-@pytest.mark.parametrize("count", range(4))
-def test_deletion_killed_at_any_file_leaves_a_whole_run(
-    runs: Path, data: Path, count: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = path_of(runs, 3)
-    shutil.copy(path_of(runs, 3).checkpoint, path.decay)
-    assert len(resumable(path)) == 3
-    unlink = Path.unlink
-    done = 0
-
-    def unlink_some(file: Path, missing_ok: bool = False) -> None:
-        nonlocal done
-
-        if file in resumable(path):
-            if done == count:
-                raise KeyboardInterrupt
-
-            done += 1
-
-        unlink(file, missing_ok)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "unlink", unlink_some)
-
-        try:
-            give_back(path, "width")
-        except KeyboardInterrupt:
-            assert count < 3
-
-    found = load_checkpoint(path)
-    assert (found is None) == (count >= 2)
-    assert found is None or found[1]["epoch"] == 2  # the newest, or none
-    run = go_on(runs, 3, data, wandb=Wandb("disabled"))
-    assert run.record["exact"] is True and "given_back" not in run.record
-    assert sorted(run.lines) == [1, 2, 3] and path.state.exists()
-
-
-def test_keeper_tells_once_that_a_promoted_run_starts_again(runs: Path, data: Path) -> None:
-    kept = Keeping(runs, limit=1)
-    kept.said.clear()
-    go_on(runs, 3, data, wandb=Wandb("disabled"))
-    kept.records[2] = Record(3, identity(3), "complete", 3, 3, {3: 1.0}, attempt=2)
-
-    for _ in range(2):
-        kept.keeper.finish()
-
-    told = [text for text in kept.said if text.startswith("run 3")]
-    assert told == [
-        "run 3 (00000003) starts again at epoch 0, to the same bits: it gave its checkpoint back."
-    ]
-
-
-def test_sweep_whose_paused_runs_keep_no_checkpoint_ends_the_same(tmp_path: Path) -> None:
-    r"""A run that passes rungs again is not paused there again, nor promoted twice."""
-
-    rules = Rules(27, 27, 1)
-    whole = Sweeping(tmp_path / "whole", rules).drive()
-    runs = tmp_path / "bare" / "runs"
-    trained = []
-
-    def forget(config: dict[str, Any], epoch: int) -> bool:
-        trained.append(epoch)
-
-        for path in RunPath.all(runs):  # the one that trains is about to write its own
-            path.checkpoint.unlink(missing_ok=True)
-
-        return False
-
-    bare = Sweeping(tmp_path / "bare", rules, fails=forget).drive()
-
-    assert list(outcomes(bare)) == list(outcomes(whole))
-    assert [r.attempt for r in bare] == [r.attempt for r in whole]
-    assert len(trained) > sum(r.last for r in bare)
-
-    for record in bare:
-        path = RunPath.of_id(runs, record.run_id)
-        assert path is not None
-        lines = path.metrics.read_text().splitlines()
-        assert [json.loads(line)["epoch"] for line in lines] == list(range(1, record.last + 1))
 
 
 # The disk

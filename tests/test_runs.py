@@ -1,3 +1,5 @@
+r"""Tests for sda_ray.runs: the files of a run, and who may write them."""
+
 import json
 import os
 import re
@@ -8,36 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+from opened import DISABLED, finished, reopen, runs
 
-from sda_ray.checkpoint import load_checkpoint
 from sda_ray.config import Config
 from sda_ray.errors import UserError
 from sda_ray.lease import Lease
 from sda_ray.runs import Run
 from sda_ray.score import load_score
-from sda_ray.tracking import Wandb
 from sda_ray.train import train
 from sda_ray.training import TrainState
 
-DISABLED = Wandb("disabled")
-
-
-@pytest.fixture
-def runs(tmp_path: Path) -> Path:
-    return tmp_path / "runs"
-
-
-@pytest.fixture
-def finished(runs: Path, data: Path, small: Config) -> Run:
-    run = Run(runs, small, wandb=DISABLED)
-    list(train(run, data))
-    run.close("finished")
-
-    return run
-
-
-def reopen(run: Run, **options: Any) -> Run:
-    return Run(run.path.directory.parent, {}, run.id, wandb=DISABLED, **options)
+__all__ = ["finished", "runs"]  # fixtures
 
 
 def metrics(epoch: int, **values: float) -> dict[str, Any]:
@@ -271,70 +254,3 @@ def test_checkpoint_of_another_config_is_a_clear_error(
 
     with pytest.raises(UserError, match=r"checkpoint\.pth does not fit config\.json: 'score"):
         next(train(other, data))
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Any:
-    r"""A disk of half a megabyte."""
-
-    directory = tmp_path / "disk"
-    directory.mkdir()
-
-    if os.geteuid() or os.system(f"mount -t tmpfs -o size=700k none {directory} 2> /dev/null"):
-        pytest.skip("only root can mount a small disk")
-
-    yield directory
-    os.system(f"umount -l {directory}")
-
-
-def fill(disk: Path) -> Path:
-    file = disk / "filler"
-
-    with open(file, "wb", buffering=0) as f, pytest.raises(OSError, match="No space left"):
-        while True:
-            f.write(b"x" * 4096)
-
-    return file
-
-
-def test_full_disk_keeps_the_old_checkpoint_and_training_goes_on(
-    disk: Path, small: Config, data: Path, caplog: pytest.LogCaptureFixture, finished: Run
-) -> None:
-    run = Run(disk / "runs", small, wandb=DISABLED)
-    training = train(run, data, rungs=(1, 2, 3))
-    assert next(training)["epoch"] == 1
-    filler = fill(disk)
-    assert next(training)["epoch"] == 2
-    assert "no checkpoint was saved, and the one before stays: [Errno 28]" in caplog.text
-    found = load_checkpoint(run.path)
-    assert found is not None and found[1]["epoch"] == 1
-
-    filler.unlink()
-    list(training)
-    lines = run.path.metrics.read_text().splitlines()
-    assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3]
-    assert run.path.state.read_bytes() == finished.path.state.read_bytes()
-    run.close("finished")
-
-
-def test_full_disk_at_the_end_is_no_success_and_can_be_mended(
-    disk: Path, small: Config, data: Path, finished: Run
-) -> None:
-    run = Run(disk / "runs", small, wandb=DISABLED)
-    training = train(run, data)
-    next(training)
-    filler = fill(disk)
-
-    with pytest.raises(UserError, match=f"Make room and finish it by .*--resume {run.id}"):
-        list(training)
-
-    run.close("interrupted")
-    assert not run.path.state.exists()
-    assert json.loads(run.path.record.read_text())["status"] != "finished"
-
-    filler.unlink()
-    again = reopen(run, takeover=True)  # the lease could not be given back, either
-    list(train(again, data))
-    assert again.record["status"] == "finished"
-    assert run.path.state.read_bytes() == finished.path.state.read_bytes()
-    again.close("finished")

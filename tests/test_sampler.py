@@ -1,73 +1,26 @@
 r"""Tests for the sda_ray.sampler, seen and danger modules: what a sweep draws next."""
 
 import math
-import os
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from optuna.trial import TrialState
-from simulated import Sweeping
+from playing import SPACE, finished, play, rate, sweep_of
+from simulated import Sweeping, draw
+from studies import add, lease, no_sync, study
 
-from sda_ray.config import CONFIG
-from sda_ray.definition import Sweep
 from sda_ray.pruner import Record, Rules
 from sda_ray.sampler import distributions, propose, view
-from sda_ray.space import choice, integer, loguniform, uniform
+from sda_ray.space import choice, loguniform, uniform
 from sda_ray.stopping import brackets
+from sda_ray.study import Study
 
-SPACE = {
-    "learning_rate": loguniform(1e-6, 1.0),
-    "weight_decay": loguniform(1e-6, 1e-1),
-    "activation": choice("ELU", "GELU", "SiLU"),
-}
-
-
-@pytest.fixture(autouse=True)
-def no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
-    r"""Leaves out what only a power cut would miss, which is most of the time."""
-
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
-
-
-def sweep_of(space: Any = SPACE, **settings: Any) -> Sweep:
-    return Sweep("name", CONFIG | {"epochs": 9}, space, **settings).check()
-
-
-def finished(index: int, drawn: Any, value: float, state: str = "complete", **more: Any) -> Record:
-    values = {9: value} if state == "complete" else {1: value}
-    known = {} if state == "diverged" else values
-    record = Record(index, f"{index:08}", state, max(values), 9, known)
-
-    return replace(record, config=drawn[0], trial=drawn[1], **more)
-
-
-def play(
-    sweep: Sweep,
-    count: int,
-    value: Callable[[dict[str, Any]], float | None],
-    records: Sequence[Record] = (),
-) -> list[Record]:
-    r"""Returns the runs of a sweep, one after the other; those without a value diverge."""
-
-    records = list(records)
-
-    while len(records) < count and (drawn := sweep.propose(records)) is not None:
-        x = value(drawn[0])
-        state = "diverged" if x is None else "complete"
-        records.append(finished(len(records) + 1, drawn, x or 0.0, state))
-
-    return records
-
-
-def rate(record: Record) -> float:
-    return math.log10(record.config["learning_rate"])
-
+__all__ = ["lease", "no_sync", "study"]  # fixtures
 
 # What the sampler sees
 
@@ -134,6 +87,49 @@ def test_with_hyperband_a_sampler_sees_the_runs_of_one_bracket() -> None:
     assert drawn_without(kin=False) == sweep.propose(records)[0] != drawn_without(kin=True)
 
 
+def test_sampler_sees_each_run_as_what_it_is_worth(study: Study) -> None:
+    complete = study.report(add(study, until=9), {e: 1.0 / e for e in range(1, 10)})
+    complete = study.tell(complete, "complete")
+    paused = study.report(add(study), {1: 0.7})
+    pruned = study.tell(study.report(add(study), {1: 0.8}), "pruned")
+    flying = add(study)
+    diverged = study.tell(study.report(add(study), {1: 0.1}), "diverged", "exploded")
+    failed = study.tell(add(study), "failed", "bug")
+    hidden = replace(complete, shown=3)
+    gone = replace(diverged, shown=1)
+
+    seen = view([complete, paused, pruned, flying, diverged, failed, hidden, gone])
+    states = [TrialState.COMPLETE, *[TrialState.PRUNED] * 2, TrialState.RUNNING]
+    assert [t.state for t in seen] == [*states, *[TrialState.PRUNED] * 3]
+    assert [t.value for t in seen] == [1 / 9, 0.7, 0.8, None, None, 1 / 3, 0.1]
+    assert [t.constraints["diverged"] for t in seen] == [0, 0, 0, 0, 1, 0, 0]
+    assert seen[4].intermediate_values == {}
+    assert seen[5].intermediate_values == {1: 1.0, 2: 0.5, 3: 1 / 3}
+    assert all(t.params and t.distributions for t in seen)
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe"])
+def test_draws_depend_on_seed_number_and_values_alone(
+    tmp_path: Path, study: Study, sampler: str
+) -> None:
+    for i in range(12):
+        study.tell(study.report(add(study), {1: i / 7}), "pruned" if i % 2 else "complete")
+
+    def config(records: list[Record], seed: int = 0) -> dict[str, Any]:
+        drawn = propose(draw, records, seed, sampler)
+        assert drawn is not None
+        return drawn[0]
+
+    records = study.records()
+    renamed = [replace(r, run_id="x", attempt=7, error="?") for r in records]
+    assert config(records) == config(renamed)
+    assert config(records) != config(records, seed=1)
+    assert config(records) != config(records[:-1])
+
+    worse = [replace(r, values={1: 1 - r.values[1]}) for r in records]
+    assert (config(records) == config(worse)) == (sampler == "random")
+
+
 # Divergence
 
 
@@ -156,97 +152,15 @@ def test_a_sweep_whose_runs_all_diverge_goes_on(sampler: str) -> None:
     assert len(play(sweep_of(sampler=sampler, pruner="none"), 16, lambda config: None)) == 16
 
 
-# No configuration twice
+def test_divergent_regions_are_left(tmp_path: Path) -> None:
+    rules = Rules(32, 9, 1, 3)
+    records = Sweeping(
+        tmp_path, rules, "tpe", diverges=lambda c, e: c["learning_rate"] > 3e-3
+    ).drive()
+    halves = [[r.state for r in records[:16]], [r.state for r in records[16:]]]
 
-
-def unused(trial: Any) -> dict[str, Any]:
-    trial.suggest_int("unused", 0, 9)
-
-    if trial.suggest_categorical("smooth", [False, True]):
-        return {"activation": trial.suggest_categorical("activation", ["SiLU", "ELU"])}
-
-    return {}
-
-
-@pytest.mark.parametrize("sampler", ["tpe", "random", "grid", "gp"])
-def test_configurations_that_come_to_the_same_are_one(sampler: str) -> None:
-    sweep = sweep_of(unused, sampler=sampler, pruner="none")
-    records = play(sweep, 9, lambda config: 1.0)
-
-    # SiLU is CONFIG's
-    assert {(CONFIG | r.config)["activation"] for r in records} == {"SiLU", "ELU"}
-    assert len(records) == 2
-
-
-def test_lists_and_tuples_are_one() -> None:
-    space = {"hidden_channels": choice((8, 16, 32), (16, 32, 64)), "learning_rate": choice(1e-3)}
-    sweep = sweep_of(space)
-    (record,) = play(sweep, 1, lambda config: 1.0)
-    stored = replace(
-        record,
-        config={k: list(x) if isinstance(x, tuple) else x for k, x in record.config.items()},
-    )
-
-    assert len(play(sweep, 9, lambda config: 1.0, [stored])) == 2
-
-
-@pytest.mark.parametrize("sampler", ["tpe", "grid"])
-def test_a_queued_configuration_that_was_tried_is_left_out_at_once(sampler: str) -> None:
-    calls = []
-    space = {"learning_rate": choice(1e-4, 1e-3), "activation": choice("ELU", "SiLU")}
-    sweep = sweep_of(space, sampler=sampler)
-    records = play(sweep, 2, lambda config: 1.0)
-    params = dict(records[0].trial.params)
-
-    def draw(trial: Any) -> dict[str, Any]:
-        calls.append(trial)
-        return sweep.draw(trial)
-
-    assert propose(draw, records, 0, sampler, params) is None
-    assert len(calls) <= 1
-
-    more = sweep.propose(records, {"activation": "ELU"})
-    assert more[0]["activation"] == "ELU"
-
-
-@pytest.mark.parametrize("params", [{"learning_rate": 7.0}, {"activation": "none"}])
-@pytest.mark.parametrize("sampler", ["tpe", "random"])
-def test_queued_parameters_that_the_space_has_not_are_left_out(
-    params: dict[str, Any], sampler: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    assert sweep_of(sampler=sampler).propose([], params) is None
-    assert f"{next(iter(params))}=" in caplog.text
-    assert "is not in SPACE" in caplog.text
-
-
-# Grid
-
-
-def test_a_grid_that_was_widened_takes_what_is_not_tried_yet() -> None:
-    space = {"batch_size": integer(8, 24, step=8), "activation": choice("ELU", "SiLU")}
-    wide = {"batch_size": integer(8, 32, step=8), "activation": choice("ELU", "GELU", "SiLU")}
-    records = play(sweep_of(space, sampler="grid"), 99, lambda config: 1.0)
-    after = play(sweep_of(wide, sampler="grid"), 99, lambda config: 1.0, records)
-    configs = [tuple(r.config.values()) for r in after]
-
-    assert (len(records), len(after)) == (6, 12)
-    assert set(configs) == {(b, a) for b in (8, 16, 24, 32) for a in ("ELU", "GELU", "SiLU")}
-    assert configs[6:] == sorted(configs[6:])
-
-
-def test_a_grid_passes_over_what_was_tried_without_drawing_it() -> None:
-    sweep = sweep_of({"seed": integer(0, 1999)}, sampler="grid")
-    records = [r for r in play(sweep, 3, lambda config: 1.0) if r.index != 2]
-    calls = []
-
-    def draw(trial: Any) -> dict[str, Any]:
-        calls.append(trial)
-        return sweep.draw(trial)
-
-    drawn = propose(draw, records, 0, "grid", current=distributions(sweep.draw))
-
-    assert drawn is not None
-    assert (drawn[0], len(calls)) == ({"seed": 1}, 1)
+    assert halves[0].count("diverged") > 0
+    assert halves[1].count("diverged") < 8
 
 
 # Other samplers

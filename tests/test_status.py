@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from conftest import PERSONAL
-from test_snapshot import SCRIPT, spoil
+from recorded_code import SCRIPT, spoil
 
 import sda_ray
 from sda_ray.overview import overview

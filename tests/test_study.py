@@ -1,55 +1,26 @@
-r"""Tests for sda_ray.study and sda_ray.sampler: the record of a sweep, and its draws."""
+r"""Tests for sda_ray.study: the record of a sweep."""
 
 import json
-import os
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import optuna
 import pytest
 from optuna.trial import TrialState
 from simulated import Crash, Sweeping, diverges, draw, outcomes
+from studies import add, lease, no_sync, study
 
 from sda_ray.lease import Lease
 from sda_ray.pruner import Record, Rules
-from sda_ray.sampler import propose, view
+from sda_ray.sampler import propose
 from sda_ray.study import Study
 
+__all__ = ["lease", "no_sync", "study"]  # fixtures
+
 RULES = Rules(target=6, epochs=9, min_epochs=1, eta=3)
-
-
-@pytest.fixture(autouse=True)
-def no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
-    r"""Leaves out what only a power cut would miss, which is most of the time."""
-
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
-
-
-@pytest.fixture
-def lease(tmp_path: Path) -> Iterator[Lease]:
-    lease = Lease(tmp_path / "lease.json", "the sweep")
-    yield lease
-    lease.release()
-
-
-@pytest.fixture
-def study(tmp_path: Path, lease: Lease) -> Study:
-    return Study(tmp_path / "study.journal", "test", lease)
-
-
-def add(study: Study, **more: Any) -> Record:
-    records = study.records()
-    drawn = propose(draw, records, sampler="random")
-    assert drawn is not None
-    index = 1 + len(records)
-    record = Record(index, f"run{index:05}", "running", 1, 9, attempt=1, config=drawn[0])
-
-    return study.add(replace(record, **more), drawn[1])
 
 
 # What is written
@@ -251,101 +222,6 @@ def test_attempts_that_others_count_are_remembered_for_closed_runs(
 
     again = Study(tmp_path / "study.journal", "test", lease)
     assert again.start(again.records()[0], 3, None).attempt == 6
-
-
-# Draws
-
-
-@pytest.mark.parametrize("sampler", ["random", "tpe"])
-def test_draws_depend_on_seed_number_and_values_alone(
-    tmp_path: Path, study: Study, sampler: str
-) -> None:
-    for i in range(12):
-        study.tell(study.report(add(study), {1: i / 7}), "pruned" if i % 2 else "complete")
-
-    def config(records: list[Record], seed: int = 0) -> dict[str, Any]:
-        drawn = propose(draw, records, seed, sampler)
-        assert drawn is not None
-        return drawn[0]
-
-    records = study.records()
-    renamed = [replace(r, run_id="x", attempt=7, error="?") for r in records]
-    assert config(records) == config(renamed)
-    assert config(records) != config(records, seed=1)
-    assert config(records) != config(records[:-1])
-
-    worse = [replace(r, values={1: 1 - r.values[1]}) for r in records]
-    assert (config(records) == config(worse)) == (sampler == "random")
-
-
-@pytest.mark.parametrize("sampler", ["random", "tpe", "grid"])
-def test_no_configuration_is_drawn_twice_until_the_space_is_exhausted(
-    study: Study, sampler: str
-) -> None:
-    def space(trial: Any) -> dict[str, Any]:
-        values = {"activation": trial.suggest_categorical("activation", ["ELU", "GELU", "SiLU"])}
-
-        if values["activation"] != "ELU":
-            values["kernel_size"] = trial.suggest_int("kernel_size", 3, 7, step=2)
-
-        return values
-
-    drawn = []
-
-    while (found := propose(space, study.records(), 0, sampler)) is not None:
-        drawn.append(found[0])
-        record = Record(len(drawn), str(len(drawn)), "running", 1, 9, config=found[0])
-        study.tell(study.report(study.add(record, found[1]), {1: float(len(drawn))}), "complete")
-
-    assert len({json.dumps(config) for config in drawn}) == len(drawn) == 7
-
-
-def test_grid_takes_all_combinations_in_order(study: Study) -> None:
-    def space(trial: Any) -> dict[str, Any]:
-        return {
-            "batch_size": trial.suggest_int("batch_size", 8, 24, step=8),
-            "scheduler": trial.suggest_categorical("scheduler", ["linear", "cosine"]),
-        }
-
-    drawn = []
-
-    while (found := propose(space, study.records(), 0, "grid")) is not None:
-        drawn.append(tuple(found[0].values()))
-        study.add(Record(len(drawn), str(len(drawn)), "running", 1, 9, config=found[0]), found[1])
-
-    assert drawn == [(b, s) for b in (8, 16, 24) for s in ("linear", "cosine")]
-
-
-def test_sampler_sees_each_run_as_what_it_is_worth(study: Study) -> None:
-    complete = study.report(add(study, until=9), {e: 1.0 / e for e in range(1, 10)})
-    complete = study.tell(complete, "complete")
-    paused = study.report(add(study), {1: 0.7})
-    pruned = study.tell(study.report(add(study), {1: 0.8}), "pruned")
-    flying = add(study)
-    diverged = study.tell(study.report(add(study), {1: 0.1}), "diverged", "exploded")
-    failed = study.tell(add(study), "failed", "bug")
-    hidden = replace(complete, shown=3)
-    gone = replace(diverged, shown=1)
-
-    seen = view([complete, paused, pruned, flying, diverged, failed, hidden, gone])
-    states = [TrialState.COMPLETE, *[TrialState.PRUNED] * 2, TrialState.RUNNING]
-    assert [t.state for t in seen] == [*states, *[TrialState.PRUNED] * 3]
-    assert [t.value for t in seen] == [1 / 9, 0.7, 0.8, None, None, 1 / 3, 0.1]
-    assert [t.constraints["diverged"] for t in seen] == [0, 0, 0, 0, 1, 0, 0]
-    assert seen[4].intermediate_values == {}
-    assert seen[5].intermediate_values == {1: 1.0, 2: 0.5, 3: 1 / 3}
-    assert all(t.params and t.distributions for t in seen)
-
-
-def test_divergent_regions_are_left(tmp_path: Path) -> None:
-    rules = Rules(32, 9, 1, 3)
-    records = Sweeping(
-        tmp_path, rules, "tpe", diverges=lambda c, e: c["learning_rate"] > 3e-3
-    ).drive()
-    halves = [[r.state for r in records[:16]], [r.state for r in records[16:]]]
-
-    assert halves[0].count("diverged") > 0
-    assert halves[1].count("diverged") < 8
 
 
 # Others look at it

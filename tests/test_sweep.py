@@ -1,143 +1,19 @@
-r"""Tests for sda_ray.sweep: whole sweeps with Ray, killed, stopped, extended, side by side."""
+r"""Tests for sda_ray.sweep: whole sweeps with Ray, carried on, extended, side by side."""
 
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
+from scene import GRID, SCRIPT, Place, lines, place
 
 from sda_ray.checkpoint import RunPath
 from sda_ray.cli import main
 from sda_ray.config import load_config
 from sda_ray.holder import holder
-from sda_ray.lease import Lease
 from sda_ray.pruner import Record
-from sda_ray.study import Study
 
-SCRIPT = """
-from sda_ray import CONFIG, Sweep, choice, loguniform, main
-
-CONFIG = CONFIG | {
-    "window": 3, "embedding": 8, "hidden_channels": (8, 16), "hidden_blocks": (1, 1),
-    "epochs": 9, "batch_size": 8,
-}
-SPACE = {"learning_rate": loguniform(1e-4, 1e-2), "activation": choice("SiLU", "ReLU")}
-sweep = Sweep("tiny", CONFIG, SPACE, trials=8, sampler="random", min_epochs=1)
-
-if __name__ == "__main__":
-    main(sweep)
-"""
-
-GRID = (
-    SCRIPT.replace("loguniform(1e-4, 1e-2)", "choice(100.0, 1e-3)")
-    .replace(', "activation": choice("SiLU", "ReLU")', "")
-    .replace('sampler="random", min_epochs=1', 'sampler="grid", pruner="none"')
-)
-
-
-class Place:
-    r"""Creates a root with data and a script, and runs commands there."""
-
-    def __init__(self, root: Path, data: Path) -> None:
-        self.root = root
-        self.runs = root / "runs"
-        self.env = {k: x for k, x in os.environ.items() if not k.startswith(("RAY_", "WANDB_"))}
-        self.env |= {
-            "HOME": str(root / "home"),
-            "TMPDIR": str(root / "tmp"),
-            "PYTHONPATH": str(Path(__file__).parents[1]),
-            "RAY_ADDRESS": "127.0.0.1:1",  # nobody shall go there
-        }
-
-        for name in ("home", "tmp"):
-            (root / name).mkdir()
-
-        shutil.copytree(data, root / "data")
-        (root / "tiny.py").write_text(SCRIPT)
-
-    def start(self, *words: str, **more: Any) -> "subprocess.Popen[str]":
-        r"""Starts `python WORDS` or `sda-ray WORDS`; standard error comes with the output."""
-
-        module = [] if words[0].endswith(".py") else ["-m", "sda_ray"]
-        return subprocess.Popen(
-            [sys.executable, *module, *words],
-            env=self.env,
-            cwd=more.get("cwd", self.root),
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-
-    def run(self, *words: str, code: int = 0, **more: Any) -> str:
-        r"""Runs a command to its end and returns its output."""
-
-        process = self.start(*words, **more)
-        out, _ = process.communicate(timeout=180)
-
-        assert process.returncode == code, out
-        assert "Traceback" not in out, out
-
-        return out
-
-    def records(self, name: str) -> list[Record]:
-        r"""Returns what the study of a sweep says."""
-
-        directory = self.root / "copy"
-        directory.mkdir(exist_ok=True)
-        shutil.copy(self.runs / "sweeps" / name / "study.journal", directory)
-        lease = Lease(directory / "lease.json", "a copy")
-        records = Study(directory / "study.journal", name, lease).records()
-        lease.release()
-
-        return records
-
-    def path(self, record: Record) -> RunPath:
-        path = RunPath.of_id(self.runs, record.run_id)
-        assert path is not None
-
-        return path
-
-    def wait(self, what: Callable[[], Any], seconds: float = 240) -> Any:
-        deadline = time.monotonic() + seconds
-
-        while not (found := what()):
-            assert time.monotonic() < deadline, "nothing happens"
-            time.sleep(0.05)
-
-        return found
-
-    def same_as_alone(self, record: Record) -> bool:
-        r"""Trains the run of a record alone, and compares the bits."""
-
-        path = self.path(record)
-        before = set(self.runs.iterdir())
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # as a trial does
-        main(argv=["train", "--config", path.id, f"--root={self.root}", "--wandb=disabled"])
-        torch.set_num_threads(threads)
-        (new,) = set(self.runs.iterdir()) - before
-        here, alone = (
-            torch.load(d / "state.pth", weights_only=True) for d in (path.directory, new)
-        )
-
-        return here.keys() == alone.keys() and all(torch.equal(here[k], alone[k]) for k in here)
-
-
-@pytest.fixture(scope="module")
-def place(data: Path) -> Iterator[Place]:
-    root = Path(tempfile.mkdtemp(prefix="sda-", dir="/tmp"))  # short, for Ray's sockets
-    yield Place(root, data)
-    shutil.rmtree(root, ignore_errors=True)
+__all__ = ["place"]  # fixtures
 
 
 @pytest.fixture(scope="module")
@@ -145,10 +21,6 @@ def finished(place: Place) -> str:
     r"""The output of a sweep of 8 trials from its script."""
 
     return place.run("tiny.py", "--parallel", "2")
-
-
-def lines(path: RunPath) -> list[Any]:
-    return [json.loads(line)["epoch"] for line in path.metrics.read_text().splitlines()]
 
 
 def check_whole(place: Place, name: str, trials: int) -> list[Record]:
@@ -296,93 +168,6 @@ def test_killed_and_extended_sweep_loses_nothing(
     assert all(place.same_as_alone(r) for r in complete[-2:])
 
 
-def test_killed_worker_and_stopped_driver_cost_no_bit(place: Place) -> None:
-    words = ["tiny.py", "--name", "long", "--trials", "1", "epochs=150", "--parallel", "1"]
-    driver = place.start("sweep", *words)
-
-    def at_work() -> RunPath | None:
-        for path in RunPath.all(place.runs):
-            record = json.loads(path.record.read_text()) if path.record.exists() else {}
-
-            if record.get("sweep") == "long" and path.metrics.exists() and len(lines(path)) > 10:
-                return path
-
-        return None
-
-    path = place.wait(at_work)
-    worker = holder(path.lease)
-    assert worker is not None
-    os.kill(worker["pid"], signal.SIGKILL)
-    place.wait(lambda: (holder(path.lease) or worker)["attempt"] == 2)
-    done = len(lines(path))
-    place.wait(lambda: len(lines(path)) > done + 5)
-
-    driver.send_signal(signal.SIGINT)
-    start = time.monotonic()
-    out, _ = driver.communicate(timeout=60)
-    assert driver.returncode == 130, out
-    assert "Traceback" not in out
-    assert "is lost" in out
-    assert time.monotonic() - start < 15
-    assert json.loads(path.record.read_text())["status"] == "interrupted"
-    assert len(lines(path)) < 150
-
-    assert "carry on with `sda-ray sweep long`" in out
-
-    place.run("sweep", "long")
-    (record,) = place.records("long")
-    assert (record.state, record.attempt) == ("complete", 3)
-    assert lines(path) == list(range(1, 151))
-    assert place.same_as_alone(record)
-
-
-def test_bug_in_all_runs_stops_the_sweep_until_it_is_mended(place: Place) -> None:
-    shutil.copytree(place.root / "data", place.root / "broken")
-    valid = place.root / "broken" / "valid.h5"
-    driver = place.start("sweep", "tiny.py", "--name", "broken", "--data", "broken", "epochs=1")
-    place.wait(lambda: (place.runs / "sweeps" / "broken" / "study.journal").exists())
-    valid.rename(place.root / "kept.h5")  # every check has passed by now
-    out, _ = driver.communicate(timeout=120)
-
-    assert driver.returncode == 2, out
-    assert "runs failed alike, so the sweep stops: " in out
-    assert "valid.h5" in out
-    assert "carry on with `sda-ray sweep broken`" in out
-    assert "Traceback" not in out
-
-    failed = [r for r in place.records("broken") if r.state == "failed"]
-    assert len(failed) >= 3
-    assert all("Traceback" in place.path(r).error.read_text() for r in failed)
-
-    (place.root / "kept.h5").rename(valid)
-    place.run("sweep", "broken", "--trials", "3")
-    records = place.records("broken")
-    assert sum(r.state == "complete" for r in records) == 3
-    assert sum(r.state == "failed" for r in records) == len(failed)
-
-
-def test_run_whose_directory_vanishes_fails_and_the_sweep_goes_on(place: Place) -> None:
-    script = GRID.replace("choice(100.0, 1e-3)", "choice(2e-3, 1e-3)")
-    (place.root / "gone.py").write_text(script.replace('"epochs": 9', '"epochs": 60'))
-    words = ("sweep", "gone.py", "--name=gone", "--wandb=disabled", "--parallel=1")
-    before = set(RunPath.all(place.runs))
-    process = place.start(*words)
-
-    def begun() -> list[RunPath]:
-        new = set(RunPath.all(place.runs)) - before
-        return [path for path in new if path.metrics.exists()]
-
-    (path,) = place.wait(begun)
-    shutil.rmtree(path.directory)
-    out, _ = process.communicate(timeout=120)
-
-    assert process.returncode == 0, out
-    assert "Traceback" not in out and not path.directory.exists()
-    first, *rest = place.records("gone")
-    assert first.state == "failed" and "was deleted or unmounted" in first.error
-    assert rest and {record.state for record in rest} == {"complete"}
-
-
 def test_two_sweeps_of_one_script_side_by_side_and_divergence(place: Place) -> None:
     (place.root / "grid.py").write_text(GRID)
     sweeps = [
@@ -411,21 +196,3 @@ def test_replicas_differ_in_the_seed_alone(place: Place) -> None:
         ("complete", {"seed": seed}) for seed in (5, 6, 7)
     ]
     assert place.same_as_alone(records[1])
-
-
-def test_interrupt_while_ray_starts_is_clean(place: Place) -> None:
-    driver = place.start("sweep", "tiny.py", "--name", "early")
-    assert driver.stdout is not None
-
-    for line in driver.stdout:
-        if "rungs at epochs" in line:
-            break
-
-    time.sleep(1)
-    driver.send_signal(signal.SIGINT)
-    out, _ = driver.communicate(timeout=60)
-
-    assert driver.returncode == 130, out
-    assert "Traceback" not in out
-    assert "carry on with `sda-ray sweep early`" in out
-    assert place.records("early") == []

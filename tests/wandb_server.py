@@ -196,3 +196,55 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
+
+
+class DyingServer(WandbServer):
+    r"""Creates a server that dies when it has got some rows of a history."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.left = rows
+        self.dead = False
+
+    def query(self, operation: str, values: Json) -> Json:
+        assert not self.dead, "nobody is here"
+        return super().query(operation, values)
+
+    def stream(self, id: str, sent: Json) -> None:
+        assert not self.dead, "nobody is here"
+        chunk = (sent.get("files") or {}).get(HISTORY)
+
+        if chunk is None:
+            super().stream(id, sent)
+            return
+
+        chunk["content"] = chunk["content"][: self.left]
+        super().stream(id, {"files": {HISTORY: chunk}})
+        self.left -= len(chunk["content"])
+        self.dead = self.left == 0
+        assert not self.dead, "gone before it answers"
+
+
+class RewindingServer(WandbServer):
+    r"""Creates a server that can forget the steps after one."""
+
+    def query(self, operation: str, values: Json) -> Json:
+        if operation != "RewindRun":
+            return super().query(operation, values)
+
+        run, last = self.runs[values["runName"]], values["metricValue"]
+        run.rows[HISTORY] = [r for r in run.rows[HISTORY] if json.loads(r)["_step"] <= last]
+
+        return {"rewindRun": {"rewoundRun": run.describe()}}
+
+
+class Refusal(BaseHTTPRequestHandler):
+    r"""Refuses whatever is asked, as W&B does if the key is wrong."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.send_response(401)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass

@@ -1,0 +1,23 @@
+r"""Score networks: a small one, and that of a run by SDA."""
+
+from pathlib import Path
+
+from sda_ray.config import CONFIG
+from sda_ray.score import MCScoreNet, make_score
+
+__all__ = ["REFERENCE", "RUN", "SMALL", "small"]
+
+REFERENCE = Path(__file__).parent / "reference"
+RUN = REFERENCE / "runs" / "crimson-cloud-4_6k7cjnx7"
+
+SMALL = CONFIG | {
+    "window": 3,
+    "embedding": 8,
+    "hidden_channels": (4, 6),
+    "hidden_blocks": (1, 1),
+    "size": 16,
+}
+
+
+def small(**changes: object) -> MCScoreNet:
+    return make_score(**{**SMALL, **changes})

@@ -1,0 +1,33 @@
+r"""Runs as their owner has them open."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sda_ray.config import Config
+from sda_ray.runs import Run
+from sda_ray.tracking import Wandb
+from sda_ray.train import train
+
+__all__ = ["DISABLED", "finished", "reopen", "runs"]
+
+DISABLED = Wandb("disabled")
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def finished(runs: Path, data: Path, small: Config) -> Run:
+    run = Run(runs, small, wandb=DISABLED)
+    list(train(run, data))
+    run.close("finished")
+
+    return run
+
+
+def reopen(run: Run, **options: Any) -> Run:
+    return Run(run.path.directory.parent, {}, run.id, wandb=DISABLED, **options)

@@ -1,0 +1,76 @@
+r"""A sweep script, and the directory of a sweep that has recorded its code."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import sda_ray
+from sda_ray.entry import code_of, digests
+
+__all__ = ["FAKE", "PACKAGE", "SCRIPT", "fake", "record", "spoil", "sweep"]
+
+PACKAGE = Path(sda_ray.__file__).parent
+
+SCRIPT = """
+from sda_ray import CONFIG, Sweep, choice, loguniform, main
+
+CONFIG = CONFIG | {
+    "window": 3, "embedding": 8, "hidden_channels": (8, 16), "hidden_blocks": (1, 1),
+    "epochs": 27, "batch_size": 8,
+}
+SPACE = {"learning_rate": loguniform(1e-4, 1e-2), "activation": choice("SiLU", "ReLU")}
+sweep = Sweep("tiny", CONFIG, SPACE, trials=4, sampler="random", min_epochs=1)
+
+if __name__ == "__main__":
+    main(sweep)
+"""
+
+# A package that says that it runs, and with what
+FAKE = """
+import os, sys
+
+def main():
+    print("recorded code runs", sys.argv, os.path.dirname(os.path.dirname(__file__)))
+"""
+FAKE_SCRIPT_SIDE = """
+CONFIG = {}
+
+def __getattr__(name):
+    return lambda *args, **kwargs: print("recorded code runs", name)
+"""
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    r"""The directory of a sweep without a record."""
+
+    directory = tmp_path / "runs" / "sweeps" / "tiny"
+    directory.mkdir(parents=True)
+
+    return directory
+
+
+def record(directory: Path, code: str) -> None:
+    (directory / "sweep.json").write_text(json.dumps({"code": code}))
+
+
+def fake(directory: Path) -> Path:
+    r"""Records code that is none of ours, and returns where it is."""
+
+    aside = directory / "aside" / "sda_ray"
+    aside.mkdir(parents=True)
+    (aside / "__init__.py").write_text(FAKE_SCRIPT_SIDE)
+    (aside / "entry.py").write_text(FAKE)
+    code = code_of(digests(aside))
+    (directory / "code").mkdir()
+    aside.parent.rename(directory / "code" / code[:16])
+    record(directory, code)
+
+    return directory / "code" / code[:16]
+
+
+def spoil(checkout: Path, *modules: str) -> None:
+    for module in modules:
+        with open(checkout / "sda_ray" / f"{module}.py", "a") as f:
+            f.write("\ndef (\n")
