@@ -146,7 +146,8 @@ def reaches(url: str) -> str:
 def listening() -> Iterator[tuple[int, str, str]]:
     r"""Yields ports that other machines may connect to, with address and command of who listens.
 
-    The command is empty if the process is another user's.
+    The command is empty if the process is another user's. That of a driver of Ray begins with
+    `ray::`, as those of Ray's workers do.
     """
 
     seen, commands = set(), _sockets()
@@ -184,6 +185,9 @@ def _sockets() -> dict[str, str]:
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # gone, or another user's
             command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+
+            if "/ray/_raylet" in (process / "maps").read_text():  # a driver opens a port, too
+                command = f"ray:: {command}"
 
             for handle in (process / "fd").iterdir():
                 with suppress(OSError):

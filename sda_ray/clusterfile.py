@@ -19,6 +19,7 @@ __all__ = ["check_cluster", "main"]
 
 STARTS = ("head_start_ray_commands", "worker_start_ray_commands")
 TOKEN = ".ray/auth_token"
+MAKE = "(umask 077; ray get-auth-token --generate)"  # Ray itself would let others read it
 LOCAL = ("127.0.0.1", "localhost", "::1")
 PIN = re.compile(r"\bray(?:\[[^\]]*\])?==(\d+(?:\.\w+)*)")
 IMAGE = re.compile(r"\brayproject/[\w-]+:(\d+\.\d+\.\d+)")
@@ -27,7 +28,7 @@ IMAGE = re.compile(r"\brayproject/[\w-]+:(\d+\.\d+\.\d+)")
 def check_cluster(file: Path) -> list[str]:
     r"""Returns what is wrong with a cluster file, one line each. It is not changed.
 
-    Relative paths in it are relative to the directory that it is in.
+    Relative paths in it are relative to the current directory, as they are for `ray up`.
     """
 
     import yaml
@@ -41,10 +42,9 @@ def check_cluster(file: Path) -> list[str]:
     if not isinstance(config, dict):
         return [f"{file} is no cluster file: it has no keys."]
 
-    here = file.parent
     checks = (_unchanged(text), _schema(config), _names(config), _access(config))
 
-    return [x for found in (*checks, _paths(config, here), _versions(config, here)) for x in found]
+    return [x for found in (*checks, _paths(config), _versions(config)) for x in found]
 
 
 def _unchanged(text: str) -> Iterator[str]:
@@ -167,25 +167,26 @@ def _access(config: dict[str, Any]) -> Iterator[str]:
             )
 
 
-def _paths(config: dict[str, Any], directory: Path) -> Iterator[str]:
+def _paths(config: dict[str, Any]) -> Iterator[str]:
     for target, source in (config.get("file_mounts") or {}).items():
-        path = directory / Path(str(source)).expanduser()
+        path = Path(str(source)).expanduser()
 
         if not path.exists():
-            hint = " Make it: ray get-auth-token --generate" if str(target).endswith(TOKEN) else ""
-            yield f"file_mounts: {source} does not exist.{hint}"
+            hint = f" Make it: {MAKE}" if str(target).endswith(TOKEN) else ""
+            here = "" if path.is_absolute() else f" in {Path.cwd()}, from where you run `ray up`"
+            yield f"file_mounts: {source} does not exist{here}.{hint}"
         elif str(target).endswith(TOKEN) and path.stat().st_mode & 0o077:
             yield f"{source} can be read by others: chmod 600 {source}"
 
 
-def _versions(config: dict[str, Any], directory: Path) -> Iterator[str]:
+def _versions(config: dict[str, Any]) -> Iterator[str]:
     r"""Yields versions of Ray other than that of this machine: they do not talk to each other."""
 
     found: dict[str, str] = {}
     words = str(config)
 
     for name in set(re.findall(r"(?:-c|--constraint) ?=?([\w./-]+\.txt)", words)):
-        if (file := directory / name).is_file():
+        if (file := Path(name)).is_file():
             found |= dict.fromkeys(PIN.findall(file.read_text()), name)
 
     found |= dict.fromkeys(PIN.findall(words) + IMAGE.findall(words), "the file itself")

@@ -15,13 +15,15 @@ Make = Callable[..., Path]
 
 
 @pytest.fixture
-def make(tmp_path: Path, home: Path) -> Make:
+def make(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
     r"""Makes a copy of a cluster file as a user would fill it in, with more changes."""
 
     token = home / ".ray" / "auth_token"
     token.parent.mkdir(exist_ok=True)
     token.write_text("0" * 64)
     token.chmod(0o600)
+
+    monkeypatch.chdir(tmp_path)
 
     for name in ("sda_ray", "sweeps", "pyproject.toml", "constraints.txt", "README.md", "LICENSE"):
         (tmp_path / name).symlink_to(ROOT / name)

@@ -187,7 +187,9 @@ class Lab:
         r"""Launches the cluster, and waits until all workers have joined."""
 
         self.run("client", f"cat > ~/cluster.yaml <<'END'\n{self.cluster_file()}END")
-        self.run("client", "test -e ~/.ray/auth_token || ray get-auth-token --generate")
+        self.run(
+            "client", "test -e ~/.ray/auth_token || (umask 077; ray get-auth-token --generate)"
+        )
         self.run("client", f"cd {CHECKOUT} && ray up -y --no-config-cache ~/cluster.yaml", 300)
         self.wait_for(self.workers)
 
