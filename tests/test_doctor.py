@@ -156,6 +156,15 @@ def test_command_looks_at_this_machine_without_ray(cli: Cli, home: Path) -> None
     assert time.monotonic() - started < 60
 
 
+DRIVER = """
+import json, sys
+from sda_ray.checkup import listening
+from sda_ray.cluster import connect
+with connect(sys.argv[1]):
+    print(json.dumps([command for _, _, command in listening() if "sys.argv[1]" in command]))
+"""
+
+
 @pytest.fixture
 def cluster(env: dict[str, str], home: Path) -> Iterator[tuple[str, dict[str, str]]]:
     r"""A head with a second node, without a token: its address, and the variables."""
@@ -215,3 +224,10 @@ def test_every_node_of_a_cluster_is_looked_at(
     assert ("token", "fault", "RAY_AUTH_MODE is 'disabled'") in known
     assert any("without a token" in text for text in told["ports"])
     assert [*(tmp_path / "runs").iterdir()] == []
+
+    # A driver is one of Ray's processes, whatever its command
+    command = [sys.executable, "-c", DRIVER, address]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
+    commands = json.loads(done.stdout.splitlines()[-1])
+
+    assert commands and all(command.startswith("ray:: ") for command in commands)
