@@ -50,27 +50,31 @@ def overview(found: Mapping[str, Any]) -> RenderableType:
 def _table(*columns: str, right: Sequence[str] = ()) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
 
-    for name in columns:
-        table.add_column(name, justify="right" if name in right else "left", no_wrap=True)
+    for name in columns:  # names of hosts may need two lines, so that all numbers can be read
+        wraps = name in ("node", "address")
+        table.add_column(name, justify="right" if name in right else "left", no_wrap=not wraps)
 
     return table
 
 
 def _nodes(nodes: Sequence[Mapping[str, Any]]) -> Table:
     right = ("CPUs", "GPUs", "memory", "disk free", "trials")
-    table = _table("node", "address", "role", "state", *right, right=right)
+    table = _table("node", "address", "state", *right, right=right)
 
     for node in nodes:
         memory, disk = node["memory"], node["disk"]
         table.add_row(
             Text(clean(node["name"], 40)),
             Text(clean(node["ip"], 40)),
-            node["role"],
-            Text(node["state"], style=STYLES[node["state"]]),
+            Text(node["state"], style=STYLES[node["state"]]).append(
+                " (head)" if node["role"] == "head" else "", style="none"
+            ),
             f"{node['cpus']['used']:g}/{node['cpus']['total']:g}",
             f"{node['gpus']['used']:g}/{node['gpus']['total']:g}",
-            "–" if memory is None else f"{size(memory['used'])}/{size(memory['total'])}",
-            "–" if disk is None else f"{size(disk['free'])}/{size(disk['total'])}",
+            "–"
+            if memory is None
+            else f"{memory['used'] / memory['total']:.0%} of {size(memory['total'])}",
+            "–" if disk is None else size(disk["free"]),
             str(node["trials"]),
         )
 

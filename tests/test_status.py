@@ -27,16 +27,13 @@ WANTING = """
 import json, sys, time
 from pathlib import Path
 from sda_ray.cluster import connect
-from sda_ray.status import gather
+from sda_ray.status import ACTOR, gather
 
 with connect(sys.argv[1]):
     import ray
 
-    class Trial:
-        pass
-
-    kept = [ray.remote(num_cpus=64)(Trial).remote(), ray.remote(num_cpus=2)(Trial).remote()]
-    kept.append(ray.remote(num_cpus=2)(Trial).remote())
+    trial = type(ACTOR, (), {})
+    kept = [ray.remote(num_cpus=n)(trial).remote() for n in (64, 2, 2)]
     deadline = time.monotonic() + 60
 
     while time.monotonic() < deadline:
@@ -205,7 +202,7 @@ def test_sweep_is_a_job_and_runs_the_code_that_was_recorded(
     env = {**env, "PYTHONPATH": str(tmp_path)}
     shutil.copytree(data, tmp_path / "data")
     shutil.copytree(PACKAGE, tmp_path / "sda_ray", ignore=shutil.ignore_patterns("origin.*"))
-    (tmp_path / "tiny.py").write_text(SCRIPT)
+    (tmp_path / "tiny.py").write_text(SCRIPT.replace('"epochs": 27', '"epochs": 270'))
     directory = tmp_path / "runs" / "sweeps" / "tiny"
 
     def run(*words: str, program: str = "sda_ray", timeout: float = 240) -> str:
@@ -241,6 +238,7 @@ def test_sweep_is_a_job_and_runs_the_code_that_was_recorded(
     at_work = [x for node in found["nodes"] for x in node["runs"]]
 
     assert [x["sweep"] for x in at_work] in (["tiny"], []), found  # none between two of them
+    assert [node["trials"] for node in found["nodes"]] == [1], found
 
     out = run("attach", "tiny", timeout=300)
 
