@@ -215,7 +215,7 @@ class Driver:
                 logger.warning("%s", note)
 
         if result.get("unreached"):
-            self.spec = self.outage.note(self.spec, record)
+            self.spec = self.outage.note(self.spec, record, result["unreached"])
 
         while event == "running" and record.paused:
             if self._goes_on(record):  # it may bring epochs that an older journal had lost

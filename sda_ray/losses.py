@@ -117,12 +117,12 @@ class Losses:
 
 
 class Outage:
-    r"""Creates the count of the attempts that W&B's server has failed."""
+    r"""Creates the count of the attempts that could not use W&B's server."""
 
     def __init__(self) -> None:
         self.attempts: set[tuple[int, int]] = set()
 
-    def note(self, spec: dict[str, Any], record: Record) -> dict[str, Any]:
+    def note(self, spec: dict[str, Any], record: Record, why: str) -> dict[str, Any]:
         r"""Returns what trials are given from now on: if it fails again and again, to be offline."""
 
         self.attempts.add((record.index, record.attempt))
@@ -131,9 +131,10 @@ class Outage:
             return spec
 
         logger.warning(
-            "W&B's server has failed %d runs: the rest of the sweep starts offline. "
-            "`sda-ray sync --all` uploads it later.",
+            "%d runs could not use W&B's server: the rest of the sweep starts offline, and "
+            "`sda-ray sync --all` uploads it later. The last one was told: %s",
             len(self.attempts),
+            why,
         )
 
         return spec | {"wandb": spec["wandb"] | {"mode": "offline"}}

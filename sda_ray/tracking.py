@@ -108,7 +108,7 @@ def safe_name(name: str) -> str:
 class Tracker:
     r"""Creates a W&B run, or goes on with it; offline, if the server does not answer.
 
-    Its `failed` tells whether the server was wanted and could not be used, or not to the end.
+    Its `failed` tells why the server, if it was wanted, could not be used, or not to the end.
 
     Arguments:
         directory: Where W&B puts its own files, in `wandb/`.
@@ -124,7 +124,7 @@ class Tracker:
     ) -> None:
         self._run: Any = None
         self.name = name
-        self.failed = False
+        self.failed = ""
 
         if wandb.mode == "disabled":
             return
@@ -137,7 +137,7 @@ class Tracker:
             logger.warning("W&B cannot be used: %s", error)
 
             if wandb.mode == "online":
-                self.failed = True
+                self.failed = _words(error)
                 self._retreat(directory, id, config, wandb)
 
     def _retreat(self, directory: Path, id: str, config: Config, wandb: Wandb) -> None:
@@ -173,7 +173,7 @@ class Tracker:
             self._run.log(values, step=step, commit=True)
         except Exception as error:
             logger.warning("W&B has failed (%s). The run goes on without it.", error)
-            self.failed = self.failed or not self._run.offline
+            self.failed = self.failed or ("" if self._run.offline else _words(error))
             self._run = None
 
     def log_image(self, key: str, file: Path, step: int) -> None:
@@ -196,11 +196,20 @@ class Tracker:
 
         try:
             run.finish(exit_code=0 if good else 1)
-            late = time.monotonic() - start > 0.9 * PATIENCE  # wandb 0.31 gives up silently
-            self.failed = self.failed or (online and late)
+
+            if (
+                online and time.monotonic() - start > 0.9 * PATIENCE
+            ):  # wandb 0.31 gives up silently
+                self.failed = self.failed or "it does not take the end of a run"
         except Exception as error:
             logger.warning("W&B has not ended well: %s", error)
-            self.failed = self.failed or online
+            self.failed = self.failed or (_words(error) if online else "")
+
+
+def _words(error: Exception) -> str:
+    r"""Returns an error in one line that is not too long."""
+
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _init(

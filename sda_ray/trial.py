@@ -37,7 +37,7 @@ class Trial(Trainable):
     * `event`: `running`, `complete`, `diverged`, `interrupted`, `stopped` (by the user, for good),
       `memory` (which was short) or `failed`. After all but the first the attempt has ended
     * `error`, and for a complete run `finals`, see :func:`sda_ray.outcome.finals`
-    * `unreached`, whether W&B's server has failed this attempt
+    * `unreached`, why W&B's server cannot be used by this attempt, if that was wanted
     * `longest`, the seconds that it went without looking for the wish to stop
     * `node`, Ray's id of the node that it runs on
     * `leaving`, whether that is about to go, which interrupts
@@ -107,7 +107,7 @@ class Trial(Trainable):
             self._keep(traceback.format_exc())
 
         notes = {} if self.away is None else self.away.mirror.notes
-        unreached = self.tracker is not None and self.tracker.failed
+        unreached = "" if self.tracker is None else self.tracker.failed
         longest = 0.0 if self.watchdog is None else self.watchdog.longest
 
         if event == "running":

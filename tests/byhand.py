@@ -47,7 +47,7 @@ class Desk:
         )
 
     def tell(
-        self, name: str, event: str, error: str = "", last: int = 0, unreached: bool = False
+        self, name: str, event: str, error: str = "", last: int = 0, unreached: str = ""
     ) -> bool:
         epochs = [(e, 1.0 / e) for e in range(1, last + 1)]
         result = {"event": event, "epochs": epochs, "error": error, "unreached": unreached}

@@ -171,15 +171,16 @@ def test_after_two_failures_of_wandb_the_rest_starts_offline_and_it_is_said_once
     assert [mode(name) for name in "abc"] == ["online"] * 3
 
     for last in (1, 2, 3):  # one failure, however often it is reported
-        assert desk.tell("a", "running", last=last, unreached=True)
+        assert desk.tell("a", "running", last=last, unreached="no key")
 
     desk.tell("b", "complete", last=9)
     assert mode("d") == "online" and caplog.text == ""
 
-    desk.tell("c", "complete", last=9, unreached=True)
-    desk.tell("d", "complete", last=9, unreached=True)
+    desk.tell("c", "complete", last=9, unreached="no key")
+    desk.tell("d", "complete", last=9, unreached="no key")
     assert [mode(name) for name in "ef"] == ["offline"] * 2
     assert caplog.text.count("the rest of the sweep starts offline") == 1
+    assert caplog.text.count("The last one was told: no key") == 1
 
 
 def test_slots_are_not_exceeded(desk: Desk) -> None:

@@ -208,7 +208,7 @@ def test_tracker_tells_whether_the_server_has_failed(
     code = (
         "import pathlib, sys; from sda_ray.tracking import Tracker, Wandb; "
         "t = Tracker(pathlib.Path(sys.argv[1]), 'abcd1234', 'a-b-1', {}, Wandb(sys.argv[2])); "
-        "t.log({'a': 1}, 1); t.finish(); print(t.failed)"
+        "t.log({'a': 1}, 1); t.finish(); print(bool(t.failed))"
     )
 
     with WandbServer() as server:
