@@ -93,7 +93,7 @@ def _on_cluster(args: argparse.Namespace) -> int:
 def _server(asked: str | None) -> str | None:
     r"""Returns the address of W&B's server, if it is wanted, or there is a key for it."""
 
-    from .places import check_wandb
+    from .places import check_wandb, wandb_server
     from .tracking import Wandb
 
     if asked != "online":
@@ -102,7 +102,7 @@ def _server(asked: str | None) -> str | None:
         except UserError:
             return None
 
-    return os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
+    return wandb_server()
 
 
 def look(runs: Path, address: str | None, url: str | None) -> list[Finding]:

@@ -1,5 +1,6 @@
 r"""What is around a sweep: its directories, this machine and its limits, and the key of W&B."""
 
+import configparser
 import netrc
 import os
 import platform
@@ -24,6 +25,7 @@ __all__ = [
     "look_here",
     "machine_memory",
     "processor",
+    "wandb_server",
 ]
 
 FILES = 8  # that Ray opens for each CPU, beside the first 64, or fewer
@@ -79,8 +81,7 @@ def check_wandb(wandb: Wandb) -> None:
     if any(os.environ.get(f"WANDB_{x}") for x in ("API_KEY", "IDENTITY_TOKEN_FILE")):
         return
 
-    url = os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
-    host = urlparse(url).hostname or ""
+    host = urlparse(wandb_server()).netloc  # with the port, as `wandb login` writes it
     file = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
 
     with suppress(OSError, netrc.NetrcParseError):
@@ -91,6 +92,20 @@ def check_wandb(wandb: Wandb) -> None:
         f"W&B is to be used online, but there is no key for {host}, neither in WANDB_API_KEY nor "
         f"in {file}. Do `wandb login`, or leave --wandb online out and `sda-ray sync` later."
     )
+
+
+def wandb_server() -> str:
+    r"""Returns the address of W&B's server: $WANDB_BASE_URL, or what `wandb login --host` noted."""
+
+    directory = Path(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb").expanduser()
+    settings = configparser.ConfigParser(interpolation=None)
+
+    with suppress(configparser.Error, OSError, UnicodeDecodeError):
+        settings.read(directory / "settings")
+
+    noted = settings.get("default", "base_url", fallback="https://api.wandb.ai")
+
+    return os.environ.get("WANDB_BASE_URL") or noted
 
 
 def look_here(

@@ -12,6 +12,7 @@ from wandb_server import WandbServer
 
 from sda_ray.checkpoint import RunPath
 from sda_ray.errors import UserError
+from sda_ray.places import check_wandb, wandb_server
 from sda_ray.tracking import Wandb, logged_config
 
 
@@ -173,6 +174,28 @@ def test_server_that_dies_does_not_stop_the_training(
     assert process.returncode == 0, errors
     path = only_run(tmp_path)
     assert path.state.exists() and len(recorded(path)) == 60
+
+
+def test_key_and_server_are_those_of_wandb_login(
+    server: WandbServer, tmp_path: Path, env: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    with pytest.raises(UserError, match=r"no key for api\.wandb\.ai"):
+        check_wandb(Wandb("online"))
+
+    variables = env | {"HOME": str(tmp_path), "WANDB_MODE": "online"}
+    login = [sys.executable, "-m", "wandb", "login", "--host", server.url, "0" * 40]
+    done = subprocess.run(login, env=variables, capture_output=True, text=True, timeout=60)
+
+    assert done.returncode == 0, done.stderr
+    assert wandb_server() == server.url
+    check_wandb(Wandb("online"))
+
+    monkeypatch.setenv("WANDB_BASE_URL", "https://other.example")
+
+    with pytest.raises(UserError, match=r"no key for other\.example"):
+        check_wandb(Wandb("online"))
 
 
 # What is told
