@@ -139,7 +139,8 @@ def carry_out(
             study.journal.stopping = lambda: driver.stopping
             slots.avoided = driver.losses.avoided
             _drive(driver, slots, options, table, package)
-            _end(driver, _again(sweep.name, options.root, options.bucket or options.runs))
+            runs = options.bucket or options.runs
+            _end(driver, _again(sweep.name, options.root, runs, options.address))
 
         study.close()
     finally:
@@ -228,7 +229,7 @@ def _end(driver: Driver, again: str) -> None:
     sys.exit(LATER if driver.why == TIME else 130)
 
 
-def _again(name: str, root: Path, runs: Path | str) -> str:
+def _again(name: str, root: Path, runs: Path | str, address: str | None) -> str:
     r"""Returns the command that carries a sweep on from the current directory."""
 
     command = f"sda-ray sweep {name}"
@@ -238,5 +239,8 @@ def _again(name: str, root: Path, runs: Path | str) -> str:
 
     if runs != root / "runs":
         command += f" --runs {shlex.quote(str(runs))}"
+
+    if address is not None:
+        command += f" --address {shlex.quote(address)}"
 
     return command

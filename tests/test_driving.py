@@ -5,10 +5,12 @@ import os
 import shutil
 import signal
 import time
+from pathlib import Path
 
 from scene import GRID, Place, lines, place
 
 from sda_ray.checkpoint import RunPath
+from sda_ray.driving import _again
 from sda_ray.holder import holder
 
 __all__ = ["place"]  # fixtures
@@ -117,3 +119,12 @@ def test_interrupt_while_ray_starts_is_clean(place: Place) -> None:
     assert "Traceback" not in out
     assert "carry on with `sda-ray sweep early`" in out
     assert place.records("early") == []
+
+
+def test_command_that_carries_on_has_all_that_matters(tmp_path: Path) -> None:
+    here = Path.cwd()
+    assert _again("x", here, here / "runs", None) == "sda-ray sweep x"
+    assert _again("x", here, "s3://bucket/x", "auto") == (
+        "sda-ray sweep x --runs s3://bucket/x --address auto"
+    )
+    assert _again("x", tmp_path, tmp_path / "runs", None) == f"sda-ray sweep x --root {tmp_path}"
