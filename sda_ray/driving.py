@@ -140,7 +140,8 @@ def carry_out(
             slots.avoided = driver.losses.avoided
             _drive(driver, slots, options, table, package)
             runs = options.bucket or options.runs
-            _end(driver, _again(sweep.name, options.root, runs, options.address))
+            address = None if options.job else options.address  # a job's Ray ends with it
+            _end(driver, _again(sweep.name, options.root, runs, address))
 
         study.close()
     finally:
