@@ -118,14 +118,19 @@ def test_data_that_are_here_are_not_fetched(data: Path) -> None:
 
 def test_data_are_fetched_once_by_all_that_want_them(data: Path) -> None:
     source, found = Source(data), []
-    threads = [threading.Thread(target=lambda: found.append(source.find())) for _ in range(4)]
+
+    def find() -> None:
+        found.append(source.find())
+
+    threads = [threading.Thread(target=find, daemon=True) for _ in range(4)]
 
     for thread in threads:
         thread.start()
 
     for thread in threads:
-        thread.join()
+        thread.join(timeout=60)
 
+    assert len(found) == len(threads)
     (place,) = {place for place, _ in found}
 
     for _, held in found:
