@@ -111,7 +111,7 @@ def test_interrupt_while_ray_starts_is_clean(place: Place) -> None:
         if "rungs at epochs" in line:
             break
 
-    time.sleep(1)
+    time.sleep(0.3)
     driver.send_signal(signal.SIGINT)
     out, _ = driver.communicate(timeout=60)
 

@@ -188,7 +188,7 @@ def test_live_sweep_is_steered_from_elsewhere(
 
     # While Ray starts
     assert say("trials", trials=3).endswith("goes on to 3 trials: 3 more")
-    assert place.events("target") == [("target", 3, 0, "")]
+    assert place.wait(lambda: place.events("target")) == [("target", 3, 0, "")]
 
     with pytest.raises(UserError) as error:  # a second driver
         Lease(place.directory / "lease.json", "sweep 'test'")
