@@ -36,7 +36,10 @@ Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 Start = Callable[..., "subprocess.Popen[str]"]
 
 # Variables by which the one who runs the tests could change what they do
-PERSONAL = ("WANDB_", "SDA_RAY_", "RAY_", "SCRATCH", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
+PERSONAL = (
+    *("WANDB_", "SDA_RAY_", "RAY_", "SCRATCH", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"),
+    "PYTHONUNBUFFERED",  # what is said arrives without it
+)
 
 SMALL = {
     "window": 3,

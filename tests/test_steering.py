@@ -64,7 +64,7 @@ spec = {
 }
 driver = Driver(
     study, rules, lambda seen, fixed: propose(draw, seen, 0, "random", fixed), spec,
-    lambda: slots, notify, directory / "stop", retarget=lambda n: print(("target", n, 0, "")),
+    lambda: slots, notify, directory / "stop", retarget=lambda n: print(("target", n, 0, ""), flush=True),
 )
 
 with ExitStack() as stack:
