@@ -36,7 +36,6 @@ PACKAGES = (
     "pillow",
     "ray",
     "rich",
-    "torch",
     "wandb",
 )
 
@@ -59,7 +58,7 @@ def provenance(device: str | torch.device = "cpu") -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if cuda else _processor(),
         "threads": torch.get_num_threads(),
         "code": _code(),
-        "versions": _versions() | {"torch": str(torch.__version__)},  # which build, too
+        "versions": {**_versions(), "torch": str(torch.__version__)},  # which build, too
         **_commit(),
     }
 

@@ -197,9 +197,8 @@ class Tracker:
         try:
             run.finish(exit_code=0 if good else 1)
 
-            if (
-                online and time.monotonic() - start > 0.9 * PATIENCE
-            ):  # wandb 0.31 gives up silently
+            # wandb 0.31 gives up silently
+            if online and time.monotonic() - start > 0.9 * PATIENCE:
                 self.failed = self.failed or "it does not take the end of a run"
         except Exception as error:
             logger.warning("W&B has not ended well: %s", error)

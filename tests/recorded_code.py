@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import scene
 
 import sda_ray
 from sda_ray.entry import code_of, digests
@@ -12,19 +13,7 @@ __all__ = ["FAKE", "PACKAGE", "SCRIPT", "fake", "record", "spoil", "sweep"]
 
 PACKAGE = Path(sda_ray.__file__).parent
 
-SCRIPT = """
-from sda_ray import CONFIG, Sweep, choice, loguniform, main
-
-CONFIG = CONFIG | {
-    "window": 3, "embedding": 8, "hidden_channels": (8, 16), "hidden_blocks": (1, 1),
-    "epochs": 27, "batch_size": 8,
-}
-SPACE = {"learning_rate": loguniform(1e-4, 1e-2), "activation": choice("SiLU", "ReLU")}
-sweep = Sweep("tiny", CONFIG, SPACE, trials=4, sampler="random", min_epochs=1)
-
-if __name__ == "__main__":
-    main(sweep)
-"""
+SCRIPT = scene.SCRIPT.replace('"epochs": 9', '"epochs": 27').replace("trials=8", "trials=4")
 
 # A package that says that it runs, and with what
 FAKE = """

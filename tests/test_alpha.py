@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from networks import RUN
 from torch import nn
 
 from sda_ray.config import CONFIG
@@ -14,9 +15,6 @@ from sda_ray.diffusion import load_sde
 from sda_ray.errors import UserError
 from sda_ray.score import MCScoreNet, load_score, make_score
 from sda_ray.training import TrainState
-
-REFERENCE = Path(__file__).parent / "reference"
-RUN = REFERENCE / "runs" / "crimson-cloud-4_6k7cjnx7"
 
 SMALL = CONFIG | {
     "window": 3,

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_config import values as fixed
 from test_space import SPACE, conditional
 
 from sda_ray.config import CONFIG
@@ -22,21 +23,6 @@ from sda_ray.space import (
     space_to_json,
     uniform,
 )
-
-
-def fixed(name: str) -> st.SearchStrategy[Any]:
-    key = KEYS[name]
-
-    if key.options:
-        return st.sampled_from(key.options)
-    elif key.kind is float:
-        return st.floats(key.low, key.high, exclude_min=key.above, exclude_max=key.below)
-    elif key.item is float:
-        items = st.floats(key.low, key.high, exclude_max=key.below)
-        return st.lists(items, min_size=key.count or 1, max_size=key.count).map(tuple)
-
-    integers = st.integers(int(key.low), int(key.high)).filter(lambda i: not key.odd or i % 2)
-    return integers if key.kind is int else st.lists(integers, min_size=1, max_size=5).map(tuple)
 
 
 def domains(name: str) -> st.SearchStrategy[Any]:
