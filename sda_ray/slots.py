@@ -2,7 +2,7 @@ r"""How many trials fit at a time, on what is up of a cluster and on what it may
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .cluster import local_cpus, local_gpus
@@ -114,7 +114,7 @@ class Slots:
         r"""Raises a UserError if a Ray of our own on this machine could never hold a trial."""
 
         here: dict[str, float] = {"CPU": local_cpus(), "GPU": local_gpus()}
-        self._check({"this machine": here})
+        self._check([("this machine", here)])
 
     def check(self) -> None:
         r"""Raises a UserError if no node can ever hold a trial: Ray would wait for ever.
@@ -123,24 +123,24 @@ class Slots:
         """
 
         self.growth = growth()
-        found = {f"node {n['NodeManagerHostname']}": n["Resources"] for n in _nodes()}
+        found = [(f"node {n['NodeManagerHostname']}", n["Resources"]) for n in _nodes()]
 
         if self.growth is not None and self.growth.unknown:
             return
 
         for kind in () if self.growth is None else self.growth.types:
-            found[f"a node of type {kind.name}"] = kind.resources
+            found.append((f"a node of type {kind.name}", kind.resources))
 
         self._check(found)
 
-    def _check(self, nodes: dict[str, dict[str, float]]) -> None:
-        if any(self._on(resources) for resources in nodes.values()):
+    def _check(self, nodes: Sequence[tuple[str, dict[str, float]]]) -> None:
+        if any(self._on(resources) for _, resources in nodes):
             return
 
-        has = [
+        has = dict.fromkeys(
             f"{name} has " + " ".join(f"{key}={found.get(key, 0):g}" for key in ("CPU", "GPU"))
-            for name, found in nodes.items()
-        ]
+            for name, found in nodes
+        )
         wanted = " ".join(f"{key}={x:g}" for key, x in self.wanted.items())
         raise UserError(
             f"a trial wants {wanted}, but {', '.join(has)}. Lower --cpus-per-trial or "

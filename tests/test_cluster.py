@@ -172,3 +172,11 @@ def test_trial_that_fits_nowhere_is_refused_before_ray_starts() -> None:
         Slots(1, 99).check_local()
 
     Slots(1, 0).check_local()
+
+
+def test_nodes_of_one_name_are_all_looked_at() -> None:
+    nodes = [("node vm", {"CPU": 4.0}), ("node vm", {"CPU": 1.0}), *2 * [("node vm", {})]]
+    Slots(4, 0)._check(nodes)
+
+    with pytest.raises(UserError, match=r"CPU=1 GPU=0, node vm has CPU=0 GPU=0\. Lower"):
+        Slots(8, 0)._check(nodes)
