@@ -106,7 +106,8 @@ def wait(what: str, condition: Callable[[], Any], sweep: "subprocess.Popen[str]"
     until = time.monotonic() + 240
 
     while not condition():
-        assert sweep.poll() is None and time.monotonic() < until, what
+        assert sweep.poll() is None, (what, *sweep.communicate())
+        assert time.monotonic() < until, what
         time.sleep(0.2)
 
 
