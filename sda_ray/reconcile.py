@@ -125,8 +125,7 @@ def _steps(record: Record, found: Found) -> list[Step]:
     now = _after(record, steps)
     status = CLOSED.get("pruned" if now.paused else now.state)
 
-    # A process of a higher number is not one of ours: someone trains the run by hand.
-    if status and found.status == "running" and found.attempt <= record.attempt:
+    if status and found.status == "running":
         attempt = now.attempt + 1
         steps += [
             Step("count", record, attempt=attempt),
@@ -236,7 +235,7 @@ def apply(study: Study, steps: Sequence[Step], runs: Path) -> None:
 def _mark(path: RunPath, attempt: int, status: str) -> None:
     r"""Notes in the record of a run how it is, since its process is gone, or shall be."""
 
-    with suppress(LeaseLost), ExitStack() as stack:  # lost to one who trains it by hand
+    with suppress(LeaseLost), ExitStack() as stack:  # lost to another driver
         try:
             lease = Lease(path.lease, f"run {path.directory.name}", attempt, takeover=True)
             stack.callback(lease.release)
@@ -257,8 +256,8 @@ def look(
 ) -> dict[str, Found]:
     r"""Returns what the directories of runs say, by their ids.
 
-    A directory that cannot be read is passed over with a warning: its run, if it has to go on,
-    fails for that reason.
+    A directory that cannot be read is passed over with a warning, but for the number of its last
+    attempt: its run, if it has to go on, fails for that reason.
     """
 
     paths = {path.id: path for path in RunPath.all(runs)}
@@ -266,10 +265,13 @@ def look(
     found = {}
 
     for done, record in enumerate(own, start=1):
+        path = paths[record.run_id]
+
         try:
-            found[record.run_id] = _look(paths[record.run_id], record, objectives)
+            found[record.run_id] = _look(path, record, objectives)
         except (UserError, OSError) as error:
-            logger.warning("%s is passed over: %s", paths[record.run_id].directory.name, error)
+            found[record.run_id] = Found(attempt=_attempt(path))
+            logger.warning("%s is passed over: %s", path.directory.name, error)
 
         progress(done, len(own))
 
@@ -278,7 +280,7 @@ def look(
 
 def _look(path: RunPath, record: Record, objectives: Sequence[str]) -> Found:
     content = read_record(path)
-    attempt = int((holder(path.lease) or {}).get("attempt", 0))
+    attempt = _attempt(path)
     status, reason = content.get("status", ""), str(content.get("reason", ""))
 
     if record.state != "running":  # all is told
@@ -292,6 +294,10 @@ def _look(path: RunPath, record: Record, objectives: Sequence[str]) -> Found:
         ends = [values[record.epochs]] if len(objectives) == 1 else finals(path, objectives)
 
     return Found(status, values, attempt, reason, tuple(ends))
+
+
+def _attempt(path: RunPath) -> int:
+    return int((holder(path.lease) or {}).get("attempt", 0))
 
 
 def catch_up(study: Study, runs: Path) -> None:

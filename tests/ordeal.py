@@ -245,6 +245,7 @@ class Ordeal(RuleBasedStateMachine):
 
         if how == "gone":
             shutil.rmtree(path.directory)
+            self._forget_attempts()
             self.trials = {n: t for n, t in self.trials.items() if t.path.id != path.id}
         elif how == "json":
             path.record.write_text('{"status": ')
@@ -252,8 +253,14 @@ class Ordeal(RuleBasedStateMachine):
             path.record.write_text('{"status": "running"}')
         elif path.metrics.exists():
             lines = path.metrics.read_text().splitlines(keepends=True)
-            torn = [*lines, '{"epoch": 1, "lo'] if how == "torn" else lines[: len(lines) // 2]
-            path.metrics.write_text("".join(torn))
+
+            if how == "torn":
+                lines.append('{"epoch": 1, "lo')
+            else:  # an older copy: a line is on the disk before the checkpoint of its epoch
+                lines = lines[: len(lines) // 2]
+                path.checkpoint.write_text(str(len(lines)))
+
+            path.metrics.write_text("".join(lines))
 
     @precondition(lambda self: self.dead)
     @rule(torn=st.binary(min_size=1, max_size=9).filter(lambda x: b"\n" not in x))
@@ -278,3 +285,12 @@ class Ordeal(RuleBasedStateMachine):
         self.sweeping.journal.write_bytes(b"".join(lines))
         self.known = {id: replace(r, until=0, values={}) for id, r in self.known.items()}
         self.known = {id: replace(r, state="running") for id, r in self.known.items()}
+        self._forget_attempts()
+
+    def _forget_attempts(self) -> None:
+        r"""Forgets the numbers that the journal alone has: nothing has them, if it goes back."""
+
+        there = {path.id for path in RunPath.all(self.sweeping.runs)}
+        self.known = {
+            id: r if id in there else replace(r, attempt=0) for id, r in self.known.items()
+        }
