@@ -23,8 +23,10 @@ from sda_ray.config import CONFIG, Config, format_value
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
-# How long an example takes says something about the machine, and nothing about the code.
-hypothesis_settings.register_profile("sda_ray", deadline=None)
+# How long an example takes says something about the machine, and nothing about the code. A change
+# is judged by the same examples each time; who looks for more chooses the profile `search`.
+hypothesis_settings.register_profile("sda_ray", deadline=None, derandomize=True)
+hypothesis_settings.register_profile("search", deadline=None, max_examples=2000)
 hypothesis_settings.load_profile("sda_ray")
 
 torch.set_num_threads(1)  # the networks are tiny, and the machine may be shared
