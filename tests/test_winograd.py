@@ -50,11 +50,15 @@ def test_output_and_gradients_are_those_of_the_plain_convolution(
         assert error(a, b) < 1e-13
 
 
-def test_rounding_in_single_precision_is_close_to_the_plain_one() -> None:
-    exact = plain(*tensors((4, 128, 128, 16, 16)))
-    single = [x.float() for x in tensors((4, 128, 128, 16, 16))]
+@pytest.mark.parametrize("channels", [48, 128, 256])
+def test_rounding_in_single_precision_is_that_of_a_sum_term_by_term(channels: int) -> None:
+    sizes = (4, channels, channels, 16, 16)
+    exact = plain(*tensors(sizes))
+    single = [x.float() for x in tensors(sizes)]
 
-    assert error(winograd_conv2d(*single), exact) < 5 * error(plain(*single), exact)
+    # Torch's own sum is up to 7 times closer, which depends on the registers of the CPU.
+    eps, terms = torch.finfo(torch.float32).eps, 9 * channels
+    assert error(winograd_conv2d(*single), exact) < eps * terms**0.5
 
 
 def test_gradient_of_the_field_alone_may_be_asked_for() -> None:
