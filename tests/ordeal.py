@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from simulated import Crash, Sweeping, Training, diverges, loss
 
 from sda_ray.checkpoint import RunPath
+from sda_ray.holder import holder
 from sda_ray.lease import Lease
 from sda_ray.pruner import Record, Rules, decide
 from sda_ray.reconcile import look, reconcile
@@ -290,7 +291,8 @@ class Ordeal(RuleBasedStateMachine):
     def _forget_attempts(self) -> None:
         r"""Forgets the numbers that the journal alone has: nothing has them, if it goes back."""
 
-        there = {path.id for path in RunPath.all(self.sweeping.runs)}
+        there = {p.id: holder(p.lease) or {} for p in RunPath.all(self.sweeping.runs)}
+        begun = {id: there.get(id, {}).get("attempt", 0) for id in self.known}
         self.known = {
-            id: r if id in there else replace(r, attempt=0) for id, r in self.known.items()
+            id: replace(r, attempt=min(r.attempt, begun[id])) for id, r in self.known.items()
         }
