@@ -6,6 +6,7 @@ falls back to the other layout costs a copy before and after.
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .padding import channels_last, circular_pad
-from .precision import lower
+from .precision import full, lower
 from .winograd import pays, winograd_conv2d
 
 __all__ = ["CircularConv2d", "upsampled_conv2d"]
@@ -96,20 +97,36 @@ def upsampled_conv2d(x: Tensor, weight: Tensor, bias: Tensor, skip: Tensor) -> T
         x = circular_pad(F.interpolate(lower(x), scale_factor=2.0), p)
         return _conv2d(x, weight, bias) + skip
 
-    phases = []
-
-    for a in (0, 1):
-        for b in (0, 1):
-            # The row in phase a sees pairs of taps. The first pair, or the last, has one tap.
-            i, j = (p + a) % 2, (p + b) % 2
-            w = F.pad(weight, (j, 1 - j, i, 1 - i))
-            w = w.unflatten(-2, (p + 1, 2)).unflatten(-1, (p + 1, 2)).sum((-3, -1))
-            phases.append(w)
-
     x = circular_pad(lower(x), (p + 1) // 2)
-    y = _conv2d(x, torch.cat(phases), bias.repeat(4))
+    y = _conv2d(x, _summed(weight), bias.repeat(4))
 
     return _Interleave.apply(y, skip)
+
+
+def _summed(weight: Tensor) -> Tensor:
+    r"""Returns the weights of all four phases, with shape :math:`(4C', C, p + 1, p + 1)`."""
+
+    out, n = len(weight), weight.shape[-1] // 2 + 1
+
+    with full(weight):
+        w = _pairs(n, weight.dtype).to(weight.device) @ weight.permute(0, 2, 3, 1).flatten(1, 2)
+
+    w = w.view(out, 4, n, n, -1).transpose(0, 1).flatten(0, 1)
+
+    return w.permute(0, 3, 1, 2)
+
+
+@cache
+def _pairs(n: int, dtype: torch.dtype) -> Tensor:
+    r"""Returns what sums the taps of a kernel, with shape :math:`(4n^2, (2n - 1)^2)`.
+
+    The row of a kernel in phase 0 or 1 sees pairs of taps. The first pair, or the last, has one.
+    """
+
+    taps, rows = torch.arange(2 * n - 1), torch.arange(n)[:, None]
+    sums = [(taps + (n + 1 + a) % 2) // 2 == rows for a in (0, 1)]
+
+    return torch.cat([torch.kron(a.to(dtype), b.to(dtype)) for a in sums for b in sums])
 
 
 def _conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1) -> Tensor:

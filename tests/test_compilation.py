@@ -48,7 +48,7 @@ def test_compiled_step_has_the_maths_of_the_eager_one(tmp_path: Path, monkeypatc
         assert loss == pytest.approx(expected, rel=1e-6)
 
         for a, b in zip(grads, found, strict=True):
-            assert torch.allclose(a, b, rtol=1e-4, atol=1e-7)
+            assert (a - b).norm() < 1e-5 * b.norm() + 1e-7  # single numbers may cancel out
 
         for state in (eager, ours):
             state.lr = 1e-3
