@@ -117,14 +117,15 @@ def _summed(weight: Tensor) -> Tensor:
 
 
 @cache
+@torch.inference_mode(False)  # what is kept shall serve a training as well
 def _pairs(n: int, dtype: torch.dtype) -> Tensor:
     r"""Returns what sums the taps of a kernel, with shape :math:`(4n^2, (2n - 1)^2)`.
 
     The row of a kernel in phase 0 or 1 sees pairs of taps. The first pair, or the last, has one.
     """
 
-    taps, rows = torch.arange(2 * n - 1), torch.arange(n)[:, None]
-    sums = [(taps + (n + 1 + a) % 2) // 2 == rows for a in (0, 1)]
+    taps, rows = (torch.arange(count, device="cpu") for count in (2 * n - 1, n))
+    sums = [(taps + (n + 1 + a) % 2) // 2 == rows[:, None] for a in (0, 1)]
 
     return torch.cat([torch.kron(a.to(dtype), b.to(dtype)) for a in sums for b in sums])
 

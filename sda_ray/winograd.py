@@ -125,6 +125,7 @@ class _Winograd(torch.autograd.Function):
 
 
 @cache
+@torch.inference_mode(False)  # what is kept shall serve a training as well
 def _matrices(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     r"""Returns the transforms of products, weights and inputs along one axis of a tile.
 
@@ -161,7 +162,7 @@ def _matrices(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     inputs.append(polynomial(list(POINTS)))
 
     def tensor(matrix: list[list[Fraction]]) -> Tensor:
-        return torch.tensor([[float(x) for x in row] for row in matrix], dtype=dtype)
+        return torch.tensor([[float(x) for x in row] for row in matrix], dtype=dtype, device="cpu")
 
     return tensor(powers(M)).T.contiguous(), tensor(weights), tensor(inputs)
 

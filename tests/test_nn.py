@@ -6,6 +6,8 @@ from plain import normalize, plain_unet
 from torch import nn
 
 from sda_ray.nn import LayerNorm, ModResidualBlock, Residue, UNet
+from sda_ray.periodic import _pairs
+from sda_ray.winograd import _matrices
 
 CONFIGS = [
     {"hidden_channels": (4, 6), "hidden_blocks": (1, 2), "kernel_size": 3},
@@ -124,3 +126,19 @@ def test_weights_have_channels_last_in_memory_and_their_usual_shapes() -> None:
 def test_levels_of_channels_and_blocks_must_agree() -> None:
     with pytest.raises(ValueError, match="argument"):
         UNet(3, 2, 5, (4, 6), (1, 1, 1))
+
+
+def test_network_that_was_used_in_inference_mode_trains() -> None:
+    unet = UNet(2, 2, mod_features=3, hidden_channels=(48, 48), hidden_blocks=(1, 1))
+    x, e = torch.randn(8, 2, 16, 16), torch.randn(1, 3)
+    _matrices.cache_clear()
+    _pairs.cache_clear()
+
+    with torch.inference_mode():
+        expected = unet(x, e)
+
+    y = unet(x, e)
+    y.square().mean().backward()
+
+    assert torch.equal(y, expected)
+    assert all(p.grad is not None for p in unet.parameters())
