@@ -141,7 +141,7 @@ class Residue(nn.Sequential):
             y = second(F.dropout(y, self.dropout, self.training))
 
         # Nobody else sees the result of the convolution.
-        return y.add_(x) if y.dtype == x.dtype else x + y
+        return y.to(x.dtype).add_(x)
 
 
 class UpTail(nn.ModuleList):
