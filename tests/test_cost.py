@@ -17,6 +17,7 @@ from sda_ray.precision import lowered
 from sda_ray.probe import Sample, fit, speed_of, take_steps
 from sda_ray.pruner import Rules
 from sda_ray.training import TrainState
+from sda_ray.validation import Validation
 
 CHANGES: dict[str, dict[str, Any]] = {
     "small": {},
@@ -40,6 +41,7 @@ def by_hand(config: Config, size: int) -> tuple[float, float]:
     tail = 2 * taps * levels[0] * window * cells[0]
     time = 2 * 32 * 256
     rest = tail + 2 * 256 * features
+    sums = 0  # of the taps of upsampled kernels, once for all items
 
     for i, (c, n) in enumerate(zip(levels, config["hidden_blocks"], strict=True)):
         rest += 2 * n * (2 * features * c + 2 * (2 * taps * c * c * cells[i]))
@@ -50,12 +52,13 @@ def by_hand(config: Config, size: int) -> tuple[float, float]:
             side = math.isqrt(cells[i]) + (2 * ((p + 1) // 2) - p)  # a border more, if p is odd
             up = 2 * (p + 1) ** 2 * c * 4 * levels[i - 1] * side**2
             rest += down + up
+            sums += 2 * 4 * (p + 1) ** 2 * taps * c * levels[i - 1]
 
     # The gradient of weights and of inputs, but that of the data
     forward = first + time + rest
     step = 3 * rest + 2 * (first + time)
 
-    return forward, step * config["batch_size"]
+    return forward + sums / Validation.chunk, step * config["batch_size"] + 2 * sums
 
 
 @cases
