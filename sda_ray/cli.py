@@ -92,6 +92,10 @@ def main(sweep: Any = None, argv: Sequence[str] | None = None) -> None:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(141)
+    finally:
+        # Once SIGINT has met code that is run from a string, as dataclasses do, Python (3.11) ends
+        # by that signal, though it was caught, until other such code has run.
+        exec("")
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

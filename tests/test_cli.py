@@ -190,3 +190,24 @@ assert not {"ray", "wandb"} & sys.modules.keys()
 """
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     subprocess.run([sys.executable, "-c", code], check=True, env=env, cwd=root)
+
+
+def test_interrupt_of_code_from_a_string_leaves_the_exit_code(root: Path) -> None:
+    (root / "interrupted.py").write_text("""
+from sda_ray.cli import main
+
+try:
+    main(argv=["stop", "unknown"])  # imports all that it needs
+except SystemExit:
+    pass
+
+try:
+    exec("raise KeyboardInterrupt")
+except KeyboardInterrupt:
+    pass
+
+main(argv=["stop", "unknown"])
+""")
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    words = [sys.executable, "-m", "interrupted"]
+    assert subprocess.run(words, env=env, cwd=root).returncode == 2
