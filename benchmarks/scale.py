@@ -64,17 +64,18 @@ def draw(trial: Any) -> dict[str, Any]:
 def sleeper(seconds: float, slots: int, place: Path) -> type:
     r"""Returns a class of trials that sleep. It goes to the workers by value, without torch."""
 
-    from ray.tune import Trainable
+    class Sleeper:
+        def __init__(self, config: dict[str, Any]) -> None:
+            self.reset(config)
 
-    class Sleeper(Trainable):
-        def setup(self, config: dict[str, Any]) -> None:
+        def reset(self, config: dict[str, Any]) -> bool:
             self.spec, self.epoch = config, 0
-
-        def reset_config(self, new_config: dict[str, Any]) -> bool:
-            self.setup(new_config)
             return True
 
-        def step(self) -> dict[str, Any]:
+        def get_auto_filled_metrics(self, **options: Any) -> dict[str, Any]:
+            return {}
+
+        def train(self) -> dict[str, Any]:
             import math
             import random
             import time
@@ -106,6 +107,9 @@ def sleeper(seconds: float, slots: int, place: Path) -> type:
             }
 
         def close(self, status: str) -> None:
+            pass
+
+        def stop(self) -> None:
             pass
 
     return Sleeper

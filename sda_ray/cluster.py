@@ -7,19 +7,20 @@ import shutil
 import socket
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from .errors import UserError
+from .patches import started_lean
 
 __all__ = ["RAY", "connect", "gate", "local_cpus", "local_gpus", "on_node", "private_directory"]
 
 STORE = 100 * 2**20  # bytes of shared memory; nothing large goes through Ray
 PREFIX = "sda-ray-"
 RAY = "r"  # the part of a private directory that Ray 2.60 opens to everybody
+PRELOADED = "RAY_preload_python_modules"
 KNOCK = 10.0  # seconds in which somebody at an address answers
 LONGEST = 24  # characters of a directory in which the paths of Ray's sockets stay short enough
 
@@ -51,7 +52,7 @@ def connect(
     address: str | None = None,
     cpus: int | None = None,
     package: Path | None = None,
-    meanwhile: Callable[[], Any] = lambda: None,
+    modules: Sequence[str] = (),
 ) -> Iterator[Path]:
     r"""Starts a Ray of our own on this machine, or attaches to the one at an address.
 
@@ -62,7 +63,8 @@ def connect(
         address: The address of a running cluster, such as `auto` on its head.
         cpus: The number of CPUs of our own Ray.
         package: The package that workers import, instead of what they find themselves.
-        meanwhile: What can be done while our own Ray starts.
+        modules: What the workers of our own Ray import as they start, while the driver does other
+            things. There are as many workers as CPUs.
 
     Yields:
         A private directory that ends with the block.
@@ -71,10 +73,8 @@ def connect(
         UserError: If there is no cluster at the address.
     """
 
-    # Ray would change into a directory per trial, renice its workers, give up on a slow start
-    # after 30 s, end workers that wait a second for their first trial, send usage statistics and
-    # print what we print better.
-    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    # Ray would renice its workers, give up on a slow start after 30 s, end workers that wait a
+    # second for their first trial, send usage statistics and print what we print better.
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")
     os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
@@ -103,7 +103,7 @@ def connect(
         }
 
         try:
-            with _started_lean(meanwhile) if address is None else nullcontext():
+            with nullcontext() if address else started_lean(), _preloaded(modules):
                 ray.init(
                     address=address or "local",
                     log_to_driver=False,
@@ -178,38 +178,16 @@ def _knock(address: str) -> None:
 
 
 @contextmanager
-def _started_lean(meanwhile: Callable[[], Any]) -> Iterator[None]:
-    r"""Lets a Ray that starts within the block do without what serves no sweep on one machine.
+def _preloaded(modules: Sequence[str]) -> Iterator[None]:
+    r"""Lets the workers of a Ray that starts within the block import modules at once."""
 
-    Ray 2.60 starts a monitor for an autoscaler, the server of a dashboard, even of one that is not
-    wanted, for which it waits, and what sends logs to the driver. That takes 270 MB, and 2 s of a
-    start. There is no option against it. Then it looks once a second whether its processes are
-    up: here it is known when they are, and something else is done until then.
-    """
-
-    import ray
-    from ray._private.node import Node
-
-    names = ("start_monitor", "start_api_server", "start_log_monitor", "start_raylet")
-    before = {name: getattr(Node, name) for name in names}
-
-    def start_raylet(self: Any, *args: Any) -> None:
-        before["start_raylet"](self, *args)
-        meanwhile()
-        gcs, until = ray._raylet.GcsClient(address=self.gcs_address), time.monotonic() + KNOCK
-
-        while not gcs.get_all_node_info() and time.monotonic() < until:
-            time.sleep(0.02)
+    if modules:
+        os.environ[PRELOADED] = ",".join(modules)
 
     try:
-        for name in names:
-            setattr(Node, name, lambda *args, **options: None)
-
-        Node.start_raylet = start_raylet
         yield
     finally:
-        for name, function in before.items():
-            setattr(Node, name, function)
+        os.environ.pop(PRELOADED, None)
 
 
 class _Paths(list[str]):

@@ -3,14 +3,13 @@ r"""A sweep at work: its driver, its table and its disk, on Ray, from here to it
 import os
 import shlex
 import sys
-from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from .archive import read_sweep, sweep_directory, write_sweep
-from .cluster import connect, gate
+from .cluster import connect, gate, local_cpus
 from .data import DataInfo
 from .definition import Sweep
 from .desk import attended
@@ -24,6 +23,7 @@ from .slots import Slots
 from .study import Study
 from .table import LiveTable
 from .tracking import Wandb
+from .trial import imports
 
 __all__ = ["LATER", "Options", "carry_out"]
 
@@ -179,10 +179,11 @@ def _drive(
 
     with suppress(KeyboardInterrupt), table, ExitStack() as stack:
         with attended(driver):
-            started = connect(options.address, package=package, meanwhile=_executor)
+            modules = imports(options.wandb.mode) if slots.local() > local_cpus() / 2 else ()
+            started = connect(options.address, package=package, modules=modules)
             scratch = stack.enter_context(started)
 
-        execute = _executor()
+        from .executor import execute  # imports Ray, which must be set up by then
         from .link import opened
 
         if options.address is not None:  # whose nodes may not see our files
@@ -204,12 +205,6 @@ def _drive(
         driver.house = also_tell
         resources = {"cpu": options.cpus, "gpu": slots.wanted.get("GPU", 0)}
         execute(driver, resources, scratch, own=options.address is None)
-
-
-def _executor() -> Callable[..., None]:
-    from .executor import execute  # imports Ray, which must be set up by then
-
-    return execute
 
 
 def _end(driver: Driver, again: str) -> None:

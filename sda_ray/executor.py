@@ -16,12 +16,13 @@ from typing import Any
 
 import ray
 from ray import tune
-from ray.tune import Callback
+from ray.tune import Callback, Trainable
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from .driver import Driver
 from .lookout import Lookout
+from .patches import memory_kills_are_deaths, trials_without_tune
 from .scaling import node_of
 from .trial import Trial
 
@@ -54,9 +55,9 @@ def execute(driver: Driver, resources: dict[str, float], scratch: Path, own: boo
     # Trials that wait for a node are what the cluster starts nodes for. Tune lets one wait.
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(WAITING)
 
-    with _on_signals(driver.stop), _memory_kills_are_deaths(), _started_workers(own):
+    with _on_signals(driver.stop), memory_kills_are_deaths(), trials_without_tune(Trial):
         tune.run(
-            tune.with_resources(Trial, _place(resources)),
+            tune.with_resources(Trainable, _place(resources)),
             name="sweep",
             storage_path=str(scratch / "tune"),
             search_alg=_Searcher(driver, lookout),
@@ -114,66 +115,6 @@ def _on_signals(stop: Callable[[], None]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextmanager
-def _memory_kills_are_deaths() -> Iterator[None]:
-    r"""Lets Tune take a worker that Ray's memory monitor has killed for one that is lost.
-
-    Tune 2.60 knows the death of an actor only, and ends with "Caught unexpected exception".
-    """
-
-    from ray.air.execution._internal.actor_manager import RayActorManager as Manager
-
-    before = Manager._actor_task_failed
-
-    def failed(self: Any, tracked_actor_task: Any, exception: Exception) -> None:
-        before(self, tracked_actor_task, as_death(exception))
-
-    Manager._actor_task_failed = failed
-
-    try:
-        yield
-    finally:
-        Manager._actor_task_failed = before
-
-
-@contextmanager
-def _started_workers(own: bool) -> Iterator[None]:
-    r"""Lets trials have the workers that a Ray of our own has started already.
-
-    Tune 2.60 asks for an environment, even if it is the one that they have, and so for new ones.
-    """
-
-    from ray.tune.execution.class_cache import _ActorClassCache as Cache
-
-    before = Cache.get
-
-    def get(self: Any, trainable: Any) -> Any:
-        if trainable not in self._cache:
-            self._cache[trainable] = ray.remote(trainable)
-
-        return self._cache[trainable]
-
-    Cache.get = get if own else before
-
-    try:
-        yield
-    finally:
-        Cache.get = before
-
-
-def as_death(exception: Exception) -> Exception:
-    r"""Returns an error of Ray as the death of an actor, unless it is one, or a task's own."""
-
-    from ray.exceptions import RayActorError, RayError, RayTaskError
-
-    known = isinstance(exception, RayTaskError | RayActorError)
-
-    if isinstance(exception, RayError) and not known:
-        return RayActorError(error_msg=str(exception))
-
-    return exception
 
 
 def _place(resources: dict[str, float]) -> Callable[[dict[str, Any]], Any]:

@@ -33,7 +33,6 @@ STORE = 100 * 2**20  # bytes of shared memory; nothing large goes through Ray
 # As in our own Ray on one machine, see :func:`sda_ray.cluster.connect`; and a node counts as lost
 # after 10 s without an answer.
 SETTINGS = {
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_worker_niceness": "0",
     "RAY_raylet_start_wait_time_s": "120",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",

@@ -110,11 +110,17 @@ class Slots:
     def _on(self, resources: dict[str, float]) -> int:
         return fitting(self.wanted, resources)
 
+    def local(self) -> int:
+        r"""Returns the number of trials that fit in a Ray of our own on this machine."""
+
+        here = self._on(_here())
+
+        return here if self.most is None else min(here, self.most)
+
     def check_local(self) -> None:
         r"""Raises a UserError if a Ray of our own on this machine could never hold a trial."""
 
-        here: dict[str, float] = {"CPU": local_cpus(), "GPU": local_gpus()}
-        self._check([("this machine", here)])
+        self._check([("this machine", _here())])
 
     def check(self) -> None:
         r"""Raises a UserError if no node can ever hold a trial: Ray would wait for ever.
@@ -146,6 +152,10 @@ class Slots:
             f"a trial wants {wanted}, but {', '.join(has)}. Lower --cpus-per-trial or "
             "--gpus-per-trial."
         )
+
+
+def _here() -> dict[str, float]:
+    return {"CPU": local_cpus(), "GPU": local_gpus()}
 
 
 def _nodes() -> list[dict[str, Any]]:

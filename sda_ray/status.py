@@ -23,7 +23,7 @@ __all__ = ["gather", "status_command", "why_waiting"]
 
 ANSWER = 20.0  # seconds in which a node tells its memory and disk
 HEAD = "node:__internal_head__"
-ACTOR = "ResourceTrainable"  # what Tune 2.60 calls the class of those that train
+ACTOR = "Trial"  # the class of those that train
 
 
 def status_command(args: argparse.Namespace) -> None:

@@ -1,7 +1,8 @@
 r"""Ray Tune's view of a run.
 
 Tune receives numbers only: the run's directory, its checkpoints and its resumption are ours. A
-trial's process is kept for the next trial, so that everything ends in :meth:`Trial.close`.
+trial's process is kept for the next trial, so that everything ends in :meth:`Trial.close`. It does
+without Tune itself, see :func:`sda_ray.patches.trials_without_tune`.
 """
 
 import time
@@ -11,27 +12,25 @@ from pathlib import Path
 from signal import SIGTERM
 from typing import Any
 
-from ray.tune import Trainable
-
 from .allocator import give_memory_back
 from .files import write_atomic
 
-__all__ = ["REPORT_SECONDS", "Trial", "limit"]
+__all__ = ["REPORT_SECONDS", "Trial", "imports", "limit"]
 
 REPORT_SECONDS = 2.0  # epochs shorter than this are reported together
 CONTEXT = 2**29  # bytes of a GPU that CUDA itself takes for each process
 
 
-class Trial(Trainable):
+class Trial:
     r"""Creates a trial: one run, or a stretch of one between two rungs.
 
     Its config has `runs`, `data`, `config`, `run_id`, `index`, `attempt`, `rungs`, `record`,
     `wandb`, `cpus` and `request`; and may have `gpus`, of which it takes no more memory than its
-    share, `stall`, see :mod:`sda_ray.watchdog`, `short`, how
-    often the run was short of memory, `objectives`, if there are several, and `depot`, see
-    :func:`sda_ray.link.opened`, if nodes may not see these directories: the trial finds out itself
-    whether this one does, see :mod:`sda_ray.away`. A step trains for 2 s or up to the next rung
-    and returns
+    share, `stall`, see :mod:`sda_ray.watchdog`, `short`, how often the run was short of memory,
+    `objectives`, if there are several, and `depot`, see :func:`sda_ray.link.opened`, if nodes may
+    not see these directories: the trial finds out itself whether this one does, see
+    :mod:`sda_ray.away`. Tune calls `train` again and again, `reset` for the next trial, and `stop`.
+    A call of `train` goes on for 2 s or up to the next rung, and returns
 
     * `epochs`, the list of (epoch, value)
     * `event`: `running`, `complete`, `diverged`, `interrupted`, `stopped` (by the user, for good),
@@ -47,7 +46,7 @@ class Trial(Trainable):
     raises :class:`sda_ray.link.Cut`.
     """
 
-    def setup(self, config: dict[str, Any]) -> None:
+    def __init__(self, config: dict[str, Any]) -> None:
         from .leaving import watch
 
         self.spec = config
@@ -59,13 +58,20 @@ class Trial(Trainable):
         self.training: Iterator[dict[str, Any]] | None = None
         self.watchdog: Any = None
 
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
+    def reset(self, config: dict[str, Any]) -> bool:
+        r"""Ends the attempt and begins that of another config. Never raises."""
+
         self.close("interrupted")
-        self.setup(new_config)
+        Trial.__init__(self, config)
 
         return True
 
-    def step(self) -> dict[str, Any]:
+    def get_auto_filled_metrics(self, **options: Any) -> dict[str, Any]:
+        r"""Returns what Tune knows of a trial before its first result: nothing."""
+
+        return {}
+
+    def train(self) -> dict[str, Any]:
         import ray
 
         from .lease import LeaseLost
@@ -95,7 +101,7 @@ class Trial(Trainable):
             self.close("interrupted")
             raise Cut(f"the trial was cut off from the head: {e}") from e
         except Interrupted:
-            event = "stopped" if self.stop.alone else "interrupted"
+            event = "stopped" if self.wish.alone else "interrupted"
         except Diverged as e:
             event, error = "diverged", str(e)
         except OutOfMemory as e:
@@ -191,7 +197,7 @@ class Trial(Trainable):
         self.watchdog.close()
         self.watchdog = Watchdog(self.run.path.directory / STACKS, stall)
         self.watchdog.phase()
-        self.stop = stop_of(request, spec["index"], self.away)
+        self.wish = stop_of(request, spec["index"], self.away)
 
         if self.away is not None:
             self.away.watch(self.run.path)
@@ -201,7 +207,7 @@ class Trial(Trainable):
             data,
             device,
             spec["rungs"],
-            stop=self.stop,
+            stop=self.wish,
             after_step=self._after_step,
             share=share,
         )
@@ -212,7 +218,7 @@ class Trial(Trainable):
         self.watchdog.step()
 
         if self.leaving():
-            self.stop.signal = SIGTERM
+            self.wish.signal = SIGTERM
 
         if state.step == len(state.losses):  # the epoch's last
             self.watchdog.phase()
@@ -293,8 +299,14 @@ class Trial(Trainable):
 
         return wrong
 
-    def cleanup(self) -> None:
+    def stop(self) -> None:
         self.close("interrupted")
+
+
+def imports(wandb: str) -> list[str]:
+    r"""Returns the modules that take a trial's process seconds to import, given W&B's mode."""
+
+    return ["torch", "h5py"] + ["wandb.sdk.launch"] * (wandb != "disabled")
 
 
 def limit(share: float, total: int) -> float:

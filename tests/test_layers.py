@@ -16,7 +16,7 @@ MODULES = sorted(file.stem for file in PACKAGE.glob("[!_]*.py"))
 # A module imports from its own floor and from those below.
 FLOORS = {
     0: "allocator errors keys config files hdf5 holder lease precision presence provenance streams watchdog pieces entry checkup diagnosis",
-    1: "domain data flow generation padding periodic solver stencil weights winograd mailbox limits attempts depot bucket",
+    1: "domain data flow generation padding periodic solver stencil weights winograd mailbox limits attempts depot bucket patches",
     2: "nn score",
     3: "diffusion guidance owner folder",
     4: "averaging compilation training validation checkpoint samples pruner forecast",
@@ -45,6 +45,7 @@ IMPORTERS = {
     "ray": {
         "trial",
         "executor",
+        "patches",
         "lookout",
         "simulate",
         "cluster",

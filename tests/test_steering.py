@@ -197,7 +197,8 @@ def test_live_sweep_is_steered_from_elsewhere(
         assert word in str(error.value)
 
     # While trials are at work
-    path, _ = place.at_work(1, 1)
+    path, pid = place.at_work(1, 1)
+    assert "pandas" not in Path(f"/proc/{pid}/maps").read_text()  # as Tune would load it
     assert say("enqueue", items=[{"learning_rate": 0.002}]) == (
         "1 configuration queued, to be tried next"
     )
@@ -275,7 +276,7 @@ def test_tune_takes_the_end_of_a_worker_by_the_memory_monitor_for_a_death() -> N
     from ray.air.execution._internal.actor_manager import RayActorManager
     from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
-    from sda_ray.executor import as_death
+    from sda_ray.patches import as_death
 
     parameters = inspect.signature(RayActorManager._actor_task_failed).parameters
     assert list(parameters) == ["self", "tracked_actor_task", "exception"]

@@ -53,12 +53,12 @@ with connect(cpus=1):
 
     for i in range(count):
         if i:
-            said.append(trial.reset_config(spec(i, 0 if i == count - 1 else i)))
+            said.append(trial.reset(spec(i, 0 if i == count - 1 else i)))
 
-        result = trial.step()
+        result = trial.train()
 
         while result["event"] == "running" and i % 5 not in (1, 3):
-            result = trial.step()
+            result = trial.train()
 
         if i % 5 == 1:
             trial.close("paused")
@@ -76,13 +76,13 @@ with connect(cpus=1):
     leases = [json.loads(x.read_text())["pid"] for x in (root / "runs").glob("*_*/lease.json")]
 
     # A directory that vanishes under an open run
-    trial.reset_config(spec(60, 0))
-    trial.step()
+    trial.reset(spec(60, 0))
+    trial.train()
     shutil.rmtree(next((root / "runs").glob("*_aaaa0060")))
-    said.append(trial.reset_config(spec(61, 0, rungs=[1])))
-    after = trial.step()["event"]
-    said.append(trial.reset_config({}))  # whatever comes
-    trial.cleanup()
+    said.append(trial.reset(spec(61, 0, rungs=[1])))
+    after = trial.train()["event"]
+    said.append(trial.reset({}))  # whatever comes
+    trial.stop()
 
     import wandb
     print(json.dumps({
@@ -143,6 +143,7 @@ def test_trial_has_the_bits_of_the_first_whatever_came_before(found: dict[str, A
 def test_trial_loads_nothing_that_it_does_not_need(found: dict[str, Any]) -> None:
     not_needed = {
         "optuna",
+        "ray.tune",
         "matplotlib",
         "scipy",
         "torch._dynamo",
