@@ -9,7 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["as_death", "memory_kills_are_deaths", "started_lean", "trials_without_tune"]
+__all__ = [
+    "as_death",
+    "memory_kills_are_deaths",
+    "replaced",
+    "started_lean",
+    "trials_without_tune",
+]
 
 UP = 10.0  # seconds in which a node is up
 UNUSED = -1  # for Ray, the port of a service that a node has not got

@@ -8,6 +8,7 @@ import atexit
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from typing import Any
 
 from .config import Config
 from .errors import UserError
+from .patches import replaced
 
 __all__ = ["PRIVATE", "Tracker", "Wandb", "logged_config", "own_environment", "safe_name"]
 
@@ -182,7 +184,9 @@ class Tracker:
         if self._run is not None:
             import wandb
 
-            self.log({key: wandb.Image(str(file))}, step)
+            # Else it loads pandas, to find that the picture is no table
+            with replaced(sys.modules["wandb.util"], pd_available=False):
+                self.log({key: wandb.Image(str(file))}, step)
 
     def finish(self, good: bool = True) -> None:
         r"""Ends the W&B run, within seconds. Safe to repeat."""

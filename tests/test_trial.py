@@ -144,6 +144,7 @@ def test_trial_loads_nothing_that_it_does_not_need(found: dict[str, Any]) -> Non
     not_needed = {
         "optuna",
         "ray.tune",
+        "pandas",
         "matplotlib",
         "scipy",
         "torch._dynamo",
