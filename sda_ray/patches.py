@@ -20,7 +20,8 @@ __all__ = [
 UP = 10.0  # seconds in which a node is up
 UNUSED = -1  # for Ray, the port of a service that a node has not got
 AGENTS = {"dashboard_agent": "metrics and jobs", "runtime_env_agent": "environments of trials"}
-IDLE = ("sh", "-c", "exec cat")  # waits for the end of the raylet, at the other end of its input
+# Waits for the end of the raylet, which on Linux is at the other end of its input
+IDLE = ("sh", "-c", "cat; while kill -0 $PPID; do sleep 1; done")
 
 
 @contextmanager
