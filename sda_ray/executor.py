@@ -54,6 +54,7 @@ def execute(driver: Driver, resources: dict[str, float], scratch: Path, own: boo
     lookout = Lookout(driver)
     # Trials that wait for a node are what the cluster starts nodes for. Tune lets one wait.
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(WAITING)
+    os.environ["TUNE_RESULT_BUFFER_LENGTH"] = "1"  # a trial waits at a rung for the answer
 
     with _on_signals(driver.stop), memory_kills_are_deaths(), trials_without_tune(Trial):
         tune.run(

@@ -167,6 +167,12 @@ def test_as_many_trials_fit_as_ray_would_place(cpus: float, gpus: float, fits: i
     assert fitting(Slots(cpus, gpus).wanted, {"CPU": 32.0, "GPU": 4.0}) == fits
 
 
+def test_trials_at_a_time_on_this_machine_are_known_before_ray_starts() -> None:
+    assert Slots(1, 0).local() == local_cpus()
+    assert Slots(0.5, 0).local() == 2 * local_cpus()
+    assert Slots(0.5, 0, most=1).local() == 1
+
+
 def test_trial_that_fits_nowhere_is_refused_before_ray_starts() -> None:
     with pytest.raises(UserError, match=r"wants CPU=64, but this machine has CPU=\d+ GPU=\d+"):
         Slots(64, 0).check_local()
