@@ -306,7 +306,7 @@ class Trial:
 def imports(wandb: str) -> list[str]:
     r"""Returns the modules that take a trial's process seconds to import, given W&B's mode."""
 
-    return ["torch", "h5py"] + ["wandb.sdk.launch"] * (wandb != "disabled")
+    return ["torch", "h5py"] + ["wandb"] * (wandb != "disabled")
 
 
 def limit(share: float, total: int) -> float:

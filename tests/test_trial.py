@@ -145,6 +145,7 @@ def test_trial_loads_nothing_that_it_does_not_need(found: dict[str, Any]) -> Non
         "optuna",
         "ray.tune",
         "pandas",
+        "wandb.sdk.launch",
         "matplotlib",
         "scipy",
         "torch._dynamo",
