@@ -42,7 +42,7 @@ def execute(driver: Driver, resources: dict[str, float], scratch: Path, own: boo
         driver: The driver.
         resources: What Ray shall keep for a trial: `cpu` and `gpu`.
         scratch: A directory for what Tune writes, which is nothing to keep.
-        own: Whether the Ray is our own, whose processes have our environment.
+        own: Whether the Ray is our own, whose node is never avoided.
 
     Raises:
         Exception: Whatever went wrong in the driver itself. The study is left such that the same

@@ -19,7 +19,7 @@ __all__ = [
 
 UP = 10.0  # seconds in which a node is up
 UNUSED = -1  # for Ray, the port of a service that a node has not got
-AGENTS = {"dashboard_agent": "metrics and jobs", "runtime_env_agent": "environments of trials"}
+AGENTS = ("dashboard_agent", "runtime_env_agent")
 # Waits for the end of the raylet, which on Linux is at the other end of its input
 IDLE = ("sh", "-c", "cat; while kill -0 $PPID; do sleep 1; done")
 
@@ -54,10 +54,8 @@ def started_lean() -> Iterator[None]:
     from ray._private import services, utils
     from ray._private.node import Node
 
-    start, command = (
-        Node.start_raylet,
-        services._build_python_executable_command_memory_profileable,
-    )
+    start = Node.start_raylet
+    command = services._build_python_executable_command_memory_profileable
 
     def start_raylet(self: Any, *args: Any) -> None:
         _say_unused(self._session_dir, self._node_id)
@@ -96,7 +94,7 @@ def _say_unused(session: str, node: str) -> None:
 
 
 @contextmanager
-def trials_without_tune(trial: type) -> Iterator[None]:
+def trials_without_tune(plain: type) -> Iterator[None]:
     r"""Lets a class be trials of Tune that knows nothing of Tune.
 
     Tune wants a class that is derived from one of its own, and gives it objects of its own: each
@@ -105,7 +103,7 @@ def trials_without_tune(trial: type) -> Iterator[None]:
     have, and so for other processes than those that Ray has started already.
 
     Arguments:
-        trial: A class with what Tune calls: `train`, `stop`, `reset` and
+        plain: A class with what Tune calls: `train`, `stop`, `reset` and
             `get_auto_filled_metrics`. It is created, and reset, with the trial's config alone.
     """
 
@@ -113,7 +111,7 @@ def trials_without_tune(trial: type) -> Iterator[None]:
     from ray.air._internal import usage
     from ray.tune.execution import class_cache, tune_controller
 
-    actor, controller = ray.remote(trial), tune_controller.TuneController
+    actor, controller = ray.remote(plain), tune_controller.TuneController
     schedule = controller._schedule_trial_task
 
     def schedule_task(

@@ -87,9 +87,7 @@ class Place:
     def __init__(self, root: Path, data: Path, env: dict[str, str]) -> None:
         self.root = root
         self.env = {**env, "HOME": str(root / "home"), "TMPDIR": str(root / "tmp")}
-        self.env["TUNE_RESULT_BUFFER_LENGTH"] = (
-            "10"  # somebody's habit, which would be a mistake here
-        )
+        self.env["TUNE_RESULT_BUFFER_LENGTH"] = "10"  # somebody's habit, of no effect here
         self.directory = root / "runs" / "sweeps" / "test"
         self.log = root / "log"
 
