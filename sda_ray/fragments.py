@@ -1,15 +1,18 @@
 r"""Fragments: what W&B leaves of an attempt at a run that was offline.
 
 A fragment is a log of records in `wandb/offline-run-{date}_{time}-{id}/run-{id}.wandb`, beside
-`files/` with pictures. wandb 0.31 has no reader in Python; the format is that of LevelDB's log.
+`files/` with pictures; further ones of the same second end in `-1`, `-2`, … wandb 0.31 has no
+reader in Python; the format is that of LevelDB's log.
 """
 
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -21,7 +24,7 @@ from .checkpoint import RunPath
 from .errors import UserError
 from .tracking import own_environment
 
-__all__ = ["Fragment", "read_fragments", "sync_fragments"]
+__all__ = ["Fragment", "await_end", "read_fragments", "sync_fragments"]
 
 HEADER = 7  # bytes: of the file, and of each piece of a record
 BLOCK = 2**15  # bytes; no piece crosses the border of a block
@@ -60,7 +63,7 @@ def read_fragments(path: RunPath) -> list[Fragment]:
 
     found = []
 
-    for directory in sorted(path.directory.glob(f"wandb/offline-run-*-{path.id}")):
+    for directory in _directories(path):
         file = directory / f"run-{path.id}.wandb"
         plain = directory.is_dir() and not (directory.is_symlink() or file.is_symlink())
 
@@ -72,6 +75,39 @@ def read_fragments(path: RunPath) -> list[Fragment]:
                 found.append(fragment)
 
     return found
+
+
+def await_end(path: RunPath, patience: float = 5.0) -> None:
+    r"""Waits until the last fragment of a run has its end.
+
+    wandb 0.31 says that an offline run is finished some ms before it has written the rest of it.
+
+    Arguments:
+        path: The run.
+        patience: The seconds that it may take.
+
+    Raises:
+        UserError: If the fragment is damaged.
+    """
+
+    deadline = time.monotonic() + patience
+
+    for file in (directory / f"run-{path.id}.wandb" for directory in _directories(path)[-1:]):
+        while not ((fragment := _read(file)) and fragment.ended) and time.monotonic() < deadline:
+            time.sleep(0.002)
+
+
+def _directories(path: RunPath) -> list[Path]:
+    r"""Returns where W&B has put the attempts at a run, in their order."""
+
+    name = re.compile(rf"offline-run-(.+)-{re.escape(path.id)}(?:-(\d+))?")
+    found = [
+        (match[1], int(match[2] or 0), directory)
+        for directory in path.directory.glob("wandb/offline-run-*")
+        if (match := name.fullmatch(directory.name))
+    ]
+
+    return [directory for *_, directory in sorted(found)]
 
 
 def _read(file: Path) -> Fragment | None:

@@ -19,6 +19,7 @@ from .checkpoint import (
 from .config import Config, load_config, save_config
 from .errors import UserError
 from .files import remove_leftovers, write_atomic
+from .fragments import await_end
 from .history import History
 from .lease import Lease, LeaseLost
 from .presence import check_present, held, is_present
@@ -303,7 +304,9 @@ class Run:
             if is_present(self.path.lease):
                 logger.warning("run.json keeps its status: %s.", error)
 
-        self.tracker.finish(good=status != "failed")
+        if self.tracker.finish(good=status != "failed"):
+            with suppress(UserError, OSError):
+                await_end(self.path)
 
         hold = self.lease.hold if is_present(self.path.lease) else nullcontext
 

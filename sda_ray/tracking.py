@@ -188,13 +188,17 @@ class Tracker:
             with _spared(sys.modules.get("wandb.util"), pd_available=False):
                 self.log({key: wandb.Image(str(file))}, step)
 
-    def finish(self, good: bool = True) -> None:
-        r"""Ends the W&B run, within seconds. Safe to repeat."""
+    def finish(self, good: bool = True) -> bool:
+        r"""Ends the W&B run, within seconds. Safe to repeat.
+
+        Returns:
+            Whether its end is on its way to the disk, see :func:`sda_ray.fragments.await_end`.
+        """
 
         run, self._run = self._run, None
 
         if run is None:
-            return
+            return False
 
         online, start = not run.offline, time.monotonic()
 
@@ -207,6 +211,9 @@ class Tracker:
         except Exception as error:
             logger.warning("W&B has not ended well: %s", error)
             self.failed = self.failed or (_words(error) if online else "")
+            return False
+
+        return not online
 
 
 def _words(error: Exception) -> str:

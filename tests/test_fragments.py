@@ -1,0 +1,67 @@
+r"""Tests for sda_ray.fragments: what W&B has left on the disk is found, and read."""
+
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+from offline import NAME, STEPS, attempted, run
+
+from sda_ray.checkpoint import RunPath
+from sda_ray.errors import UserError
+from sda_ray.fragments import await_end, read_fragments
+
+__all__ = ["attempted", "run"]  # fixtures
+
+
+def test_reader_takes_whole_records_only(run: RunPath) -> None:
+    first, second = read_fragments(run)
+
+    assert [step for fragment in (first, second) for step, _ in fragment.rows] == STEPS
+    assert (first.ended, second.ended) == (False, True)
+    assert first.run["name"] == NAME
+
+    data = second.file.read_bytes()
+    second.file.write_bytes(data[:-40])
+    torn = read_fragments(run)[1]
+
+    assert not torn.ended
+    assert torn.size <= len(data) - 40
+
+
+def test_attempts_of_the_same_second_are_told_apart(run: RunPath) -> None:
+    first, second = (f.file.parent for f in read_fragments(run))
+    kept = [first, *(first.with_name(f"{first.name}-{n}") for n in (2, 10))]  # as wandb names them
+    shutil.copytree(first, kept[1])
+    second.rename(kept[2])
+    assert [f.file.parent for f in read_fragments(run)] == kept
+
+
+def test_end_that_is_still_being_written_is_waited_for(run: RunPath) -> None:
+    file = read_fragments(run)[-1].file
+    data = file.read_bytes()
+    file.write_bytes(data[:-400])
+    await_end(run, patience=0.05)
+    assert not read_fragments(run)[-1].ended
+
+    writer = threading.Timer(0.2, file.write_bytes, (data,))
+    writer.start()
+    await_end(run)
+    assert read_fragments(run)[-1].ended and file.read_bytes() == data
+    writer.join()
+
+
+def test_reader_refuses_damage(run: RunPath) -> None:
+    file = read_fragments(run)[0].file
+    data = file.read_bytes()
+    file.write_bytes(data[:100] + bytes([data[100] ^ 1]) + data[101:])
+
+    with pytest.raises(UserError, match=r"run-abcd1234\.wandb is damaged at byte \d+"):
+        read_fragments(run)
+
+
+def test_reader_follows_no_links(run: RunPath, tmp_path: Path) -> None:
+    (run.directory / "wandb").rename(tmp_path / "elsewhere")
+    (run.directory / "wandb").symlink_to(tmp_path / "elsewhere")
+
+    assert read_fragments(run) == []
