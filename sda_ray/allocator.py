@@ -9,7 +9,7 @@ import ctypes
 import os
 import sys
 
-__all__ = ["give_memory_back", "keep_memory"]
+__all__ = ["give_memory_back", "keep_memory", "lacks_memory"]
 
 SWITCH = "SDA_RAY_KEEP_MEMORY"
 
@@ -51,6 +51,16 @@ def give_memory_back() -> None:
 
     if libc is not None:
         libc.malloc_trim(0)
+
+
+def lacks_memory(error: BaseException) -> bool:
+    r"""Tells whether an error says that there is too little memory, for which torch has several."""
+
+    import torch
+
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+
+    return known or "can't allocate memory" in str(error)  # of torch's CPU allocator
 
 
 def _glibc() -> ctypes.CDLL | None:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .allocator import lacks_memory
 from .config import MAX_WEIGHTS, count_weights, load_config
 from .errors import UserError
 from .files import open_atomic, read_regular, sync_directory, write_atomic
@@ -237,6 +238,7 @@ def load_checkpoint(path: RunPath) -> tuple[dict[str, Tensor], dict[str, Any]] |
 
     Raises:
         UserError: If a checkpoint is a link out of the directory, or far too large.
+        MemoryError: If there is too little memory for it; of torch, a RuntimeError.
     """
 
     for file in (path.checkpoint, path.previous):
@@ -248,6 +250,9 @@ def load_checkpoint(path: RunPath) -> tuple[dict[str, Tensor], dict[str, Any]] |
         try:
             return _load(data)
         except Exception as error:  # whatever a damaged file provokes in torch
+            if lacks_memory(error):  # the file may well be whole
+                raise
+
             reason = str(error).partition("\n")[0] or type(error).__name__
 
         aside = file.with_suffix(".damaged.pth")

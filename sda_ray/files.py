@@ -163,14 +163,14 @@ def append_line(file: Path | str, obj: dict[str, Any]) -> None:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
 
             os.fsync(handle)
+
+            if new:
+                sync_directory(Path(file).parent)
         except OSError:
             os.ftruncate(handle, end)
             raise
     finally:
         os.close(handle)
-
-    if new:
-        sync_directory(Path(file).parent)
 
 
 def read_lines(file: Path | str) -> list[dict[str, Any]]:

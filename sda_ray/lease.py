@@ -7,6 +7,7 @@ comes back, and writes nothing more.
 """
 
 import fcntl
+import json
 import logging
 import os
 import threading
@@ -15,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import UserError
-from .files import write_json
+from .files import open_regular, write_json
 from .holder import STALE, described, end_holder, holder, is_alive
 
 __all__ = ["Lease", "LeaseLost"]
@@ -119,6 +120,16 @@ class Lease:
         write_json(self.file, mine)
         self._mine = mine
 
+    def _overwrite(self) -> None:
+        r"""Gives the lease back in the place of its file, which takes no room."""
+
+        text = json.dumps(self._mine | {"pid": None, "started": None}).encode()
+
+        with os.fdopen(open_regular(self.file, os.O_RDWR), "r+b", buffering=0) as f:
+            if len(text) <= (size := os.fstat(f.fileno()).st_size):
+                f.write(text.ljust(size))
+                os.fsync(f.fileno())
+
     def _beat(self) -> None:
         while not self._over.wait(HEARTBEAT):
             if not self.alive():
@@ -170,6 +181,9 @@ class Lease:
         r"""Gives the lease back, if it is still held. The attempt number stays on record."""
 
         with suppress(LeaseLost, OSError), self.hold():
-            self._write(None)
+            try:
+                self._write(None)
+            except OSError:  # a full disk: this process may live on, and must not be taken for it
+                self._overwrite()
 
         self._over.set()

@@ -155,6 +155,7 @@ class Keeper:
 
         if any(record.run_id not in self._paths for record in records):
             self._paths = {path.id: path for path in RunPath.all(self.runs)}
+            self._sizes = {id: x for id, x in self._sizes.items() if id in self._paths}
 
         for record in records:
             state = (record.state, record.attempt, record.last)

@@ -1,5 +1,6 @@
 r"""One run, from its config to its weights."""
 
+import logging
 import os
 import resource
 import signal
@@ -11,7 +12,7 @@ from types import FrameType
 
 import torch
 
-from .allocator import keep_memory
+from .allocator import keep_memory, lacks_memory
 from .checkpoint import RunPath
 from .config import steady_epochs
 from .data import TrajectoryDataset
@@ -19,13 +20,15 @@ from .errors import UserError
 from .extension import carry_over, keep_start
 from .lease import LeaseLost
 from .precision import strict, warn_slow
-from .presence import Vanished
+from .presence import Vanished, check_present
 from .runs import Run
 from .score import load_network
 from .training import Diverged, Metrics, TrainState, epochs, validate
 from .validation import Validation
 
 __all__ = ["Interrupted", "OutOfMemory", "Stop", "default_device", "train"]
+
+logger = logging.getLogger(__name__)
 
 RESIDENT = 1 / 8  # part of a GPU's memory that the data may take; a plan leaves as much free
 
@@ -191,7 +194,12 @@ def _train(
 
         raise
     except Diverged as error:
-        run.record.write("diverged", reason=str(error))
+        try:
+            run.record.write("diverged", reason=str(error))
+        except OSError as full:  # the loss is a result all the same
+            check_present(run.path.lease)
+            logger.warning("%s keeps its status: %s.", run.path.record, full)
+
         raise
 
     run.finish(state)
@@ -199,14 +207,12 @@ def _train(
 
 @contextmanager
 def _memory(batch_size: int, device: str) -> Iterator[None]:
-    r"""Says in plain words that the memory is too small, in which torch has several."""
+    r"""Says in plain words that the memory is too small."""
 
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        short = isinstance(error, MemoryError | torch.OutOfMemoryError)
-
-        if not short and "can't allocate memory" not in str(error):  # of torch's CPU allocator
+        if not lacks_memory(error):
             raise
 
         raise OutOfMemory(

@@ -184,6 +184,26 @@ def test_two_damaged_checkpoints_are_none(two: RunPath, caplog: pytest.LogCaptur
     assert "checkpoint.prev.pth is damaged" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried to"),
+    ],
+)
+def test_whole_checkpoint_is_not_damaged_because_memory_is_short(
+    two: RunPath, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*args: Any, **options: Any) -> Any:
+        raise error
+
+    with monkeypatch.context() as patch, pytest.raises(type(error)):
+        patch.setattr(torch, "load", load)
+        load_checkpoint(two)
+
+    assert epoch(two) == 2
+
+
 class Bomb:
     def __reduce__(self) -> Any:
         return os.system, ("touch exploded",)

@@ -99,6 +99,22 @@ def test_extended_run_equals_the_longer_one_trained_at_once(
         assert child.decay.read_bytes() == whole.decay.read_bytes()
 
 
+def test_extended_run_of_a_sweep_is_judged_as_the_longer_one_would_be(
+    tmp_path: Path, small: Config, data: Path
+) -> None:
+    def swept(name: str, epochs: int) -> RunPath:
+        config = small | {"scheduler": "constant", "epochs": epochs}
+        run = Run(tmp_path / name, config, wandb=DISABLED, record={"rungs": [1, 2]})
+        list(train(run, data))
+        run.close("finished")
+
+        return run.path
+
+    child = extended(tmp_path / "runs", swept("runs", 2), data, 3)
+
+    assert same(child, swept("whole", 3)) and read_record(child)["exact"]
+
+
 def test_extended_run_that_is_killed_before_its_first_checkpoint_is_still_exact(
     copied: Callable[[str], RunPath], data: Path, tmp_path: Path
 ) -> None:

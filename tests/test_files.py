@@ -1,10 +1,12 @@
 r"""Tests for the sda_ray.files module."""
 
+import errno
 import json
 import math
 import os
 import resource
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -215,6 +217,25 @@ def test_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
     assert file.stat().st_size == size
     append_line(file, {"epoch": 1})
     assert read_lines(file) == [{"epoch": 0}, {"epoch": 1}]
+
+
+def test_first_line_is_either_written_or_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, fsync = tmp_path / "metrics.jsonl", os.fsync
+
+    def fail(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        fsync(handle)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="Input/output error"):
+        patch.setattr(os, "fsync", fail)
+        append_line(file, {"epoch": 0})
+
+    append_line(file, {"epoch": 0})
+    assert read_lines(file) == [{"epoch": 0}]
 
 
 def test_line_appended_by_another_process_is_one_line(tmp_path: Path) -> None:

@@ -13,8 +13,10 @@ from opened import DISABLED, finished, reopen, runs
 from sda_ray.checkpoint import load_checkpoint
 from sda_ray.config import Config
 from sda_ray.errors import UserError
+from sda_ray.holder import is_alive
 from sda_ray.runs import Run
 from sda_ray.train import train
+from sda_ray.training import Diverged
 
 __all__ = ["finished", "runs"]  # fixtures
 
@@ -161,12 +163,29 @@ def test_full_disk_at_the_end_is_no_success_and_can_be_mended(
         list(training)
 
     run.close("interrupted")
+    assert not is_alive(run.path.lease)
     assert not run.path.state.exists()
     assert json.loads(run.path.record.read_text())["status"] != "finished"
 
     filler.unlink()
-    again = reopen(run, takeover=True)  # the lease could not be given back, either
+    again = reopen(run)
     list(train(again, data))
     assert again.record["status"] == "finished"
     assert run.path.state.read_bytes() == finished.path.state.read_bytes()
     again.close("finished")
+
+
+def test_run_that_diverges_on_a_full_disk_has_diverged(
+    disk: Path, small: Config, data: Path
+) -> None:
+    run = Run(
+        disk / "runs",
+        small | {"learning_rate": 100.0, "epochs": 50, "batch_size": 1},
+        wandb=DISABLED,
+    )
+    fill(disk)
+
+    with pytest.raises(Diverged):
+        list(train(run, data))
+
+    run.close("failed")

@@ -282,6 +282,15 @@ def test_checkpoint_is_given_back_on_a_full_disk(disk: Path, runs: Path) -> None
     assert json.loads(there.record.read_text())["status"] == "paused"
 
 
+def test_run_whose_directory_was_deleted_is_left_out(runs: Path) -> None:
+    kept = Keeping(runs, keep=2)
+    shutil.rmtree(path_of(runs, 4).directory)
+    kept.keeper.keep = 0
+    kept.keeper.finish()
+
+    assert not resumable(path_of(runs, 5))
+
+
 def test_looking_takes_little_of_the_drivers_time(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     looked = 0
