@@ -77,13 +77,13 @@ def read_fragments(path: RunPath) -> list[Fragment]:
     return found
 
 
-def await_end(path: RunPath, patience: float = 5.0) -> None:
-    r"""Waits until the last fragment of a run has its end.
+def await_end(file: Path, patience: float = 5.0) -> None:
+    r"""Waits until a fragment that this process has made has its end.
 
     wandb 0.31 says that an offline run is finished some ms before it has written the rest of it.
 
     Arguments:
-        path: The run.
+        file: Its file.
         patience: The seconds that it may take.
 
     Raises:
@@ -92,9 +92,8 @@ def await_end(path: RunPath, patience: float = 5.0) -> None:
 
     deadline = time.monotonic() + patience
 
-    for file in (directory / f"run-{path.id}.wandb" for directory in _directories(path)[-1:]):
-        while not ((fragment := _read(file)) and fragment.ended) and time.monotonic() < deadline:
-            time.sleep(0.002)
+    while not ((fragment := _read(file)) and fragment.ended) and time.monotonic() < deadline:
+        time.sleep(0.002)
 
 
 def _directories(path: RunPath) -> list[Path]:

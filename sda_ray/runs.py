@@ -304,9 +304,9 @@ class Run:
             if is_present(self.path.lease):
                 logger.warning("run.json keeps its status: %s.", error)
 
-        if self.tracker.finish(good=status != "failed"):
+        if fragment := self.tracker.finish(good=status != "failed"):
             with suppress(UserError, OSError):
-                await_end(self.path)
+                await_end(fragment)
 
         hold = self.lease.hold if is_present(self.path.lease) else nullcontext
 

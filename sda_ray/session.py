@@ -150,13 +150,11 @@ def resume_run(
     config = check_config(load_config(path.config), size=info.size, length=info.length)
     parent = RunPath.of_id(runs, record["parent"]) if record.get("parent") else None
     device = _check_device(device)
-    kept = record.get("wandb", {})
-
     run = Run(
         path.directory.parent,
         config,
         path.id,
-        wandb=wandb or Wandb(**kept | {"tags": tuple(kept.get("tags", ()))}),
+        wandb=wandb or Wandb.from_record(record.get("wandb"), path.record),
         takeover=takeover,
         device=device,
         interval=interval,

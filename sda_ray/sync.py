@@ -193,16 +193,7 @@ def _settings(entry: "Entry", runs: Path) -> dict[str, Any]:
 def _wandb(entry: "Entry", runs: Path) -> "Wandb":
     from .tracking import Wandb
 
-    kept = _settings(entry, runs)
-
-    try:
-        wandb = Wandb(**kept | {"tags": tuple(kept.get("tags") or ())})
-        words = [wandb.project, wandb.job_type, wandb.entity or "", wandb.group or ""]
-        "".join([*words, *wandb.tags])
-    except TypeError:
-        raise UserError(f"{entry.path.record} is damaged: its entry 'wandb' makes no sense.")
-
-    return wandb
+    return Wandb.from_record(_settings(entry, runs), entry.path.record)
 
 
 @contextmanager

@@ -79,12 +79,32 @@ class Wandb:
         if mode not in ("online", "offline", "disabled"):
             raise UserError(f"W&B's mode is '{mode}', but must be online, offline or disabled.")
 
+        project = project or env("WANDB_PROJECT") or "sda-kolmogorov"
+
+        if set(project) & set("/\\#?%:"):
+            raise UserError(f"W&B's project is '{project}', but must have none of / \\ # ? % :")
+
         return Wandb(
             mode,
-            project or env("WANDB_PROJECT") or "sda-kolmogorov",
+            project,
             entity or env("WANDB_ENTITY") or None,
             tuple(tag.strip() for tag in labels.split(",") if tag.strip()),
         )
+
+    @staticmethod
+    def from_record(kept: Any, file: Path) -> "Wandb":
+        r"""Returns the settings that a file, which may be damaged, says that a run has."""
+
+        kept = kept if isinstance(kept, dict) else {}
+
+        try:
+            made = Wandb(**kept | {"tags": tuple(kept.get("tags") or ())})
+            words = (made.mode, made.project, made.job_type, made.entity or "", made.group or "")
+            "".join([*words, *made.tags])
+        except TypeError:
+            raise UserError(f"{file} is damaged: its entry 'wandb' makes no sense.")
+
+        return made
 
 
 def logged_config(config: Config, record: dict[str, Any]) -> Config:
@@ -188,17 +208,17 @@ class Tracker:
             with _spared(sys.modules.get("wandb.util"), pd_available=False):
                 self.log({key: wandb.Image(str(file))}, step)
 
-    def finish(self, good: bool = True) -> bool:
+    def finish(self, good: bool = True) -> Path | None:
         r"""Ends the W&B run, within seconds. Safe to repeat.
 
         Returns:
-            Whether its end is on its way to the disk, see :func:`sda_ray.fragments.await_end`.
+            The log whose end is on its way to the disk, see :func:`sda_ray.fragments.await_end`.
         """
 
         run, self._run = self._run, None
 
         if run is None:
-            return False
+            return None
 
         online, start = not run.offline, time.monotonic()
 
@@ -211,9 +231,9 @@ class Tracker:
         except Exception as error:
             logger.warning("W&B has not ended well: %s", error)
             self.failed = self.failed or (_words(error) if online else "")
-            return False
+            return None
 
-        return not online
+        return None if online else Path(run.settings.sync_file)
 
 
 def _words(error: Exception) -> str:
@@ -298,7 +318,7 @@ def _limit_ending() -> None:
 def _kill_services() -> None:
     for file in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
-            name, _, rest = file.read_text().partition("(")[2].rpartition(")")
+            name, _, rest = file.read_text(errors="replace").partition("(")[2].rpartition(")")
 
             if name == "wandb-core" and int(rest.split()[1]) == os.getpid():
                 os.kill(int(file.parent.name), signal.SIGKILL)

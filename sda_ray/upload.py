@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import Config
+from .errors import UserError
 from .fragments import Fragment, sync_fragments
 from .tracking import PRIVATE, Wandb, own_environment
 
@@ -243,9 +244,8 @@ def _replay(target: Target, keep: int, rewind: bool) -> None:
         rewind: Whether it has to forget others.
     """
 
-    from wandb import Image
-
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch, own_environment():
+        image = target.image and _open_image(target.image)
         past = f"{target.id}?_step={keep}"
         run = _begin(target, scratch, **{"resume_from": past} if rewind else {"resume": "allow"})
 
@@ -258,11 +258,20 @@ def _replay(target: Target, keep: int, rewind: bool) -> None:
                 values: dict[str, Any] = dict(target.rows.get(step, {}))
 
                 if step not in target.rows:
-                    values["samples"] = Image(str(target.image))
+                    values["samples"] = image
 
                 run.log(values, step=step, commit=True)
 
         run.finish(exit_code=0 if target.good else 1)
+
+
+def _open_image(file: Path) -> Any:
+    from wandb import Image
+
+    try:
+        return Image(str(file))
+    except Exception as error:  # whatever a strange file provokes in PIL
+        raise UserError(f"{file} is not a picture to upload: {error}.") from error
 
 
 def _begin(target: Target, directory: str, **resume: str) -> Any:
@@ -294,5 +303,7 @@ def _begin(target: Target, directory: str, **resume: str) -> Any:
             settings=settings,
             **resume,  # type: ignore[arg-type]
         )
+    except client.errors.UsageError as error:  # as a project that W&B allows no run in
+        raise UserError(f"W&B does not take it: {_reason(error, 0.0)}.") from error
     except Exception as error:
         raise Unreachable(_reason(error, time.monotonic() - start)) from error

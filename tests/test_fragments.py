@@ -1,5 +1,6 @@
 r"""Tests for sda_ray.fragments: what W&B has left on the disk is found, and read."""
 
+import os
 import shutil
 import threading
 from pathlib import Path
@@ -8,8 +9,12 @@ import pytest
 from offline import NAME, STEPS, attempted, run
 
 from sda_ray.checkpoint import RunPath
+from sda_ray.config import Config
 from sda_ray.errors import UserError
 from sda_ray.fragments import await_end, read_fragments
+from sda_ray.runs import Run
+from sda_ray.tracking import Wandb
+from sda_ray.train import train
 
 __all__ = ["attempted", "run"]  # fixtures
 
@@ -41,14 +46,30 @@ def test_end_that_is_still_being_written_is_waited_for(run: RunPath) -> None:
     file = read_fragments(run)[-1].file
     data = file.read_bytes()
     file.write_bytes(data[:-400])
-    await_end(run, patience=0.05)
+    await_end(file, patience=0.05)
     assert not read_fragments(run)[-1].ended
 
     writer = threading.Timer(0.2, file.write_bytes, (data,))
     writer.start()
-    await_end(run)
+    await_end(file)
     assert read_fragments(run)[-1].ended and file.read_bytes() == data
     writer.join()
+
+
+def test_end_of_the_own_fragment_is_waited_for_and_no_other(
+    tmp_path: Path, data: Path, small: Config
+) -> None:
+    r"""A stranger's directory, or a clock that was wrong, may have left what seems to be newer."""
+
+    run = Run(tmp_path / "runs", small, wandb=Wandb("offline"))
+    newer = run.path.directory / "wandb" / f"offline-run-99991231_235959-{run.id}"
+    newer.mkdir()
+    os.mkfifo(newer / f"run-{run.id}.wandb")
+    list(train(run, data))
+    run.close("finished")
+
+    shutil.rmtree(newer)
+    assert [fragment.ended for fragment in read_fragments(run.path)] == [True]
 
 
 def test_reader_refuses_damage(run: RunPath) -> None:

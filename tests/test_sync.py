@@ -4,10 +4,12 @@ import argparse
 import json
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from http.server import ThreadingHTTPServer
@@ -124,6 +126,32 @@ def test_fragments_of_killed_attempts_become_one_history(
     assert again.returncode == 0
     assert "there already" in again.stdout
     assert server.runs[ID].rows[HISTORY] == rows
+
+
+def test_run_that_cannot_be_uploaded_does_not_keep_others_back(
+    tmp_path: Path, sync: Sync, server: WandbServer
+) -> None:
+    make_run(tmp_path / "runs", "refused1", wandb=WANDB | {"project": "team/flows"})
+    bomb = make_run(tmp_path / "runs", "strange1").samples
+    bomb.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", 30_000) + chunk(b"IDAT") + chunk(b"IEND")
+    )
+    make_run(tmp_path / "runs")
+
+    done = sync(server.env, "--all")
+
+    assert done.returncode == 1
+    assert f"{NAME}_refused1: W&B does not take it: " in done.stderr
+    assert f"{bomb} is not a picture to upload: " in done.stderr
+    check(server)
+
+
+def chunk(kind: bytes, size: int = 0) -> bytes:
+    r"""Returns a part of a PNG: its header for so many pixels a side, or one that is empty."""
+
+    data = struct.pack(">IIBBBBB", size, size, 8, 0, 0, 0, 0) if size else b""
+
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def test_what_the_server_lacks_is_replayed(

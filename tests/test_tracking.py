@@ -60,6 +60,23 @@ def test_options_come_before_variables_before_defaults(monkeypatch: pytest.Monke
     assert options == Wandb("online", "mine", "me", ("c",))
 
 
+@pytest.mark.parametrize("project", ["team/flows", "50%", "a:b"])
+def test_project_that_the_server_refuses_is_refused(project: str) -> None:
+    with pytest.raises(UserError, match=f"project is '{project}', but must have none of / "):
+        Wandb.from_options(project=project)
+
+
+def test_settings_are_read_from_a_record_that_may_be_damaged(tmp_path: Path) -> None:
+    kept = {"mode": "online", "project": "flows", "tags": ["a", "b"]}
+    assert Wandb.from_record(kept, tmp_path) == Wandb("online", "flows", tags=("a", "b"))
+    assert Wandb.from_record(None, tmp_path) == Wandb.from_record([], tmp_path) == Wandb()
+    assert Wandb.from_record({"tags": None}, tmp_path) == Wandb()
+
+    for damaged in ({"modus": "online"}, {"tags": 3}, {"project": None}, {"tags": [1]}):
+        with pytest.raises(UserError, match="is damaged: its entry 'wandb' makes no sense"):
+            Wandb.from_record(damaged, tmp_path / "run.json")
+
+
 def test_unknown_mode_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "dryrun")
 
@@ -250,15 +267,20 @@ def test_tracker_tells_whether_the_server_has_failed(
 # The end of a process
 
 FROZEN = """
-import os, pathlib, signal, sys
+import os, pathlib, signal, subprocess, sys
 from sda_ray.config import CONFIG
 from sda_ray.tracking import Tracker, Wandb
 
+code = "import ctypes as c, sys; c.CDLL(None).prctl(15, sys.argv[1].encode()); print(); input()"
+name = "x" * 14 + "\N{LATIN SMALL LETTER E WITH ACUTE}"  # Linux cuts it to 15 bytes
+command = [sys.executable, "-c", code, name]
+strange = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+strange.stdout.readline()
 tracker = Tracker(pathlib.Path(sys.argv[1]), "abcd1234", "a-b-1", CONFIG, Wandb())
 tracker.finish()
 
 for file in pathlib.Path("/proc").glob("[0-9]*/stat"):
-    name, _, rest = file.read_text().partition("(")[2].rpartition(")")
+    name, _, rest = file.read_text(errors="replace").partition("(")[2].rpartition(")")
     if name == "wandb-core" and int(rest.split()[1]) == os.getpid():
         os.kill(int(file.parent.name), signal.SIGSTOP)
         print("frozen")
