@@ -63,8 +63,8 @@ def obstacle() -> str:
     return ""
 
 
-def wait(what: str, condition: Callable[[], Any], seconds: float) -> Any:
-    r"""Waits until a condition holds, and returns what it returned."""
+def wait(what: str, condition: Callable[[], Any], seconds: float, every: float = 0.5) -> Any:
+    r"""Waits until a condition holds, looking every so many seconds, and returns what it gave."""
 
     until = time.monotonic() + SLOW * seconds
 
@@ -72,7 +72,7 @@ def wait(what: str, condition: Callable[[], Any], seconds: float) -> Any:
         if time.monotonic() > until:
             raise TimeoutError(f"{what}: not within {SLOW * seconds:.0f} s")
 
-        time.sleep(0.5)
+        time.sleep(every)
 
     return found
 
@@ -144,6 +144,13 @@ class Lab:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+
+    def disk(self, host: str) -> Path:
+        r"""Returns the disk of a host that is up, as this machine sees it."""
+
+        state = json.loads((self.state / "state.json").read_text())
+
+        return Path(f"/proc/{state['hosts'][host]['process']['pid']}/root")
 
     def home(self, host: str) -> None:
         r"""Lets a host have the installed software at hand, as after `make demo`."""
@@ -217,6 +224,7 @@ class Lab:
                 f"{names} {'up' if alive else 'dead'}",
                 lambda: all(self.nodes().get(name, False) == alive for name in names),
                 seconds,
+                every=2,  # to look takes a second of a core
             )
         except TimeoutError as error:
             raise TimeoutError(f"{error}\n{self.monitor()}")

@@ -8,6 +8,7 @@ notice, a machine that is replaced by another, and its head.
 import json
 import re
 import time
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -32,28 +33,6 @@ if __name__ == "__main__":
     main(sweep)
 """
 
-# What the head's disk says of the runs
-RUNS = """
-import datetime, json, pathlib, time
-found = {}
-for file in sorted((pathlib.Path("%s").expanduser() / "runs").glob("*_*/run.json")):
-    run, here = json.loads(file.read_text()), file.parent
-    lines = here / "metrics.jsonl"
-    text = lines.read_text() if lines.exists() else ""
-    saved = here / "checkpoint.pth"
-    start = datetime.datetime.fromisoformat(run["attempts"][-1]["started"]).timestamp()
-    since = max(start, saved.stat().st_mtime) if saved.exists() else start
-    found[here.name] = {
-        "status": run.get("status"),
-        "hosts": [x["host"] for x in run["attempts"]],
-        "ended": ["ended" in x for x in run["attempts"]],
-        "epochs": [json.loads(line)["epoch"] for line in text.splitlines(True) if line[-1] == "\\n"],
-        "unsaved": time.time() - since,
-        "state": (here / "state.pth").exists(),
-    }
-print(json.dumps(found))
-"""
-
 # The metadata of a spot machine of AWS that is about to be taken away
 SPOT = """
 import http.server, json, time
@@ -75,7 +54,26 @@ Runs = dict[str, dict[str, Any]]
 
 
 def runs(lab: Lab) -> Runs:
-    return json.loads(lab.run("head", f"python - <<'END'\n{RUNS % ROOT}END").splitlines()[-1])
+    r"""Returns what the head's disk says of the runs."""
+
+    found: Runs = {}
+
+    for file in sorted(lab.disk("head").glob("root/sda/runs/*_*/run.json")):
+        run, here = json.loads(file.read_text()), file.parent
+        lines, saved = here / "metrics.jsonl", here / "checkpoint.pth"
+        text = lines.read_text() if lines.exists() else ""
+        start = datetime.fromisoformat(run["attempts"][-1]["started"]).timestamp()
+        since = max(start, saved.stat().st_mtime) if saved.exists() else start
+        found[here.name] = {
+            "status": run.get("status"),
+            "hosts": [x["host"] for x in run["attempts"]],
+            "ended": ["ended" in x for x in run["attempts"]],
+            "epochs": [json.loads(x)["epoch"] for x in text.splitlines(True) if x[-1] == "\n"],
+            "unsaved": time.time() - since,
+            "state": (here / "state.pth").exists(),
+        }
+
+    return found
 
 
 def at_work(lab: Lab, host: str) -> Runs:
