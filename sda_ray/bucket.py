@@ -121,9 +121,11 @@ class Bucket:
             parsed = urlparse(endpoint)
             where |= {"endpoint_override": parsed.netloc, "scheme": parsed.scheme}
 
-        self._fs = fs.S3FileSystem(
-            connect_timeout=connect, request_timeout=read, allow_delayed_open=True, **where
-        )
+        where |= {"connect_timeout": connect, "request_timeout": read, "allow_delayed_open": True}
+        once = fs.AwsStandardS3RetryStrategy(max_attempts=1)
+        self._fs = fs.S3FileSystem(**where)
+        # Repeated by pyarrow, a write might come after the time that its owner is trusted for
+        self._writer = fs.S3FileSystem(retry_strategy=once, **where)
 
     def _key(self, key: str) -> str:
         return f"{self.prefix}/{key}" if self.prefix else key
@@ -157,6 +159,14 @@ class Bucket:
 
         return {x.path[start:]: x.size for x in infos if x.type == fs.FileType.File}
 
+    def has(self, key: str) -> bool:
+        r"""Tells whether there is such an object."""
+
+        from pyarrow import fs
+
+        with _answers():
+            return bool(self._fs.get_file_info(self._path(key)).type == fs.FileType.File)
+
     def read(self, key: str) -> bytes | None:
         r"""Returns an object, or None if there is none."""
 
@@ -170,7 +180,7 @@ class Bucket:
     def write(self, key: str, data: bytes) -> None:
         r"""Writes an object in one piece."""
 
-        with _answers(), self._fs.open_output_stream(self._path(key)) as stream:
+        with _answers(), self._writer.open_output_stream(self._path(key)) as stream:
             stream.write(data)
 
     def upload(self, key: str, file: BinaryIO, going: Callable[[], None]) -> None:
@@ -193,7 +203,7 @@ class Bucket:
         aside = f"{key}.{secrets.token_hex(4)}.tmp"
         lost: BaseException | None = None
 
-        with _answers(), self._fs.open_output_stream(self._path(aside)) as stream:
+        with _answers(), self._writer.open_output_stream(self._path(aside)) as stream:
             while data and lost is None:
                 stream.write(data)
                 data = file.read(PIECE)
@@ -210,7 +220,7 @@ class Bucket:
             going()
 
             with _answers():
-                self._fs.copy_file(self._path(aside), self._path(key))
+                self._writer.copy_file(self._path(aside), self._path(key))
         finally:
             self.delete(aside)
 

@@ -68,7 +68,11 @@ def sweep_command(args: argparse.Namespace, sweep: Any) -> None:
     from .copier import copied
 
     with copied(args.bucket, args.runs, _name(args, sweep)) as copier:
-        _sweep(args, sweep, copier)
+        if not args.detach:
+            _sweep(args, sweep, copier)
+            return
+
+    _sweep(args, sweep, None)  # what is detached takes the copy over itself
 
 
 def _name(args: argparse.Namespace, sweep: Any) -> str:

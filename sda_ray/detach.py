@@ -58,9 +58,7 @@ def detach(sweep: Sweep, options: Options, words: Sequence[str], gpus: int) -> N
     if options.address is None:
         where = _background(directory, words)
     else:
-        words += ["--root", str(options.root), "--runs", str(options.runs)]
-        words += ["--data", str(options.data)]
-        where = _submit(directory, words, options.address)
+        where = _submit(directory, _words_of_job(words, options), options.address)
 
     print(
         f"sweep '{name}' runs {where}.\n"
@@ -107,7 +105,6 @@ def _submit(directory: Path, words: Sequence[str], address: str) -> str:
     r"""Starts the command as a job of a cluster, and returns where it runs."""
 
     id = f"sda-ray-{re.sub(r'[^A-Za-z0-9_-]', '-', directory.name)}-{secrets.token_hex(3)}"
-    words = _without(words, "--address") + ["--address", "auto"]
     told = {k: x for k, x in os.environ.items() if TOLD.fullmatch(k) and not SECRET.search(k)}
     lease = directory / "lease.json"
     before = (holder(lease) or {}).get("attempt", 0)
@@ -158,6 +155,15 @@ def _unset(*names: str) -> Iterator[None]:
         yield
     finally:
         os.environ.update(before)
+
+
+def _words_of_job(words: Sequence[str], options: Options) -> list[str]:
+    r"""Returns the arguments of a job: what is asked for, and where everything is."""
+
+    runs = options.bucket or str(options.runs)
+    words = [*_without(words, "--address"), "--address", "auto"]
+
+    return [*words, "--root", str(options.root), "--runs", runs, "--data", str(options.data)]
 
 
 def _without(words: Sequence[str], option: str) -> list[str]:

@@ -10,7 +10,7 @@ from .archive import sweep_directory
 from .bucket import Bucket
 from .errors import UserError
 from .files import read_json, write_atomic
-from .folder import SUMS, Folder
+from .folder import NOTHING, SUMS, Folder
 
 __all__ = ["MARK", "compare_journals", "fetch_records", "fetch_sweep"]
 
@@ -90,8 +90,8 @@ def _journal(folder: Folder) -> bytes:
         accepted = folder.load(again).get("study.journal", [])
         data = folder.bucket.read(f"{folder.key}/study.journal")
 
-        if data is None and len(accepted) < 2:  # none, or its first was on its way
-            return b""
+        if data is None and (len(accepted) < 2 or NOTHING in accepted):
+            return b""  # none, or its first was on its way
 
         if data is not None and sha256(data).hexdigest() in accepted:
             return data

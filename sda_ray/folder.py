@@ -15,10 +15,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .bucket import PIECE, Bucket, Damaged
+from .bucket import PIECE, Bucket, Damaged, Refused, Unreachable
 from .errors import UserError
 
-__all__ = ["RUN", "SUMS", "Folder", "files_of"]
+__all__ = ["NOTHING", "RUN", "SUMS", "Folder", "files_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,7 @@ RUN = (
 )
 LINES = (".jsonl", ".journal")  # files that grow: as much as is whole of them
 ON_ITS_WAY = 8  # checksums that are kept of a file whose uploads fail
+NOTHING = ""  # the checksum of a file that is not there yet
 
 
 def files_of(directory: Path, names: Sequence[str]) -> list[str]:
@@ -75,6 +76,7 @@ class Folder:
         self.bucket, self.key, self.directory = bucket, key, directory
         self.check, self.attempt = check, attempt
         self.by = 0  # who wrote the copy
+        self.version: str | None = None  # of its checksums
         self.sums: dict[str, list[str]] | None = None
         self.seen: dict[str, tuple[int, ...]] = {}  # files as they were when they were copied
         self._lock = threading.Lock()
@@ -87,7 +89,8 @@ class Folder:
         """
 
         if self.sums is None or again:
-            data = self.bucket.read(f"{self.key}/{SUMS}")
+            found = self.bucket.peek(f"{self.key}/{SUMS}")
+            data, self.version = found or (None, None)
 
             try:
                 content: Any = json.loads(data or b'{"attempt": 0, "files": {}}')
@@ -136,9 +139,10 @@ class Folder:
                 del self.seen[name]
 
             for name, _, digest, _ in ready:
-                sums[name] = [digest, *sums.get(name, [])][:ON_ITS_WAY]
+                *failed, there = sums.get(name) or [NOTHING]
+                sums[name] = [digest, *failed[: ON_ITS_WAY - 2], there]
 
-            self._write(SUMS, json.dumps({"attempt": self.attempt, "files": sums}).encode())
+            self._write_sums(json.dumps({"attempt": self.attempt, "files": sums}).encode())
 
             for name, sign, digest, content in ready:
                 self._write(name, content)
@@ -172,11 +176,31 @@ class Folder:
 
         digest = _digest(content)
 
-        if (self.sums or {}).get(name) == [digest]:
+        if self._has(name, digest):
             self.seen[name] = sign
             return None
 
         return sign, digest, content
+
+    def _has(self, name: str, digest: str) -> bool:
+        r"""Tells whether the copy of a file has a checksum, and is not merely on its way."""
+
+        known = self.load().get(name)
+        first = known == [digest, NOTHING]  # a writer may have died before it was there
+
+        return known == [digest] or (first and self.bucket.has(f"{self.key}/{name}"))
+
+    def _write_sums(self, data: bytes) -> None:
+        r"""Writes checksums in the place of those that are known, so that none come too late."""
+
+        self.check()
+        key = f"{self.key}/{SUMS}"
+
+        try:
+            self.version = self.bucket.swap(key, data, self.version)
+        except Refused as error:  # by our own, if the answer was lost; else the next check tells
+            self.version = (self.bucket.peek(key) or (b"", None))[1]
+            raise Unreachable(f"{key} was written meanwhile") from error
 
     def _write(self, name: str, content: bytes | BinaryIO) -> None:
         self.check()

@@ -143,6 +143,12 @@ def launch(sweep: Sweep, options: Options, wishes: Wishes = NOTHING) -> None:
     lease = Lease(directory / "lease.json", f"sweep '{sweep.name}'", takeover=again)
 
     try:
+        if options.bucket and options.copier is None:
+            raise UserError(
+                f"the driver of sweep '{sweep.name}' has ended just now. The same command carries "
+                f"it on, and copies to {options.bucket}."
+            )
+
         remove_leftovers(directory)
         code = keep_code(directory)
         write_sweep(directory, record | {"code": code.hash}, sweep.script)

@@ -3,12 +3,14 @@ r"""Tests for sda_ray.bucket, and how directories go there and back: `folder`, `
 import contextlib
 import json
 import os
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from cloud import account, bucket, server, write
 
-from sda_ray.bucket import PIECE, Bucket, Damaged, Refused, parse_url
+from sda_ray.bucket import PIECE, Bucket, Damaged, Refused, Unreachable, parse_url
 from sda_ray.copier import SWEEP
 from sda_ray.errors import UserError
 from sda_ray.fetching import compare_journals, fetch_sweep
@@ -34,6 +36,7 @@ def test_objects_come_back(bucket: Bucket) -> None:
     assert bucket.sizes() == {"a/b.txt": 1, "a/c/d.txt": 2}
     assert bucket.sizes("a/c") == {"a/c/d.txt": 2}
     assert bucket.sizes("none") == {}
+    assert bucket.has("a/c/d.txt") and not bucket.has("a/c") and not bucket.has("none")
 
 
 def test_bucket_that_is_not_there_is_said(bucket: Bucket) -> None:
@@ -91,6 +94,34 @@ def test_large_file_that_is_given_up_leaves_the_object(bucket: Bucket, tmp_path:
     assert bucket.sizes() == {"large": 2 * PIECE + 1}
 
 
+def test_read_is_tried_again_but_no_write(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    r"""Its writer may not be the owner any more by the next time."""
+
+    tried = []
+
+    class Away(BaseHTTPRequestHandler):
+        def handle(self) -> None:
+            tried.append(1)
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Away) as away:
+        threading.Thread(target=away.serve_forever, daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{away.server_port}")
+
+        far = Bucket(bucket.url)
+
+        with pytest.raises(Unreachable):
+            far.write("o", b"1")
+
+        assert len(tried) == 1
+
+        with pytest.raises(Unreachable):
+            far.read("o")
+
+        away.shutdown()
+
+    assert len(tried) > 2
+
+
 def test_wrong_checksum_leaves_the_file(bucket: Bucket, tmp_path: Path) -> None:
     bucket.write("o", b"damaged")
     (tmp_path / "file").write_bytes(b"before")
@@ -142,6 +173,11 @@ def test_copy_is_whole_at_whatever_moment_its_writer_dies(bucket: Bucket, tmp_pa
         assert len(found["metrics.jsonl"]) >= 2 * int(found["checkpoint.pth"][-1])
         assert found["run.json"] == "R1" or found["state.pth"] == "weights"
 
+        # The next writer brings what is missing
+        Folder(bucket, f"run-{moment}", here).copy(files_of(here, RUN))
+        Folder(bucket, f"run-{moment}", there / "again").fetch(lambda name: True)
+        assert {x.name: x.read_text() for x in (there / "again").iterdir()} == FIRST | THEN
+
     assert found == FIRST | THEN  # the last moment is after the end
 
 
@@ -150,7 +186,12 @@ def test_only_what_has_changed_goes_up(bucket: Bucket, tmp_path: Path) -> None:
     folder = Folder(bucket, "run", tmp_path)
     folder.copy(files_of(tmp_path, RUN))
     written: list[str] = []
-    bucket.write = lambda key, data: written.append(key)  # type: ignore[method-assign]
+
+    def note(key: str, data: bytes, version: str | None = None) -> str:
+        written.append(key)
+        return "noted"
+
+    bucket.write = bucket.swap = note  # type: ignore[method-assign,assignment]
     folder.copy(files_of(tmp_path, RUN))
     again = Folder(bucket, "run", tmp_path)
     again.copy(files_of(tmp_path, RUN))

@@ -10,8 +10,11 @@ from scene import GRID, SCRIPT, Place, lines, place
 from sda_ray.checkpoint import RunPath
 from sda_ray.cli import main
 from sda_ray.config import load_config
+from sda_ray.definition import load_script
+from sda_ray.errors import UserError
 from sda_ray.holder import holder
 from sda_ray.pruner import Record
+from sda_ray.sweep import Options, launch
 
 __all__ = ["place"]  # fixtures
 
@@ -166,6 +169,20 @@ def test_killed_and_extended_sweep_loses_nothing(
 
     complete = [r for r in records if r.state == "complete" and r.attempt > 1]
     assert all(place.same_as_alone(r) for r in complete[-2:])
+
+
+def test_sweep_in_a_bucket_is_not_driven_without_what_copies_it(place: Place) -> None:
+    r"""As if the driver that was to take a request up had ended just before."""
+
+    runs = place.root / "other"
+    options = Options(place.root, runs, place.root / "data", bucket="s3://lab-bucket/runs")
+
+    with pytest.raises(UserError, match=r"has ended just now.*copies to s3://lab-bucket/runs"):
+        launch(load_script(place.root / "tiny.py"), options)
+
+    directory = runs / "sweeps" / "tiny"
+    assert (holder(directory / "lease.json") or {"pid": 1})["pid"] is None
+    assert not (directory / "study.journal").exists()
 
 
 def test_two_sweeps_of_one_script_side_by_side_and_divergence(place: Place) -> None:
