@@ -137,7 +137,7 @@ def carry_out(
                 house,
             )
             study.journal.stopping = lambda: driver.stopping
-            slots.avoided = driver.losses.avoided
+            slots.avoided, slots.forgive = driver.losses.avoided, driver.losses.forgive
             _drive(driver, slots, options, table, package)
             runs = options.bucket or options.runs
             address = None if options.job else options.address  # a job's Ray ends with it

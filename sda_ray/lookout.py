@@ -127,9 +127,16 @@ class Lookout(Callback):
         dead = {node["NodeID"] for node in ray.nodes() if not node["Alive"]}
 
         for name, (reason, until) in list(self.doubts.items()):
-            if (gone := self.nodes.get(name) in dead) or time.monotonic() > until:
+            if (gone := self._node(name) in dead) or time.monotonic() > until:
                 del self.doubts[name]
                 self.driver.lose(name, reason, "node" if gone else "worker")
+
+    def _node(self, name: str) -> str:
+        r"""Returns the node of a trial: where it has reported from, or else was started."""
+
+        started = self.driver.losses.places.get(self.driver.live.get(name, 0), ("", ""))
+
+        return self.nodes.get(name, started[0])
 
     def lose(self, trial: Any) -> None:
         r"""Finds out what a trial was lost to, and lets the driver know."""

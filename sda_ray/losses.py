@@ -2,7 +2,7 @@ r"""What is lost in a sweep without any fault of its own, and how often it may b
 
 import logging
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -64,7 +64,8 @@ class Losses:
 
     def __init__(self) -> None:
         self.places: dict[int, tuple[str, str]] = {}  # index of a run -> id and name of its node
-        self.strikes: Counter[str] = Counter()  # id of a node -> workers that died there in a row
+        self.strikes: dict[str, list[int]] = defaultdict(list)  # id of a node -> runs lost there
+        self.blamed: set[int] = set()  # runs that are the reason themselves, wherever they are
         self.avoided: dict[str, str] = {}  # ids of nodes where no trial may start -> why
 
     def count(self, study: Study, record: Record, cause: str, reason: str) -> str:
@@ -88,31 +89,72 @@ class Losses:
         self._strike(record, reason)
 
         if (lost := study.lose(record).lost) > LOST:
+            self._blame({record.index})
             return f"its worker died {lost} times, last of: {reason}"
 
         return ""
 
     def _strike(self, record: Record, reason: str) -> None:
         id, name = self.places.get(record.index, ("", ""))
-        self.strikes[id] += 1
+        leaving = id in self.avoided and id not in self.strikes
 
-        if id and self.strikes[id] >= STRIKES and id not in self.avoided:
-            why = f"node {name}: {self.strikes[id]} workers in a row died there, last of: {reason}"
+        if not id or leaving or record.index in self.blamed:
+            return
+
+        self.strikes[id].append(record.index)
+
+        if (deaths := len(self.strikes[id])) >= STRIKES and id not in self.avoided:
+            why = f"node {name}: {deaths} workers in a row died there, last of: {reason}"
             self.avoided[id] = why
             logger.warning("%s. No trial of this sweep starts there any more.", why)
 
     def acquit(self, index: int) -> None:
-        r"""Takes in that an attempt at a run has come to its own end: its node is fine."""
+        r"""Takes in that an attempt at a run has come to its own end: its node is fine.
 
-        self.strikes.pop(self.places.get(index, ("", ""))[0], None)
+        If it is avoided, then for good, unless all that died there was one other run.
+        """
+
+        id, _ = self.places.get(index, ("", ""))
+
+        if id not in self.avoided:
+            self.strikes.pop(id, None)
+        elif index not in (died := {*self.strikes.get(id, ())}) and len(died) == 1:
+            self._blame(died)
+
+    def forgive(self) -> bool:
+        r"""Gives back the nodes that are avoided for the deaths of one run alone, if there are any.
+
+        To be called when no other node is left: from now on, the run is held to be the reason.
+        """
+
+        sole = [{*died} for id, died in self.strikes.items() if id in self.avoided]
+        runs = {run for died in sole if len(died) == 1 for run in died}
+        self._blame(runs)
+
+        return bool(runs)
+
+    def _blame(self, runs: set[int]) -> None:
+        r"""Takes runs for the reason of their deaths, and no longer the nodes where only they died."""
+
+        self.blamed |= runs
+
+        for id, died in list(self.strikes.items()):
+            if runs and {*died} <= self.blamed:
+                del self.strikes[id]
+
+                if why := self.avoided.pop(id, ""):
+                    who = " and ".join(f"run {index}" for index in sorted({*died}))
+                    node = why.partition(":")[0]
+                    logger.warning("Trials may start on %s again: only %s died.", node, who)
 
     def leave(self, index: int) -> None:
         r"""Takes in that the node of a run is about to go: no trial starts there any more."""
 
         id, name = self.places.get(index, ("", ""))
 
-        if id and id not in self.avoided:
-            self.avoided[id] = f"{name} is leaving"
+        if id and self.avoided.get(id) != (why := f"{name} is leaving"):
+            self.strikes.pop(id, None)  # nothing gives it back
+            self.avoided[id] = why
             logger.warning("Node %s is leaving the cluster: its trials go on elsewhere.", name)
 
 

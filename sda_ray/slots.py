@@ -2,7 +2,7 @@ r"""How many trials fit at a time, on what is up of a cluster and on what it may
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .cluster import local_cpus, local_gpus
@@ -46,6 +46,7 @@ class Slots:
         self.wanted = {key: x for key, x in {"CPU": cpus, "GPU": gpus}.items() if x > 0}
         self.most = most
         self.avoided: Mapping[str, str] = {}  # nodes where no trial may start -> why
+        self.forgive: Callable[[], bool] = lambda: False  # gives some of them back, if it can
         self.growth: Growth | None = None  # what the cluster may start, once it was checked
         self._count = 0
         self._counted = self._room = -FRESH
@@ -91,7 +92,7 @@ class Slots:
         bad = [why for why in self.avoided.values() if why.startswith(BAD)]
         fit = {node["NodeID"] for node in _nodes() if self._on(node["Resources"])}
 
-        if seconds > LAST and bad and fit <= set(self.avoided):
+        if seconds > LAST and bad and fit <= set(self.avoided) and not self.forgive():
             raise UserError(
                 f"there is no node left for a trial: {'; '.join(dict.fromkeys(bad))}. Look at "
                 "Ray's logs on them (/tmp/ray/session_latest/logs), then carry on with the same "

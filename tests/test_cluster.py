@@ -55,6 +55,20 @@ with connect(modules=["colorsys"]) as scratch:
         Slots(64, 0).check()
     except ValueError as error:
         said["refused"] = str(error)
+
+    slots, asked = Slots(1, 0), []
+    slots.avoided = {node["NodeID"]: "node bad: 3 workers in a row died there"}
+    slots.forgive = lambda: asked.append(1) or len(asked) == 1
+    slots._complain(59)
+    said["asked"] = [len(asked)]
+    slots._complain(61)  # some are given back
+    said["asked"].append(len(asked))
+
+    try:
+        slots._complain(61)
+    except ValueError as error:
+        said["left"] = str(error)
+
     print(json.dumps(said), flush=True)
     sys.stdin.readline()
 """
@@ -119,6 +133,10 @@ def test_ray_of_our_own_is_private_and_leaves_nothing(place: Path) -> None:
 
     assert "a trial wants CPU=64, but node " in said["refused"]
     assert "--cpus-per-trial" in said["refused"]
+
+    # Nothing is given up before it is known that no node is to be had
+    assert said["asked"] == [0, 1]
+    assert "no node left for a trial: node bad: 3 workers in a row died" in said["left"]
 
     # Nobody else gets in
     env = {**os.environ, "HOME": str(place / "tmp"), "RAY_AUTH_MODE": "token"}

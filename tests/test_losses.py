@@ -144,3 +144,120 @@ def test_node_that_leaves_is_avoided(study: Study, caplog: pytest.LogCaptureFixt
 
     assert losses.avoided == {"id-1": "spot is leaving"}
     assert caplog.text.count("Node spot is leaving") == 1
+
+
+def die(losses: Losses, study: Study, index: int, node: str, times: int = 1) -> str:
+    r"""Lets workers of a run die on a node, and returns why the run is given up, or nothing."""
+
+    losses.places[index], said = (node, node), ""
+
+    for _ in range(times):
+        record = next(record for record in study.records() if record.index == index)
+        said = losses.count(study, record, "worker", "SIGSEGV")
+
+    return said
+
+
+def end(losses: Losses, index: int, node: str) -> None:
+    r"""Lets a run come to its own end on a node."""
+
+    losses.places[index] = (node, node)
+    losses.acquit(index)
+
+
+def test_node_where_one_run_alone_died_is_given_back_with_the_run_given_up(
+    study: Study, caplog: pytest.LogCaptureFixture
+) -> None:
+    losses = Losses()
+    add(study)
+    die(losses, study, 1, "one", times=2)
+    assert losses.avoided == {}
+
+    die(losses, study, 1, "one")
+    end(losses, 1, "one")
+    assert list(losses.avoided) == ["one"]
+
+    assert die(losses, study, 1, "two", times=2) == ""
+    assert list(losses.avoided) == ["one"]
+
+    assert "its worker died 6 times" in die(losses, study, 1, "two")
+    assert losses.avoided == {}
+    assert "Trials may start on node one again: only run 1 died" in caplog.text
+
+
+def test_node_where_one_run_alone_died_is_given_back_when_another_ends_there(
+    study: Study,
+) -> None:
+    losses = Losses()
+    add(study)
+    die(losses, study, 1, "one", times=3)
+    end(losses, 2, "two")
+    assert list(losses.avoided) == ["one"]
+
+    end(losses, 2, "one")
+    assert losses.avoided == {}
+
+    die(losses, study, 1, "two", times=2)
+    assert losses.strikes == {}  # it is known for it
+
+
+def test_node_where_two_runs_died_stays_avoided(study: Study) -> None:
+    losses = Losses()
+
+    for _ in range(3):
+        add(study)
+
+    die(losses, study, 1, "one", times=2)
+    die(losses, study, 2, "one")
+    end(losses, 3, "one")
+    assert not losses.forgive()
+
+    die(losses, study, 1, "two", times=3)
+    assert list(losses.avoided) == ["one", "two"]
+
+    assert "died 6 times" in die(losses, study, 1, "three")
+    assert list(losses.avoided) == ["one"]
+
+
+def test_run_for_whose_deaths_nodes_were_forgiven_is_not_held_against_nodes(
+    study: Study, caplog: pytest.LogCaptureFixture
+) -> None:
+    losses = Losses()
+
+    for _ in range(3):
+        add(study)
+
+    assert not losses.forgive()
+
+    die(losses, study, 1, "one", times=3)
+    die(losses, study, 2, "two", times=2)
+    die(losses, study, 3, "two")
+    assert losses.forgive() and list(losses.avoided) == ["two"]
+    assert not losses.forgive()
+    assert caplog.text.count("Trials may start on") == 1
+
+    die(losses, study, 1, "three", times=2)
+    die(losses, study, 2, "three", times=2)
+    assert list(losses.avoided) == ["two"]
+
+
+def test_node_that_leaves_is_never_given_back(study: Study) -> None:
+    losses = Losses()
+
+    for _ in range(3):
+        add(study)
+
+    # One where somebody has died, one that is avoided for it, one where somebody dies later
+    die(losses, study, 1, "one", times=2)
+    die(losses, study, 2, "two", times=3)
+
+    for index, node in enumerate(("one", "two", "three"), 1):
+        losses.places[index] = (node, node)
+        losses.leave(index)
+
+    end(losses, 3, "one")
+    die(losses, study, 1, "three", times=3)
+    assert not losses.forgive()
+
+    assert "died 6 times" in die(losses, study, 1, "four")
+    assert losses.avoided == {node: f"{node} is leaving" for node in ("one", "two", "three")}
