@@ -85,8 +85,9 @@ def _run(words: Sequence[str]) -> int:
         with _workers(others, head.address, token):
             code = _drive(words, head, heard, end)
 
-    if code == LATER or (code != 0 and signal.SIGUSR1 in heard):
-        return _requeue(job)
+            # First: to let go of nodes may take longer than what is left
+            if code == LATER or (code != 0 and signal.SIGUSR1 in heard):
+                code = _requeue(job)
 
     return code
 

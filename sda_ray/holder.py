@@ -19,6 +19,7 @@ __all__ = [
     "end_holder",
     "holder",
     "is_alive",
+    "is_here",
     "place",
     "pulse",
     "started",
@@ -134,16 +135,18 @@ def verdict(found: dict[str, Any]) -> bool | None:
     if found.get("pid") is None:
         return False
 
-    if _is_here(found):
+    if is_here(found):
         return started(found["pid"]) == found.get("started")
 
     here = place()
-    same = all(found.get(key) == here[key] for key in ("host", "machine"))
+    same = here["machine"] and all(found.get(key) == here[key] for key in ("host", "machine"))
 
     return False if same and found.get("boot") != here["boot"] else None  # it was rebooted
 
 
-def _is_here(found: dict[str, Any]) -> bool:
+def is_here(found: dict[str, Any]) -> bool:
+    r"""Tells whether the number of a holder's process means here what it meant to the holder."""
+
     return all(found.get(key) == value for key, value in place().items())
 
 
@@ -177,7 +180,7 @@ def end_holder(found: dict[str, Any]) -> None:
 
     pid = found["pid"]
 
-    if pid in (None, os.getpid()) or found.get("agent") or not _is_here(found):
+    if pid in (None, os.getpid()) or found.get("agent") or not is_here(found):
         return
 
     deadline = time.monotonic() + DEATH

@@ -19,7 +19,7 @@ from .config import Config, load_config
 from .curves import check_regular, last_metrics
 from .errors import UserError
 from .files import read_json
-from .holder import STALE, holder, is_alive, place
+from .holder import STALE, holder, verdict
 
 __all__ = [
     "SORTS",
@@ -186,15 +186,11 @@ def is_held(path: RunPath, quiet: float = STALE) -> bool:
     """
 
     with contextlib.suppress(OSError, UserError):
-        found, here = holder(check_regular(path.lease)), place()
-
-        if found is None or found["pid"] is None:
+        if (found := holder(check_regular(path.lease))) is None:
             return False
 
-        same_space = (found["boot"], found["space"]) == (here["boot"], here["space"])
-
-        if found["host"] == here["host"] and (same_space or found["boot"] != here["boot"]):
-            return is_alive(path.lease, patience=0)  # its process decides, at once
+        if (known := verdict(found)) is not None:
+            return known
 
         return time.time() - path.lease.stat().st_mtime < quiet
 

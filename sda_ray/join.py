@@ -60,7 +60,6 @@ def join(
 
         while (head := _await_head(runs, name, last, 60 * wait, asked)) is not None:
             last = head["attempt"]
-            _check_reach(name, head)
             ip = own_ip(head["ip"])
 
             with member(find_token(directory), head["address"], ip, cpus, gpus) as node:
@@ -140,7 +139,7 @@ def _await_head(
 ) -> dict[str, Any] | None:
     r"""Returns where a sweep runs, other than before; None once there is no reason to wait."""
 
-    until = time.monotonic() + wait
+    until, silent = time.monotonic() + wait, ""
 
     while not asked():
         if wait == 0 or sweep_directory(runs, name).is_dir():
@@ -148,7 +147,15 @@ def _await_head(
             head = read_head(sweep_directory(runs, name))
 
             if head is not None and head["attempt"] > last:
-                return head
+                _check_reach(name, head)
+
+                if wait == 0 or _answers(head):
+                    return head
+
+                if head["address"] != silent:
+                    silent = head["address"]
+                    said = f"Nobody answers at {silent}, where sweep '{name}' ran last: waiting."
+                    print(said, flush=True)
 
         if time.monotonic() >= until:
             if last:
@@ -162,6 +169,19 @@ def _await_head(
         time.sleep(min(LOOK, 0.1 + wait))
 
     return None
+
+
+def _answers(head: dict[str, Any]) -> bool:
+    r"""Tells whether there is still somebody where a sweep says that it runs."""
+
+    host, _, port = head["address"].rpartition(":")
+
+    try:
+        socket.create_connection((host, int(port)), LOOK).close()
+    except (OSError, ValueError):
+        return False
+
+    return True
 
 
 def _check_reach(name: str, head: dict[str, Any]) -> None:

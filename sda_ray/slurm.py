@@ -94,6 +94,10 @@ def _check(args: argparse.Namespace) -> None:
         if re.search(r"[\n\r]", word):
             raise UserError(f"{word!r} has a line break: a line of the script has one option.")
 
+    for path in filter(None, (args.root, args.runs, args.data, args.output, args.sweep)):
+        if re.search(r"[\n\r]", word := os.path.abspath(path)):  # the rest would be a command
+            raise UserError(f"{word!r} has a line break: the script of a job cannot name it.")
+
     signal = [word for word in args.sbatch if word.startswith("--signal")]
 
     if signal and "B:USR1@" not in " ".join(args.sbatch):

@@ -7,7 +7,7 @@ from typing import Any
 
 from .archive import read_sweep, sweep_directory
 from .errors import UserError
-from .holder import STALE, holder, is_alive, place, pulse
+from .holder import STALE, holder, is_alive, is_here, pulse
 from .mailbox import mailbox_of, post, take, wait
 
 __all__ = ["Absent", "ask", "ask_for", "live", "stop_sweep", "watch"]
@@ -49,7 +49,7 @@ def ask(directory: Path, kind: str, **content: Any) -> str:
     file, box, name = directory / "lease.json", mailbox_of(directory), directory.name
     found = holder(file)
 
-    if found is None or found["pid"] is None or (_is_here(found) and not is_alive(file)):
+    if found is None or found["pid"] is None or (is_here(found) and not is_alive(file)):
         raise Absent(
             f"nobody is at sweep '{name}' now. `sda-ray sweep {name}` carries it on, and takes "
             "what is wanted of it as options."
@@ -73,7 +73,7 @@ def ask(directory: Path, kind: str, **content: Any) -> str:
         answer is None
         and untouched
         and holder(file) == found
-        and (not _is_here(found) or is_alive(file))
+        and (not is_here(found) or is_alive(file))
     ):
         raise UserError(
             f"{driver} gives no answer. Nothing was changed. Is it frozen, or its disk? If it is "
@@ -130,10 +130,6 @@ def ask_for(
         ask(directory, "enqueue", items=list(queue))
 
 
-def _is_here(found: dict[str, Any]) -> bool:
-    return all(found[key] == x for key, x in place().items())
-
-
 def watch(file: Path, found: dict[str, Any]) -> Callable[[], bool]:
     r"""Returns what tells whether the holder of a lease seems to live, without waiting for it."""
 
@@ -145,7 +141,7 @@ def watch(file: Path, found: dict[str, Any]) -> Callable[[], bool]:
         if holder(file) != found:
             return False
 
-        if _is_here(found):
+        if is_here(found):
             return is_alive(file)
 
         if (now := pulse(file)) != last:

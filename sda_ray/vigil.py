@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import RunPath
-from .holder import holder, is_alive, place, pulse
+from .holder import holder, is_alive, is_here, pulse
 from .lease import HEARTBEAT
 from .pruner import Record
 from .watchdog import OTHER, STACKS, TAKEN
@@ -96,12 +96,7 @@ def end(path: RunPath, record: Record, silent: float) -> str:
 
     agent = bool(found.get("agent"))  # which holds the leases of others, too
 
-    if (
-        pid
-        and not agent
-        and all(found[key] == x for key, x in place().items())
-        and is_alive(path.lease)
-    ):
+    if pid and not agent and is_here(found) and is_alive(path.lease):
         state = ", ".join(filter(None, (_proc(pid, name) for name in ("status", "wchan"))))
 
         with suppress(OSError):

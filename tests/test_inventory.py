@@ -94,14 +94,15 @@ def test_killed_process_holds_nothing(a: RunPath) -> None:
     assert entry_of(a).status == "interrupted"
 
 
+@pytest.mark.parametrize("key", ["host", "machine"])
 @pytest.mark.parametrize(
     ("seconds", "status"), [(0, "running"), (30, "running"), (600, "interrupted")]
 )
 def test_holder_elsewhere_is_judged_by_its_heartbeat_at_once(
-    a: RunPath, seconds: float, status: str
+    a: RunPath, seconds: float, status: str, key: str
 ) -> None:
     rewrite(a, status="running")
-    lease_of(a, host="another", boot="another", pid=1, started="1")
+    lease_of(a, **{key: "another", "boot": "another"}, pid=1, started="1")
     os.utime(a.lease, times=(time.time() - seconds,) * 2)
     start = time.monotonic()
 

@@ -1,13 +1,16 @@
 r"""Tests for sda_ray.join and sda_ray.head: machines that come to a sweep, and go again."""
 
+import json
 import os
 import re
 import signal
+import socket
 import stat
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ import pytest
 from sda_ray.archive import sweep_directory, write_sweep
 from sda_ray.errors import UserError
 from sda_ray.head import announced, find_token, is_again, read_head
-from sda_ray.join import join
+from sda_ray.join import _await_head, join
 from sda_ray.lease import Lease
 
 SWEEP = """
@@ -151,6 +154,45 @@ def test_machine_is_told_when_there_is_nothing_to_join(tmp_path: Path) -> None:
 
     with pytest.raises(UserError, match="--gpus is -1, but must be at least 0"):
         join(tmp_path, "shared", gpus=-1)
+
+
+def test_who_waits_passes_over_an_address_where_nobody_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sda_ray.join.LOOK", 0.1)
+    directory = sweep_directory(tmp_path, "shared")
+    directory.mkdir(parents=True)
+    gone, here = (socket.create_server(("127.0.0.1", 0)) for _ in range(2))
+    stale, living = (f"127.0.0.1:{x.getsockname()[1]}" for x in (gone, here))
+    gone.close()
+    old = take(directory)
+
+    # A driver whose machine was lost leaves its notice
+    with ThreadPoolExecutor() as pool, here, announced(directory, old, stale, None):
+        waiting = pool.submit(_await_head, tmp_path, "shared", 0, 60.0, lambda: "")
+        time.sleep(1)
+        assert not waiting.done()
+
+        new = take(directory, takeover=True)
+
+        with announced(directory, new, living, None):
+            head = waiting.result(timeout=30)
+
+    assert head is not None and (head["address"], head["attempt"]) == (living, 2)
+    said = f"Nobody answers at {stale}, where sweep 'shared' ran last: waiting.\n"
+    assert capsys.readouterr().out == said
+    old.release()
+    new.release()
+
+
+def test_ray_that_only_its_own_host_reaches_is_not_waited_for(tmp_path: Path) -> None:
+    directory = sweep_directory(tmp_path, "shared")
+    directory.mkdir(parents=True)
+    head = {"host": "elsewhere", "ip": "127.0.0.1", "address": "127.0.0.1:1", "attempt": 1}
+    (directory / "head.json").write_text(json.dumps(head))
+
+    with pytest.raises(UserError, match=r"runs on elsewhere, whose Ray listens on 127\.0\.0\.1"):
+        join(tmp_path, "shared", wait=0.05)
 
 
 def wait(condition: Callable[[], Any], *processes: "subprocess.Popen[str]") -> None:

@@ -12,8 +12,9 @@ import pytest
 
 from sda_ray import lease as leases
 from sda_ray.errors import UserError
-from sda_ray.holder import holder, is_alive, place
+from sda_ray.holder import holder, is_alive, place, verdict
 from sda_ray.lease import Lease, LeaseLost
+from sda_ray.steering import watch
 
 HOLD = """
 import sys, time
@@ -186,6 +187,27 @@ def test_holder_in_another_container_is_not_judged_by_its_pid(file: Path) -> Non
     start = time.monotonic()
     assert not is_alive(file, patience=0.3)
     assert time.monotonic() - start >= 0.3
+
+
+def test_machine_that_was_rebooted_is_told_from_another_of_its_name(file: Path) -> None:
+    known = bool(place()["machine"])
+    Lease(file, "run x")
+    from_elsewhere(file, **place() | {"boot": "other"})
+    assert verdict(holder(file) or {}) is (False if known else None)
+
+    for machine in ("other", ""):
+        from_elsewhere(file, **place() | {"boot": "other", "machine": machine})
+        assert verdict(holder(file) or {}) is None
+
+
+def test_lease_of_a_version_that_knew_no_machines_is_watched(file: Path) -> None:
+    Lease(file, "run x")
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({key: x for key, x in content.items() if key != "machine"}))
+    found = holder(file)
+
+    assert found is not None and verdict(found) is None
+    assert watch(file, found)()
 
 
 @pytest.mark.parametrize(

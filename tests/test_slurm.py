@@ -6,6 +6,7 @@ import shutil
 import signal
 import stat
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -33,6 +34,8 @@ echo "$(basename "$0") $*" >> "$SAID"
 case "$(basename "$0") $*" in
     *%T*) echo "${STATE:-RUNNING}" ;;
     *%L*) echo 1:00:00 ;;
+    *hostnames*) echo n1; echo 127.0.0.1 ;;
+    srun*) cat > /dev/null; sleep 3; echo "all have left" >> "$SAID" ;;
     sbatch*) echo "Submitted batch job 7" ;;
 esac
 """
@@ -52,7 +55,7 @@ def slurm(tmp_path: Path) -> dict[str, str]:
 
     (tmp_path / "bin").mkdir()
 
-    for name in ("sbatch", "squeue", "scontrol"):
+    for name in ("sbatch", "squeue", "scontrol", "srun"):
         file = tmp_path / "bin" / name
         file.write_text(STAND_IN)
         file.chmod(0o755)
@@ -132,6 +135,9 @@ def test_wish_of_the_user_takes_the_place_of_ours(
         (["--fork"], "--fork needs --name"),
         (["--", "nodes=2"], "'nodes=2' is no option of sbatch"),
         (["--", "--comment=a\nb"], "has a line break"),
+        (["--root=a\nb"], "has a line break"),
+        (["--runs=a\nb"], "has a line break"),
+        (["--output=a\nb"], "has a line break"),
         (["--", "--signal=TERM@60"], "understands --signal=B:USR1@SECONDS"),
         (["--submit"], "there is no sbatch here"),
         (["learning_rates=1"], "Did you mean 'learning_rate'?"),
@@ -144,7 +150,7 @@ def test_mistake_is_told_before_a_job_waits_for_days(
 
     assert done.returncode == 2
     assert said in done.stderr
-    assert not (tmp_path / "runs/sweeps/jobs/slurm.sh").exists()
+    assert not list(tmp_path.rglob("slurm.sh")) and not list(tmp_path.glob("a*"))
 
 
 @pytest.fixture
@@ -233,6 +239,27 @@ def test_job_is_requeued_when_its_time_is_up_and_done_when_the_sweep_is(
     assert len(list(tmp_path.glob("runs/*/state.pth"))) == 1
     assert (holder(directory / "lease.json") or {})["attempt"] == 2
     assert "queue/2" not in (directory / "study.journal").read_text()
+
+
+def test_job_is_requeued_before_its_nodes_are_let_go_of(
+    slurm: dict[str, str], env: dict[str, str], tmp_path: Path, short: Path
+) -> None:
+    r"""To let go of one that is cut off takes longer than what is left."""
+
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_CPUS_ON_NODE": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sda_ray.allocation", "missing"],
+        env=env | slurm | job | {"TMPDIR": str(short), "SDA_RAY_ROOT": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None and "job 7" in process.stdout.readline()
+    process.send_signal(signal.SIGUSR1)
+    out, _ = process.communicate(timeout=300)
+    said = Path(slurm["SAID"]).read_text().splitlines()
+
+    assert process.returncode == 75, out
+    assert said[-2:] == ["scontrol requeue 7", "all have left"]
 
 
 def readable(file: Path) -> bool:

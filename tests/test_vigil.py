@@ -1,5 +1,6 @@
 r"""Tests for sda_ray.vigil: a process without a sign of life is found, and nothing else is."""
 
+import json
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 
 from sda_ray.checkpoint import RunPath
 from sda_ray.holder import holder
-from sda_ray.lease import HEARTBEAT
+from sda_ray.lease import HEARTBEAT, Lease
 from sda_ray.pruner import Record
 from sda_ray.vigil import AWAY, BEATS, Vigil, end
 
@@ -113,3 +114,11 @@ def test_run_without_a_directory_or_a_process_is_ended_without_harm(
     assert vigil.path(Record(2, "zzzzzzzz", "running", 9, 9)) is None
     assert holder(path.lease) is None
     assert "from process None" in end(path, RECORD, time.monotonic())
+
+
+def test_process_of_which_the_machine_is_not_known_is_left_alone(path: RunPath) -> None:
+    Lease(path.lease, "a run")
+    content = json.loads(path.lease.read_text())
+    path.lease.write_text(json.dumps({k: x for k, x in content.items() if k != "machine"}))
+
+    assert f"from process {os.getpid()} on " in end(path, RECORD, 31.0)
