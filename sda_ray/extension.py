@@ -84,7 +84,7 @@ def describe_extension(path: RunPath, fingerprint: str, device: str) -> dict[str
 
     find_start(path)
     described = {"parent": path.id, "extends": path.id, "exact": record.get("exact", False)}
-    described |= {"rungs": record["rungs"]} if "rungs" in record else {}  # judged as it was
+    described |= {"rungs": record["rungs"]} if record.get("rungs") else {}  # judged as it was
 
     if (attempts := record.get("attempts")) and (
         differs := differences(attempts[0], provenance(device))
