@@ -22,7 +22,7 @@ from .files import write_json
 from .holder import holder
 from .lease import Lease, LeaseLost
 from .mailbox import Request, answer, mailbox_of, pending, take, tidy
-from .pruner import Record
+from .pruner import Record, counted
 from .record import read_record
 
 __all__ = ["Desk", "attended"]
@@ -190,7 +190,7 @@ class Desk:
         driver.retarget(target)
         driver.rules = replace(driver.rules, target=target)
         driver.exhausted = False
-        more = target - self._count()
+        more = target - counted(driver.study.records())
 
         if more > 0:
             return f"sweep '{self.name}' goes on to {target} trials: {more} more"
@@ -199,11 +199,6 @@ class Desk:
             f"sweep '{self.name}' is to have {target} trials and has {target - more}: no new ones "
             "are started"
         )
-
-    def _count(self) -> int:
-        records = self.driver.study.records()
-
-        return sum(not record.source and record.state != "failed" for record in records)
 
     def _enqueue(self, content: dict[str, Any]) -> str:
         driver, items = self.driver, content.get("items")
@@ -227,7 +222,7 @@ class Desk:
             driver.study.enqueue(item)
 
         driver.exhausted = False
-        room = max(0, driver.rules.target - self._count())
+        room = max(0, driver.rules.target - counted(driver.study.records()))
         count = len(items)
         said = f"{count} configuration{'s' * (count > 1)} queued, to be tried next"
 

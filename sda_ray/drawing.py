@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from .checkpoint import new_id
-from .pruner import Record, Rules
+from .pruner import Record, Rules, counted
 from .study import Study
 
 __all__ = ["Propose", "draw_run"]
@@ -19,7 +19,7 @@ Propose = Callable[[Sequence[Record], dict[str, Any] | None], Any]
 def draw_run(
     study: Study, records: list[Record], rules: Rules, config: dict[str, Any], propose: Propose
 ) -> Record | None:
-    r"""Adds a new run to a study, or returns None if there is nothing new to try.
+    r"""Adds a new run to a study, or returns None, and says so, if there is nothing new.
 
     A queued configuration that cannot be tried is dropped, with a warning: it has a run already,
     or does not fit the space.
@@ -43,6 +43,8 @@ def draw_run(
         study.dequeue(number)
 
     if drawn is None and (drawn := propose(records, None)) is None:
+        runs, target = counted(records), rules.target
+        logger.warning("SPACE has no more configurations: %s runs of %s trials.", runs, target)
         return None
 
     values, trial = drawn

@@ -9,7 +9,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, IntD
 from .pruner import Record
 from .seen import Asking, Distributions, Draw
 
-__all__ = ["Misfit", "combinations", "first", "take"]
+__all__ = ["Endless", "Misfit", "combinations", "first", "take"]
 
 
 def combinations(
@@ -67,7 +67,11 @@ def _options(name: str, distribution: BaseDistribution, fixed: Mapping[str, Any]
     elif isinstance(distribution, IntDistribution) and not distribution.log:
         return range(distribution.low, distribution.high + 1, distribution.step)
 
-    raise ValueError(f"{name} has no finite set of options, which sampler='grid' needs")
+    raise Endless(f"{name} has no finite set of options, which sampler='grid' needs")
+
+
+class Endless(ValueError):
+    r"""Signals a parameter with more options than can be gone through."""
 
 
 class Misfit(ValueError):

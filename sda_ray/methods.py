@@ -4,6 +4,8 @@ import copy
 import heapq
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -11,13 +13,14 @@ import optuna
 from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-from .grid import first, take
+from .grid import Endless, combinations, first, take
 from .pruner import Record
 from .seen import Asking, Distributions, Draw, frozen, study_of, view
 
 __all__ = ["REDRAWS", "draws", "new"]
 
-REDRAWS = 100  # draws without a new configuration after which the space counts as exhausted
+REDRAWS = 100  # draws without a new configuration, after which combinations are gone through
+REST = 4096  # of these, if their number is finite, after which the space counts as exhausted
 CROWD = 1000  # runs above which TPE sees the best and the newest alone, so that draws stay quick
 ELITE = 100  # of these, the best: TPE takes 25 of them for good
 POPULATION = 20  # runs in a generation of NSGA-II: sweeps have tens to hundreds of runs
@@ -37,7 +40,7 @@ def draws(
     objectives: int,
     group: Callable[[int], int] | None,
 ) -> Iterator[tuple[dict[str, Any], Asking]]:
-    r"""Yields draws, each by a sampler with a seed of its own, up to a few."""
+    r"""Yields draws, each by a sampler with a seed of its own, up to a few; then what is left."""
 
     number = len(records)
     kin = [r for r in records if group is None or group(r.index - 1) == group(number)]
@@ -54,7 +57,8 @@ def draws(
     study, kinds = study_of(trials, objectives), _kinds(trials, objectives)
 
     for i in range(REDRAWS):
-        method = _sampler(sampler, (seed, number, i), kinds)
+        # A model that is sure of itself repeats itself: that says nothing about the space
+        method = _sampler(sampler if i < REDRAWS // 2 else "random", (seed, number, i), kinds)
         space = method.infer_relative_search_space(study, new(number))
         joint = method.sample_relative(study, new(number), space)
 
@@ -78,6 +82,9 @@ def draws(
 
         if trial.params.keys() <= fixed.keys():
             return  # it would be the same again
+
+    with suppress(Endless):
+        yield from islice(combinations(draw, records, fixed, current), REST)
 
 
 def _kinds(trials: Sequence[FrozenTrial], objectives: int) -> optuna.Study:

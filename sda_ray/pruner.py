@@ -14,7 +14,18 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-__all__ = ["FINAL", "Action", "Record", "Rules", "Stops", "decide", "order", "reveal", "top"]
+__all__ = [
+    "FINAL",
+    "Action",
+    "Record",
+    "Rules",
+    "Stops",
+    "counted",
+    "decide",
+    "order",
+    "reveal",
+    "top",
+]
 
 STEADY = ("median", "percentile", "patience")  # rules that ask at even distances
 FINAL = (*STEADY, "hyperband")  # rules by which a run that is stopped never goes on
@@ -158,6 +169,12 @@ class Action:
     record: Record | None = None
     until: int = 0
     shown: int | None = None
+
+
+def counted(records: Sequence[Record]) -> int:
+    r"""Returns the number of runs that count as trials of the sweep."""
+
+    return sum(not record.source and record.state != "failed" for record in records)
 
 
 def order(record: Record) -> tuple[int, int, float, int]:

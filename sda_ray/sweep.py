@@ -171,7 +171,8 @@ def launch(sweep: Sweep, options: Options, wishes: Wishes = NOTHING) -> None:
         lease.release()
 
     records, matter = study.records(), importances(study.study)
-    conclude(sweep.name, sweep.trials, records, directory, options.runs, matter)
+    target = read_sweep(options.runs, sweep.name)["trials"]  # it may have been changed since
+    conclude(sweep.name, target, records, directory, options.runs, matter)
 
 
 def record_of(sweep: Sweep, options: Options, info: DataInfo) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from .checkpoint import RunPath
 from .config import format_value
-from .pruner import Record, Rules, order
+from .pruner import Record, Rules, counted, order
 from .render import size as show_size
 
 __all__ = ["LiveTable", "announce", "conclude", "leaderboard"]
@@ -291,10 +291,22 @@ def conclude(
     journal = os.path.relpath(directory / "study.journal")
     print(f"Its weights:        {here}/state.pth\n")
     print("What next?")
-    print(f"  sda-ray sweep {title} --trials {2 * target}   # go on searching")
+
+    if not _exhausted(records, target):
+        print(f"  sda-ray sweep {title} --trials {2 * target}   # go on searching")
+
     print(f"  sda-ray train --config {run} --replicas 3   # other seeds")
     print(f"  optuna-dashboard {journal}   # curves")
     print(f"  python -c \"from sda_ray import load_score; print(load_score('{here}'))\"")
+
+
+def _exhausted(records: Sequence[Record], target: int) -> bool:
+    r"""Tells whether a sweep has ended with fewer runs than wanted, though few of them failed."""
+
+    ended = all(record.state != "running" for record in records)
+    failed = sum(record.state == "failed" and not record.source for record in records)
+
+    return ended and counted(records) < target and failed <= Rules(target, 1).failures
 
 
 def _conclude_repeats(complete: Sequence[Record]) -> None:

@@ -1,6 +1,7 @@
 r"""Tests for sda_ray.grid, and that no configuration is drawn twice."""
 
 import json
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +10,8 @@ from playing import play, sweep_of
 from studies import lease, no_sync, study
 
 from sda_ray.config import CONFIG
-from sda_ray.pruner import Record
+from sda_ray.drawing import draw_run
+from sda_ray.pruner import Record, Rules
 from sda_ray.sampler import distributions, propose
 from sda_ray.space import choice, integer
 from sda_ray.study import Study
@@ -99,6 +101,41 @@ def test_no_configuration_is_drawn_twice_until_the_space_is_exhausted(
         study.tell(study.report(study.add(record, found[1]), {1: float(len(drawn))}), "complete")
 
     assert len({json.dumps(config) for config in drawn}) == len(drawn) == 7
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_a_sampler_that_repeats_itself_does_not_exhaust_a_space(sampler: str) -> None:
+    space = {
+        "learning_rate": choice(1e-4, 1e-3, 5e-3),
+        "weight_decay": choice(0.0, 1e-3, 1e-2),
+        "activation": choice("SiLU", "GELU"),
+    }
+
+    def value(config: dict[str, Any]) -> float:
+        return abs(math.log(config["learning_rate"] / 1e-3)) + config["weight_decay"]
+
+    records = play(sweep_of(space, sampler=sampler, pruner="none"), 99, value)
+
+    assert len({json.dumps(r.config) for r in records}) == len(records) == 18
+
+
+def test_the_last_configurations_of_a_larger_space_are_found() -> None:
+    sweep = sweep_of({"seed": integer(0, 499)}, sampler="random")
+    records = play(sweep, 999, lambda config: 1.0)
+
+    assert sorted(r.config["seed"] for r in records) == list(range(500))
+
+
+def test_it_is_said_that_a_space_is_exhausted(
+    study: Study, caplog: pytest.LogCaptureFixture
+) -> None:
+    def draw_next() -> Record | None:
+        return draw_run(study, study.records(), Rules(8, 9), CONFIG, sweep.propose)
+
+    sweep = sweep_of({"activation": choice("ELU", "GELU", "SiLU")})
+
+    assert [draw_next() is not None for _ in range(4)] == [True] * 3 + [False]
+    assert caplog.text.count("SPACE has no more configurations: 3 runs of 8 trials.") == 1
 
 
 # Grid

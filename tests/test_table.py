@@ -102,6 +102,17 @@ def test_conclusion_names_commands_that_exist(
     assert "optuna-dashboard sweeps/demo/study.journal " in out
 
 
+def test_more_trials_are_not_recommended_where_there_is_no_more_to_try(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended = [r for r in records(5) if r.state != "running"]  # one of them has failed
+
+    for target, more in {3: True, 4: False}.items():
+        conclude("demo", target, ended, runs, runs, {})
+        assert (f"--trials {2 * target} " in (out := capsys.readouterr().out)) == more
+        assert "What next?" in out and "--replicas 3" in out
+
+
 def test_conclusion_survives_lost_directories_and_sweeps_without_results(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
