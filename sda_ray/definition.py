@@ -108,14 +108,19 @@ class Sweep:
         if not callable(self.space) and self.sampler != "grid":
             return
 
-        from .sampler import sample
+        from .sampler import check_kinds, sample
 
         try:
             if self.sampler == "grid":
                 self.propose(())
 
-            for values in sample(self.draw, count=32 if callable(self.space) else 0):
+            drawn = sample(self.draw, count=32 if callable(self.space) else 0)
+
+            for values, _ in drawn:
                 check_config(self.config | values, **known)
+
+            if self.sampler == "tpe":
+                check_kinds(trial for _, trial in drawn)
         except UserError:
             raise
         except Exception as error:
@@ -189,7 +194,7 @@ class Sweep:
 
         from .sampler import sample
 
-        return {key for values in sample(self.draw, count=32) for key in values}
+        return {key for values, _ in sample(self.draw, count=32) for key in values}
 
     @property
     def rules(self) -> Rules:

@@ -199,7 +199,7 @@ def _mend(config: Any) -> Config:
 def _draw(found: Findings, sweep: Sweep, count: int) -> None:
     r"""Draws configurations, and counts what goes wrong in that."""
 
-    from .sampler import sample
+    from .sampler import check_kinds, sample
 
     faults: Counter[str] = Counter()
     cases: dict[str, str] = {}
@@ -224,11 +224,17 @@ def _draw(found: Findings, sweep: Sweep, count: int) -> None:
 
         return {}
 
-    sample(attempt, count)
+    trials = [trial for _, trial in sample(attempt, count)]
 
     for fault, n in faults.most_common(8):
         case = f", as {cases[fault]}" if cases[fault] else ""
         found.add(UserError(f"SPACE: {fault} ({n} of {count} draws{case})"))
+
+    try:
+        if sweep.sampler == "tpe":
+            check_kinds(trials)
+    except UserError as error:
+        found.add(error)
 
 
 def _oddities(sweep: Sweep, info: DataInfo | None, slots: Slots) -> Iterator[str]:

@@ -7,17 +7,17 @@ from typing import Any
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 
 from .pruner import Record
-from .seen import Asking, Distributions, Draw
+from .seen import Asking, Attempt, Distributions
 
 __all__ = ["Endless", "Misfit", "combinations", "first", "take"]
 
 
 def combinations(
-    draw: Draw,
+    draw: Attempt,
     records: Sequence[Record],
     fixed: Mapping[str, Any],
     current: Distributions | None,
-) -> Iterator[tuple[dict[str, Any], Asking]]:
+) -> Iterator[tuple[dict[str, Any] | None, Asking]]:
     r"""Yields all combinations of options; the parameter that is asked for last changes first."""
 
     tried = {frozenset(record.trial.params.items()) for record in records}

@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from .grid import Endless, combinations, first, take
 from .pruner import Record
-from .seen import Asking, Distributions, Draw, frozen, study_of, view
+from .seen import Asking, Attempt, Distributions, frozen, study_of, view
 
 __all__ = ["REDRAWS", "draws", "new"]
 
@@ -31,7 +31,7 @@ def new(number: int, *params: Any) -> FrozenTrial:
 
 
 def draws(
-    draw: Draw,
+    draw: Attempt,
     records: Sequence[Record],
     seed: int,
     sampler: str,
@@ -39,7 +39,7 @@ def draws(
     current: Distributions | None,
     objectives: int,
     group: Callable[[int], int] | None,
-) -> Iterator[tuple[dict[str, Any], Asking]]:
+) -> Iterator[tuple[dict[str, Any] | None, Asking]]:
     r"""Yields draws, each by a sampler with a seed of its own, up to a few; then what is left."""
 
     number = len(records)

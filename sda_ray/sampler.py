@@ -6,7 +6,7 @@ are those that a sampler makes the right thing of, see :func:`sda_ray.seen.view`
 
 import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import optuna
@@ -14,12 +14,22 @@ from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial
 
 from .danger import danger
+from .domain import Range
+from .errors import UserError
 from .grid import Misfit, combinations, first
 from .methods import draws, new
 from .pruner import Record
 from .seen import Asking, Distributions, Draw, quiet, study_of, view
 
-__all__ = ["distributions", "importances", "propose", "quiet", "sample", "view"]
+__all__ = [
+    "check_kinds",
+    "distributions",
+    "importances",
+    "propose",
+    "quiet",
+    "sample",
+    "view",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -61,13 +71,26 @@ def propose(
         nothing new to draw.
     """
 
-    fixed = fixed or {}
+    fixed, left_out = fixed or {}, set[str]()
+
+    def attempt(trial: Asking) -> dict[str, Any] | None:
+        try:
+            return draw(trial)
+        except UserError as error:
+            if trial.params.keys() <= fixed.keys():  # another draw would be the same
+                raise
+
+            if (why := str(error)) not in left_out:
+                left_out.add(why)
+                logger.warning("a configuration that SPACE has drawn is left out: %s", why)
+
+            return None
 
     with quiet(logging.ERROR):  # it misses packages that would make a Gaussian process faster
         found = (
-            combinations(draw, records, fixed, current)
+            combinations(attempt, records, fixed, current)
             if sampler == "grid"
-            else draws(draw, records, seed, sampler, fixed, current, objectives, group)
+            else draws(attempt, records, seed, sampler, fixed, current, objectives, group)
         )
 
         careful = sampler == "tpe" and not fixed
@@ -76,7 +99,9 @@ def propose(
 
         try:
             for values, trial in found:
-                if any(_alike(values, record.config, config or {}) for record in records):
+                if values is None or any(
+                    _alike(values, record.config, config or {}) for record in records
+                ):
                     continue
 
                 drawn = values, new(len(records), trial.params, trial.distributions)
@@ -95,8 +120,8 @@ def propose(
     return min(risky)[2] if risky else None
 
 
-def sample(draw: Draw, count: int) -> list[dict[str, Any]]:
-    r"""Draws configurations at random, for checks. They are part of no study."""
+def sample(draw: Draw, count: int) -> list[tuple[dict[str, Any], Asking]]:
+    r"""Draws configurations at random, for checks, and the trials that they are of, of no study."""
 
     with quiet():
         sampler, study = optuna.samplers.RandomSampler(seed=0), study_of([])
@@ -104,7 +129,43 @@ def sample(draw: Draw, count: int) -> list[dict[str, Any]]:
         def answer(name: str, distribution: BaseDistribution) -> Any:
             return sampler.sample_independent(study, new(0), name, distribution)
 
-        return [draw(Asking(answer, number)) for number in range(count)]
+        trials = [Asking(answer, number) for number in range(count)]
+
+        return [(draw(trial), trial) for trial in trials]
+
+
+def check_kinds(trials: Iterable[Asking]) -> None:
+    r"""Checks that a name stands for parameters of one kind, without which TPE goes wrong.
+
+    Bounds may differ from trial to trial.
+
+    Raises:
+        UserError: If two trials have a name with options and without, or with other options.
+    """
+
+    known: Distributions = {}
+
+    for trial in trials:
+        for name, distribution in trial.distributions.items():
+            before = known.setdefault(name, distribution)
+
+            if _kind(before) != _kind(distribution):
+                raise UserError(
+                    f"SPACE suggests {name!r} from {_words(before)} and from "
+                    f"{_words(distribution)}, which sampler='tpe' cannot learn from. Give each its "
+                    f"own name, as '{name}_a' and '{name}_b': names need not be keys of CONFIG."
+                )
+
+
+def _kind(distribution: BaseDistribution) -> Any:
+    return type(distribution), getattr(distribution, "choices", None)
+
+
+def _words(distribution: Any) -> str:
+    if hasattr(distribution, "choices"):
+        return ", ".join(map(str, distribution.choices))
+
+    return str(Range(distribution.low, distribution.high, distribution.log, distribution.step))
 
 
 def distributions(draw: Draw) -> Distributions:

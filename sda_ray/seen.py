@@ -21,9 +21,10 @@ from optuna.trial import FixedTrial, FrozenTrial, TrialState
 
 from .pruner import Record
 
-__all__ = ["Asking", "Distributions", "Draw", "frozen", "quiet", "study_of", "view"]
+__all__ = ["Asking", "Attempt", "Distributions", "Draw", "frozen", "quiet", "study_of", "view"]
 
 Draw = Callable[[Any], dict[str, Any]]  # the values of the keys that vary, for an Optuna trial
+Attempt = Callable[[Any], dict[str, Any] | None]  # the same, or None for one that is left out
 Distributions = dict[str, BaseDistribution]
 
 FEASIBLE, DIVERGED = {"diverged": 0.0}, {"diverged": 1.0}  # constraints, held if not above 0

@@ -104,6 +104,53 @@ def test_a_recorded_definition_makes_the_same_sweep(settings: dict[str, Any]) ->
     assert again.definition() == recorded
 
 
+def by_branch(trial: Any) -> dict[str, Any]:
+    smooth = trial.suggest_categorical("smooth", [True, False])
+    channels = [(8, 16, 8), (8, 32, 8)] if smooth else [(4, 8, 8), (8, 16, 8)]
+
+    return {"hidden_channels": trial.suggest_categorical("hidden_channels", channels)}
+
+
+def by_kind(trial: Any) -> dict[str, Any]:
+    if trial.suggest_categorical("smooth", [True, False]):
+        return {"learning_rate": trial.suggest_float("x", 1e-4, 1e-3, log=True)}
+
+    return {
+        "learning_rate": {"low": 1e-4, "high": 1e-2}[
+            trial.suggest_categorical("x", ["low", "high"])
+        ]
+    }
+
+
+def by_bounds(trial: Any) -> dict[str, Any]:
+    high = 1e-2 if trial.suggest_categorical("smooth", [True, False]) else 1e-3
+
+    return {"learning_rate": trial.suggest_float("x", 1e-4, high, log=True)}
+
+
+@pytest.mark.parametrize(
+    ("space", "name", "options"),
+    [
+        (by_branch, "hidden_channels", ["(8, 16, 8), (8, 32, 8)", "(4, 8, 8), (8, 16, 8)"]),
+        (by_kind, "x", ["0.0001 to 0.001 (log)", "low, high"]),
+    ],
+)
+def test_names_of_several_kinds_are_refused_where_tpe_would_fail(
+    space: Any, name: str, options: list[str]
+) -> None:
+    with pytest.raises(UserError, match=r"names need not be keys of CONFIG\.$") as error:
+        sweep_of(space).check()
+
+    assert f"SPACE suggests '{name}' from " in str(error.value)
+    assert all(f"from {option}" in str(error.value) for option in options)
+    assert f"as '{name}_a' and '{name}_b'" in str(error.value)
+
+    for sampler in ("random", "grid") if space is by_branch else ("random",):
+        assert sweep_of(space, sampler=sampler).check().space is space
+
+    assert sweep_of(by_bounds).check().space is by_bounds
+
+
 def test_schedules_that_vary_are_warned_about_where_trials_are_compared_early() -> None:
     space = {"scheduler": choice("linear", "cosine"), "warmup": integer(0, 8)}
 

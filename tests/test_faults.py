@@ -213,3 +213,17 @@ def test_what_is_odd_is_a_warning_only(tmp_path: Path, data: Path) -> None:
     assert "an epoch is one step" in warnings
     assert "SPACE has 'scheduler'" in warnings
     assert "SPACE has 2 configurations, fewer than the 4 trials" in warnings
+
+
+def test_rare_branches_are_caught_in_which_a_name_has_another_kind(
+    tmp_path: Path, data: Path
+) -> None:
+    script = write(
+        tmp_path,
+        "def SPACE(trial):",
+        "    rare = trial.suggest_int('n', 1, 200) == 7",
+        "    rates = [1e-3, 1e-4] if rare else [1e-3, 1e-2]",
+        "    return {'learning_rate': trial.suggest_categorical('rate', rates)}",
+    )
+
+    assert "SPACE suggests 'rate' from" in told(plan(script, tmp_path / "runs", data, cpus=999))

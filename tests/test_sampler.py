@@ -14,6 +14,9 @@ from playing import SPACE, finished, play, rate, sweep_of
 from simulated import Sweeping, draw
 from studies import add, lease, no_sync, study
 
+from sda_ray.config import CONFIG
+from sda_ray.definition import Sweep
+from sda_ray.errors import UserError
 from sda_ray.pruner import Record, Rules
 from sda_ray.sampler import distributions, propose, view
 from sda_ray.space import choice, loguniform, uniform
@@ -128,6 +131,25 @@ def test_draws_depend_on_seed_number_and_values_alone(
 
     worse = [replace(r, values={1: 1 - r.values[1]}) for r in records]
     assert (config(records) == config(worse)) == (sampler == "random")
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random", "grid"])
+def test_what_a_function_may_not_return_is_passed_over(
+    sampler: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def space(trial: Any) -> dict[str, Any]:
+        size = trial.suggest_int("size", 1, 12)
+
+        return {"batch_size": 0 if size == 7 else size}
+
+    sweep = Sweep("name", CONFIG, space, sampler=sampler)  # checks would have found it
+    records = play(sweep, 99, lambda config: 1.0)
+
+    assert sorted(r.config["batch_size"] for r in records) == [*range(1, 7), *range(8, 13)]
+    assert "is left out: batch_size is 0, but must be" in caplog.text
+
+    with pytest.raises(UserError, match="batch_size is 0"):  # all that it could be
+        propose(sweep.draw, [], fixed={"size": 7})
 
 
 # Divergence
