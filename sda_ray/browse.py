@@ -4,7 +4,6 @@ Parsing is kept apart from reading, which needs torch: `sda-ray --help` stays qu
 """
 
 import argparse
-import io
 import sys
 from collections.abc import Callable, Sequence, Sized
 from pathlib import Path
@@ -115,9 +114,6 @@ def with_action(argv: Sequence[str]) -> list[str]:
 
 def runs_command(args: argparse.Namespace, _: Any = None) -> None:
     r"""Runs `sda-ray runs`, with `args.runs` made absolute."""
-
-    if isinstance(sys.stdout, io.TextIOWrapper):  # braille on a terminal that has none
-        sys.stdout.reconfigure(errors="replace")
 
     {"list": _list, "show": _show, "compare": _compare, "prune": _prune}[args.action](args)
 

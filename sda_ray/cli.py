@@ -44,7 +44,8 @@ def main(sweep: Any = None, argv: Sequence[str] | None = None) -> None:
     started = argv is None
 
     if started and isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # a log or pipe is told at once, too
+        # A log or pipe is told at once, too, and what it cannot show is no error
+        sys.stdout.reconfigure(line_buffering=True, errors="replace")
 
     argv = list(sys.argv[1:] if argv is None else argv)
 

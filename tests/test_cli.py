@@ -211,3 +211,15 @@ main(argv=["stop", "unknown"])
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     words = [sys.executable, "-m", "interrupted"]
     assert subprocess.run(words, env=env, cwd=root).returncode == 2
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_what_the_encoding_of_an_output_lacks_is_no_error(root: Path, encoding: str) -> None:
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    words = [sys.executable, "-m", "sda_ray", "train", "--help"]
+    done = subprocess.run(
+        words, env=env | {"PYTHONIOENCODING": encoding}, cwd=root, capture_output=True
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert b"N runs with seeds seed ?" in done.stdout
