@@ -17,6 +17,9 @@ from .views import add_view_parsers
 
 __all__ = ["parse"]
 
+# Options whose empty text would pass for none: of a shell, it is a variable that was not set
+FILLED = ("resume", "init", "extend", "config", "device", "name", "root", "data", "runs")
+
 PROMISE = "Every command may be killed and run again: it goes on where it was."
 
 SIMULATE = """
@@ -83,6 +86,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         keys = [x.strip("-").partition("=")[0].replace("-", "_") for x in unknown]
         hint = "".join(f". Settings are given as {key}=…" for key in keys if key in KEYS)
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+
+    for key in FILLED:
+        if getattr(args, key, None) == "":
+            parser.error(f"--{key} is empty, but must say something, or be left out.")
 
     if rest:
         args.settings += rest
