@@ -11,7 +11,7 @@ from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 
 from .danger import danger
 from .domain import Range
@@ -187,6 +187,9 @@ def importances(study: optuna.Study) -> dict[str, float]:
         | https://arxiv.org/abs/2304.10255
     """
 
+    if len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))) < 2:
+        return {}
+
     evaluator = optuna.importance.PedAnovaImportanceEvaluator()
     target = None if len(study.directions) == 1 else lambda trial: float(trial.values[0])
 
@@ -196,7 +199,7 @@ def importances(study: optuna.Study) -> dict[str, float]:
             return optuna.importance.get_param_importances(
                 study, evaluator=evaluator, target=target
             )
-    except (RuntimeError, ValueError):  # too few trials, or none that vary
+    except (RuntimeError, ValueError):  # none that vary
         return {}
 
 

@@ -18,7 +18,8 @@ from sda_ray.config import CONFIG
 from sda_ray.definition import Sweep
 from sda_ray.errors import UserError
 from sda_ray.pruner import Record, Rules
-from sda_ray.sampler import distributions, propose, view
+from sda_ray.sampler import distributions, importances, propose, view
+from sda_ray.seen import study_of
 from sda_ray.space import choice, loguniform, uniform
 from sda_ray.stopping import brackets
 from sda_ray.study import Study
@@ -150,6 +151,19 @@ def test_what_a_function_may_not_return_is_passed_over(
 
     with pytest.raises(UserError, match="batch_size is 0"):  # all that it could be
         propose(sweep.draw, [], fixed={"size": 7})
+
+
+def test_what_mattered_is_told_from_the_second_complete_run_on() -> None:
+    def value(config: dict[str, Any]) -> float:
+        return abs(math.log10(config["learning_rate"]) + 3)
+
+    trials = view(play(sweep_of(sampler="random", pruner="none"), 40, value))
+    matter = importances(study_of(trials))
+
+    assert list(matter) == sorted(matter, key=matter.__getitem__, reverse=True)
+    assert matter.keys() == SPACE.keys() and next(iter(matter)) == "learning_rate"
+    assert [importances(study_of(trials[:n])) for n in (0, 1)] == [{}, {}]
+    assert importances(study_of(trials[:2])).keys() == SPACE.keys()
 
 
 # Divergence
