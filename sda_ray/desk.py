@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import RunPath
+from .drawing import surplus
 from .driver import Driver
 from .errors import UserError
 from .files import write_json
@@ -222,17 +223,11 @@ class Desk:
             driver.study.enqueue(item)
 
         driver.exhausted = False
-        room = max(0, driver.rules.target - counted(driver.study.records()))
         count = len(items)
         said = f"{count} configuration{'s' * (count > 1)} queued, to be tried next"
+        more = surplus(driver.study, driver.rules.target)
 
-        if (waiting := len(driver.study.queue())) > room:
-            said += (
-                f". The sweep has room for {room} more of its {driver.rules.target} trials and "
-                f"{waiting} are queued: raise --trials to try them all"
-            )
-
-        return said
+        return f"{said}. {more}" if more else said
 
     def _prior(self, content: dict[str, Any]) -> str:
         from .priors import bring_all

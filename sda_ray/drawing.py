@@ -8,7 +8,7 @@ from .checkpoint import new_id
 from .pruner import Record, Rules, counted
 from .study import Study
 
-__all__ = ["Propose", "draw_run"]
+__all__ = ["Propose", "draw_run", "surplus"]
 
 logger = logging.getLogger(__name__)
 
@@ -56,3 +56,17 @@ def draw_run(
     )
 
     return study.add(record, trial)
+
+
+def surplus(study: Study, target: int) -> str:
+    r"""Returns a sentence if more is queued than a sweep of so many trials will try, or nothing."""
+
+    room, waiting = max(0, target - counted(study.records())), len(study.queue())
+
+    if waiting <= room:
+        return ""
+
+    return (
+        f"The sweep has room for {room} more of its {target} trials and {waiting} are queued: "
+        "raise --trials to try them all"
+    )

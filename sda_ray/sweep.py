@@ -14,6 +14,7 @@ from .archive import compare, read_sweep, space_of, sweep_directory, write_sweep
 from .cluster import local_gpus
 from .data import DataInfo
 from .definition import SETTINGS, Sweep, load_script
+from .drawing import surplus
 from .driving import Options, carry_out
 from .errors import UserError
 from .files import remove_leftovers
@@ -162,7 +163,7 @@ def launch(sweep: Sweep, options: Options, wishes: Wishes = NOTHING) -> None:
         for line in widened:
             print(f"{line}: carried on")
 
-        _grant(study, wishes, queue, priors)
+        _grant(study, sweep.trials, wishes, queue, priors)
         announce(sweep.name, sweep.rules, study.records(), directory)
 
         with running(code):
@@ -214,7 +215,7 @@ def _widened(sweep: Sweep, options: Options, record: dict[str, Any]) -> tuple[st
     return changes.widened
 
 
-def _grant(study: Study, wishes: Wishes, queue: list[Any], priors: list[Any]) -> None:
+def _grant(study: Study, target: int, wishes: Wishes, queue: list[Any], priors: list[Any]) -> None:
     r"""Records what is wished of a sweep that nobody drives."""
 
     if priors:
@@ -230,6 +231,9 @@ def _grant(study: Study, wishes: Wishes, queue: list[Any], priors: list[Any]) ->
     for params in queue:
         if params not in study.queue().values():
             study.enqueue(params)
+
+    if queue and (more := surplus(study, target)):
+        print(f"{more}.")
 
 
 def count_gpus() -> int:

@@ -87,6 +87,17 @@ def test_finished_sweep_run_again_changes_nothing(place: Place, finished: str) -
     assert (place.runs / "sweeps" / "tiny" / "study.journal").read_bytes() == journal
 
 
+def test_what_is_queued_in_a_finished_sweep_waits_for_more_trials(
+    place: Place, finished: str
+) -> None:
+    out = place.run("sweep", "tiny", "--enqueue", "learning_rate=2e-3")
+
+    assert (
+        "The sweep has room for 0 more of its 8 trials and 1 are queued: raise --trials to try "
+        "them all."
+    ) in out
+
+
 def test_complete_run_has_the_bits_of_a_training_alone(place: Place, finished: str) -> None:
     best = min((r for r in place.records("tiny") if r.state == "complete"), key=lambda r: r.last)
 
