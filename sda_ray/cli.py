@@ -1,7 +1,9 @@
 r"""The command line, `sda-ray COMMAND`: simulations, trainings, and what all commands share."""
 
 import argparse
+import errno
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -30,6 +32,8 @@ from .sync import sync_command
 
 __all__ = ["main"]
 
+THREADS = 4096  # torch takes any number, and ends in the middle of what it cannot start
+
 
 def main(sweep: Any = None, argv: Sequence[str] | None = None) -> None:
     r"""Runs the command line.
@@ -54,12 +58,6 @@ def main(sweep: Any = None, argv: Sequence[str] | None = None) -> None:
         sweep = replace(sweep, script=script)
         argv = ["sweep", str(script), *argv]
 
-    args = parse(argv)
-    args.argv = argv
-    places = f"data {args.data}" + ("" if args.command == "simulate" else f", runs {args.runs}")
-    out = sys.stderr if getattr(args, "json", False) else sys.stdout
-    places += f", a copy of which is in {args.bucket}" if args.bucket else ""
-    print(f"sda-ray {__version__}: root {args.root}, {places}", file=out, flush=True)
     commands = {
         "simulate": _simulate,
         "train": _train,
@@ -77,6 +75,14 @@ def main(sweep: Any = None, argv: Sequence[str] | None = None) -> None:
     }
 
     try:
+        args = parse(argv)
+        args.argv = argv
+        places = f"data {args.data}" + (
+            "" if args.command == "simulate" else f", runs {args.runs}"
+        )
+        out = sys.stderr if getattr(args, "json", False) else sys.stdout
+        places += f", a copy of which is in {args.bucket}" if args.bucket else ""
+        print(f"sda-ray {__version__}: root {args.root}, {places}", file=out, flush=True)
         _check_places(args)
         _check_bucket(args)
         commands[args.command](args, sweep)
@@ -93,6 +99,15 @@ def main(sweep: Any = None, argv: Sequence[str] | None = None) -> None:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(141)
+    except OSError as error:
+        if error.errno not in (errno.ENAMETOOLONG, errno.ENOSPC):
+            raise
+
+        if started and error.errno == errno.ENOSPC:  # Python would try the rest at its end, again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+        print(f"sda-ray: {error}", file=sys.stderr)
+        sys.exit(1 if error.errno == errno.ENOSPC else 2)
     finally:
         # Once SIGINT has met code that is run from a string, as dataclasses do, Python (3.11) ends
         # by that signal, though it was caught, until other such code has run.
@@ -225,8 +240,8 @@ def _train(args: argparse.Namespace, _: Any) -> None:
 def _set_threads(threads: int) -> None:
     import torch
 
-    if threads < 1:
-        raise UserError(f"--threads is {threads}, but must be at least 1.")
+    if not 1 <= threads <= THREADS:
+        raise UserError(f"--threads is {threads}, but must be from 1 to {THREADS}.")
 
     torch.set_num_threads(threads)
 

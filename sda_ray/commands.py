@@ -2,6 +2,7 @@ r"""The commands about sweeps: `sda-ray plan | sweep | stop | adopt`."""
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -41,6 +42,9 @@ def launch_options(args: argparse.Namespace) -> Any:
 
         if value is not None and not (value > 0 or (value == 0 and name == "gpus_per_trial")):
             raise UserError(f"--{name.replace('_', '-')} is {value:g}, but must be above 0.")
+
+        if value == math.inf and name.endswith("per_trial"):
+            raise UserError(f"--{name.replace('_', '-')} is inf, but must be finite.")
 
     return Options(
         args.root,

@@ -243,6 +243,9 @@ def _check_device(device: str | None) -> str:
     name = device or default_device()
 
     try:
+        if torch.device(name).type not in ("cpu", "cuda"):
+            raise UserError(f"device is '{name}', but must be cpu, cuda or cuda:N.")
+
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device '{name}' cannot be used: {error}") from error

@@ -39,6 +39,12 @@ def check_settings(sweep: Any) -> None:
             "dashes and underscores, and begin with a letter or digit."
         )
 
+    if sweep.name.endswith(".py"):
+        raise UserError(
+            f"the sweep's name is {sweep.name!r}, but must not end with .py: `sda-ray sweep "
+            f"{sweep.name}` would mean a script."
+        )
+
     least = {"trials": 1, "seed": 0, "eta": 2, "finalists": 0}
 
     if sweep.min_epochs is not None:

@@ -33,6 +33,7 @@ PRESETS = {
     "demo": {"trajectories": 64, "size": 64},
 }
 
+MOST = 2**20  # trajectories
 DISCARDED = 64
 KEPT, _, SIZE, _ = SHAPE
 
@@ -116,14 +117,17 @@ def _check(trajectories: int, size: int, seed: int, workers: int | None) -> None
             "validation, another for testing."
         )
 
+    if trajectories > MOST:
+        raise UserError(f"trajectories is {trajectories}, but must be at most {MOST}: 2 TiB.")
+
     if size < SIZE or size % SIZE:
         raise UserError(
             f"size is {size}, but must be a multiple of {SIZE}: the states are averaged over "
             f"blocks of cells to {SIZE} × {SIZE}."
         )
 
-    if seed < 0:
-        raise UserError(f"seed is {seed}, but must not be negative.")
+    if not 0 <= seed < 2**63:
+        raise UserError(f"seed is {seed}, but must be from 0 to {2**63 - 1}.")
 
     if workers is not None and workers < 1:
         raise UserError(f"workers is {workers}, but must be at least 1.")

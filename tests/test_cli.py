@@ -213,6 +213,20 @@ main(argv=["stop", "unknown"])
     assert subprocess.run(words, env=env, cwd=root).returncode == 2
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is full")
+def test_output_that_cannot_be_written_is_one_line(root: Path) -> None:
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+
+    with open("/dev/full", "w") as full:
+        words = [sys.executable, "-m", "sda_ray", "runs"]
+        done = subprocess.run(
+            words, env=env, cwd=root, stdout=full, stderr=subprocess.PIPE, text=True
+        )
+
+    assert done.returncode == 1, done.stderr
+    assert done.stderr == "sda-ray: [Errno 28] No space left on device\n"
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_what_the_encoding_of_an_output_lacks_is_no_error(root: Path, encoding: str) -> None:
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
