@@ -7,7 +7,7 @@ sweep: carried on, its runs could not be compared. Only its SPACE may grow.
 import hashlib
 import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,10 +35,13 @@ def sweep_directory(runs: Path, name: str) -> Path:
     return runs / "sweeps" / name
 
 
-def definition_of(config: dict[str, Any], space: Space, **settings: Any) -> dict[str, Any]:
+def definition_of(
+    config: dict[str, Any], space: Space, outline: Sequence[str] = (), **settings: Any
+) -> dict[str, Any]:
     r"""Returns the definition of a sweep as JSON.
 
-    A space that is a function stands there as the digest of its source.
+    A space that is a function stands there as the digests of its source, and of what it draws from,
+    which hangs on what it refers to as well: see :func:`sda_ray.sampler.outline`.
 
     Raises:
         UserError: If the source of the space cannot be found.
@@ -55,7 +58,8 @@ def definition_of(config: dict[str, Any], space: Space, **settings: Any) -> dict
                 "of the script."
             ) from error
 
-        described = {"function": hashlib.sha256(source.encode()).hexdigest()}
+        parts = {"function": source, "draws": "\n".join(outline)}
+        described = {k: hashlib.sha256(text.encode()).hexdigest() for k, text in parts.items()}
 
     return json.loads(json.dumps({"config": config, "space": described, **settings}))
 
@@ -65,7 +69,7 @@ def space_of(definition: dict[str, Any]) -> Space | None:
 
     space = definition["space"]
 
-    return None if space.keys() == {"function"} else space_from_json(space)
+    return None if "function" in space else space_from_json(space)
 
 
 def write_sweep(directory: Path, content: dict[str, Any], script: Path | None) -> None:
@@ -221,8 +225,10 @@ def _spaces(old: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[bool, st
             yield False, "SPACE was a function and is a dict"
         elif "function" not in old:
             yield False, "SPACE was a dict and is a function"
-        elif old != new:
+        elif old["function"] != new["function"]:
             yield False, "SPACE is a function whose source has changed, to what cannot be told"
+        elif old.get("draws", new["draws"]) != new["draws"]:  # older records have none
+            yield False, "SPACE is a function that draws otherwise: what it refers to has changed"
 
         return
 

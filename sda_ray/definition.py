@@ -206,8 +206,12 @@ class Sweep:
     def definition(self) -> dict[str, Any]:
         r"""Returns what makes the sweep this one, as JSON. The number of trials is not part."""
 
+        from .sampler import outline
+
+        drawn = outline(self.draw) if callable(self.space) else ()
+
         return definition_of(
-            self.config, self.space, **{key: getattr(self, key) for key in SETTINGS}
+            self.config, self.space, drawn, **{key: getattr(self, key) for key in SETTINGS}
         )
 
 

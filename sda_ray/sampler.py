@@ -4,15 +4,18 @@ Optuna's samplers never see the study itself but a view of it, made anew for eac
 are those that a sampler makes the right thing of, see :func:`sda_ray.seen.view`.
 """
 
+import json
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution
+from optuna.distributions import BaseDistribution, distribution_to_json
 from optuna.trial import FrozenTrial, TrialState
 
+from .config import format_value
 from .danger import danger
 from .domain import Range
 from .errors import UserError
@@ -25,6 +28,7 @@ __all__ = [
     "check_kinds",
     "distributions",
     "importances",
+    "outline",
     "propose",
     "quiet",
     "sample",
@@ -166,6 +170,27 @@ def _words(distribution: Any) -> str:
         return ", ".join(map(str, distribution.choices))
 
     return str(Range(distribution.low, distribution.high, distribution.log, distribution.step))
+
+
+def outline(draw: Draw, count: int = 32) -> list[str]:
+    r"""Returns what draws have in common: bounds and options of two of them, values of all.
+
+    It is the same wherever and by whatever version of Optuna they are drawn, unless the space
+    depends on more than what is drawn: bounds that follow from another parameter are left out.
+    """
+
+    parameters, values = Counter[str](), Counter[str]()
+
+    for drawn, trial in sample(draw, count):
+        values.update(f"{key}={format_value(value)}" for key, value in drawn.items())
+
+        for name, distribution in trial.distributions.items():
+            kind, attributes = json.loads(distribution_to_json(distribution)).values()
+            parameters.update(f"{name}: {kind} {key} {x}" for key, x in attributes.items())
+
+    common = {text for text, n in parameters.items() if n > 1}
+
+    return sorted(common | {text for text, n in values.items() if n == count})
 
 
 def distributions(draw: Draw) -> Distributions:

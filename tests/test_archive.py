@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from sda_ray.archive import compare, read_sweep, sweep_directory, write_sweep
+from sda_ray.archive import compare, read_sweep, space_of, sweep_directory, write_sweep
 from sda_ray.config import Config
-from sda_ray.definition import Sweep
+from sda_ray.definition import Sweep, load_script
 from sda_ray.domain import choice, integer, loguniform, uniform
 from sda_ray.errors import UserError
 
@@ -167,6 +167,40 @@ def test_function_is_the_same_as_long_as_its_source_is(sweep: Sweep) -> None:
     assert "whose source has changed" in compare(record(first), record(second)).refused[0]
     assert compare(record(first), record(sweep)).refused == ("SPACE was a function and is a dict",)
     assert compare(record(sweep), record(first)).refused == ("SPACE was a dict and is a function",)
+
+
+FUNCTION = """
+from sda_ray import CONFIG, Sweep
+
+TOP, SIZES, BATCH = 1e-2, (8, 16), 32
+
+def space(trial):
+    low = trial.suggest_float("low", 1e-4, 1e-3, log=True)
+    size = trial.suggest_categorical("size", SIZES)
+    rate = trial.suggest_float("rate", low, TOP)
+    return {"learning_rate": rate, "embedding": size, "batch_size": BATCH}
+
+sweep = Sweep("x", CONFIG, space)
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("1e-2, (", "1e-1, ("), ("(8, 16)", "(8, 32)"), ("), 32", "), 64"), ("", "")]
+)
+def test_what_a_function_refers_to_is_part_of_it(tmp_path: Path, old: str, new: str) -> None:
+    changed, both = FUNCTION.replace(old, new), []
+
+    for name, text in {"before.py": FUNCTION, "now.py": changed}.items():
+        (tmp_path / name).write_text(text)
+        both.append(record(load_script(tmp_path / name)))
+
+    before, now = both
+    said = "SPACE is a function that draws otherwise: what it refers to has changed"
+    assert compare(before, now).refused == ((said,) if changed != FUNCTION else ())
+
+    del before["definition"]["space"]["draws"]  # as of a sweep that was started before
+    assert compare(before, now).refused == ()
+    assert space_of(before["definition"]) is space_of(now["definition"]) is None
 
 
 def test_records_of_older_versions_have_the_defaults_of_what_they_lack(
