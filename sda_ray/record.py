@@ -8,12 +8,13 @@ from datetime import datetime, timezone
 from typing import Any
 
 from .checkpoint import RunPath
+from .config import Config
 from .errors import UserError
 from .files import read_json, write_json
 from .keys import show
 from .provenance import differences
 
-__all__ = ["Record", "read_record"]
+__all__ = ["Record", "logged_config", "read_record"]
 
 # What is looked at again, and what it is if it is there
 KINDS: dict[str, type] = {
@@ -107,6 +108,19 @@ class Record(dict[str, Any]):
 
         with self.hold():
             write_json(self.path.record, self)
+
+
+def logged_config(config: Config, record: dict[str, Any]) -> Config:
+    r"""Returns what W&B is told as the config of a run: its own, and where it comes from.
+
+    Arguments:
+        config: The config of the run.
+        record: What `run.json` says, of which `sweep`, `trial` and `study` are told.
+    """
+
+    origin = {key: record.get(key) for key in ("sweep", "trial", "study")}
+
+    return config | {key: x for key, x in origin.items() if isinstance(x, str | int)}
 
 
 def _now() -> str:

@@ -24,9 +24,9 @@ from .history import History
 from .lease import Lease, LeaseLost
 from .presence import check_present, held, is_present
 from .provenance import provenance, save_diff
-from .record import Record, read_record
+from .record import Record, logged_config, read_record
 from .samples import draw_samples
-from .tracking import Tracker, Wandb, logged_config, safe_name
+from .tracking import Tracker, Wandb, safe_name
 from .training import Metrics, TrainState
 
 __all__ = ["Run"]

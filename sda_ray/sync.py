@@ -147,7 +147,7 @@ def target_of(entry: "Entry", runs: Path) -> "Target":
     """
 
     from .curves import check_regular, read_metrics
-    from .tracking import logged_config
+    from .record import logged_config
     from .upload import Target
 
     path = entry.path

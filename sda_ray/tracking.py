@@ -21,7 +21,7 @@ from .config import Config
 from .errors import UserError
 from .patches import replaced
 
-__all__ = ["PRIVATE", "Tracker", "Wandb", "logged_config", "own_environment", "safe_name"]
+__all__ = ["PRIVATE", "Tracker", "Wandb", "own_environment", "safe_name"]
 
 logger = logging.getLogger(__name__)
 
@@ -101,23 +101,9 @@ class Wandb:
             made = Wandb(**kept | {"tags": tuple(kept.get("tags") or ())})
             words = (made.mode, made.project, made.job_type, made.entity or "", made.group or "")
             "".join([*words, *made.tags])
+            return made
         except TypeError:
             raise UserError(f"{file} is damaged: its entry 'wandb' makes no sense.")
-
-        return made
-
-
-def logged_config(config: Config, record: dict[str, Any]) -> Config:
-    r"""Returns what W&B is told as the config of a run: its own, and where it comes from.
-
-    Arguments:
-        config: The config of the run.
-        record: What `run.json` says, of which `sweep`, `trial` and `study` are told.
-    """
-
-    origin = {key: record.get(key) for key in ("sweep", "trial", "study")}
-
-    return config | {key: x for key, x in origin.items() if isinstance(x, str | int)}
 
 
 def safe_name(name: str) -> str:
@@ -136,7 +122,7 @@ class Tracker:
         directory: Where W&B puts its own files, in `wandb/`.
         id: The id of the run.
         name: The name of the run.
-        config: The config of the run, see :func:`logged_config`.
+        config: The config of the run, see :func:`sda_ray.record.logged_config`.
         wandb: The settings.
         named: Whether the run has its name already. Otherwise the server gives it one.
     """

@@ -45,7 +45,7 @@ class Target:
         id: Its id.
         name: Its name.
         wandb: Its project, entity, tags, group and job type.
-        config: Its config, see :func:`sda_ray.tracking.logged_config`.
+        config: Its config, see :func:`sda_ray.record.logged_config`.
         rows: Its metrics by step.
         image: Its picture, if it has one, which comes one step after the metrics.
         good: Whether its training went well.

@@ -13,7 +13,8 @@ from wandb_server import WandbServer
 from sda_ray.checkpoint import RunPath
 from sda_ray.errors import UserError
 from sda_ray.places import check_wandb, wandb_server
-from sda_ray.tracking import Wandb, logged_config
+from sda_ray.record import logged_config
+from sda_ray.tracking import Wandb
 
 
 @pytest.fixture

@@ -106,6 +106,7 @@ def test_job_survives_whatever_befalls_its_hosts(hosts: Lab, job: Job) -> None:
     # From another host, which is then cut off and frozen, with all that it has begun to write
     since = time.monotonic()
     process = job.start(["w2", "w3"])
+    log = job.log
     wait("the sweep to be taken over", lambda: attempt() == 3, TAKEOVER)
     assert time.monotonic() - since < SLOW * TAKEOVER
     before = sum(epochs().values())
@@ -127,7 +128,7 @@ def test_job_survives_whatever_befalls_its_hosts(hosts: Lab, job: Job) -> None:
     hosts.hosts("link", "w2", "up")
     hosts.run("w2", "kill -CONT -1", code=None)
     process.send_signal(signal.SIGCONT)  # what leads into the host has stopped with it
-    assert process.wait(SLOW * 240) != 0
+    assert process.wait(SLOW * 240) != 0, log.read_text()
     wait(
         "its processes to end",
         lambda: not hosts.run("w2", "pgrep -f '[r]ay::' || true").strip(),
