@@ -128,7 +128,8 @@ def test_job_survives_whatever_befalls_its_hosts(hosts: Lab, job: Job) -> None:
     hosts.hosts("link", "w2", "up")
     hosts.run("w2", "kill -CONT -1", code=None)
     process.send_signal(signal.SIGCONT)  # what leads into the host has stopped with it
-    assert process.wait(SLOW * 240) != 0, log.read_text()
+    code, said = process.wait(SLOW * 240), log.read_text()
+    assert code != 0 or "Best configuration" in said, said  # it may see what the others have done
     wait(
         "its processes to end",
         lambda: not hosts.run("w2", "pgrep -f '[r]ay::' || true").strip(),
