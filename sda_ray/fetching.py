@@ -98,8 +98,8 @@ def _journal(folder: Folder) -> bytes:
 
     raise UserError(
         f"{folder.bucket.url}/{folder.key}/study.journal is damaged: its checksum is wrong. "
-        "Restore an older version of it, with its sums.json; or delete it, to go on from what is "
-        f"in {folder.directory}."
+        f"Restore an older version of it and of {SUMS} beside it; or delete both, to go on from "
+        f"what is in {folder.directory}."
     )
 
 
