@@ -35,9 +35,12 @@ def compiled(sde: VPSDE, how: str) -> VPSDE:
             "or set compile=off."
         )
 
+    import torch._dynamo.config as limits
     import torch._inductor.config as settings  # seconds, for those who want it
 
     settings.fallback_random = True
+    # torch 2.13 counts the graphs of all networks of a process; after 8 of them it compiles no more
+    limits.recompile_limit = limits.accumulated_recompile_limit = 2**20
     graphs = how == "graphs" and sde.device.type == "cuda"
 
     return VPSDE(_Compiled(sde.eps, graphs), sde.shape, sde.curve, sde.eta)

@@ -59,6 +59,29 @@ def test_compiled_step_has_the_maths_of_the_eager_one(tmp_path: Path, monkeypatc
     assert not counters["graph_break"], counters["graph_break"]
 
 
+def test_network_is_compiled_however_many_were_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    r"""A process of a sweep has many of them, and their bits must not depend on how many."""
+
+    graphs: list[Any] = []
+    compile = torch.compile
+
+    def backend(graph: Any, _: Any) -> Any:  # a compiler that takes no time
+        graphs.append(graph)
+        return graph.forward
+
+    def count(network: Any, **options: Any) -> Any:
+        return compile(network, **options | {"mode": None, "backend": backend})
+
+    monkeypatch.setattr(torch, "compile", count)
+    torch.compiler.reset()
+
+    for width in range(10):
+        config = TINY | {"hidden_channels": (4 + width,), "hidden_blocks": (1,)}
+        state = TrainState(config, SIZE)
+        state.compiled.loss(torch.randn(2, 6, SIZE, SIZE))
+        assert len(graphs) == width + 1
+
+
 def test_without_a_compiler_the_settings_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     sde = TrainState(TINY | {"compile": "off"}, SIZE).sde
     assert compiled(sde, "off") is sde
