@@ -17,6 +17,9 @@ TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4  # parameters of mallopt, in mall
 NEVER = -1
 PAD = 64 * 2**20  # bytes by which the heap grows at least
 
+# What torch's allocator for the CPU says, CUDA itself, and cuBLAS and cuDNN
+SHORT = ("can't allocate memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
+
 
 def keep_memory() -> bool:
     r"""Keeps freed memory in this process for what is asked for next, from now on.
@@ -60,7 +63,7 @@ def lacks_memory(error: BaseException) -> bool:
 
     known = isinstance(error, MemoryError | torch.OutOfMemoryError)
 
-    return known or "can't allocate memory" in str(error)  # of torch's CPU allocator
+    return known or any(words in str(error) for words in SHORT)
 
 
 def _glibc() -> ctypes.CDLL | None:

@@ -7,13 +7,22 @@ and sampling.
 """
 
 import logging
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 
-__all__ = ["full", "lower", "lowered", "strict", "warn_slow"]
+__all__ = [
+    "allowing",
+    "full",
+    "lower",
+    "lowered",
+    "make_deterministic",
+    "strict",
+    "warn_slow",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -23,22 +32,42 @@ def lowered(precision: str, device: torch.device) -> Iterator[None]:
     r"""Computes with a lower precision for as long as it is entered.
 
     Arguments:
-        precision: `fp32`, `bf16` or `tf32`. The latter means something on CUDA only.
+        precision: `fp32`, `bf16` or `tf32`. The latter is not up to this, see :func:`allowing`.
         device: Where the network is.
     """
 
-    if precision == "bf16":
-        with torch.autocast(device.type, dtype=torch.bfloat16):
-            yield
-    elif precision == "tf32" and device.type == "cuda":
+    with torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext():
+        yield
+
+
+@contextmanager
+def allowing(precision: str, device: torch.device) -> Iterator[None]:
+    r"""Allows TF32 on CUDA for as long as it is entered, if that is the precision.
+
+    It counts when a product is computed: the backward pass has to be inside, too.
+    """
+
+    wanted = precision == "tf32" and device.type == "cuda"
+
+    if wanted:
         _allow_tf32(True)
 
-        try:
-            yield
-        finally:
-            _allow_tf32(False)
-    else:
+    try:
         yield
+    finally:
+        if wanted:
+            _allow_tf32(False)
+
+
+def make_deterministic() -> None:
+    r"""Makes CUDA compute the same bits every time, where it can, and fp32 in fp32."""
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # All memory is written before it is read
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = False
+    strict()
 
 
 def strict() -> None:

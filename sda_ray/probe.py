@@ -142,10 +142,15 @@ def take_steps(
     import torch
 
     from .data import TrajectoryDataset
+    from .precision import make_deterministic
     from .training import TrainState
 
     torch.set_num_threads(max(1, int(cpus)))
     device = "cuda" if gpu else "cpu"
+
+    if gpu:  # as `train` does
+        make_deterministic()
+
     base, memory = _memory(device)
     total = torch.cuda.get_device_properties(0).total_memory if gpu else 0
     start = time.monotonic()

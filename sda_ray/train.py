@@ -1,7 +1,6 @@
 r"""One run, from its config to its weights."""
 
 import logging
-import os
 import resource
 import signal
 import sys
@@ -19,7 +18,7 @@ from .data import TrajectoryDataset
 from .errors import UserError
 from .extension import carry_over, keep_start
 from .lease import LeaseLost
-from .precision import strict, warn_slow
+from .precision import make_deterministic, warn_slow
 from .presence import Vanished, check_present
 from .runs import Run
 from .score import load_network
@@ -130,7 +129,7 @@ def _train(
     config = run.config
 
     if torch.device(device).type == "cuda":
-        _make_deterministic()
+        make_deterministic()
     else:
         keep_memory()
 
@@ -232,12 +231,3 @@ def _peak(device: str) -> int:
     unit = 1 if sys.platform == "darwin" else 1024
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _make_deterministic() -> None:
-    r"""Makes CUDA compute the same bits every time, where it can."""
-
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.backends.cudnn.benchmark = False
-    strict()

@@ -18,7 +18,7 @@ from .compilation import compiled
 from .config import Config, learning_rate
 from .data import TrajectoryDataset
 from .diffusion import VPSDE
-from .precision import lowered
+from .precision import allowing, lowered
 from .score import MCScoreNet, make_score
 from .streams import DROPOUT, INIT, NOISE, ORDER, START, rng, seeded
 from .validation import DRAWS, Validation
@@ -218,11 +218,13 @@ def train_epoch(
         dropout = seeded(DROPOUT, seed, e, k, device=state.device)
         state.sde.train()
 
-        with dropout, lowered(config["precision"], state.device):
-            loss = state.compiled.loss(x, generator=noise_rng)
+        with allowing(config["precision"], state.device):
+            with dropout, lowered(config["precision"], state.device):
+                loss = state.compiled.loss(x, generator=noise_rng)
 
-        state.sde.eval()
-        loss.backward()
+            state.sde.eval()
+            loss.backward()
+
         state.update(n=e * len(batches) + k + 1)
 
         state.losses[k] = loss.detach() * len(indices)

@@ -189,6 +189,8 @@ def test_two_damaged_checkpoints_are_none(two: RunPath, caplog: pytest.LogCaptur
     [
         MemoryError(),
         RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried to"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
     ],
 )
 def test_whole_checkpoint_is_not_damaged_because_memory_is_short(
