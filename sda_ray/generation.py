@@ -60,8 +60,14 @@ def _read_done(file: Path, origin: Origin, n: int) -> list[bool]:
     try:
         with h5py.File(file, "r") as f:
             found = read_origin(f)
-            done = get_dataset(file, f, "done")[...] if found == origin else np.empty(0)
-    except (OSError, RuntimeError, KeyError, TypeError) as e:
+            done = (
+                np.atleast_1d(get_dataset(file, f, "done")[...])
+                if found == origin
+                else np.empty(0)
+            )
+    except UserError:
+        raise
+    except (OSError, RuntimeError, LookupError, TypeError, ValueError, ArithmeticError) as e:
         raise UserError(f"{file} is damaged ({e}). Delete it, or use another --data.") from e
 
     if found is not None and found != origin:

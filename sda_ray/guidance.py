@@ -140,7 +140,7 @@ class DPSGaussianScore(nn.Module):
             eps = _frozen(self.sde.eps, x, t, c)
             error = self.y - self.A((x - _fit(sigma, x) * eps) / _fit(mu, x))
             square = error.square()
-            square = square.sum() if self.joint else square.flatten(1).sum(1)
+            square = square.sum() if self.joint else square.reshape(len(square), -1).sum(1)
 
         (s,) = torch.autograd.grad(square.sum(), x)
 

@@ -29,13 +29,8 @@ def circular_pad(x: Tensor, padding: int) -> Tensor:
         The padded field, with shape :math:`(B, C, H + 2p, W + 2p)`.
     """
 
-    if padding > min(x.shape[-2:]):
-        raise ValueError(
-            f"padding is {padding}, but must be at most the size of the field, here "
-            f"{tuple(x.shape[-2:])}. Use a smaller kernel or fewer levels."
-        )
-
     if torch.compiler.is_compiling():
+        _check(x, padding)
         return F.pad(x, (padding,) * 4, mode="circular")
 
     return _CircularPad.apply(x, padding)
@@ -147,10 +142,19 @@ class _SiLUPad(torch.autograd.Function):
 def _padded(x: Tensor, p: int) -> tuple[Tensor, Tensor]:
     r"""Returns an empty padded field, and its inner part with the channels as its last axis."""
 
+    _check(x, p)
     B, C, H, W = x.shape
     out = channels_last(x, (B, C, H + 2 * p, W + 2 * p))
 
     return out, out.permute(0, 2, 3, 1)[:, p : H + p, p : W + p]
+
+
+def _check(x: Tensor, p: int) -> None:
+    if p > min(x.shape[-2:]):
+        raise ValueError(
+            f"padding is {p}, but must be at most the size of the field, here "
+            f"{tuple(x.shape[-2:])}. Use a smaller kernel or fewer levels."
+        )
 
 
 def _wrap(x: Tensor, p: int) -> None:

@@ -3,6 +3,7 @@ r"""Tests for the sda_ray.generation module."""
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -137,6 +138,24 @@ def test_foreign_and_damaged_files_are_refused(directory: Path) -> None:
 
     with h5py.File(directory / "train.h5", "w") as f:
         f["x"] = np.zeros((9, *SHAPE), np.float32)
+
+    with pytest.raises(UserError, match=r"train\.h5 exists, but was not written by"):
+        find_missing(directory, ORIGIN)
+
+
+@pytest.mark.parametrize("seed", ["abc", float("nan"), float("inf"), [3, 4]])
+def test_strange_attributes_are_refused(directory: Path, seed: Any) -> None:
+    with h5py.File(directory / "train.h5", "a") as f:
+        f.attrs["seed"] = seed
+
+    with pytest.raises(UserError, match=r"train\.h5 (is damaged|exists, but)"):
+        find_missing(directory, ORIGIN)
+
+
+def test_mask_of_another_shape_is_refused(directory: Path) -> None:
+    with h5py.File(directory / "train.h5", "a") as f:
+        del f["done"]
+        f["done"] = True
 
     with pytest.raises(UserError, match=r"train\.h5 exists, but was not written by"):
         find_missing(directory, ORIGIN)

@@ -80,6 +80,21 @@ def test_joint_and_own_norm_agree_on_a_single_member(
     assert own.equal(joint)
 
 
+def test_one_number_may_be_observed_of_each_member(
+    golden: dict[str, Tensor], prior: VPSDE
+) -> None:
+    x, t = golden["chain_x"][:2], golden["guide_t"]
+    one, row = (
+        DPSGaussianScore(torch.ones(2).reshape(shape), A, prior)(x, t)
+        for shape, A in (
+            ((2,), lambda x: x.flatten(1).mean(1)),
+            ((2, 1), lambda x: x.flatten(1).mean(1, keepdim=True)),
+        )
+    )
+
+    assert_close(one, row, 1e-6)
+
+
 class Normal(nn.Module):
     r"""Estimates the noise in standard normal data, exactly."""
 

@@ -42,8 +42,11 @@ def test_pad_does_not_change_the_gradient_it_is_given() -> None:
 
 
 def test_pad_wider_than_the_field_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"padding is 3, but must be at most"):
-        circular_pad(torch.zeros(1, 1, 4, 2), 3)
+    x, shift = torch.zeros(1, 1, 4, 2), torch.zeros(1, 1, 1, 1)
+
+    for pad in (circular_pad, silu_pad, lambda x, p: modulated_pad(x, shift, p)):
+        with pytest.raises(ValueError, match=r"padding is 3, but must be at most"):
+            pad(x, 3)
 
 
 @pytest.mark.parametrize("shifts", [1, 2])
