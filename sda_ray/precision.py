@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "allowing",
+    "allowing_tf32",
     "full",
     "lower",
     "lowered",
@@ -32,7 +32,7 @@ def lowered(precision: str, device: torch.device) -> Iterator[None]:
     r"""Computes with a lower precision for as long as it is entered.
 
     Arguments:
-        precision: `fp32`, `bf16` or `tf32`. The latter is not up to this, see :func:`allowing`.
+        precision: `fp32`, `bf16` or `tf32`. The latter is up to :func:`allowing_tf32`.
         device: Where the network is.
     """
 
@@ -41,7 +41,7 @@ def lowered(precision: str, device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def allowing(precision: str, device: torch.device) -> Iterator[None]:
+def allowing_tf32(precision: str, device: torch.device) -> Iterator[None]:
     r"""Allows TF32 on CUDA for as long as it is entered, if that is the precision.
 
     It counts when a product is computed: the backward pass has to be inside, too.

@@ -18,7 +18,7 @@ from .compilation import compiled
 from .config import Config, learning_rate
 from .data import TrajectoryDataset
 from .diffusion import VPSDE
-from .precision import allowing, lowered
+from .precision import allowing_tf32, lowered
 from .score import MCScoreNet, make_score
 from .streams import DROPOUT, INIT, NOISE, ORDER, START, rng, seeded
 from .validation import DRAWS, Validation
@@ -218,7 +218,7 @@ def train_epoch(
         dropout = seeded(DROPOUT, seed, e, k, device=state.device)
         state.sde.train()
 
-        with allowing(config["precision"], state.device):
+        with allowing_tf32(config["precision"], state.device):
             with dropout, lowered(config["precision"], state.device):
                 loss = state.compiled.loss(x, generator=noise_rng)
 

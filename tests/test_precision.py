@@ -14,7 +14,7 @@ from sda_ray.data import TrajectoryDataset
 from sda_ray.diffusion import VPSDE
 from sda_ray.nn import LayerNorm, UNet, UpTail
 from sda_ray.periodic import CircularConv2d
-from sda_ray.precision import allowing, full, lower, lowered, strict, warn_slow
+from sda_ray.precision import allowing_tf32, full, lower, lowered, strict, warn_slow
 from sda_ray.score import MCScoreNet, make_score
 from sda_ray.training import TrainState, train_epoch
 from sda_ray.validation import Validation
@@ -177,7 +177,7 @@ def test_tf32_is_allowed_in_the_backward_pass_too(
     next(state.score.parameters()).register_hook(lambda _: seen.add(flags()))
     cuda = torch.device("cuda")  # the flags can be set without one, and mean nothing
     monkeypatch.setattr(
-        "sda_ray.training.allowing", lambda precision, _: allowing(precision, cuda)
+        "sda_ray.training.allowing_tf32", lambda precision, _: allowing_tf32(precision, cuda)
     )
     strict()
     train_epoch(state, TrajectoryDataset(data / "train.h5", window=3))
@@ -190,7 +190,7 @@ def test_tf32_is_allowed_on_cuda_only_inside(precision: str, flags: Flags) -> No
     strict()
     assert flags() == (False, False)
 
-    with allowing(precision, torch.device("cuda")):
+    with allowing_tf32(precision, torch.device("cuda")):
         assert flags() == (precision == "tf32",) * 2
 
     assert flags() == (False, False)
