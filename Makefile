@@ -36,12 +36,12 @@ test: .venv/installed-dev
 
 # Hosts with their own network, disk and sshd, on which Ray is launched as on machines of a lab.
 test-cluster: .venv/installed-dev .venv/installed-cluster
-	tests/cluster/prepare
-	$(BIN)/python -m pytest --override-ini addopts=-ra --numprocesses 2 --dist loadfile --timeout 2400 tests/cluster $(ARGS)
+	tests/multihost/prepare
+	$(BIN)/python -m pytest --override-ini addopts=-ra --numprocesses 2 --dist loadfile --timeout 2400 tests/multihost $(ARGS)
 
 cluster-check: FILE ?= cluster.yaml
 cluster-check: .venv/installed-cluster
-	@$(BIN)/python -m sda_ray.clusterfile $(FILE)
+	@$(BIN)/python -m sda_ray.cluster.clusterfile $(FILE)
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check

@@ -32,10 +32,10 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from sda_ray.holder import holder
-from sda_ray.lease import Lease
-from sda_ray.pruner import Record
-from sda_ray.study import Study
+from sda_ray.core.holder import holder
+from sda_ray.core.lease import Lease
+from sda_ray.search.promotion import Record
+from sda_ray.search.study import Study
 
 SCRIPT = """
 from sda_ray import CONFIG, Sweep, choice, loguniform, main

@@ -20,9 +20,9 @@ import torch
 from measured import Result, limit
 
 from sda_ray import CONFIG
-from sda_ray.checkpoint import RunPath, save_checkpoint
-from sda_ray.runs import CHECKPOINT_COST, CHECKPOINT_SECONDS
-from sda_ray.training import TrainState
+from sda_ray.runs.checkpoint import RunPath, save_checkpoint
+from sda_ray.runs.run import CHECKPOINT_COST, CHECKPOINT_SECONDS
+from sda_ray.training.loop import TrainState
 
 
 def seconds(action: Callable[[], None]) -> float:

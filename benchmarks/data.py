@@ -43,7 +43,7 @@ def write(file: Path, trajectories: int) -> int:
 def read(file: Path) -> None:
     r"""Reads all windows, prints a line and waits for one; then prints the memory of the file."""
 
-    from sda_ray.data import TrajectoryDataset
+    from sda_ray.data.dataset import TrajectoryDataset
 
     dataset = TrajectoryDataset(file, 5)
 
@@ -94,7 +94,7 @@ def shared(file: Path) -> int:
 def opening(file: Path) -> float:
     r"""Returns the CPU seconds of opening a data set, the least of several times."""
 
-    from sda_ray.data import TrajectoryDataset
+    from sda_ray.data.dataset import TrajectoryDataset
 
     def once() -> float:
         start = time.process_time()

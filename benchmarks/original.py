@@ -67,7 +67,7 @@ def upstream(config: dict[str, Any]) -> tuple[Callable[[torch.Tensor], float], C
 
 
 def ours(config: dict[str, Any]) -> tuple[Callable[[torch.Tensor], float], Callable[[], Any]]:
-    from sda_ray.training import TrainState
+    from sda_ray.training.loop import TrainState
 
     state = TrainState(config, size=SIZE)
     state.lr = config["learning_rate"]
@@ -91,7 +91,7 @@ def ours(config: dict[str, Any]) -> tuple[Callable[[torch.Tensor], float], Calla
 
 def measure(kind: str, what: str, size: str) -> dict[str, float]:
     from sda_ray import CONFIG
-    from sda_ray.allocator import keep_memory
+    from sda_ray.core.allocator import keep_memory
 
     if kind == "ours":  # as a training of ours does
         keep_memory()

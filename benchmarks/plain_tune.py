@@ -22,8 +22,8 @@ def train(config: dict[str, Any], data: str) -> None:
     from ray import tune
     from reference import plain_network, plain_step
 
-    from sda_ray.data import TrajectoryDataset
-    from sda_ray.training import TrainState
+    from sda_ray.data.dataset import TrajectoryDataset
+    from sda_ray.training.loop import TrainState
 
     torch.set_num_threads(1)
     trainset, validset = (

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sda_ray.training import TrainState
+from sda_ray.training.loop import TrainState
 
 __all__ = ["plain_network", "plain_step"]
 

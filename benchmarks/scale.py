@@ -119,13 +119,13 @@ def run(trials: int, seconds: float, slots: int, place: Path) -> Found:
     r"""Runs the sweep and returns how busy slots and driver were."""
 
     from sda_ray import executor
-    from sda_ray.cluster import connect
-    from sda_ray.driver import Driver
-    from sda_ray.lease import Lease
-    from sda_ray.pruner import Rules
-    from sda_ray.sampler import propose
-    from sda_ray.slots import Slots
-    from sda_ray.study import Study
+    from sda_ray.cluster.connect import connect
+    from sda_ray.cluster.slots import Slots
+    from sda_ray.core.lease import Lease
+    from sda_ray.search.promotion import Rules
+    from sda_ray.search.sampler import propose
+    from sda_ray.search.study import Study
+    from sda_ray.sweep.driver import Driver
 
     lease = Lease(place / "lease.json", "the benchmark")
     study = Study(place / "study.journal", "scale", lease)
@@ -163,7 +163,7 @@ def run(trials: int, seconds: float, slots: int, place: Path) -> Found:
             notify,
             place / "stop",
         )
-        executor.Trial = sleeper(seconds, slots, place)  # type: ignore[misc, assignment]
+        executor.Trial = sleeper(seconds, slots, place)
         begin = time.time()
         executor.execute(driver, {"cpu": 1, "gpu": 0}, scratch, own=True)
 

@@ -91,7 +91,7 @@ def plain(size: int) -> Callable[[Any], Any]:
 def ours(compiled: bool) -> Callable[[Any], Any]:
     import torch
 
-    from sda_ray.flow import KolmogorovFlow
+    from sda_ray.data.flow import KolmogorovFlow
 
     flow = KolmogorovFlow(SIZE, dt=DT, compiled=compiled)
 
@@ -184,7 +184,7 @@ def has_jax(python: str) -> bool:
 def compare(states: int = 8, rounds: int = 3) -> dict[str, dict[str, float]]:
     r"""Returns what each costs, by kind and number of fields, and how far it is from ours."""
 
-    from sda_ray.flow import KolmogorovFlow
+    from sda_ray.data.flow import KolmogorovFlow
 
     jax = os.environ.get("JAX_PYTHON", sys.executable)
     kinds = ["ours", "eager", "plain", *["jax-cfd"] * has_jax(jax)]

@@ -46,7 +46,7 @@ def measure(
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
 
     if tuned:
-        from sda_ray.allocator import keep_memory
+        from sda_ray.core.allocator import keep_memory
 
         keep_memory()
 
@@ -56,8 +56,8 @@ def measure(
     from reference import plain_network, plain_step
 
     from sda_ray import CONFIG
-    from sda_ray.precision import lowered
-    from sda_ray.training import TrainState
+    from sda_ray.nn.precision import lowered
+    from sda_ray.training.loop import TrainState
 
     torch.set_num_threads(max(1, cores))
     clock = time.perf_counter if cores else time.process_time

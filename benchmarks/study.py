@@ -30,13 +30,13 @@ from measured import Result, limit
 from rich.console import Console
 from rich.progress import track
 
-from sda_ray.driver import Driver
-from sda_ray.holder import place
-from sda_ray.lease import Lease
-from sda_ray.pruner import Record, Rules, decide, reveal
-from sda_ray.reconcile import catch_up
-from sda_ray.sampler import propose
-from sda_ray.study import Study
+from sda_ray.core.holder import place
+from sda_ray.core.lease import Lease
+from sda_ray.search.promotion import Record, Rules, decide, reveal
+from sda_ray.search.reconcile import catch_up
+from sda_ray.search.sampler import propose
+from sda_ray.search.study import Study
+from sda_ray.sweep.driver import Driver
 
 EPOCHS = 9
 UNITS = {"draw and append": "ms", "growth": "kB a run", "resume": "s"}

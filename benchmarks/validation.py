@@ -24,10 +24,10 @@ from measured import Result
 from torch import Tensor
 
 from sda_ray import CONFIG
-from sda_ray.data import TrajectoryDataset
-from sda_ray.diffusion import VPSDE
-from sda_ray.training import TrainState, train_epoch
-from sda_ray.validation import Validation
+from sda_ray.data.dataset import TrajectoryDataset
+from sda_ray.nn.diffusion import VPSDE
+from sda_ray.training.loop import TrainState, train_epoch
+from sda_ray.training.validation import Validation
 
 SIZE, LENGTH = 16, 12
 COUNTS = {"train": 512, "valid": 64}

@@ -7,15 +7,15 @@ __version__ = "0.1.0"
 
 # Where each public name lives. Modules are imported at first use: `import sda_ray` stays light.
 _MODULES = {
-    "cli": ["main"],
-    "config": ["CONFIG"],
-    "data": ["TrajectoryDataset"],
-    "definition": ["Sweep"],
-    "diffusion": ["SubSubVPSDE", "SubVPSDE", "VPSDE", "load_sde"],
-    "flow": ["KolmogorovFlow", "coarsen", "vorticity"],
-    "guidance": ["DPSGaussianScore", "GaussianScore"],
-    "score": ["load_score", "make_score"],
-    "space": ["choice", "integer", "loguniform", "uniform"],
+    "cli.main": ["main"],
+    "core.config": ["CONFIG"],
+    "data.dataset": ["TrajectoryDataset"],
+    "sweep.definition": ["Sweep"],
+    "nn.diffusion": ["SubSubVPSDE", "SubVPSDE", "VPSDE", "load_sde"],
+    "data.flow": ["KolmogorovFlow", "coarsen", "vorticity"],
+    "nn.guidance": ["DPSGaussianScore", "GaussianScore"],
+    "nn.score": ["load_score", "make_score"],
+    "core.space": ["choice", "integer", "loguniform", "uniform"],
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -29,7 +29,7 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(import_module(f"sda_ray.{_HOMES[name]}"), name)
     except Exception:
-        from .entry import rescue
+        from .sweep.entry import rescue
 
         rescue()  # returns if there is no sweep to go on with
         raise

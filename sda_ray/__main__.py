@@ -1,6 +1,6 @@
 r"""Runs the command line as `python -m sda_ray`."""
 
-from .entry import main
+from .sweep.entry import main
 
 __all__: list[str] = []
 

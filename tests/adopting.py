@@ -6,20 +6,20 @@ from typing import Any
 import pytest
 from conftest import SMALL
 
-from sda_ray.archive import sweep_directory
-from sda_ray.checkpoint import RunPath
-from sda_ray.config import CONFIG, Config
-from sda_ray.coverage import Refusal, collect
-from sda_ray.data import fingerprint
-from sda_ray.definition import Sweep
-from sda_ray.domain import choice, loguniform
-from sda_ray.lease import Lease
-from sda_ray.priors import Prior
-from sda_ray.pruner import Record
-from sda_ray.runs import Run
-from sda_ray.study import Study
-from sda_ray.tracking import Wandb
-from sda_ray.train import train
+from sda_ray.core.config import CONFIG, Config
+from sda_ray.core.domain import choice, loguniform
+from sda_ray.core.lease import Lease
+from sda_ray.data.dataset import fingerprint
+from sda_ray.runs.checkpoint import RunPath
+from sda_ray.runs.run import Run
+from sda_ray.runs.tracking import Wandb
+from sda_ray.runs.train import train
+from sda_ray.search.promotion import Record
+from sda_ray.search.study import Study
+from sda_ray.sweep.coverage import Refusal, collect
+from sda_ray.sweep.definition import Sweep
+from sda_ray.sweep.priors import Prior
+from sda_ray.sweep.record import sweep_directory
 
 __all__ = [
     "OFF",

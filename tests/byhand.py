@@ -5,11 +5,11 @@ from typing import Any
 
 from simulated import draw
 
-from sda_ray.driver import Driver
-from sda_ray.lease import Lease
-from sda_ray.pruner import Rules
-from sda_ray.sampler import propose
-from sda_ray.study import Study
+from sda_ray.core.lease import Lease
+from sda_ray.search.promotion import Rules
+from sda_ray.search.sampler import propose
+from sda_ray.search.study import Study
+from sda_ray.sweep.driver import Driver
 
 __all__ = ["Desk"]
 

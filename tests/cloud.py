@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sda_ray.bucket import Bucket
+from sda_ray.storage.store import Bucket
 
 pytest.importorskip("moto.server")
 

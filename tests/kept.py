@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from sda_ray.checkpoint import RunPath
-from sda_ray.config import Config
-from sda_ray.pruner import Record
-from sda_ray.reclaim import resumable
-from sda_ray.room import Keeper
-from sda_ray.runs import Run
-from sda_ray.tracking import Wandb
-from sda_ray.train import train
+from sda_ray.core.config import Config
+from sda_ray.runs.checkpoint import RunPath
+from sda_ray.runs.prune import resumable
+from sda_ray.runs.run import Run
+from sda_ray.runs.tracking import Wandb
+from sda_ray.runs.train import train
+from sda_ray.search.promotion import Record
+from sda_ray.sweep.retention import Keeper
 
 __all__ = ["MADE", "Keeping", "identity", "keeping", "made", "path_of", "runs", "snapshot"]
 

@@ -13,13 +13,13 @@ import h5py
 import numpy as np
 import pytest
 
-from sda_ray.browse import add_runs_parser, runs_command, with_action
-from sda_ray.checkpoint import RunPath
-from sda_ray.config import CONFIG
-from sda_ray.inventory import Entry, read_entry
-from sda_ray.runs import Run
-from sda_ray.tracking import Wandb
-from sda_ray.train import train
+from sda_ray.cli.runs import add_runs_parser, runs_command, with_action
+from sda_ray.core.config import CONFIG
+from sda_ray.runs.checkpoint import RunPath
+from sda_ray.runs.inventory import Entry, read_entry
+from sda_ray.runs.run import Run
+from sda_ray.runs.tracking import Wandb
+from sda_ray.runs.train import train
 
 __all__ = ["SMALL", "a", "entry_of", "lease_of", "made", "rewrite", "runs", "sda"]
 

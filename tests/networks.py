@@ -2,8 +2,8 @@ r"""Score networks: a small one, and that of a run by SDA."""
 
 from pathlib import Path
 
-from sda_ray.config import CONFIG
-from sda_ray.score import MCScoreNet, make_score
+from sda_ray.core.config import CONFIG
+from sda_ray.nn.score import MCScoreNet, make_score
 
 __all__ = ["REFERENCE", "RUN", "SMALL", "small"]
 

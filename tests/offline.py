@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sda_ray.checkpoint import RunPath
-from sda_ray.config import CONFIG, save_config
-from sda_ray.files import append_line, write_json
+from sda_ray.core.config import CONFIG, save_config
+from sda_ray.core.files import append_line, write_json
+from sda_ray.runs.checkpoint import RunPath
 
 __all__ = ["EPOCHS", "ID", "NAME", "STEPS", "WANDB", "attempted", "make_run", "run"]
 
@@ -37,7 +37,7 @@ WANDB = {
 ATTEMPT = """
 import json, os, signal, sys, time
 from pathlib import Path
-from sda_ray.tracking import Tracker, Wandb
+from sda_ray.runs.tracking import Tracker, Wandb
 
 directory, id, name, options, first, last = sys.argv[1:]
 options = json.loads(options)

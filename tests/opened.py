@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from sda_ray.config import Config
-from sda_ray.runs import Run
-from sda_ray.tracking import Wandb
-from sda_ray.train import train
+from sda_ray.core.config import Config
+from sda_ray.runs.run import Run
+from sda_ray.runs.tracking import Wandb
+from sda_ray.runs.train import train
 
 __all__ = ["DISABLED", "finished", "reopen", "runs"]
 

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 from simulated import Crash, Sweeping, Training, diverges, loss
 
-from sda_ray.checkpoint import RunPath
-from sda_ray.holder import holder
-from sda_ray.lease import Lease
-from sda_ray.pruner import Record, Rules, decide
-from sda_ray.reconcile import look, reconcile
-from sda_ray.study import Study
+from sda_ray.core.holder import holder
+from sda_ray.core.lease import Lease
+from sda_ray.runs.checkpoint import RunPath
+from sda_ray.search.promotion import Record, Rules, decide
+from sda_ray.search.reconcile import look, reconcile
+from sda_ray.search.study import Study
 
 __all__ = ["Ordeal"]
 

@@ -6,7 +6,7 @@ import h5py
 import numpy as np
 import pytest
 
-from sda_ray.plan import Plan
+from sda_ray.plan.plan import Plan
 
 __all__ = ["SCRIPT", "script", "spoil", "told", "write"]
 

@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from sda_ray.config import CONFIG
-from sda_ray.definition import Sweep
-from sda_ray.pruner import Record
-from sda_ray.space import choice, loguniform
+from sda_ray.core.config import CONFIG
+from sda_ray.core.space import choice, loguniform
+from sda_ray.search.promotion import Record
+from sda_ray.sweep.definition import Sweep
 
 __all__ = ["SPACE", "finished", "play", "rate", "sweep_of"]
 

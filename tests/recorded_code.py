@@ -7,7 +7,7 @@ import pytest
 import scene
 
 import sda_ray
-from sda_ray.entry import code_of, digests
+from sda_ray.sweep.entry import code_of, digests
 
 __all__ = ["FAKE", "PACKAGE", "SCRIPT", "fake", "record", "spoil", "sweep"]
 

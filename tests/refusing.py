@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from scene import SCRIPT
 
-from sda_ray.cli import main
+from sda_ray.cli.main import main
 
 __all__ = ["Refuse", "handlers", "refuse", "root"]
 

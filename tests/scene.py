@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from sda_ray.checkpoint import RunPath
-from sda_ray.cli import main
-from sda_ray.lease import Lease
-from sda_ray.pruner import Record
-from sda_ray.study import Study
+from sda_ray.cli.main import main
+from sda_ray.core.lease import Lease
+from sda_ray.runs.checkpoint import RunPath
+from sda_ray.search.promotion import Record
+from sda_ray.search.study import Study
 
 __all__ = ["GRID", "SCRIPT", "Place", "lines", "place"]
 

@@ -12,14 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sda_ray.checkpoint import RunPath
-from sda_ray.driver import Driver
-from sda_ray.holder import place
-from sda_ray.lease import Lease
-from sda_ray.pruner import Record, Rules, Stops
-from sda_ray.reconcile import catch_up
-from sda_ray.sampler import propose
-from sda_ray.study import Study
+from sda_ray.core.holder import place
+from sda_ray.core.lease import Lease
+from sda_ray.runs.checkpoint import RunPath
+from sda_ray.search.promotion import Record, Rules, Stops
+from sda_ray.search.reconcile import catch_up
+from sda_ray.search.sampler import propose
+from sda_ray.search.study import Study
+from sda_ray.sweep.driver import Driver
 
 __all__ = ["Crash", "Sweeping", "Training", "diverges", "draw", "fails", "loss", "outcomes"]
 
@@ -49,7 +49,7 @@ def never(config: dict[str, Any], epoch: int) -> bool:
 
 
 class Training:
-    r"""Creates a trial: the same contract as :class:`sda_ray.trial.Trial`, on real files."""
+    r"""Creates a trial: the same contract as :class:`sda_ray.cluster.trial.Trial`, on real files."""
 
     def __init__(self, sweeping: "Sweeping", spec: dict[str, Any]) -> None:
         self.sweeping = sweeping

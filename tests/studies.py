@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from simulated import draw
 
-from sda_ray.lease import Lease
-from sda_ray.pruner import Record
-from sda_ray.sampler import propose
-from sda_ray.study import Study
+from sda_ray.core.lease import Lease
+from sda_ray.search.promotion import Record
+from sda_ray.search.sampler import propose
+from sda_ray.search.study import Study
 
 __all__ = ["add", "lease", "no_sync", "study"]
 

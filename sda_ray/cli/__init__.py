@@ -1,0 +1,1 @@
+r"""Commands, and what people see in a terminal."""

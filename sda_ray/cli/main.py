@@ -1,0 +1,261 @@
+r"""The command line, `sda-ray COMMAND`: simulations, trainings, and what all commands share."""
+
+import argparse
+import errno
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from io import TextIOWrapper
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from .. import __version__
+from ..core.config import CONFIG, Config, check_config, load_config, parse_overrides
+from ..core.errors import UserError
+from ..plan.doctor import doctor_command
+from ..runs.sync import sync_command
+from ..sweep.entry import execute
+from .options import parse
+from .runs import runs_command
+from .sweep import (
+    adopt_command,
+    launch_options,
+    plan_command,
+    stop_command,
+    sweep_command,
+    wandb_options,
+)
+
+__all__ = ["main"]
+
+THREADS = 4096  # torch takes any number, and ends in the middle of what it cannot start
+
+
+def main(sweep: Any = None, argv: Sequence[str] | None = None) -> None:
+    r"""Runs the command line.
+
+    Arguments:
+        sweep: A sweep to run, for scripts: the command is then `sda-ray sweep SCRIPT`.
+        argv: The arguments, by default those of the process.
+    """
+
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    signal.signal(signal.SIGTERM, _terminate)
+    started = argv is None
+
+    if started and isinstance(sys.stdout, TextIOWrapper):
+        # A log or pipe is told at once, too, and what it cannot show is no error
+        sys.stdout.reconfigure(line_buffering=True, errors="replace")
+
+    argv = list(sys.argv[1:] if argv is None else argv)
+
+    if sweep is not None:
+        script = Path(sys.modules["__main__"].__file__ or "").resolve()
+        sweep = replace(sweep, script=script)
+        argv = ["sweep", str(script), *argv]
+
+    commands = {
+        "simulate": _simulate,
+        "train": _train,
+        "plan": plan_command,
+        "sweep": sweep_command,
+        "slurm": _slurm,
+        "join": _join,
+        "stop": stop_command,
+        "attach": _attach,
+        "cluster": _cluster,
+        "adopt": adopt_command,
+        "runs": runs_command,
+        "sync": sync_command,
+        "doctor": doctor_command,
+    }
+
+    try:
+        args = parse(argv)
+        args.argv = argv
+        places = f"data {args.data}" + (
+            "" if args.command == "simulate" else f", runs {args.runs}"
+        )
+        out = sys.stderr if getattr(args, "json", False) else sys.stdout
+        places += f", a copy of which is in {args.bucket}" if args.bucket else ""
+        print(f"sda-ray {__version__}: root {args.root}, {places}", file=out, flush=True)
+        _check_places(args)
+        _check_bucket(args)
+        commands[args.command](args, sweep)
+    except UserError as error:
+        if started and (place := getattr(error, "place", None)):  # the code is another's
+            print(error, flush=True)
+            what = "sda-ray" if sweep is None else str(sweep.script)
+            execute(place, what, sys.argv[1:])
+
+        print(f"sda-ray: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("Interrupted. The same command goes on.", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(141)
+    except OSError as error:
+        if error.errno not in (errno.ENAMETOOLONG, errno.ENOSPC):
+            raise
+
+        if started and error.errno == errno.ENOSPC:  # Python would try the rest at its end, again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+        print(f"sda-ray: {error}", file=sys.stderr)
+        sys.exit(1 if error.errno == errno.ENOSPC else 2)
+    finally:
+        # Once SIGINT has met code that is run from a string, as dataclasses do, Python (3.11) ends
+        # by that signal, though it was caught, until other such code has run.
+        exec("")
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    r"""Ends the process in good order: everything that was begun is closed."""
+
+    sys.exit(128 + number)
+
+
+def _check_places(args: argparse.Namespace) -> None:
+    for place in (args.root, args.data, args.runs):
+        for part in (place, *place.parents):
+            if part.exists():
+                if not part.is_dir():
+                    raise UserError(f"{place} cannot be used: {part} is a file, no directory.")
+
+                break
+
+
+def _check_bucket(args: argparse.Namespace) -> None:
+    r"""Looks whether a command can do with runs in a bucket, and fetches what is to be listed."""
+
+    if not args.bucket:
+        return
+
+    if args.command not in ("sweep", "runs", "plan", "stop") or (
+        args.command == "runs" and args.action == "prune"
+    ):
+        raise UserError(
+            f"`sda-ray {args.command}` works on a directory, not on {args.bucket}: give it --runs "
+            f"{args.runs}, where runs of this machine are, and those fetched by `sda-ray runs`."
+        )
+
+    if args.command == "runs":
+        from ..storage.fetching import fetch_records
+        from ..storage.store import Bucket, Unreachable
+
+        bucket = Bucket(args.bucket)
+        bucket.check()
+
+        try:
+            fetch_records(bucket, args.runs)
+        except Unreachable as error:
+            raise UserError(f"{args.bucket} does not answer: {error}. Try again.") from error
+
+
+def _simulate(args: argparse.Namespace, _: Any) -> None:
+    from ..data.simulate import PRESETS, simulate
+
+    preset = PRESETS[args.preset]
+    simulate(
+        args.data,
+        preset["trajectories"] if args.trajectories is None else args.trajectories,
+        preset["size"] if args.size is None else args.size,
+        args.seed,
+        workers=args.workers,
+        address=args.address,
+    )
+
+
+def _slurm(args: argparse.Namespace, _: Any) -> None:
+    from ..cluster.slurm import slurm_command
+
+    slurm_command(args)
+
+
+def _join(args: argparse.Namespace, _: Any) -> None:
+    from ..cluster.join import join
+
+    join(args.runs, args.sweep, args.cpus, args.gpus, args.wait)
+
+
+def _attach(args: argparse.Namespace, _: Any) -> None:
+    from .attach import attach
+
+    attach(args.runs, args.sweep)
+
+
+def _cluster(args: argparse.Namespace, _: Any) -> None:
+    from ..cluster.status import status_command
+
+    status_command(args)
+
+
+def _train(args: argparse.Namespace, _: Any) -> None:
+    from .train import extend_run, resume_run, start_replicas, start_run
+
+    if args.takeover and not args.resume:
+        raise UserError("--takeover goes with --resume RUN.")
+
+    if args.replicas is not None:
+        if args.init or args.resume or args.extend or args.device or args.threads:
+            raise UserError(
+                "--replicas goes with none of --init, --resume, --extend, --device and --threads."
+            )
+
+        start_replicas(_config(args), args.replicas, launch_options(args))
+        return
+
+    for name in ("address", "cpus_per_trial", "gpus_per_trial", "parallel"):
+        if getattr(args, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')} goes with --replicas N.")
+
+    if args.threads is not None:
+        _set_threads(args.threads)
+
+    if args.extend:
+        if args.config:
+            raise UserError("--extend takes the settings of RUN, and so goes without --config.")
+
+        changes = parse_overrides(args.settings)
+        extend_run(args.runs, args.data, args.extend, changes, args.device, wandb_options(args))
+    elif args.resume:
+        if args.settings or args.config:
+            raise UserError(
+                "--resume goes on with a run as it is. For other settings start a run from its "
+                f"weights: sda-ray train --init {args.resume} key=value"
+            )
+
+        given = args.wandb or args.project or args.entity or args.tags
+        wandb = wandb_options(args) if given else None
+        resume_run(args.runs, args.data, args.resume, args.device, wandb, args.takeover)
+    else:
+        start_run(args.runs, args.data, _config(args), args.init, args.device, wandb_options(args))
+
+
+def _set_threads(threads: int) -> None:
+    import torch
+
+    if not 1 <= threads <= THREADS:
+        raise UserError(f"--threads is {threads}, but must be from 1 to {THREADS}.")
+
+    torch.set_num_threads(threads)
+
+
+def _config(args: argparse.Namespace) -> Config:
+    r"""Returns the settings of a training: key=value, before --config or --init, before CONFIG."""
+
+    from ..runs.checkpoint import RunPath
+
+    base = dict(CONFIG)
+
+    if args.config and Path(args.config).is_file():
+        base = load_config(Path(args.config).resolve())
+    elif args.config or args.init:
+        base = load_config(RunPath.find(args.runs, args.config or args.init).config)
+
+    return check_config(base | parse_overrides(args.settings))

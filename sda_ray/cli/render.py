@@ -1,0 +1,277 @@
+r"""What people see of runs: tables and portraits, for terminals and files alike.
+
+Names and texts come from files that anyone may have written: they are shown as plain text, without
+control characters.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from ..core.config import CONFIG, Config, format_value
+from ..runs.curves import best, chart
+from ..runs.details import attempts, differences
+from ..runs.inventory import Entry
+
+__all__ = ["clean", "comparison", "duration", "listing", "portrait", "savings", "size"]
+
+STYLES = {
+    "running": "cyan",
+    "finished": "green",
+    "adopted": "green",
+    "paused": "yellow",
+    "interrupted": "yellow",
+    "stopped": "yellow",
+    "diverged": "red",
+    "failed": "bold red",
+    "damaged": "bold red",
+}
+CURVES = {"loss_train": "bright_black", "loss_valid": "cyan"}
+
+
+def clean(value: Any, most: int = 200) -> str:
+    r"""Returns a value as one line of printable characters."""
+
+    text = "".join(c if c.isprintable() else "�" for c in str(value)[: most + 1])
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def size(count: float | None) -> str:
+    r"""Returns a number of bytes as people read it, as `1.2 MB`."""
+
+    if count is None:
+        return "–"
+
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+
+        count /= 1000
+
+    return f"{count:.3g} TB"
+
+
+def duration(seconds: float) -> str:
+    r"""Returns a time span in its largest unit, as `3 h`."""
+
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{int(seconds // length)} {unit}"
+
+    return f"{int(seconds)} s"
+
+
+def _loss(x: float | None) -> str:
+    return "–" if x is None else f"{x:.4f}" if 1e-3 <= abs(x) < 1e4 else f"{x:.3g}"
+
+
+def _status(status: str) -> Text:
+    return Text(clean(status, 20), style=STYLES.get(status, ""))
+
+
+def _epochs(entry: Entry) -> str:
+    return f"{entry.epoch or 0}/{'?' if entry.epochs is None else entry.epochs}"
+
+
+def _table(*columns: str, right: Sequence[str] = (), fold: bool = True) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+
+    for name in columns:
+        table.add_column(name, "", overflow="fold", no_wrap=not fold)
+        table.columns[-1].justify = "right" if name in right else "left"
+
+    return table
+
+
+def listing(entries: Iterable[Entry]) -> Table:
+    r"""Returns the table of runs."""
+
+    columns = ("run", "status", "epoch", "loss_valid", "sweep", "size", "age")
+    right = ("epoch", "loss_valid", "size", "age")
+    table = _table(*columns, right=right, fold=False)
+    rows = [
+        (
+            Text(clean(entry.path.directory.name)),
+            _status(entry.status),
+            Text(_epochs(entry)),
+            Text(_loss(entry.loss_valid)),
+            Text(clean(entry.sweep or "–", 40)),
+            Text(size(entry.size)),
+            Text(duration(entry.age)),
+        )
+        for entry in entries
+    ]
+
+    # A column is one cell of many lines: rich takes 0.2 ms for a cell, seconds for 2,000 runs.
+    table.add_row(*(Text("\n").join(column) for column in zip(*rows, strict=True)))
+
+    return table
+
+
+def portrait(
+    entry: Entry, lines: Sequence[dict[str, Any]], origin: Mapping[str, Any], width: int
+) -> RenderableType:
+    r"""Returns all that is known of a run.
+
+    Arguments:
+        entry: The run.
+        lines: Its metrics.
+        origin: Where it came from, by label.
+        width: The columns at hand.
+    """
+
+    top = best(lines)
+    head = Text.assemble((clean(entry.path.directory.name), "bold"), "  ", _status(entry.status))
+    head.append(f"  epoch {_epochs(entry)}  loss_valid {_loss(entry.loss_valid)}")
+    head.append(f", best {_loss(top['loss_valid'])} at epoch {top['epoch']}" if top else "")
+    head.append(f"  {size(entry.size)}  {duration(entry.age)} old")
+    faults = [Text(f"  {clean(fault, 500)}", style="red") for fault in entry.faults]
+    parts: list[RenderableType] = [head, *faults, Text(), _pairs(origin)]
+
+    if tries := attempts(entry.record):
+        parts += [Text(), _attempts(tries)]
+
+    if entry.config is not None:
+        parts += [Text(), _config(entry.config)]
+
+    parts += [Text(), chart(lines, CURVES, width=max(20, min(96, width - 12)))]
+
+    return Group(*parts)
+
+
+def _pairs(pairs: Mapping[str, Any]) -> Table:
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+
+    for key, value in pairs.items():
+        table.add_row(key, Text(clean(value, 500)))
+
+    return table
+
+
+def _attempts(tries: Sequence[dict[str, Any]]) -> RenderableType:
+    r"""Returns the table of attempts; versions are named where they change."""
+
+    table = _table("attempt", "began", "took", "host", "device", "threads", "versions")
+    before: dict[str, Any] = {}
+
+    for attempt in tries[-50:]:
+        found = attempt.get("versions")
+        versions = found if isinstance(found, dict) else {}
+        news = [f"{key} {x}" for key, x in versions.items() if before.get(key) != x]
+        before = versions
+        cells = [attempt.get("number"), _minute(attempt.get("started")), _took(attempt)]
+        cells += [attempt.get(key) for key in ("host", "device", "threads")]
+        table.add_row(
+            *(Text("–" if x is None else clean(x, 60)) for x in cells),
+            Text(clean(", ".join(news) or "the same", 500)),
+        )
+
+    return table
+
+
+def _time(text: Any) -> datetime | None:
+    try:
+        when = datetime.fromisoformat(text)
+    except (TypeError, ValueError):
+        return None
+
+    return when if when.tzinfo else when.replace(tzinfo=timezone.utc)
+
+
+def _minute(text: Any) -> str | None:
+    when = _time(text)
+    return None if when is None else f"{when:%Y-%m-%d %H:%M}"
+
+
+def _took(attempt: Mapping[str, Any]) -> str | None:
+    began, ended = _time(attempt.get("started")), _time(attempt.get("ended"))
+    return None if began is None or ended is None else duration((ended - began).total_seconds())
+
+
+def _config(config: Config) -> Table:
+    r"""Returns the config; what differs from CONFIG stands out, beside CONFIG's value."""
+
+    differs = differences(config)
+    table = Table(box=None, pad_edge=False, show_header=False)
+
+    for key, value in config.items():
+        changed = key in differs
+        default = f"(CONFIG has {format_value(CONFIG[key])})" if changed else ""
+        style = "bold yellow" if changed else ""
+        mark = "*" if changed else " "
+        table.add_row(
+            Text(f"{mark} {key}", style=style),
+            Text(format_value(value), style=style),
+            Text(default, style="dim"),
+        )
+
+    return table
+
+
+def comparison(
+    entries: Sequence[Entry], found: Mapping[str, Any], most: int = 40
+) -> RenderableType:
+    r"""Returns the table of a comparison, see :func:`sda_ray.runs.details.compare`."""
+
+    names = [clean(entry.path.directory.name) for entry in entries]
+    table = _table("", right=())
+
+    for name in names:
+        table.add_column(Text(name), justify="right", overflow="fold")
+
+    for key, row in found["metrics"].items():
+        shown = [_loss(x) if isinstance(x, float) else "–" if x is None else str(x) for x in row]
+        lowest = _lowest(row) if "loss" in key and not found["notes"] else None
+        cells = [
+            Text(clean(text, most), style="bold green" if x == lowest else "")
+            for text, x in zip(shown, row, strict=True)
+        ]
+        table.add_row(Text(key, style="dim"), *cells)
+
+    table.add_section()
+
+    for key, row in found["config"].items():
+        table.add_row(Text(key), *(Text(text, style="yellow") for text in _apart(row)))
+
+    parts: list[RenderableType] = [table, Text()]
+    equal = f"{len(found['equal'])} other settings are the same"
+    parts.append(Text(f"{equal}: {', '.join(found['equal'])}.", style="dim"))
+    parts += [Text(f"Beware: {note}", style="red") for note in found["notes"]]
+
+    return Group(*parts)
+
+
+def _apart(row: Sequence[Any]) -> list[str]:
+    r"""Returns values in few digits, or in all if they would look alike."""
+
+    full = ["?" if x is None else format_value(x) for x in row]
+    brief = [
+        f"{x:.4g}" if isinstance(x, float) else text for x, text in zip(row, full, strict=True)
+    ]
+
+    return brief if len({*brief}) == len({*full}) else full
+
+
+def _lowest(row: Sequence[float | None]) -> float | None:
+    finite = [x for x in row if x is not None and math.isfinite(x)]
+    return min(finite) if len(finite) > 1 else None
+
+
+def savings(files: Mapping[str, Mapping[Path, int]]) -> Table:
+    r"""Returns the table of what pruning would free, by the name of the run."""
+
+    table = _table("run", "resumable state", "size", right=("size",))
+
+    for name, sizes in files.items():
+        what = " ".join(file.name for file in sizes)
+        table.add_row(Text(clean(name)), what, size(sum(sizes.values())))
+
+    return table

@@ -1,0 +1,291 @@
+r"""The command `sda-ray runs`: list, show, compare and prune run directories.
+
+Parsing is kept apart from reading, which needs torch: `sda-ray --help` stays quick.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence, Sized
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..core.config import CONFIG, check_value, did_you_mean, parse_overrides
+from ..core.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+    from ..runs.checkpoint import RunPath
+    from ..runs.inventory import Entry
+
+__all__ = ["add_runs_parser", "runs_command", "with_action"]
+
+RUNS = """
+Shows run directories. RUN is a path, a name, an id or an unambiguous beginning of one.
+Without an action the runs are listed: `sda-ray runs window=5 --sort loss_valid`.
+With --runs s3://BUCKET/PREFIX, what is small of them is fetched first: settings, metrics, records.
+Weights stay there: `aws s3 cp s3://BUCKET/PREFIX/RUN/state.pth .`
+"""
+
+LIST = """
+Lists runs, the newest first. key=value keeps the runs whose config has this value.
+A run that says it is running while no process is at it is `interrupted`; `damaged` is one whose
+files cannot be read, and `sda-ray runs show RUN` says why.
+"""
+
+PRUNE = """
+Removes what serves only to go on with a run (checkpoint.pth, checkpoint.prev.pth) from finished
+runs, all of them or those given. What would be freed is shown first; then you are asked, on a
+terminal, or --yes is needed. Weights, config, metrics and records stay; but a pruned run cannot
+be extended to more epochs. A run that a process is at is never touched.
+"""
+
+ACTIONS = ("list", "show", "compare", "prune")
+
+STATUSES = (
+    *("running", "paused", "interrupted", "stopped", "finished", "diverged", "failed"),
+    *("adopted", "damaged", "unknown"),
+)
+
+
+def add_runs_parser(command: Callable[[str, str, str], argparse.ArgumentParser]) -> None:
+    r"""Adds `runs` to the command line.
+
+    Arguments:
+        command: Makes the parser of a command from its name, help and description. It has the
+            options --root, --data and --runs.
+    """
+
+    parser = command("runs", "list, show, compare and prune runs", RUNS)
+    parser.add_argument("--json", action="store_true", help="for programs")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+
+    def action(name: str, help: str, description: str = "") -> argparse.ArgumentParser:
+        added = actions.add_parser(
+            name,
+            help=help,
+            description=(description or help).strip(),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            argument_default=argparse.SUPPRESS,  # else it would undo what stands before it
+        )
+        added.add_argument("--json", action="store_true", help="for programs")
+        where = added.add_argument_group("places")
+
+        for option in ("--root", "--data", "--runs"):
+            where.add_argument(option, help=f"as in sda-ray runs {option}")
+
+        return added
+
+    listing = action("list", "list runs (without an action, too)", LIST)
+    listing.add_argument("settings", nargs="*", metavar="key=value", default=[])
+    listing.add_argument("--sweep", metavar="NAME", default=None, help="only of this sweep")
+    listing.add_argument("--status", choices=STATUSES, default=None, help="only of this status")
+    listing.add_argument(
+        "--sort",
+        metavar="KEY",
+        default="age",
+        help="age, name, status, epoch, loss_valid, sweep, size or a setting (default: age)",
+    )
+    listing.add_argument("--limit", type=int, metavar="N", default=None, help="at most N")
+
+    show = action("show", "show one run: config, curve, where it came from")
+    show.add_argument("run", metavar="RUN")
+
+    compare = action("compare", "compare runs: settings that differ, beside metrics")
+    compare.add_argument("run", metavar="RUN")
+    compare.add_argument("others", nargs="+", metavar="RUN")
+
+    prune = action("prune", "free the resumable state of finished runs", PRUNE)
+    prune.add_argument("run", nargs="*", metavar="RUN", default=[], help="default: all finished")
+    prune.add_argument("--yes", action="store_true", default=False, help="do it without asking")
+
+
+def with_action(argv: Sequence[str]) -> list[str]:
+    r"""Returns the arguments with `list` put in where `sda-ray runs` has no action."""
+
+    rest = list(argv[1:])
+
+    if list(argv[:1]) != ["runs"] or {*ACTIONS, "-h", "--help"} & {*rest}:
+        return list(argv)
+
+    return ["runs", "list", *rest]
+
+
+def runs_command(args: argparse.Namespace, _: Any = None) -> None:
+    r"""Runs `sda-ray runs`, with `args.runs` made absolute."""
+
+    {"list": _list, "show": _show, "compare": _compare, "prune": _prune}[args.action](args)
+
+
+def _console() -> "Console":
+    from rich.console import Console
+
+    return Console(
+        width=None if sys.stdout.isatty() else 160, highlight=False, markup=False, emoji=False
+    )
+
+
+def _print(*parts: "RenderableType") -> None:
+    console = _console()
+
+    for part in parts:
+        console.print(part)
+
+
+def _list(args: argparse.Namespace) -> None:
+    from ..runs.details import as_json, row
+    from ..runs.inventory import SORTS, entries, select
+    from .render import listing, size
+
+    if args.limit is not None and args.limit < 1:
+        raise UserError(f"--limit is {args.limit}, but must be at least 1.")
+
+    if args.sort not in (*SORTS, *CONFIG):
+        known = f"{', '.join(SORTS)} or a key of CONFIG"
+        hint = did_you_mean(args.sort, (*SORTS, *CONFIG))
+        raise UserError(f"--sort is '{args.sort}', but must be {known}.{hint}")
+
+    if misplaced := [word for word in args.settings if "=" not in word]:
+        raise UserError(
+            f"'{misplaced[0]}' is neither an action ({', '.join(ACTIONS)}) nor of the form "
+            f"key=value. To see a run: sda-ray runs show {misplaced[0]}"
+        )
+
+    settings = {key: check_value(key, x) for key, x in parse_overrides(args.settings).items()}
+    every = list(entries(args.runs))
+    chosen = select(every, args.sweep, args.status, settings, args.sort, args.limit)
+
+    if args.json:
+        print(as_json([row(entry) for entry in chosen]))
+    elif chosen:
+        total = size(sum(entry.size or 0 for entry in chosen))
+        _print(listing(chosen), f"\n{len(chosen)} of {len(every)} runs, {total}")
+    elif every:
+        print(f"None of {len(every)} runs is like this.")
+    else:
+        print(f"There are no runs in {args.runs} yet. `sda-ray train` makes one.")
+
+
+def _find(args: argparse.Namespace, run: str) -> "Entry":
+    from ..runs.checkpoint import RunPath
+    from ..runs.inventory import read_entry
+
+    directory = Path(run)  # a damaged run has no config.json to know its path by
+    known = directory.is_dir() and directory.absolute().parent == args.runs
+    entry = read_entry(RunPath.find(args.runs, directory.absolute().name if known else run))
+
+    if entry is None:
+        raise UserError(f"there is no run '{run}' in {args.runs}: its directory is empty.")
+
+    return entry
+
+
+def _show(args: argparse.Namespace) -> None:
+    from ..runs.details import as_json, differences, in_full, origin, row
+    from .render import portrait
+
+    entry, lines = in_full(_find(args, args.run))
+    source = origin(entry, args.runs)
+
+    if args.json:
+        differs = differences(entry.config or {})
+        more = {"origin": source, "differs": differs, "record": entry.record, "metrics": lines}
+        print(as_json(row(entry) | more))
+    else:
+        _print(portrait(entry, lines, source, _console().width))
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from ..runs.details import as_json, compare, in_full, row
+    from .render import comparison
+
+    full = [in_full(_find(args, run)) for run in (args.run, *args.others)]
+    entries, lines = [entry for entry, _ in full], [x for _, x in full]
+
+    if len({entry.path.directory for entry in entries}) < len(entries):
+        raise UserError("the same run is given twice. Give different runs.")
+
+    found = compare(entries, lines)
+
+    if args.json:
+        print(as_json({"runs": [row(entry) for entry in entries], **found}))
+    else:
+        _print(comparison(entries, found))
+
+
+def _prune(args: argparse.Namespace) -> None:
+    from ..runs.details import as_json
+    from ..runs.prune import prune
+    from .render import clean, savings, size
+
+    paths, spared = _prunable(args)
+    files = {path.directory.name: found for path, found in paths.items()}
+    total = sum(sum(found.values()) for found in files.values())
+    done: dict[str, int] = {}
+
+    if not args.json:
+        _print(*(clean(f"{name} stays: {reason}", 500) for name, reason in spared.items()))
+        _print(savings(files)) if files else None
+        print(f"Resumable state of {_runs(files)} that finished: {size(total)}.")
+
+    errors: dict[str, str] = {}
+
+    if files and (args.yes or (not args.json and _agreed())):
+        for path in paths:
+            try:
+                done[path.directory.name] = prune(path)
+            except UserError as error:
+                errors[path.directory.name] = str(error)
+
+    if args.json:
+        rows = {name: {file.name: n for file, n in found.items()} for name, found in files.items()}
+        freed = sum(done.values())
+        print(
+            as_json(
+                {"runs": rows, "size": total, "spared": spared, "errors": errors, "freed": freed}
+            )
+        )
+    elif done:
+        print(f"Freed {size(sum(done.values()))} in {_runs(done)}.")
+    elif files and not errors:
+        print("Nothing was removed." + ("" if args.yes else " Give --yes to do it."))
+
+    if errors:
+        raise UserError("\n".join(errors.values()))
+
+
+def _runs(found: Sized) -> str:
+    return "1 run" if len(found) == 1 else f"{len(found)} runs"
+
+
+def _prunable(
+    args: argparse.Namespace,
+) -> tuple[dict["RunPath", dict[Path, int]], dict[str, str]]:
+    r"""Returns the resumable state that may go, by run, and why that of other runs must stay."""
+
+    from ..runs.inventory import entries
+    from ..runs.prune import refusal, resumable
+
+    chosen = [_find(args, run) for run in args.run] if args.run else list(entries(args.runs))
+    reasons = {entry.path.directory.name: refusal(entry) for entry in chosen}
+    refused = {name: reason for name, reason in reasons.items() if reason is not None}
+
+    if args.run and refused:
+        raise UserError("\n".join(f"{name} stays: {reason}" for name, reason in refused.items()))
+
+    finished = {e.path.directory.name: e for e in chosen if e.record.get("status") == "finished"}
+    spared = {name: reason for name, reason in refused.items() if name in finished}
+    paths = {e.path: resumable(e.path) for name, e in finished.items() if name not in refused}
+
+    return {path: files for path, files in paths.items() if files}, spared
+
+
+def _agreed() -> bool:
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return False
+
+    try:
+        return input("Remove it? [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError:
+        return False

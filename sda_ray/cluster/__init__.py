@@ -1,0 +1,1 @@
+r"""Ray: nodes, and the trials on them."""

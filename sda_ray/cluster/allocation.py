@@ -1,0 +1,233 @@
+r"""A sweep inside a Slurm allocation: `python -m sda_ray.cluster.allocation`, by the script of a job.
+
+This process is the job's first. It starts Ray on its own node, and by `srun` on all others; then
+the sweep's driver; and it hears what Slurm has to say:
+
+* SIGUSR1, shortly before the end of the job: the driver is asked to stop, every trial saves a
+  checkpoint, and the job is put back into the queue.
+* SIGTERM: the same, without the queue. Slurm itself requeues jobs that it preempts.
+
+The token of the job's Ray is made here and goes to the other nodes through `srun`'s standard input:
+no command, environment or script has it.
+"""
+
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from ..core.errors import UserError
+from ..core.limits import deadline
+from .join import stay
+from .ray_node import Member, member, own_cpus, own_ip
+
+__all__ = ["main"]
+
+LATER = 75  # the exit code of a sweep whose time is up, see :mod:`sda_ray.sweep.driving`
+CRAWL = 100.0  # seconds that a driver may take to stop, if the end of the job is not known
+SLACK = 20.0  # seconds before the end of the job at which it is requeued, whatever the driver does
+
+# What belongs to the whole allocation, and would be asked of a part of it
+WHOLE = (
+    "SLURM_NTASKS",
+    "SLURM_NPROCS",
+    "SLURM_GPUS",
+    "SLURM_GPUS_PER_TASK",
+    "SLURM_TRES_PER_TASK",
+)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    r"""Carries out a sweep in this allocation, or is one more node of it.
+
+    Arguments:
+        argv: `--node`, or the arguments of `sda-ray sweep`; by default those of the process.
+    """
+
+    words = list(sys.argv[1:] if argv is None else argv)
+
+    try:
+        sys.exit(_node() if words == ["--node"] else _run(words))
+    except UserError as error:
+        print(f"sda-ray: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _run(words: Sequence[str]) -> int:
+    r"""Runs Ray and the driver in this allocation, and returns the exit code of the job."""
+
+    job = os.environ.get("SLURM_JOB_ID")
+
+    if job is None:
+        raise UserError("this runs in a job of Slurm: submit the script by sbatch.")
+
+    heard: list[int] = []
+
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: heard.append(number))
+
+    end, token = deadline(None, os.environ), secrets.token_hex(32)
+    others = _others(os.environ.get("SLURM_JOB_NODELIST", ""))
+    restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
+    print(f"job {job}, start {int(restarts) + 1 if restarts.isdigit() else '?'}", flush=True)
+
+    with member(token, ip=own_ip(others[0]) if others else None) as head:
+        print(f"Ray at {head.address}: {own_cpus(os.environ)} CPUs here", flush=True)
+
+        with _workers(others, head.address, token):
+            code = _drive(words, head, heard, end)
+
+            # First: to let go of nodes may take longer than what is left
+            if code == LATER or (code != 0 and signal.SIGUSR1 in heard):
+                code = _requeue(job)
+
+    return code
+
+
+def _others(nodes: str) -> list[str]:
+    r"""Returns the nodes of the allocation beside this one, the first."""
+
+    if not set(nodes) & set("[,"):
+        return []
+
+    said = subprocess.run(
+        ["scontrol", "show", "hostnames", nodes], stdout=subprocess.PIPE, text=True, check=True
+    )
+
+    return said.stdout.split()[1:]
+
+
+@contextmanager
+def _workers(nodes: list[str], address: str, token: str) -> Iterator[None]:
+    r"""Starts a node of Ray on each of the others; they end when their standard input does."""
+
+    if not nodes:
+        yield
+        return
+
+    n = len(nodes)
+    environment = {key: x for key, x in os.environ.items() if key not in WHOLE}
+    command = [
+        *["srun", f"--nodes={n}", f"--ntasks={n}", "--ntasks-per-node=1", "--cpu-bind=none"],
+        *[f"--nodelist={','.join(nodes)}", "--kill-on-bad-exit=0", "--wait=0", "--unbuffered"],
+        *[sys.executable, "-m", "sda_ray.cluster.allocation", "--node"],
+    ]
+    step = subprocess.Popen(
+        command, env=environment, stdin=subprocess.PIPE, start_new_session=True
+    )
+    assert step.stdin is not None
+
+    try:
+        with suppress(BrokenPipeError):
+            step.stdin.write((json.dumps({"address": address, "token": token}) + "\n").encode())
+            step.stdin.flush()
+
+        yield
+    finally:
+        with suppress(BrokenPipeError):
+            step.stdin.close()
+
+        with suppress(subprocess.TimeoutExpired):
+            step.wait(30)
+
+        step.kill()
+        step.wait()
+
+
+def _node() -> int:
+    r"""Is a node of Ray until standard input ends, or until Slurm asks it to leave."""
+
+    heard: list[int] = []
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: heard.append(number))
+
+    known = json.loads(sys.stdin.readline())
+    ip = own_ip(known["address"].rpartition(":")[0])
+    os.set_blocking(sys.stdin.fileno(), False)
+
+    def over() -> str:
+        with suppress(BlockingIOError):
+            if os.read(sys.stdin.fileno(), 1) == b"":
+                return "the sweep has ended, or stopped"
+
+        return "Slurm asks for it" if heard else ""
+
+    with member(known["token"], known["address"], ip) as node:
+        print(f"{os.uname().nodename}: {own_cpus(os.environ)} CPUs here", flush=True)
+        why = stay(node, over)
+
+    print(f"{os.uname().nodename}: left: {why}", flush=True)
+
+    return 0
+
+
+def _drive(words: Sequence[str], head: Member, heard: list[int], end: float | None) -> int:
+    r"""Runs the driver to its end, and passes on what Slurm says. Returns its exit code."""
+
+    command = [sys.executable, "-m", "sda_ray", "sweep", *words, f"--address={head.address}"]
+    environment = {
+        **{
+            key: x for key, x in os.environ.items() if key not in ("RAY_ADDRESS", "RAY_AUTH_TOKEN")
+        },
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(head.directory / "token"),
+    }
+    driver = subprocess.Popen(command, env=environment, start_new_session=True)
+    told, last = False, None if end is None else end + 90 - SLACK
+
+    try:
+        while True:
+            with suppress(subprocess.TimeoutExpired):
+                return driver.wait(0.2)
+
+            if heard and not told:
+                print("Slurm asks the sweep to stop", flush=True)
+                driver.send_signal(signal.SIGTERM)
+                told = True
+                last = time.monotonic() + CRAWL if last is None else last
+
+            if last is not None and time.monotonic() > last:
+                print("the driver takes too long to stop: it is left behind", flush=True)
+                return LATER
+    finally:
+        with suppress(ProcessLookupError):
+            driver.kill()
+
+
+def _requeue(job: str) -> int:
+    r"""Puts the job back into the queue, unless it is about to end for another reason."""
+
+    state = _said("squeue", "--noheader", f"--jobs={job}", "--format=%T")
+
+    if state not in ("RUNNING", ""):  # cancelled, for one
+        print(f"the job is {state}: it is not put back into the queue", flush=True)
+        return LATER
+
+    print("there is more to do: the job goes back into the queue", flush=True)
+    done = subprocess.run(["scontrol", "requeue", job])
+
+    if done.returncode:
+        print("it does not: submit the script again, and the sweep goes on", flush=True)
+
+    return LATER
+
+
+def _said(*command: str) -> str:
+    with suppress(OSError, subprocess.TimeoutExpired):
+        said: Any = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=30)
+        return str(said.stdout).strip()
+
+    return ""
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,241 @@
+r"""One node of a Ray that belongs to a sweep: started here, and ended in good order.
+
+Ray counts the CPUs of a machine, listens on fixed ports, and keeps its files in `/tmp/ray`, which
+belongs to whoever came first. A node of ours counts what this process may use, takes free ports,
+and has a private directory, so that several of them, of whatever jobs, live on one machine.
+"""
+
+import ctypes
+import importlib.util
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ..core.errors import UserError
+from .connect import RAY, local_cpus, private_directory
+from .head import write_secret
+
+__all__ = ["DRAIN", "Member", "member", "own_cpus", "own_gpus", "own_ip"]
+
+START = 180.0  # seconds that Ray may take to start
+TRIES = 3  # times that it may, if the machine is busy
+DRAIN = 100.0  # seconds that trials have to save a checkpoint when a node leaves
+END = 10.0  # seconds that Ray may take to end, beyond that
+STORE = 100 * 2**20  # bytes of shared memory; nothing large goes through Ray
+
+# As in our own Ray on one machine, see :func:`sda_ray.cluster.connect.connect`; and a node counts as lost
+# after 10 s without an answer.
+SETTINGS = {
+    "RAY_worker_niceness": "0",
+    "RAY_raylet_start_wait_time_s": "120",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_health_check_initial_delay_ms": "5000",
+    "RAY_health_check_period_ms": "2000",
+    "RAY_health_check_timeout_ms": "2000",
+    "RAY_health_check_failure_threshold": "5",
+}
+
+
+def own_cpus(environ: Mapping[str, str]) -> int:
+    r"""Returns the number of CPUs that this process may use: its affinity, its share in Slurm."""
+
+    share = environ.get("SLURM_CPUS_ON_NODE", "")
+
+    return min(local_cpus(), int(share)) if share.isdigit() and int(share) else local_cpus()
+
+
+def own_gpus(environ: Mapping[str, str]) -> int | None:
+    r"""Returns the number of GPUs that Slurm gives to this process, or None outside of Slurm."""
+
+    if "SLURM_JOB_ID" not in environ:
+        return None
+
+    given = environ.get("SLURM_GPUS_ON_NODE", "")
+    seen = environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+
+    return int(given) if given.isdigit() else sum(x not in ("", "NoDevFiles", "-1") for x in seen)
+
+
+def own_ip(peer: str = "8.8.8.8") -> str:
+    r"""Returns the address of this machine that another one, by name, would see. Sends nothing."""
+
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((peer, 9))
+        return str(probe.getsockname()[0])
+
+    with suppress(OSError):
+        return socket.gethostbyname(socket.gethostname())
+
+    return "127.0.0.1"
+
+
+class Member:
+    r"""Creates the handle of a node that has been started.
+
+    Arguments:
+        process: `ray start --block`.
+        directory: The private directory of the node.
+        address: The address of its Ray.
+    """
+
+    def __init__(self, process: "subprocess.Popen[bytes]", directory: Path, address: str) -> None:
+        self.process = process
+        self.directory = directory
+        self.address = address
+
+    def lives(self) -> bool:
+        return self.process.poll() is None
+
+    def leave(self) -> None:
+        r"""Begins to leave. Nothing new starts here, and trials save a checkpoint first.
+
+        Ray 2.60 drains a node when `ray start --block` is asked to end, and waits until it is
+        idle. Trials look out for that, see :mod:`sda_ray.cluster.preemption`.
+        """
+
+        with suppress(ProcessLookupError):
+            self.process.terminate()
+
+    def end(self) -> None:
+        r"""Ends the node, with whatever runs on it."""
+
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGTERM)
+
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(END)
+
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+        self.process.wait()
+
+
+@contextmanager
+def member(
+    token: str | None,
+    address: str | None = None,
+    ip: str | None = None,
+    cpus: int | None = None,
+    gpus: int | None = None,
+) -> Iterator[Member]:
+    r"""Starts a node of Ray on this machine, which ends with the block.
+
+    Arguments:
+        token: The token of the Ray, or None for the one that this user keeps.
+        address: The address of the Ray to join, or None to start one.
+        ip: The address of this machine, by default the one that Ray finds.
+        cpus: The CPUs that it offers, by default as many as this process may use.
+        gpus: The GPUs that it offers, by default those that Slurm gives, or that Ray finds.
+
+    Raises:
+        UserError: If it does not start.
+    """
+
+    cpus = own_cpus(os.environ) if cpus is None else cpus
+    gpus = own_gpus(os.environ) if gpus is None else gpus
+
+    with private_directory() as directory:
+        environment = {**os.environ, **SETTINGS}
+        environment.pop("RAY_ADDRESS", None)
+        environment["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = f"{DRAIN if address else 0:g}"
+
+        if token is not None:
+            write_secret(directory / "token", token)
+            environment.pop("RAY_AUTH_TOKEN", None)
+            environment |= {
+                "RAY_AUTH_MODE": "token",
+                "RAY_AUTH_TOKEN_PATH": str(directory / "token"),
+            }
+
+        where = (
+            ["--head", "--port=0", "--include-dashboard=false", "--no-monitor", *_client_port()]
+            if address is None
+            else [f"--address={address}"]
+        )
+        resources = [f"--num-cpus={cpus}", *([] if gpus is None else [f"--num-gpus={gpus}"])]
+        command = [
+            *[sys.executable, "-m", "ray.scripts.scripts", "start", *where, *resources],
+            *([f"--node-ip-address={ip}"] if ip else []),
+            *["--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"],
+            *[f"--object-store-memory={STORE}", f"--temp-dir={directory / RAY}"],
+            *["--disable-usage-stats", "--block"],
+        ]
+
+        process, found = _start(command, environment, directory)
+
+        try:
+            yield Member(process, directory, found)
+        finally:
+            Member(process, directory, found).end()
+
+
+def _start(
+    command: list[str], environment: dict[str, str], directory: Path
+) -> tuple["subprocess.Popen[bytes]", str]:
+    r"""Starts a node, again if the machine is too busy. Returns it and the address of its Ray."""
+
+    for left in reversed(range(TRIES)):
+        with open(directory / "ray.log", "wb") as log:
+            process = subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # Ctrl-C is for us
+                preexec_fn=_end_with_parent,
+            )
+
+        try:
+            return process, _wait(process, directory)
+        except BaseException as error:
+            Member(process, directory, "").end()
+
+            # Ray 2.60 gives its own processes 30 s, whatever RAY_raylet_start_wait_time_s says
+            if not (left and isinstance(error, UserError) and "timed out" in str(error)):
+                raise
+
+            shutil.rmtree(directory / RAY, ignore_errors=True)
+
+    raise AssertionError
+
+
+def _client_port() -> list[str]:
+    r"""Returns what keeps Ray's client, where it is installed, from the port that all would take."""
+
+    if importlib.util.find_spec("grpc") is None:
+        return []
+
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return [f"--ray-client-server-port={probe.getsockname()[1]}"]
+
+
+def _end_with_parent() -> None:
+    with suppress(OSError):
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG; Linux only
+
+
+def _wait(process: "subprocess.Popen[bytes]", directory: Path) -> str:
+    r"""Waits until a node has started, and returns the address of its Ray."""
+
+    file, deadline = directory / RAY / "ray_current_cluster", time.monotonic() + START
+
+    while not (file.is_file() and (found := file.read_text().strip())):
+        if process.poll() is not None or time.monotonic() > deadline:
+            said = (directory / "ray.log").read_text(errors="replace").strip().splitlines()
+            why = said[-1].strip() if process.poll() is not None and said else "it timed out"
+            raise UserError(f"Ray could not be started on {socket.gethostname()}: {why}")
+
+        time.sleep(0.1)
+
+    return found

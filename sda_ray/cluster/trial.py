@@ -1,0 +1,315 @@
+r"""Ray Tune's view of a run.
+
+Tune receives numbers only: the run's directory, its checkpoints and its resumption are ours. A
+trial's process is kept for the next trial, so that everything ends in :meth:`Trial.close`. It does
+without Tune itself, see :func:`sda_ray.cluster.patches.trials_without_tune`.
+"""
+
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from signal import SIGTERM
+from typing import Any
+
+from ..core.allocator import give_memory_back
+from ..core.files import write_atomic
+
+__all__ = ["REPORT_SECONDS", "Trial", "imports", "limit"]
+
+REPORT_SECONDS = 2.0  # epochs shorter than this are reported together
+CONTEXT = 2**29  # bytes of a GPU that CUDA itself takes for each process
+
+
+class Trial:
+    r"""Creates a trial: one run, or a stretch of one between two rungs.
+
+    Its config has `runs`, `data`, `config`, `run_id`, `index`, `attempt`, `rungs`, `record`,
+    `wandb`, `cpus` and `request`; and may have `gpus`, of which it takes no more memory than its
+    share, `stall`, see :mod:`sda_ray.training.watchdog`, `short`, how often the run was short of memory,
+    `objectives`, if there are several, and `depot`, see :func:`sda_ray.storage.link.opened`, if nodes may
+    not see these directories: the trial finds out itself whether this one does, see
+    :mod:`sda_ray.storage.client`. Tune calls `train` again and again, `reset` for the next trial, and `stop`.
+    A call of `train` goes on for 2 s or up to the next rung, and returns
+
+    * `epochs`, the list of (epoch, value)
+    * `event`: `running`, `complete`, `diverged`, `interrupted`, `stopped` (by the user, for good),
+      `memory` (which was short) or `failed`. After all but the first the attempt has ended
+    * `error`, and for a complete run `finals`, see :func:`sda_ray.runs.outcome.finals`
+    * `unreached`, why W&B's server cannot be used by this attempt, if that was wanted
+    * `longest`, the seconds that it went without looking for the wish to stop
+    * `node`, Ray's id of the node that it runs on
+    * `leaving`, whether that is about to go, which interrupts
+    * `notes`, what the user should know, by what it is about
+
+    What it returns is on the disk of the driver's node by then. A trial that is cut off from there
+    raises :class:`sda_ray.storage.link.Cut`.
+    """
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        from .preemption import watch
+
+        self.spec = config
+        self.leaving = watch()
+        self.away: Any = None
+        self.data: Any = None  # what keeps data that were fetched
+        self.run: Any = None
+        self.tracker: Any = None
+        self.training: Iterator[dict[str, Any]] | None = None
+        self.watchdog: Any = None
+
+    def reset(self, config: dict[str, Any]) -> bool:
+        r"""Ends the attempt and begins that of another config. Never raises."""
+
+        self.close("interrupted")
+        Trial.__init__(self, config)
+
+        return True
+
+    def get_auto_filled_metrics(self, **options: Any) -> dict[str, Any]:
+        r"""Returns what Tune knows of a trial before its first result: nothing."""
+
+        return {}
+
+    def train(self) -> dict[str, Any]:
+        import ray
+
+        from ..core.lease import LeaseLost
+        from ..core.presence import Vanished
+        from ..runs.train import Interrupted, OutOfMemory
+        from ..storage.link import Cut
+        from ..training.loop import Diverged
+
+        values: list[tuple[int, float]] = []
+        event, error, finals = "running", "", None
+
+        try:
+            if self.training is None:
+                values += self._open()
+
+            self.watchdog.phase()
+            event = self._advance(values)
+
+            if event == "complete":
+                finals = self._finals()
+            elif self.away is not None:
+                self._hand_over(values)
+        except Cut:
+            self.close("interrupted")
+            raise
+        except LeaseLost as e:
+            self.close("interrupted")
+            raise Cut(f"the trial was cut off from the head: {e}") from e
+        except Interrupted:
+            event = "stopped" if self.wish.alone else "interrupted"
+        except Diverged as e:
+            event, error = "diverged", str(e)
+        except OutOfMemory as e:
+            event, error = "memory", str(e)
+        except Vanished as e:
+            event, error = "failed", str(e)
+        except Exception as e:  # a bug or a bad configuration: told once, not tried again
+            event, error = "failed", f"{type(e).__name__}: {e}"
+            self._keep(traceback.format_exc())
+
+        notes = {} if self.away is None else self.away.mirror.notes
+        unreached = "" if self.tracker is None else self.tracker.failed
+        longest = 0.0 if self.watchdog is None else self.watchdog.longest
+
+        if event == "running":
+            self.watchdog.rest()
+        else:
+            again = "failed" if self.spec.get("short") else "interrupted"
+            wrong = self.close({"complete": "finished", "memory": again}.get(event, event))
+
+            if isinstance(wrong, Cut):
+                raise wrong
+
+            if wrong is not None and event == "complete":
+                event, error = "failed", f"its files cannot be kept on the head: {wrong}"
+
+        return {
+            "event": event,
+            "epochs": values,
+            "error": error,
+            "finals": finals,
+            "unreached": unreached,
+            "longest": longest,
+            "node": ray.get_runtime_context().get_node_id(),
+            "leaving": self.leaving(),
+            "notes": dict(notes),
+        }
+
+    def _open(self) -> list[tuple[int, float]]:
+        r"""Opens the run and returns the values that it has already."""
+
+        import ray
+        import torch
+
+        from ..runs.run import Run
+        from ..runs.tracking import Wandb
+        from ..runs.train import train
+        from ..storage.client import Away, data_of
+        from ..storage.link import sees
+        from ..training.watchdog import STACKS, STALL, Watchdog
+        from .halt import stop_of
+
+        spec = self.spec
+        request, stall = Path(spec["request"]), spec.get("stall") or STALL
+        depot = spec.get("depot")
+        runs, data, early = Path(spec["runs"]), Path(spec["data"]), request.parent
+
+        if depot and not sees(depot):
+            self.away = Away(depot, spec["run_id"], spec["attempt"], spec["index"])
+            runs = early = self.away.runs
+
+        name = STACKS if self.away else f"stacks.{spec['index']}.txt"
+        self.watchdog = Watchdog(early / name, stall)
+        self.watchdog.phase()
+
+        if self.away is not None:
+            self.away.open(self.watchdog.phase)
+
+        if depot:
+            expected = spec["record"]["data"]
+            data, self.data = data_of(depot, data, expected, self.watchdog.phase)
+
+        device = "cuda" if ray.get_gpu_ids() else "cpu"
+        torch.set_num_threads(max(1, int(spec["cpus"])))
+        share = min(1.0, spec.get("gpus") or 1.0)
+
+        if device == "cuda" and share < 1:
+            total = torch.cuda.get_device_properties(0).total_memory
+            torch.cuda.set_per_process_memory_fraction(limit(share, total))
+
+        self.run = Run(
+            runs,
+            spec["config"],
+            id=spec["run_id"],
+            number=spec["index"],
+            wandb=Wandb(**spec["wandb"]),
+            attempt=spec["attempt"],
+            takeover=True,
+            record=spec["record"] | {"trial": spec["index"]},
+            device=device,
+        )
+        self.tracker = self.run.tracker  # which outlives the run's end
+        self.watchdog.close()
+        self.watchdog = Watchdog(self.run.path.directory / STACKS, stall)
+        self.watchdog.phase()
+        self.wish = stop_of(request, spec["index"], self.away)
+
+        if self.away is not None:
+            self.away.watch(self.run.path)
+
+        self.training = train(
+            self.run,
+            data,
+            device,
+            spec["rungs"],
+            stop=self.wish,
+            after_step=self._after_step,
+            share=share,
+        )
+
+        return [(epoch, line["loss_valid"]) for epoch, line in self.run.lines.items()]
+
+    def _after_step(self, state: Any) -> None:
+        self.watchdog.step()
+
+        if self.leaving():
+            self.wish.signal = SIGTERM
+
+        if state.step == len(state.losses):  # the epoch's last
+            self.watchdog.phase()
+
+    def _advance(self, values: list[tuple[int, float]]) -> str:
+        assert self.training is not None
+        start = time.monotonic()
+
+        for metrics in self.training:
+            epoch = metrics["epoch"]
+            values.append((epoch, metrics["loss_valid"]))
+            self.watchdog.phase()
+
+            if epoch == self.run.config["epochs"]:
+                continue  # the loop's last turn finishes the run
+
+            if epoch in self.spec["rungs"] or time.monotonic() - start > REPORT_SECONDS:
+                return "running"
+
+        return "complete"
+
+    def _hand_over(self, values: list[tuple[int, float]]) -> None:
+        r"""Waits until the depot has the epochs that are reported; at a rung, all of the run."""
+
+        if values and values[-1][0] in self.spec["rungs"]:
+            self.away.mirror.flush(self.watchdog.phase)
+        else:
+            self.away.mirror.tell()
+
+    def _finals(self) -> list[float] | None:
+        from ..runs.outcome import finals
+
+        objectives = self.spec.get("objectives") or ()
+
+        return finals(self.run.path, objectives) if len(objectives) > 1 else None
+
+    def _keep(self, error: str) -> None:
+        if self.run is not None:
+            write_atomic(self.run.path.error, error.encode())
+
+    def close(self, status: str) -> Exception | None:
+        r"""Ends the attempt: checkpoint, W&B, lease. Never raises, and may be repeated.
+
+        Returns:
+            Why the depot has not got all of it, if it has not.
+        """
+
+        run, training, watchdog = self.run, self.training, self.watchdog
+        away, data, wrong = self.away, self.data, None
+        self.run = self.training = self.watchdog = self.away = self.data = None
+
+        if watchdog is not None:
+            watchdog.phase()
+
+        try:
+            if training is not None:
+                training.close()  # type: ignore[attr-defined]
+        except Exception:
+            traceback.print_exc()
+
+        try:
+            if run is not None:
+                run.close(status)
+        except Exception:  # taken over by another attempt, or a full disk
+            traceback.print_exc()
+
+        if away is not None:
+            wrong = away.close(watchdog.phase)
+
+        if watchdog is not None:
+            watchdog.close()
+
+        if run is not None:
+            give_memory_back()  # before a smaller network comes, or nothing for a while
+
+        if data is not None:
+            data.close()
+
+        return wrong
+
+    def stop(self) -> None:
+        self.close("interrupted")
+
+
+def imports(wandb: str) -> list[str]:
+    r"""Returns the modules that take a trial's process seconds to import, given W&B's mode."""
+
+    return ["torch", "h5py"] + ["wandb"] * (wandb != "disabled")
+
+
+def limit(share: float, total: int) -> float:
+    r"""Returns the part of a GPU of `total` bytes that torch may take of a trial's share."""
+
+    return max(share / 2, share - CONTEXT / total)

@@ -1,0 +1,1 @@
+r"""What everything stands on."""

@@ -1,0 +1,1 @@
+r"""The flow, and data sets of it."""

@@ -1,0 +1,1 @@
+r"""Networks, diffusion and guidance."""

@@ -1,0 +1,270 @@
+r"""Diffusion: how data become noise, and noise becomes data."""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Size, Tensor, nn
+
+from ..core.config import ALPHAS
+from ..core.errors import UserError
+from .score import load_network
+
+__all__ = ["VPSDE", "SubSubVPSDE", "SubVPSDE", "load_sde"]
+
+
+class VPSDE(nn.Module):
+    r"""Creates a noise scheduler for the variance preserving (VP) SDE.
+
+    .. math::
+        \mu(t) & = \alpha(t) \\
+        \sigma(t)^2 & = 1 - \alpha(t)^2 + \eta^2
+
+    where :math:`\alpha` falls from 1 to :math:`\eta` over :math:`[0, 1]`.
+
+    References:
+        | Score-Based Generative Modeling through Stochastic Differential Equations (Song et al., 2021)
+        | https://arxiv.org/abs/2011.13456
+
+    Arguments:
+        eps: A noise estimator :math:`\epsilon_\phi(x, t)`, called with :math:`(x, t, c)`.
+        shape: The event shape: that of one item.
+        alpha: The choice of :math:`\alpha(t)`. `lin` is :math:`1 - (1 - \eta) t`, `cos`
+            :math:`\cos(t \arccos \sqrt{\eta})^2` and `exp` :math:`\eta^{t^2}`.
+        eta: A numerical stability term.
+    """
+
+    def __init__(
+        self,
+        eps: nn.Module,
+        shape: Sequence[int],
+        alpha: str = "cos",
+        eta: float = 1e-3,
+    ) -> None:
+        super().__init__()
+
+        if alpha not in ALPHAS:
+            raise ValueError(f"alpha is {alpha!r}, but must be one of {', '.join(ALPHAS)}.")
+
+        if not 0 < eta < 1:
+            raise ValueError(f"eta is {eta}, but must be between 0 and 1.")
+
+        self.eps = eps
+        self.shape = Size(shape)
+        self.curve = alpha
+        self.eta = eta
+
+    @property
+    def device(self) -> torch.device:
+        r"""Where the noise estimator is."""
+
+        return self._like().device
+
+    def _like(self) -> Tensor:
+        tensors = itertools.chain(self.parameters(), self.buffers())
+
+        return next((x for x in tensors if x.is_floating_point()), torch.empty(()))
+
+    def alpha(self, t: Tensor) -> Tensor:
+        if self.curve == "lin":
+            return 1 - (1 - self.eta) * t
+        elif self.curve == "cos":
+            return torch.cos(math.acos(math.sqrt(self.eta)) * t) ** 2
+        else:
+            return torch.exp(math.log(self.eta) * t**2)
+
+    def mu(self, t: Tensor) -> Tensor:
+        return self.alpha(t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return (1 - self.alpha(t) ** 2 + self.eta**2).sqrt()
+
+    def perturb(self, x: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        r"""Returns :math:`x(t) = \mu(t) x + \sigma(t) \epsilon`.
+
+        Arguments:
+            x: The data, with shape :math:`(*, S)`, where :math:`S` is the event shape.
+            t: The times, with shape :math:`()` or :math:`(*)`.
+            noise: The noise :math:`\epsilon`, with shape :math:`(*, S)`.
+        """
+
+        t = t.reshape(t.shape + (1,) * len(self.shape))
+
+        return self.mu(t) * x + self.sigma(t) * noise
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        r"""Samples from the perturbation kernel :math:`p(x(t) | x)`."""
+
+        return self.perturb(x, t, torch.randn_like(x))
+
+    def errors(self, x: Tensor, t: Tensor, noise: Tensor, c: Tensor | None = None) -> Tensor:
+        r"""Returns the mean squared error of the estimated noise, item by item.
+
+        Arguments:
+            x: The data, with shape :math:`(B, S)`.
+            t: The times, with shape :math:`(B)`.
+            noise: The noise, with shape :math:`(B, S)`.
+            c: The optional context.
+
+        Returns:
+            The errors, with shape :math:`(B)`.
+        """
+
+        error = self.eps(self.perturb(x, t, noise), t, c) - noise
+
+        return error.square().flatten(1).mean(1)
+
+    def loss(
+        self,
+        x: Tensor,
+        t: Tensor | None = None,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        c: Tensor | None = None,
+        w: Tensor | None = None,
+    ) -> Tensor:
+        r"""Returns the denoising loss.
+
+        .. math:: \mathbb{E}_{t, \epsilon} \, \| \epsilon_\phi(x(t), t) - \epsilon \|^2 / \dim x
+
+        Arguments:
+            x: The data, with shape :math:`(B, S)`.
+            t: The times, with shape :math:`(B)`; uniform in :math:`[0, 1)` if None.
+            noise: The noise, with shape :math:`(B, S)`; standard normal if None.
+            generator: What draws the times, then the noise. Its device must be that of the data.
+            c: The optional context.
+            w: The optional weights of the squared errors. They are normalized to mean 1.
+        """
+
+        if t is None:
+            t = torch.rand(x.shape[:1], generator=generator, dtype=x.dtype, device=x.device)
+
+        if noise is None:
+            noise = _noise(x, x.shape, generator)
+
+        error = (self.eps(self.perturb(x, t, noise), t, c) - noise).square()
+
+        if w is None:
+            return error.mean()
+        else:
+            return (error * w).mean() / w.mean()
+
+    @torch.no_grad()
+    def sample(
+        self,
+        shape: Sequence[int] = (),
+        c: Tensor | None = None,
+        steps: int = 64,
+        corrections: int = 0,
+        tau: float = 1.0,
+        generator: torch.Generator | None = None,
+        start: Tensor | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> Tensor:
+        r"""Samples from :math:`p(x(0))`.
+
+        Arguments:
+            shape: The batch shape :math:`(*)`.
+            c: The optional context.
+            steps: The number of discrete time steps.
+            corrections: The number of Langevin corrections per time step.
+            tau: The amplitude of the corrections.
+            generator: What draws the noise, on its own device.
+            start: The samples :math:`x(1)` to start from, with shape :math:`(*, S)`; standard
+                normal if None.
+            progress: Called after each time step with the number of steps done.
+
+        Returns:
+            The samples, with shape :math:`(*, S)`.
+        """
+
+        if steps < 1:
+            raise ValueError(f"steps is {steps}, but must be at least 1.")
+
+        like = self._like()
+        x = _noise(like, (*shape, *self.shape), generator) if start is None else start.to(like)
+        x = x.reshape(-1, *self.shape)
+
+        time = torch.linspace(1, 0, steps + 1, dtype=like.dtype).to(like.device)
+
+        for i, (t, s) in enumerate(itertools.pairwise(time)):
+            # Predictor
+            r = self.mu(s) / self.mu(t)
+            x = r * x + (self.sigma(s) - r * self.sigma(t)) * self.eps(x, t, c)
+
+            # Corrector
+            for _ in range(corrections):
+                z = _noise(x, x.shape, generator)
+                eps = self.eps(x, s, c)
+                delta = tau / eps.square().flatten(1).mean(1)
+                delta = delta.reshape(-1, *(1 for _ in self.shape))
+                x = x - self.sigma(s) * (delta * eps + torch.sqrt(2 * delta) * z)
+
+            if progress is not None:
+                progress(i + 1)
+
+        return x.reshape(*shape, *self.shape)
+
+
+class SubVPSDE(VPSDE):
+    r"""Creates a noise scheduler for the sub-variance preserving (sub-VP) SDE.
+
+    .. math::
+        \mu(t) & = \alpha(t) \\
+        \sigma(t) & = 1 - \alpha(t)^2 + \eta
+    """
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return 1 - self.alpha(t) ** 2 + self.eta
+
+
+class SubSubVPSDE(VPSDE):
+    r"""Creates a noise scheduler for the sub-sub-VP SDE.
+
+    .. math::
+        \mu(t) & = \alpha(t) \\
+        \sigma(t) & = 1 - \alpha(t) + \eta
+    """
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return 1 - self.alpha(t) + self.eta
+
+
+def load_sde(
+    run_directory: Path | str, device: str | torch.device = "cpu", length: int | None = None
+) -> VPSDE:
+    r"""Loads the diffusion of a finished run, by SDA or by us: its network and its `alpha`.
+
+    The network is that of trajectories, see :func:`sda_ray.nn.score.load_score`.
+
+    Arguments:
+        run_directory: The directory, with `config.json` and `state.pth`.
+        device: Where to load the network.
+        length: The number :math:`L` of snapshots of a trajectory; those of a window if None.
+
+    Returns:
+        The noise scheduler, of event shape :math:`(L, 2, N, N)`.
+
+    Raises:
+        UserError: If the run is not finished, its files do not belong together, or the
+            trajectories are shorter than a window.
+    """
+
+    score, config = load_network(run_directory, device)
+    window, size = config["window"], score.state_dict()["kernel.forcing"].shape[-1]
+    length = window if length is None else length
+
+    if length < window:
+        raise UserError(f"length is {length}, but must be at least {window}, the run's window.")
+
+    return VPSDE(score, (length, 2, size, size), alpha=config["alpha"]).eval()
+
+
+def _noise(like: Tensor, shape: Sequence[int], generator: torch.Generator | None) -> Tensor:
+    device = like.device if generator is None else generator.device
+
+    return torch.randn(tuple(shape), generator=generator, dtype=like.dtype, device=device).to(
+        like.device
+    )

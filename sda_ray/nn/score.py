@@ -1,0 +1,281 @@
+r"""Score networks of Kolmogorov-flow trajectories."""
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.config import ACTIVATIONS, Config, check_config, load_config
+from ..core.errors import UserError
+from .precision import full
+from .unet import UNet
+from .weights import check_alpha, check_weights, field_size, inside, read_weights
+
+__all__ = [
+    "MCScoreNet",
+    "ScoreUNet",
+    "TimeEmbedding",
+    "load_network",
+    "load_score",
+    "make_score",
+]
+
+
+class TimeEmbedding(nn.Sequential):
+    r"""Creates an embedding of the diffusion time.
+
+    The network sees :math:`\cos(k \pi t)`, then :math:`\sin(k \pi t)`, for :math:`k = 1 \dots 16`.
+
+    Arguments:
+        features: The number of embedding features.
+    """
+
+    freqs: Tensor
+
+    def __init__(self, features: int) -> None:
+        super().__init__(nn.Linear(32, 256), nn.SiLU(), nn.Linear(256, features))
+
+        self.register_buffer("freqs", torch.pi * torch.arange(1, 16 + 1))
+
+    def forward(self, t: Tensor) -> Tensor:
+        t = self.freqs * t.unsqueeze(-1)
+        t = torch.cat((t.cos(), t.sin()), dim=-1)
+
+        return super().forward(t)
+
+
+class ScoreUNet(nn.Module):
+    r"""Creates a U-Net score network of windows of a Kolmogorov flow.
+
+    It estimates the noise in a window. The forcing of the flow is part of its input.
+
+    Arguments:
+        channels: The number :math:`C` of channels of a window: 2 for each of its snapshots.
+        embedding: The number of time embedding features.
+        size: The number of grid cells along each axis.
+        kwargs: Keyword arguments passed to :class:`sda_ray.nn.unet.UNet`.
+    """
+
+    forcing: Tensor
+
+    def __init__(self, channels: int, embedding: int = 64, size: int = 64, **kwargs: Any) -> None:
+        super().__init__()
+
+        self.embedding = TimeEmbedding(embedding)
+        self.network = UNet(channels + 1, channels, embedding, **kwargs)
+
+        y = 2 * torch.pi / size * (torch.arange(size) + 1 / 2)
+        self.register_buffer("forcing", torch.sin(4 * y).expand(1, size, size).clone())
+
+    def forward(self, x: Tensor, t: Tensor, c: Tensor | None = None) -> Tensor:
+        r"""
+        Arguments:
+            x: The noisy windows :math:`x(t)`, with shape :math:`(*, C, H, W)`.
+            t: The times, with shape :math:`()` or :math:`(*)`.
+            c: There is no context: must be None.
+
+        Returns:
+            The estimated noise, with shape :math:`(*, C, H, W)`.
+        """
+
+        if c is not None:
+            raise ValueError("c is given, but this network has no context: it must be None.")
+
+        if x.shape[-2:] != self.forcing.shape[-2:]:
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}, but this network was made for fields of "
+                f"{tuple(self.forcing.shape[-2:])}."
+            )
+
+        y = x.reshape(-1, *x.shape[-3:])
+        f = self.forcing.to(y.dtype).expand(len(y), -1, -1, -1)
+
+        with full(y):
+            e = self.embedding(t.reshape(-1))
+
+        return self.network(torch.cat((y, f), dim=1), e).reshape(x.shape)
+
+
+class MCScoreNet(nn.Module):
+    r"""Creates a score network of trajectories from one of windows.
+
+    A trajectory is taken for a Markov chain of order :math:`k`: the score of a snapshot depends
+    on the window of :math:`2k + 1` snapshots around it alone.
+
+    References:
+        | Score-based Data Assimilation (Rozet et al., 2023)
+        | https://arxiv.org/abs/2306.10574
+
+    Arguments:
+        kernel: The score network of windows, of :math:`(2k + 1) C` channels.
+        order: The order :math:`k` of the chain, at least 1.
+    """
+
+    def __init__(self, kernel: nn.Module, order: int) -> None:
+        super().__init__()
+
+        self.kernel = kernel
+        self.order = order
+
+    def forward(self, x: Tensor, t: Tensor, c: Tensor | None = None) -> Tensor:
+        r"""
+        Arguments:
+            x: The noisy trajectories :math:`x(t)`, with shape :math:`(B, L, C, H, W)`.
+            t: The times, with shape :math:`()` or :math:`(B)`.
+            c: The context passed to the kernel.
+
+        Returns:
+            The estimated noise, with shape :math:`(B, L, C, H, W)`.
+
+        Raises:
+            UserError: If the trajectories are shorter than a window.
+        """
+
+        x = self.unfold(x)
+
+        if t.dim() > 0:
+            t = t.reshape(-1, 1).expand(x.shape[:2])
+
+        return self.fold(self.kernel(x, t, c))
+
+    def unfold(self, x: Tensor) -> Tensor:
+        r"""Returns the windows of trajectories, with shape
+        :math:`(B, L - 2k, (2k + 1) C, H, W)`."""
+
+        window = 2 * self.order + 1
+
+        if x.dim() != 5 or x.shape[1] < window:
+            raise UserError(
+                f"x has shape {tuple(x.shape)}, but must have shape (B, L, C, H, W) with L at "
+                f"least {window}, the window of the network."
+            )
+
+        return x.unfold(1, window, 1).movedim(-1, 2).flatten(2, 3)
+
+    def fold(self, x: Tensor) -> Tensor:
+        r"""Returns the center of each window, and what is before the first and after the last."""
+
+        k = self.order
+        x = x.unflatten(2, (2 * k + 1, -1))
+
+        return torch.cat((x[:, 0, :k], x[:, :, k], x[:, -1, k + 1 :]), dim=1)
+
+
+def make_score(
+    window: int,
+    embedding: int,
+    hidden_channels: Sequence[int],
+    hidden_blocks: Sequence[int],
+    kernel_size: int,
+    activation: str,
+    size: int = 64,
+    alpha: str = "cos",
+    dropout: float = 0.0,
+    **absorb: Any,
+) -> MCScoreNet:
+    r"""Creates the score network that a config describes.
+
+    The weights of a network for another `alpha` than SDA's are of no use without it. A buffer
+    `alpha_lin` or `alpha_exp` in the state dict keeps SDA from loading them as if they were.
+
+    Arguments:
+        window: The number of snapshots of a window. It must be odd and at least 3.
+        embedding: The number of time embedding features.
+        hidden_channels: The number of channels of each level of the U-Net.
+        hidden_blocks: The number of residual blocks of each level.
+        kernel_size: The size of the convolution kernels. It must be odd.
+        activation: The name of the activation function.
+        size: The number of grid cells along each axis.
+        alpha: The decay of the signal that the network is for, see
+            :class:`sda_ray.nn.diffusion.VPSDE`.
+        dropout: The probability that a feature within a block is zero in training.
+        absorb: The settings of the config that do not concern the network.
+    """
+
+    if activation not in ACTIVATIONS:
+        raise UserError(
+            f"activation is {activation!r}, but must be one of {', '.join(ACTIVATIONS)}."
+        )
+
+    kernel = ScoreUNet(
+        channels=2 * window,
+        embedding=embedding,
+        size=size,
+        hidden_channels=tuple(hidden_channels),
+        hidden_blocks=tuple(hidden_blocks),
+        kernel_size=kernel_size,
+        activation=getattr(nn, activation),
+        dropout=dropout,
+    )
+    score = MCScoreNet(kernel, order=window // 2)
+
+    if alpha != "cos":
+        score.register_buffer(f"alpha_{alpha}", torch.ones(()))
+
+    return score
+
+
+def load_score(run_directory: Path | str, device: str | torch.device = "cpu") -> MCScoreNet:
+    r"""Loads the score network of a finished run, by SDA or by us. It does not drop out.
+
+    Nothing in the files is executed, and no weight is taken before all of them are known to fit
+    the config.
+
+    Arguments:
+        run_directory: The directory, with `config.json` and `state.pth`.
+        device: Where to load the network.
+
+    Raises:
+        UserError: If the run is not finished or its files do not belong together.
+    """
+
+    score, config = load_network(run_directory, device)
+
+    if config["alpha"] != "cos":
+        warnings.warn(
+            f"The network of {run_directory} is for alpha={config['alpha']}: it samples wrongly "
+            "with a VPSDE of another alpha. Load both by load_sde.",
+            stacklevel=2,
+        )
+
+    return score
+
+
+def load_network(
+    run_directory: Path | str, device: str | torch.device = "cpu"
+) -> tuple[MCScoreNet, Config]:
+    r"""Loads the score network of a finished run as :func:`load_score`, and its config."""
+
+    run = Path(run_directory)
+
+    if not run.is_dir():
+        raise UserError(f"{run} is not a directory. Give the directory of a run.")
+
+    config = load_config(inside(run, "config.json"))
+
+    if not (run / "state.pth").exists():
+        raise UserError(
+            f"{run / 'state.pth'} does not exist: the run is not finished. Resume it with "
+            f"`sda-ray train --resume {run}`."
+        )
+
+    file = inside(run, "state.pth")
+    state = read_weights(file)
+    size = field_size(file, state)
+
+    try:
+        check_config(config, size=size)
+    except UserError as e:
+        raise UserError(f"{file} is for fields of {size}x{size}, but {run / 'config.json'}: {e}")
+
+    with torch.device("meta"):
+        score = make_score(**config, size=size)
+
+    check_alpha(file, state, config["alpha"])
+    check_weights(file, state, score.state_dict())
+    score.to_empty(device=device).load_state_dict(state)
+
+    return score.eval(), config

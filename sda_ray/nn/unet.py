@@ -1,0 +1,273 @@
+r"""Neural networks on periodic fields."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .conv import CircularConv2d, upsampled_conv2d
+from .padding import modulated_pad, silu_pad
+from .precision import full
+from .winograd import pays
+
+__all__ = ["LayerNorm", "ModResidualBlock", "Residue", "UNet", "UpTail"]
+
+
+class LayerNorm(nn.Module):
+    r"""Creates a layer that standardizes over channels, without parameters.
+
+    .. math:: y = \frac{x - \mathbb{E}[x]}{\sqrt{\mathbb{V}[x] + \epsilon}}
+
+    The variance is the unbiased one. Features of less than single precision are standardized in
+    single precision.
+
+    Arguments:
+        eps: A numerical stability term.
+    """
+
+    def __init__(self, eps: float = 1e-5) -> None:
+        super().__init__()
+
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Torch's layer norm has the biased variance: r times the unbiased one.
+        C = x.shape[1]
+        r = (C - 1) / C
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        weight = x.new_full((C,), math.sqrt(r))
+
+        x = x.permute(0, 2, 3, 1)
+        x = F.layer_norm(x, (C,), weight, eps=r * self.eps)
+
+        return x.permute(0, 3, 1, 2)
+
+
+class ModResidualBlock(nn.Module):
+    r"""Creates a residual block with modulation.
+
+    .. math:: y = x + f(x + g(e))
+
+    Arguments:
+        project: The projection :math:`g` of the modulation vector :math:`e`.
+        residue: The function :math:`f`.
+    """
+
+    def __init__(self, project: nn.Module, residue: nn.Module) -> None:
+        super().__init__()
+
+        self.project = project
+        self.residue = residue
+
+    def forward(self, x: Tensor, e: Tensor) -> Tensor:
+        shift = self.project(e)
+
+        if isinstance(self.residue, Residue) and self.residue.direct(x):
+            return self.residue.modulated(x, shift)
+
+        return x + self.residue(x + shift)
+
+
+class Residue(nn.Sequential):
+    r"""Creates the residue of a block: two convolutions of normalized features.
+
+    While it trains, random features between the convolutions are zero. They are drawn from
+    torch's global generator.
+
+    Arguments:
+        channels: The number of channels.
+        kernel_size: The size of the kernels.
+        activation: The constructor of the activation function.
+        dropout: The probability :math:`p \in [0, 1)` that a feature is zero. The others are scaled
+            by :math:`1 / (1 - p)`.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int,
+        activation: Callable[[], nn.Module],
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__(
+            LayerNorm(),
+            CircularConv2d(channels, channels, kernel_size),
+            activation(),
+            CircularConv2d(channels, channels, kernel_size),
+        )
+
+        self.dropout = dropout  # no module, so that the names of the weights stay
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm, first, activation, second = self
+        x = activation(first(norm(x)))
+
+        if self.training and self.dropout:
+            x = F.dropout(x, self.dropout)
+
+        return second(x)
+
+    def direct(self, x: Tensor) -> bool:
+        r"""Tells whether both convolutions are to be computed directly, from padded fields."""
+
+        first = self[1]
+        assert isinstance(first, CircularConv2d)
+
+        return first.kernel_size[0] > 1 and not pays(x, first.weight, 1)
+
+    def modulated(self, x: Tensor, shift: Tensor) -> Tensor:
+        r"""Returns :math:`x + f(x + s)` in fewer passes through memory.
+
+        The layer norm looks at one cell at a time, so that it may come after the padding. Then the
+        sum and the activation can write their results where the convolutions want them.
+
+        Arguments:
+            x: The features, with shape :math:`(B, C, H, W)`.
+            shift: The shift :math:`s`, with shape :math:`(B, C, 1, 1)` or :math:`(1, C, 1, 1)`.
+        """
+
+        norm, first, activation, second = self
+        assert isinstance(first, CircularConv2d)
+        p = first.kernel_size[0] // 2
+        y, x = modulated_pad(x, shift, p)
+        y = first(norm(y), padded=True)
+
+        if isinstance(activation, nn.SiLU) and not (self.training and self.dropout):
+            y = second(silu_pad(y, p), padded=True)
+        else:
+            y = activation(y)
+            y = second(F.dropout(y, self.dropout, self.training))
+
+        # Nobody else sees the result of the convolution.
+        return y.to(x.dtype).add_(x)
+
+
+class UpTail(nn.ModuleList):
+    r"""Creates the step of an U-Net from one level to the next finer one.
+
+    .. math:: y = s + \mathrm{Conv}(\mathrm{Upsample}(\mathrm{LN}(x)))
+
+    Arguments:
+        in_channels: The number of channels of the coarse level.
+        out_channels: The number of channels of the fine level.
+        kernel_size: The size of the kernel.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int) -> None:
+        super().__init__(
+            [
+                LayerNorm(),
+                nn.Upsample(scale_factor=2, mode="nearest"),
+                CircularConv2d(in_channels, out_channels, kernel_size),
+            ]
+        )
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        # The upsampling has its place in the names of the weights, and is done by the convolution.
+        norm, _, conv = self
+        assert isinstance(conv, CircularConv2d) and conv.bias is not None
+
+        return upsampled_conv2d(norm(x), conv.weight, conv.bias, skip)
+
+
+class UNet(nn.Module):
+    r"""Creates a U-Net with modulation, for two-dimensional periodic fields.
+
+    References:
+        | U-Net: Convolutional Networks for Biomedical Image Segmentation (Ronneberger et al., 2015)
+        | https://arxiv.org/abs/1505.04597
+
+    Arguments:
+        in_channels: The number of input channels.
+        out_channels: The number of output channels.
+        mod_features: The number of modulation features.
+        hidden_channels: The number of channels of each level, from fine to coarse.
+        hidden_blocks: The number of residual blocks of each level, in the descent and in the
+            ascent.
+        kernel_size: The size of the convolution kernels. It must be odd.
+        activation: The constructor of the activation function.
+        dropout: The probability that a feature within a block is zero in training.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        mod_features: int,
+        hidden_channels: Sequence[int] = (32, 64, 128),
+        hidden_blocks: Sequence[int] = (2, 3, 5),
+        kernel_size: int = 3,
+        activation: Callable[[], nn.Module] = nn.ReLU,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+
+        def block(channels: int) -> nn.Module:
+            return ModResidualBlock(
+                project=nn.Sequential(
+                    nn.Linear(mod_features, channels),
+                    nn.Unflatten(-1, (-1, 1, 1)),
+                ),
+                residue=Residue(channels, kernel_size, activation, dropout),
+            )
+
+        heads: list[nn.Module] = []
+        tails: list[nn.Module] = []
+        descent, ascent = [], []
+
+        for i, (channels, blocks) in enumerate(zip(hidden_channels, hidden_blocks, strict=True)):
+            if i == 0:
+                heads.append(CircularConv2d(in_channels, channels, kernel_size))
+                tails.append(CircularConv2d(channels, out_channels, kernel_size))
+            else:
+                finer = hidden_channels[i - 1]
+                heads.append(nn.Sequential(CircularConv2d(finer, channels, kernel_size, stride=2)))
+                tails.append(UpTail(channels, finer, kernel_size))
+
+            descent.append(nn.ModuleList(block(channels) for _ in range(blocks)))
+            ascent.append(nn.ModuleList(block(channels) for _ in range(blocks)))
+
+        self.heads = nn.ModuleList(heads)
+        self.tails = nn.ModuleList(reversed(tails))
+        self.descent = nn.ModuleList(descent)
+        self.ascent = nn.ModuleList(reversed(ascent))
+
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def forward(self, x: Tensor, e: Tensor) -> Tensor:
+        r"""
+        Arguments:
+            x: The input fields, with shape :math:`(B, C, H, W)`.
+            e: The modulation vectors, with shape :math:`(B, D)` or :math:`(1, D)`.
+
+        Returns:
+            The output fields, with shape :math:`(B, C', H, W)`.
+        """
+
+        skips: list[Tensor] = []
+
+        for head, level in zip(self.heads, self.descent, strict=True):
+            if skips:
+                x = head(x).to(x.dtype)
+            else:
+                with full(x):
+                    x = head(x)
+
+            for block in level:  # type: ignore[attr-defined]
+                x = block(x, e)
+
+            skips.append(x)
+
+        skips.pop()
+
+        for tail, level in zip(self.tails, self.ascent, strict=True):
+            for block in level:  # type: ignore[attr-defined]
+                x = block(x, e)
+
+            if skips:
+                x = tail(x, skips.pop())
+
+        with full(x):
+            return tail(x)

@@ -1,0 +1,317 @@
+r"""What a sweep will take, before anything of it is started: time, memory, disk, and what is wrong.
+
+Configurations are drawn as the sweep would draw them, each distinct shape of network is gone
+through on the meta device, and a few training steps on each kind of node turn that into seconds.
+"""
+
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..cluster.connect import local_gpus
+from ..cluster.nodes import Node, look
+from ..cluster.slots import Slots
+from ..core.errors import UserError
+from ..data.dataset import DataInfo
+from ..runs.tracking import Wandb
+from ..search.promotion import Rules
+from ..sweep.definition import Sweep, load_script
+from ..sweep.places import free_disk, machine_memory
+from ..sweep.preflight import find_faults
+from .cost import Cost
+from .forecast import Forecast, forecast
+from .probe import Speed
+from .shapes import Shape, distinct_shapes, epoch_seconds
+
+__all__ = [
+    "Plan",
+    "Shape",
+    "at_a_time",
+    "epoch_seconds",
+    "memory_of",
+    "plan",
+    "times_of",
+]
+
+DRAWS = 1000
+MARGIN = 0.85  # part of its share of a GPU that a trial may take by the plan
+SMALL_FILES = 500_000, 700  # bytes of a run's other files: picture, records and W&B's; per epoch
+
+
+@dataclass
+class Plan:
+    r"""Creates what is known of a sweep before its start.
+
+    Arguments:
+        name: The sweep's name.
+        trials: The number of trials.
+        wanted: The resources of a trial.
+        faults: Whatever keeps the sweep from running.
+        warnings: Whatever is probably not meant.
+        info: The data.
+        sweep: The sweep in its normal form, if it has one.
+        shapes: The distinct shapes, from small to large.
+        order: The shape of each draw.
+        nodes: The nodes that can hold a trial.
+        slots: The number of trials at a time.
+        whole: What the sweep takes if nothing is pruned.
+        pruned: What it takes with its pruner. Times are 0 where they are not known.
+        known: Whether the times are known.
+        disk: The bytes that the runs take.
+        free: The bytes that are free for them.
+    """
+
+    name: str
+    trials: int = 0
+    wanted: dict[str, float] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    info: DataInfo | None = None
+    sweep: Sweep | None = None
+    shapes: list[Shape] = field(default_factory=list)
+    order: list[int] = field(default_factory=list)
+    nodes: list[Node] = field(default_factory=list)
+    slots: int = 0
+    whole: Forecast | None = None
+    pruned: Forecast | None = None
+    known: bool = False
+    disk: int = 0
+    free: int = 0
+
+    @property
+    def unit(self) -> str:
+        r"""What is paid for: `GPU` or `CPU`."""
+
+        return "GPU" if "GPU" in self.wanted else "CPU"
+
+    def hours(self, forecast: Forecast | None) -> float | None:
+        r"""Returns the hours of GPUs, or CPUs, that a forecast stands for, if they are known."""
+
+        return forecast.busy * self.wanted[self.unit] / 3600 if forecast and self.known else None
+
+
+def plan(
+    source: Sweep | Path,
+    runs: Path,
+    data: Path,
+    cpus: float = 1,
+    gpus: float | None = None,
+    parallel: int | None = None,
+    address: str | None = None,
+    wandb: Wandb | None = None,
+    adjust: Callable[[Sweep], Sweep] = lambda sweep: sweep,
+    say: Callable[[str], None] = lambda text: None,
+) -> Plan:
+    r"""Plans a sweep. Nothing of it is started, and nothing is left in the directory of runs.
+
+    Arguments:
+        source: The sweep, or its script.
+        runs: The directory of all runs.
+        data: The directory of the data.
+        cpus: The CPUs of a trial.
+        gpus: The GPUs of a trial. By default 1 if this machine has any.
+        parallel: The most trials at a time. By default as many as fit.
+        address: The address of a Ray cluster, or None for this machine.
+        wandb: How trials log to W&B.
+        adjust: Applies the options of the command line to the sweep of a script.
+        say: Told what goes on.
+    """
+
+    slots = Slots(cpus, int(local_gpus() > 0) if gpus is None else gpus, parallel)
+    sweep, broken = None, []
+
+    try:
+        sweep = load_script(source) if isinstance(source, Path) else source
+        sweep = adjust(sweep)
+    except UserError as error:
+        broken = [str(error)]
+
+    say(f"checking, with {DRAWS} draws")
+    local = address is None
+    found = find_faults(sweep, runs, data, slots, wandb or Wandb(), local, count=DRAWS)
+    made = Plan(
+        name=str(source) if sweep is None else sweep.name,
+        trials=0 if sweep is None else sweep.trials,
+        wanted=slots.wanted,
+        faults=broken + found.faults,
+        warnings=found.warnings,
+        info=found.info,
+        sweep=None if broken else found.sweep,
+    )
+
+    if made.sweep is not None and found.info is not None:
+        made.shapes, made.order = distinct_shapes(found.draws, found.info, say)
+        _check_disk(made, runs)
+
+        if local and slots.wanted.keys() == {"CPU"}:
+            here = Node("this machine", "", slots.most or 1, machine_memory())
+            check_memory(replace(made, nodes=[here], warnings=[]), 0)
+
+    if not local or not made.faults:
+        _look(made, slots, runs, data, address, say)
+
+    if made.shapes:
+        _foresee(made, slots)
+
+    return made
+
+
+def _look(made: Plan, slots: Slots, *args: Any) -> None:
+    r"""Looks at the nodes, and measures the smallest and the median shape there."""
+
+    last = len(made.shapes) - 1
+    configs = [made.shapes[i].config for i in sorted({0, max(0, last) // 2}) if i <= last]
+
+    try:
+        made.nodes = look(slots, configs, made.info, *args)
+    except (UserError, OSError) as error:  # nothing can be written where the runs shall be
+        made.faults += [str(error)] if isinstance(error, UserError) or not made.faults else []
+        return
+
+    if not made.nodes:
+        made.warnings.append(
+            "no node that can hold a trial is up: times, and memory, are unknown until there is one."
+        )
+
+    for node in made.nodes:
+        made.faults += node.faults
+
+    made.nodes = [node for node in made.nodes if not node.faults]
+
+
+def at_a_time(node: Node, memory: float, gpus: float) -> int:
+    r"""Returns the number of trials of some memory that a node can hold at a time."""
+
+    if gpus:  # each is held to its share of a GPU
+        return node.fit if memory <= MARGIN * min(1, gpus) * node.memory else 0
+
+    return min(node.fit, int(node.memory // memory))
+
+
+def memory_of(node: Node, cost: Cost) -> int:
+    r"""Returns the bytes that a trial takes on a node; where nothing was measured, at least."""
+
+    return cost.peak if node.speed is None else node.speed.memory(cost)
+
+
+def _foresee(made: Plan, slots: Slots) -> None:
+    r"""Finds how many trials fit at a time, and how long the sweep takes."""
+
+    if any(shape.config["compile"] != "off" for shape in made.shapes):
+        made.warnings.append("times are without torch.compile: it slows the first steps only.")
+
+    assert made.sweep is not None
+    check_memory(made, made.wanted.get("GPU", 0))
+    places = _places(made)
+    made.slots = sum(n for n, _ in places)
+    made.slots = min(made.slots, slots.most or made.slots)
+    made.known = made.slots > 0 and all(speed is not None for _, speed in places)
+    seconds, end = times_of(made)
+    rules, n = made.sweep.rules, max(1, made.slots)
+    every = Rules(rules.target, rules.epochs, finalists=rules.finalists, pruner="none")
+    made.whole = forecast(every, n, seconds, end)
+    made.pruned = forecast(rules, n, seconds, end, made.sweep.stops())
+
+
+def _places(made: Plan) -> list[tuple[int, Speed | None]]:
+    r"""Returns the trials at a time, of the mean memory, and the speed of each node with any."""
+
+    places = []
+
+    for node in made.nodes:
+        mean = statistics.fmean(memory_of(node, made.shapes[i].cost) for i in made.order)
+        places.append((at_a_time(node, mean, made.wanted.get("GPU", 0)), node.speed))
+
+    return [(n, speed) for n, speed in places if n]
+
+
+def times_of(made: Plan) -> tuple[list[float], list[float]]:
+    r"""Returns the seconds of an epoch, and those after the last one, for each draw of a plan.
+
+    On nodes of several kinds, they are those at which as much is done in all. If they are not
+    known, an epoch takes 1.
+    """
+
+    assert made.info is not None
+    speeds = [(n, speed) for n, speed in _places(made) if speed is not None]
+
+    if not made.known:
+        return [1.0] * len(made.order), [0.0] * len(made.order)
+
+    total = sum(n for n, _ in speeds)
+    times = []
+
+    for shape in made.shapes:
+        each = [(n, epoch_seconds(shape.config, shape.cost, s, made.info)) for n, s in speeds]
+        times.append([total / sum(n / took[part] for n, took in each) for part in (0, 1)])
+
+    return [times[i][0] for i in made.order], [times[i][1] for i in made.order]
+
+
+def check_memory(made: Plan, gpus: float) -> None:
+    largest = max(made.shapes, key=lambda shape: shape.cost.peak)
+    able = [x for x in made.nodes if at_a_time(x, memory_of(x, largest.cost), gpus)]
+
+    if made.nodes and not able:
+        has = ", ".join(f"{x.name} has {x.memory / 2**30:.1f} GiB" for x in made.nodes)
+        takes = min(memory_of(node, largest.cost) for node in made.nodes)
+        at_least = "at least " * all(node.speed is None for node in made.nodes)
+        what = " ".join(
+            f"{key}={largest.config[key]}" for key in ("hidden_channels", "window", "batch_size")
+        )
+        made.faults.append(
+            f"a trial with {what} takes {at_least}{takes / 2**30:.1f} GiB, but {has}"
+            f"{_share(gpus)}. Take a smaller network or batch_size"
+            f"{_larger(max(made.nodes, key=lambda x: x.memory), takes, gpus)}."
+        )
+        return
+
+    for node in made.nodes:
+        takes = memory_of(node, largest.cost)
+
+        if (n := at_a_time(node, takes, gpus)) < node.fit and gpus:
+            made.warnings.append(
+                f"the largest do not fit on {node.name}, which has {node.memory / 2**30:.1f} GiB"
+                f"{_share(gpus)}: take a smaller network or batch_size"
+                f"{_larger(node, takes, gpus)}."
+            )
+        elif n < node.fit:
+            made.warnings.append(
+                f"{node.name} runs {node.fit} trials at a time, but has memory for {n} of the "
+                f"largest: give --parallel {max(1, n)}, or more CPUs or GPUs to each."
+            )
+
+
+def _share(gpus: float) -> str:
+    return f" per GPU, of which a trial has {gpus:g}" if 0 < gpus < 1 else ""
+
+
+def _larger(node: Node, takes: float, gpus: float) -> str:
+    r"""Returns the advice to give trials a larger share of a GPU, if there is one that does."""
+
+    least = math.ceil(20 * takes / MARGIN / node.memory) / 20
+
+    return f", or give --gpus-per-trial {least:g}" if 0 < gpus < least <= 1 else ""
+
+
+def _check_disk(made: Plan, runs: Path) -> None:
+    r"""Compares what the runs leave on disk with the room that there is."""
+
+    sweep = made.sweep
+    assert sweep is not None
+    fixed, each = SMALL_FILES
+    mean = statistics.fmean(
+        2 * made.shapes[i].cost.checkpoint + made.shapes[i].cost.weights for i in made.order
+    )
+    epochs = forecast(sweep.rules, 1, [1.0]).epochs / sweep.trials
+    made.disk = round(sweep.trials * (mean + fixed + each * epochs))
+    made.free = free_disk(runs)
+
+    if made.disk > made.free:
+        made.faults.append(
+            f"{sweep.trials} runs take {made.disk / 1e9:.1f} GB, but {runs} has {made.free / 1e9:.1f} "
+            "GB free. Make room, give another directory with --runs, or take fewer trials."
+        )

@@ -1,0 +1,1 @@
+r"""What a training leaves on disk and on W&B."""

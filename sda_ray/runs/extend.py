@@ -1,0 +1,174 @@
+r"""Longer versions of runs: what a run has in common with one of more epochs.
+
+The first epochs of a run with a `constant` schedule, or before the decay of a `wsd` one, do not
+depend on how many follow. A longer run need not do them again: it begins with a checkpoint of the
+shorter one, and ends in the same bits as if it had.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from ..core.config import Config, load_config, steady_epochs
+from ..core.errors import UserError
+from ..training.loop import Metrics, TrainState
+from .checkpoint import RunPath, keep_checkpoint, read_checkpoint
+from .metrics import read_history
+from .provenance import differences, provenance
+from .record import read_record
+from .run import Run
+
+__all__ = ["carry_over", "check_extension", "describe_extension", "find_start", "keep_start"]
+
+logger = logging.getLogger(__name__)
+
+
+def check_extension(path: RunPath, changes: Config) -> Config:
+    r"""Returns the config of a longer version of a run.
+
+    Arguments:
+        path: The run.
+        changes: What shall change: `epochs`.
+
+    Raises:
+        UserError: If the longer run would not be one that had been trained at once.
+    """
+
+    config, name = load_config(path.config), path.directory.name
+    init = f"sda-ray train --init {path.id}"
+
+    if set(changes) != {"epochs"}:
+        raise UserError(
+            f"a run is extended by epochs=N alone, not {', '.join(sorted(changes)) or 'nothing'}. "
+            f"For other settings start a run from its weights: {init} key=value"
+        )
+
+    if changes["epochs"] <= config["epochs"]:
+        raise UserError(
+            f"epochs is {changes['epochs']}, but must be above {config['epochs']}, the epochs of "
+            f"{name}."
+        )
+
+    if not steady_epochs(config):
+        raise UserError(
+            f"{name} cannot be extended to the same result as a longer run: its scheduler "
+            f"'{config['scheduler']}' decays over all epochs, so that {changes['epochs']} of them "
+            f"would have had other learning rates from the second on. Start a run from its "
+            f"weights instead, `{init} epochs={changes['epochs']}`, or train with "
+            "scheduler=constant or wsd, which can be extended."
+        )
+
+    return config | changes
+
+
+def describe_extension(path: RunPath, fingerprint: str, device: str) -> dict[str, Any]:
+    r"""Returns what the record of a longer version of a run says about that run.
+
+    Arguments:
+        path: The run.
+        fingerprint: That of the data of the longer run.
+        device: Where the longer run trains.
+
+    Raises:
+        UserError: If the run was trained on other data, or has nothing to go on from.
+    """
+
+    record, name = read_record(path), path.directory.name
+
+    if record.get("data", fingerprint) != fingerprint:
+        raise UserError(
+            f"{name} was trained on other data. Give the directory of its data with --data."
+        )
+
+    find_start(path)
+    described = {"parent": path.id, "extends": path.id, "exact": record.get("exact", False)}
+    described |= {"rungs": record["rungs"]} if record.get("rungs") else {}  # judged as it was
+
+    if (attempts := record.get("attempts")) and (
+        differs := differences(attempts[0], provenance(device))
+    ):
+        described["exact"] = False
+        logger.warning(
+            "%s was trained with another %s: the bits of the longer run may differ from those of "
+            "one that is trained at once.",
+            name,
+            " and ".join(differs),
+        )
+
+    return described
+
+
+def find_start(path: RunPath) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    r"""Returns the newest checkpoint of a run that every longer run would have, too.
+
+    Raises:
+        UserError: If there is none.
+    """
+
+    config = load_config(path.config)
+    last = steady_epochs(config), 0
+    damaged = []
+
+    for file in (path.checkpoint, path.previous, path.decay):
+        if not file.is_file():
+            continue
+
+        try:
+            tensors, info = read_checkpoint(file)
+        except ValueError as error:
+            damaged.append(f"; {error}")
+            continue
+
+        if (info["epoch"], info["step"]) <= last:
+            return tensors, info
+
+    raise UserError(
+        f"{path.directory.name} has no checkpoint of epoch {last[0]} or before to go on "
+        f"from{''.join(damaged)}. Start a run from its weights: sda-ray train --init {path.id}"
+    )
+
+
+def carry_over(
+    run: Run, state: TrainState, parent: RunPath, validate: Callable[[], Metrics]
+) -> None:
+    r"""Begins a run with what it has in common with a shorter one: checkpoint and metrics.
+
+    It may be killed at any time and done again: the checkpoint comes last.
+
+    Arguments:
+        run: The run.
+        state: Its state at the start.
+        parent: The shorter run.
+        validate: Validates the state anew: the end of the shorter run, where that was judged by
+            several draws, may be an epoch like others in this one.
+    """
+
+    try:
+        tensors, info = find_start(parent)
+        state.load(tensors, info)
+    except ValueError as error:
+        raise UserError(f"the checkpoint of {parent.directory.name} cannot be used: {error}.")
+
+    for epoch, metrics in sorted(read_history(parent.metrics).items()):
+        if epoch <= state.epoch:
+            ended = epoch == state.epoch == load_config(parent.config)["epochs"]
+            run.log(metrics | (validate() if ended else {}))
+
+    state.saved = None
+    run.save(state)
+
+
+def keep_start(run: Run, state: TrainState) -> None:
+    r"""Keeps the checkpoint at the start of a decay, if that is where the run is."""
+
+    steady = steady_epochs(run.config)
+
+    if state.saved == state.position == (steady, 0) and steady < run.config["epochs"]:
+        try:
+            keep_checkpoint(run.path, run.lease.hold)
+        except OSError as error:
+            logger.warning(
+                "%s cannot be kept, so that the run cannot be extended: %s.", run.path.decay, error
+            )

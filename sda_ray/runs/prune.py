@@ -1,0 +1,204 @@
+r"""Space that runs can give back: the state that serves only to go on with them.
+
+A finished run has its weights besides. A run that is not finished can be trained again from its
+first epoch, to the same bits: see :meth:`sda_ray.runs.run.Run.load`.
+"""
+
+import contextlib
+import fcntl
+import os
+import stat
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+
+from ..core.errors import UserError
+from ..core.files import write_json
+from ..core.holder import holder
+from .checkpoint import RunPath
+from .curves import check_regular
+from .inventory import Entry, is_held, read_entry
+
+__all__ = ["give_back", "prune", "refusal", "resumable"]
+
+QUIET = 3600.0  # seconds without a heartbeat before a holder on another host counts as dead
+
+
+def resumable(path: RunPath) -> dict[Path, int]:
+    r"""Returns the files of a run that serve only to go on with it, and their bytes.
+
+    They come in the order in which they may be removed: the newest checkpoint never goes before
+    an older one. A file that has two names here counts once; links to elsewhere do not count.
+    """
+
+    found: dict[Path, int] = {}
+    seen: set[int] = set()
+
+    for file in (path.previous, path.checkpoint, path.decay):
+        with contextlib.suppress(OSError):
+            status = file.lstat()
+
+            if stat.S_ISREG(status.st_mode):
+                found[file] = 0 if status.st_ino in seen else status.st_size
+                seen.add(status.st_ino)
+
+    return found
+
+
+def refusal(entry: Entry) -> str | None:
+    r"""Tells why the resumable state of a run must stay, or None if it may go."""
+
+    path = entry.path
+
+    if entry.faults:
+        return f"it is damaged: {entry.faults[0]}"
+
+    if entry.status != "finished":
+        return f"it is {entry.status}, and only finished runs are pruned."
+
+    if (reason := _in_use(path)) is not None:
+        return reason
+
+    with contextlib.suppress(OSError, UserError):
+        if check_regular(path.state).stat().st_size > 0:
+            return None
+
+    return f"{path.state} is missing: the checkpoint is all that is left of the weights."
+
+
+def _in_use(path: RunPath) -> str | None:
+    if os.path.lexists(path.lease) and not _tells_holder(path.lease):
+        return f"{path.lease} is damaged: a process may be at the run."
+
+    return "a process is at it." if is_held(path, QUIET) else None
+
+
+def _tells_holder(file: Path) -> bool:
+    with contextlib.suppress(OSError, UserError):
+        return holder(check_regular(file)) is not None
+
+    return False
+
+
+def prune(path: RunPath) -> int:
+    r"""Removes the resumable state of a finished run, and returns the bytes freed.
+
+    It happens under the lock of the run's lease, so that no process can take the run meanwhile,
+    and only if the weights in `state.pth` load.
+
+    Raises:
+        UserError: If the state must stay, see :func:`refusal`, or cannot be removed.
+    """
+
+    with _locked(path):
+        entry = read_entry(path)
+
+        if (reason := refusal(entry) if entry else "it has vanished.") is not None:
+            raise UserError(f"{path.directory.name} is left as it is: {reason}")
+
+        _check_weights(path)
+
+        return _remove(path)
+
+
+def give_back(path: RunPath, sweep: str) -> int:
+    r"""Removes the resumable state of a run of a sweep, and returns the bytes freed.
+
+    As :func:`prune`, and of a run that waits, diverged, failed or was stopped, too. Such a run is
+    trained again from its first epoch if it goes on; its `run.json` gets the key `given_back`,
+    before anything is removed.
+
+    Arguments:
+        path: The run.
+        sweep: The name of the sweep. The run's own record must name it.
+
+    Raises:
+        UserError: If the state must stay, or cannot be removed.
+    """
+
+    with _locked(path):
+        entry = read_entry(path)
+
+        if (reason := _stays(entry, sweep) if entry else "it has vanished.") is not None:
+            raise UserError(f"{path.directory.name} is left as it is: {reason}")
+
+        assert entry is not None
+
+        if entry.status == "finished":
+            _check_weights(path)
+        else:
+            when = datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+            with contextlib.suppress(OSError):  # a full disk: all the more reason
+                write_json(path.record, entry.record | {"given_back": when})
+
+        return _remove(path)
+
+
+def _stays(entry: Entry, sweep: str) -> str | None:
+    path = entry.path
+
+    if path.directory.is_symlink():
+        return "its directory is a link to somewhere else."
+
+    if path.record.is_symlink() or entry.sweep != sweep:
+        return f"its run.json does not name sweep '{sweep}'."
+
+    if entry.status == "finished":
+        return refusal(entry)
+
+    if entry.faults:
+        return f"it is damaged: {entry.faults[0]}"
+
+    if entry.record["status"] == "running":
+        return "its run.json says that it is running."
+
+    if "parent" in entry.record:
+        return "it began with the weights of another run."
+
+    return _in_use(path)
+
+
+def _check_weights(path: RunPath) -> None:
+    from ..nn.score import load_network
+
+    try:
+        load_network(path.directory)
+    except Exception as error:  # whatever a damaged file provokes in torch
+        raise UserError(
+            f"{path.directory.name} is left as it is: {path.state} does not load: {error}"
+        )
+
+
+def _remove(path: RunPath) -> int:
+    files = resumable(path)
+
+    try:
+        for file in files:
+            file.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be removed: {error.strerror}.")
+
+    return sum(files.values())
+
+
+@contextlib.contextmanager
+def _locked(path: RunPath) -> Iterator[None]:
+    r"""Holds the lock under which leases are taken; whoever writes has it for an instant only."""
+
+    file = path.lease.with_suffix(".lock")
+
+    try:
+        handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise UserError(f"{file} cannot be opened: {error.strerror}.")
+
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"{file} cannot be locked: {error.strerror}.")
+
+        yield
+    finally:
+        os.close(handle)

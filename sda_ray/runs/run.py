@@ -1,0 +1,317 @@
+r"""Runs: what a training leaves in its directory."""
+
+import logging
+import time
+from contextlib import AbstractContextManager, nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..core.config import Config, load_config, save_config
+from ..core.errors import UserError
+from ..core.files import remove_leftovers, write_atomic
+from ..core.lease import Lease, LeaseLost
+from ..core.presence import check_present, held, is_present
+from ..training.loop import Metrics, TrainState
+from ..training.samples import draw_samples
+from .checkpoint import (
+    RunPath,
+    load_checkpoint,
+    new_id,
+    new_name,
+    save_checkpoint,
+    save_state,
+)
+from .fragments import await_end
+from .metrics import History
+from .provenance import provenance, save_diff
+from .record import Record, logged_config, read_record
+from .tracking import Tracker, Wandb, safe_name
+
+__all__ = ["Run"]
+
+logger = logging.getLogger(__name__)
+
+WANDB = Wandb()
+
+CHECKPOINT_SECONDS = 60.0  # between two checkpoints, unless they cost more than …
+CHECKPOINT_COST = 0.03  # … this part of the time
+
+
+class Run:
+    r"""Creates a run, or opens one to go on with it.
+
+    While it is open, its directory belongs to this process: see :mod:`sda_ray.core.lease`.
+
+    Arguments:
+        runs: The directory of all runs.
+        config: The config, checked. That of an existing run is kept.
+        id: The run's id. A directory of this id is gone on with.
+        number: The number at the end of the run's name.
+        wandb: How to log to W&B.
+        attempt: The number of this attempt, if the caller counts them.
+        takeover: Whether to take the run from a process that seems to be at it.
+        record: What `run.json` shall say beside what is found out here.
+        device: Where the run trains, for the record.
+        interval: The least time between two checkpoints, in seconds.
+
+    Raises:
+        UserError: If another process is at the run, or its directory cannot be used.
+    """
+
+    def __init__(
+        self,
+        runs: Path,
+        config: Config,
+        id: str | None = None,
+        number: int | None = None,
+        wandb: Wandb = WANDB,
+        attempt: int | None = None,
+        takeover: bool = False,
+        record: dict[str, Any] | None = None,
+        device: str | torch.device = "cpu",
+        interval: float = CHECKPOINT_SECONDS,
+    ) -> None:
+        self.id = id or new_id()
+        self._least = self._interval = interval
+        self._closed = False
+        self._link = runs / f".{self.id}"
+
+        try:
+            name = self._make_directory(runs, number, wandb)
+            self.lease = Lease(self.path.lease, f"run {name}_{self.id}", attempt, takeover)
+
+            try:
+                self._open(name, config, wandb, record or {}, device)
+            except BaseException:
+                self.lease.release()
+                raise
+        except OSError as error:
+            raise UserError(f"a run in {runs} cannot be written: {error}.") from error
+
+        self._last_save = time.monotonic()
+
+    def _make_directory(self, runs: Path, number: int | None, wandb: Wandb) -> str:
+        r"""Finds the run's directory, or makes one, and returns the run's name.
+
+        A run that gets its name from the W&B server starts in the provisional directory `.{id}`,
+        since W&B wants a directory before it tells the name.
+        """
+
+        runs.mkdir(parents=True, exist_ok=True)
+
+        if (path := RunPath.of_id(runs, self.id)) is not None:
+            self.path = path
+            return path.name
+
+        number = 1 + sum(1 for _ in RunPath.all(runs)) if number is None else number
+        name = new_name(self.id, number)
+        provisional = wandb.mode == "online" or self._link.is_dir()
+        self.path = RunPath(self._link if provisional else runs / f"{name}_{self.id}")
+
+        if self._link.is_symlink():  # its target was deleted
+            self._link.unlink()
+
+        self.path.directory.mkdir(exist_ok=True)
+
+        return name
+
+    def _open(
+        self,
+        name: str,
+        config: Config,
+        wandb: Wandb,
+        record: dict[str, Any],
+        device: str | torch.device,
+    ) -> None:
+        with self.lease.hold():
+            remove_leftovers(self.path.directory)
+
+            if not self.path.config.exists():
+                save_config(config, self.path.config)
+
+        self.config = load_config(self.path.config)
+        self.history = History(self.path.metrics, self._hold)
+        named = self.path.directory != self._link
+        told = logged_config(self.config, read_record(self.path) | record)
+        self.tracker = Tracker(self.path.directory, self.id, name, told, wandb, named=named)
+
+        try:
+            self._settle(named)
+            self.record = Record(self.path, self.lease.hold, record)
+            self.record.begin(self.lease.attempt, provenance(device))
+            save_diff(self.path.directory, self.lease.hold)
+        except BaseException:
+            self.tracker.finish(good=False)
+            raise
+
+        for epoch in sorted(self.lines):
+            if epoch >= self.tracker.next_step:
+                self._send(self.lines[epoch])
+
+    def _settle(self, named: bool) -> None:
+        r"""Gives the provisional directory its name; a link stays for as long as W&B writes."""
+
+        with self.lease.hold():
+            if self._link.is_symlink():  # of an attempt that was killed
+                self._link.unlink()
+
+            if not named:
+                path = RunPath(self._link.with_name(f"{safe_name(self.tracker.name)}_{self.id}"))
+                self._link.rename(path.directory)
+
+                if self.tracker.writes:
+                    self._link.symlink_to(path.directory.name)
+
+                self.path, self.lease.file, self.history.file = path, path.lease, path.metrics
+
+    def _hold(self) -> AbstractContextManager[None]:
+        return held(self.lease)
+
+    @property
+    def lines(self) -> dict[int, Metrics]:
+        r"""The metrics of the epochs that are done, by epoch."""
+
+        return self.history.lines
+
+    def log(self, metrics: Metrics) -> None:
+        r"""Appends an epoch to `metrics.jsonl`, then sends it to W&B.
+
+        An epoch that is there already was done again after a resume: it is compared instead.
+        """
+
+        if metrics["epoch"] not in self.lines:
+            self.history.add(metrics)
+            self._send(metrics)
+        elif differs := self.history.differences(metrics):
+            self.record["exact"] = False
+            logger.warning(
+                "epoch %d of %s came out different when it was done again: %s.",
+                metrics["epoch"],
+                self.path.directory.name,
+                differs,
+            )
+
+    def _send(self, metrics: Metrics) -> None:
+        values = {key: x for key, x in metrics.items() if key != "epoch"}
+        self.tracker.log(values, step=metrics["epoch"])
+
+    def load(self, state: TrainState) -> None:
+        r"""Brings a state to the newest checkpoint of the run, if there is one.
+
+        A run that has epochs and no checkpoint starts again, to the same bits. The entry of this
+        attempt in `run.json` says so, and why, as `restarted`.
+        """
+
+        some = self.path.checkpoint.exists() or self.path.previous.exists()
+
+        with self.lease.hold():
+            found = load_checkpoint(self.path)
+
+        given_back = self.record.pop("given_back", None)
+
+        if found is not None:
+            try:
+                state.load(*found)
+            except ValueError as error:
+                raise UserError(f"{self.path.checkpoint} does not fit config.json: {error}.")
+        elif some:
+            self._restart("it has no whole checkpoint")
+        elif self.lines and "parent" not in self.record:
+            early = "it was ended before its first checkpoint"
+            level = logging.WARNING if given_back else logging.INFO  # what was to be expected
+            self._restart("it gave its checkpoint back" if given_back else early, level)
+
+    def _restart(self, why: str, level: int = logging.WARNING) -> None:
+        name = self.path.directory.name
+        logger.log(level, "%s: %s: it starts again at epoch 0, to the same bits.", name, why)
+        self.record["attempts"][-1]["restarted"] = why
+        self.record.write("running")
+
+    def save(self, state: TrainState) -> None:
+        r"""Saves a checkpoint, unless the newest one is at this very step.
+
+        A disk that is full does not stop the training: the old checkpoint stays.
+        """
+
+        if state.saved == state.position:
+            return
+
+        start = time.monotonic()
+
+        try:
+            self.history.write()
+            save_checkpoint(self.path, state.tensors(), state.info(), self._hold)
+            state.saved = state.position
+        except OSError as error:
+            check_present(self.path.lease)
+            logger.warning(
+                "%s: no checkpoint was saved, and the one before stays: %s.",
+                self.path.directory.name,
+                error,
+            )
+
+        self._last_save = time.monotonic()
+        self._interval = max(self._least, (self._last_save - start) / CHECKPOINT_COST)
+
+    @property
+    def due(self) -> bool:
+        r"""Whether it is time for a checkpoint."""
+
+        return time.monotonic() - self._last_save >= self._interval
+
+    def finish(self, state: TrainState) -> None:
+        r"""Saves the weights as `state.pth`, and `samples.png`, and marks the run finished.
+
+        Raises:
+            UserError: If these files cannot be written. Resuming the run writes them.
+        """
+
+        self.save(state)
+
+        try:
+            self.history.write()
+            save_state(self.path, state.result.state_dict(), self.lease.hold)
+            image = draw_samples(state.result_sde, self.config["seed"])
+
+            with self.lease.hold():
+                write_atomic(self.path.samples, image)
+                self.path.previous.unlink(missing_ok=True)
+
+            self.tracker.log_image("samples", self.path.samples, state.epoch + 1)
+            self.record.write("finished", epoch=state.epoch)
+        except OSError as error:
+            check_present(self.path.lease)
+            sweep = self.record.get("sweep")
+            again = f"sweep {sweep}" if sweep else f"train --resume {self.id}"
+            raise UserError(
+                f"{self.path.directory.name} is trained to its end, but its files cannot be "
+                f"written: {error}. Make room and finish it by `sda-ray {again}`."
+            ) from error
+
+    def close(self, status: str, **more: Any) -> None:
+        r"""Ends the attempt: status, W&B, lease. Safe to repeat."""
+
+        if self._closed:
+            return
+
+        self._closed = True
+
+        try:
+            self.record.end(status, **more)
+        except (LeaseLost, OSError) as error:
+            if is_present(self.path.lease):
+                logger.warning("run.json keeps its status: %s.", error)
+
+        if fragment := self.tracker.finish(good=status != "failed"):
+            with suppress(UserError, OSError):
+                await_end(fragment)
+
+        hold = self.lease.hold if is_present(self.path.lease) else nullcontext
+
+        with suppress(LeaseLost, OSError), hold():
+            if self._link.is_symlink():
+                self._link.unlink()
+
+        self.lease.release()

@@ -1,0 +1,233 @@
+r"""One run, from its config to its weights."""
+
+import logging
+import resource
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+from ..core.allocator import keep_memory, lacks_memory
+from ..core.config import steady_epochs
+from ..core.errors import UserError
+from ..core.lease import LeaseLost
+from ..core.presence import Vanished, check_present
+from ..data.dataset import TrajectoryDataset
+from ..nn.precision import make_deterministic, warn_slow
+from ..nn.score import load_network
+from ..training.loop import Diverged, Metrics, TrainState, epochs, validate
+from ..training.validation import Validation
+from .checkpoint import RunPath
+from .extend import carry_over, keep_start
+from .run import Run
+
+__all__ = ["Interrupted", "OutOfMemory", "Stop", "default_device", "train"]
+
+logger = logging.getLogger(__name__)
+
+RESIDENT = 1 / 8  # part of a GPU's memory that the data may take; a plan leaves as much free
+
+
+class Interrupted(RuntimeError):
+    r"""Signals that a training was asked to stop and has saved a checkpoint."""
+
+
+class OutOfMemory(RuntimeError):
+    r"""Signals that a training does not fit into the memory. The message says what to do."""
+
+
+class Stop:
+    r"""Creates the wish to stop, which a training looks at after every step."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    @contextmanager
+    def on_signals(self) -> Iterator["Stop"]:
+        r"""Takes SIGINT, SIGTERM and SIGHUP as the wish to stop, unless they are ignored.
+
+        A second SIGINT interrupts at once.
+        """
+
+        def wish(number: int, frame: FrameType | None) -> None:
+            if self.signal == signal.SIGINT == number:
+                raise KeyboardInterrupt
+
+            self.signal = number
+
+        before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+
+        for number, handler in before.items():
+            if handler is not signal.SIG_IGN:  # as under nohup
+                signal.signal(number, wish)
+
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def train(
+    run: Run,
+    data: Path,
+    device: str = "cpu",
+    rungs: Iterable[int] = (),
+    init: Path | None = None,
+    stop: Stop | None = None,
+    after_step: Callable[[TrainState], None] | None = None,
+    share: float = 1.0,
+) -> Iterator[Metrics]:
+    r"""Trains a score network and yields the metrics of each epoch.
+
+    Whatever an epoch leaves on disk is there before its metrics are yielded, so that the caller
+    may stop, or be killed, at any yield; closing the generator saves a checkpoint. A run that has
+    a checkpoint goes on from it.
+
+    Arguments:
+        run: The run, open.
+        data: The directory of `train.h5` and `valid.h5`.
+        device: Where to train.
+        rungs: Epochs at which the run is judged: by several draws, and with a checkpoint.
+        init: The directory of a run whose weights to begin with, or whose checkpoint, if the
+            run's record says that it extends that one.
+        stop: Looked at after every step.
+        after_step: Called after every step, when whatever it leaves on disk is there.
+        share: The part of a GPU's memory that is its own.
+
+    Raises:
+        Diverged: If the loss is not finite or has exploded. The run is marked `diverged`.
+        Interrupted: If it was asked to stop. A checkpoint is saved.
+        OutOfMemory: If the memory is too small.
+        Vanished: If the run's directory is gone.
+    """
+
+    config = run.config
+
+    with _memory(config["batch_size"], device):
+        yield from _train(run, data, device, rungs, init, stop, after_step, share)
+
+
+def _train(
+    run: Run,
+    data: Path,
+    device: str,
+    rungs: Iterable[int],
+    init: Path | None,
+    stop: Stop | None,
+    after_step: Callable[[TrainState], None] | None,
+    share: float,
+) -> Iterator[Metrics]:
+    config = run.config
+
+    if torch.device(device).type == "cuda":
+        make_deterministic()
+    else:
+        keep_memory()
+
+    warn_slow(config["precision"], device)
+
+    # Data
+    trainset = TrajectoryDataset(data / "train.h5", window=config["window"])
+    validset = TrajectoryDataset(data / "valid.h5", window=config["window"])
+
+    if torch.device(device).type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        trainset.move(device, room=int(RESIDENT * min(free, share * total)))
+
+    validation = Validation(validset, device)
+
+    rungs = {*rungs, *run.record.get("rungs", ())}  # also of a run that goes on without its sweep
+
+    # Network
+    state = TrainState(config, size=trainset.shape[-1], device=device)
+    run.load(state)
+
+    if state.saved is None and init is not None and "extends" in run.record:
+        carry_over(run, state, RunPath(init), lambda: validate(state, validation, rungs))
+    elif state.saved is None and init is not None:
+        state.begin(load_network(init)[0].state_dict())
+        run.save(state)
+    elif state.saved is None and "parent" in run.record:
+        raise UserError(
+            f"{run.path.directory.name} has no checkpoint, and began with the weights of run "
+            f"'{run.record['parent']}', which is gone. Start a new run."
+        )
+
+    # Training
+    def look_up(state: TrainState) -> None:
+        wanted = stop is not None and stop.signal is not None
+
+        if wanted or run.due:
+            run.save(state)
+
+        if after_step is not None:
+            after_step(state)
+
+        if wanted:
+            raise Interrupted("asked to stop")
+
+    saved = {*rungs, config["epochs"], steady_epochs(config)}
+    keep_start(run, state)  # if the run was killed before it did so
+
+    try:
+        for metrics in epochs(state, trainset, validation, look_up, rungs):
+            run.log(metrics)
+
+            if metrics["epoch"] in saved or run.due:
+                run.save(state)
+                keep_start(run, state)
+
+            yield metrics
+    except GeneratorExit:  # the caller stops here
+        with suppress(LeaseLost, Vanished):
+            run.save(state)
+
+        raise
+    except Diverged as error:
+        try:
+            run.record.write("diverged", reason=str(error))
+        except OSError as full:  # the loss is a result all the same
+            check_present(run.path.lease)
+            logger.warning("%s keeps its status: %s.", run.path.record, full)
+
+        raise
+
+    run.finish(state)
+
+
+@contextmanager
+def _memory(batch_size: int, device: str) -> Iterator[None]:
+    r"""Says in plain words that the memory is too small."""
+
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not lacks_memory(error):
+            raise
+
+        raise OutOfMemory(
+            f"out of memory on {device}, with batch_size {batch_size} and a peak of "
+            f"{_peak(device) / 2**30:.2f} GiB before the allocation that failed. Take a smaller "
+            "batch_size or network, more memory, or fewer trials at a time (--gpus-per-trial, "
+            "--cpus-per-trial)."
+        ) from error
+
+
+def _peak(device: str) -> int:
+    r"""Returns the most bytes that this process has had at a time, on its device."""
+
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+
+    unit = 1 if sys.platform == "darwin" else 1024
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

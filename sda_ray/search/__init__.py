@@ -1,0 +1,1 @@
+r"""What to try next, and the study that remembers it."""

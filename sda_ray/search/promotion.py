@@ -1,0 +1,307 @@
+r"""What a sweep does next: a pure function of what its runs have reached.
+
+Runs are pruned by promotion. A run goes to the first rung and is paused there, unless its value is
+among the best :math:`1 / \eta` of all values at that rung; when it comes to be among them later,
+it goes on to the next rung, in its own directory, from its own checkpoint.
+
+References:
+    | A System for Massively Parallel Hyperparameter Tuning (Li et al., 2018)
+    | https://arxiv.org/abs/1810.05934
+"""
+
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+__all__ = [
+    "FINAL",
+    "Action",
+    "Record",
+    "Rules",
+    "Stops",
+    "counted",
+    "decide",
+    "order",
+    "reveal",
+    "top",
+]
+
+STEADY = ("median", "percentile", "patience")  # rules that ask at even distances
+FINAL = (*STEADY, "hyperband")  # rules by which a run that is stopped never goes on
+
+
+@dataclass(frozen=True)
+class Record:
+    r"""Creates what the study says of a run, in the newest of the run's records.
+
+    Arguments:
+        index: The number of the run in its sweep, from 1.
+        run_id: The id of the run.
+        state: `running`, `complete`, `pruned`, `diverged`, `stopped` (by the user) or `failed`,
+            as recorded.
+        until: The epoch up to which the run may go.
+        epochs: The full budget of the run.
+        values: The value at each epoch.
+        shown: The last epoch whose value counts for others, if not all of them do.
+        attempt: The number of times the run was started.
+        config: The keys of CONFIG that the sweep varies, with their values.
+        trial: Optuna's trial.
+        error: Why the run failed or diverged.
+        source: Where a run comes from that was not made by this sweep, but brought in: it is known
+            to the sampler and does not count towards the target.
+        queued: The number of the queued configuration that the run was started for, if any.
+        lost: The number of times that a worker died under the run.
+        short: The number of times that it was short of memory.
+        finals: The values of all objectives of a complete run, if there are several.
+    """
+
+    index: int
+    run_id: str
+    state: str
+    until: int
+    epochs: int
+    values: dict[int, float] = field(default_factory=dict)
+    shown: int | None = None
+    attempt: int = 0
+    config: dict[str, Any] = field(default_factory=dict)
+    trial: Any = None
+    error: str = ""
+    source: str = ""
+    queued: int | None = None
+    lost: int = 0
+    short: int = 0
+    finals: tuple[float, ...] = ()
+
+    @property
+    def last(self) -> int:
+        r"""The last epoch with a value, or 0."""
+
+        return max(self.values, default=0)
+
+    @property
+    def visible(self) -> dict[int, float]:
+        r"""The values that count for rungs and sampler."""
+
+        if self.shown is None:
+            return self.values
+
+        return {epoch: x for epoch, x in self.values.items() if epoch <= self.shown}
+
+    @property
+    def paused(self) -> bool:
+        r"""Whether the run waits at a rung, in an open sweep or a closed one."""
+
+        waits = self.state == "running" and self.until <= self.last and self.until < self.epochs
+
+        return waits or self.state == "pruned"
+
+    @property
+    def outcome(self) -> str:
+        r"""The state in the eyes of other runs: what came of a hidden run is hidden too."""
+
+        return "pruned" if self.shown is not None and self.state != "failed" else self.state
+
+
+Stops = Callable[[Record, Sequence[Record]], bool]
+
+
+@dataclass(frozen=True)
+class Rules:
+    r"""Creates the rules of a sweep.
+
+    Arguments:
+        target: The number of runs wanted. Failed runs, and those brought in, do not count.
+        epochs: The full budget of a run.
+        min_epochs: The first rung, or None if nothing is pruned.
+        eta: One in `eta` runs goes on at each rung.
+        finalists: The least number of runs with a full budget in the end.
+        excused: The number of failed runs, the first ones, that are no reason to draw no more.
+        pruner: What stops runs early: `promotion`, `none`, or a rule by which a run that is
+            stopped never goes on, see :mod:`sda_ray.search.pruners`.
+    """
+
+    target: int
+    epochs: int
+    min_epochs: int | None = None
+    eta: int = 3
+    finalists: int = 1
+    excused: int = 0
+    pruner: str = "promotion"
+
+    @property
+    def rungs(self) -> tuple[int, ...]:
+        r"""The epochs at which runs are compared; the last is the full budget.
+
+        They grow by `eta`, or are the multiples of the first where runs are compared all along.
+        """
+
+        rungs, rung = [], self.min_epochs or self.epochs
+        first = rung
+
+        while rung < self.epochs:
+            rungs.append(rung)
+            rung = rung + first if self.pruner in STEADY else rung * self.eta
+
+        return (*rungs, self.epochs)
+
+    def after(self, epoch: int) -> int:
+        r"""Returns the first rung after an epoch."""
+
+        return next((rung for rung in self.rungs if rung > epoch), self.epochs)
+
+    @property
+    def failures(self) -> int:
+        r"""The number of failed runs that are replaced."""
+
+        return self.excused + max(3, self.target // 4)
+
+
+@dataclass(frozen=True)
+class Action:
+    r"""Creates a decision: `adopt`, `promote`, `prune`, `draw`, `wait` or `stop`.
+
+    A run is adopted or promoted up to the epoch `until`, and its values count for others up to the
+    epoch `shown`, or all of them.
+    """
+
+    kind: str
+    record: Record | None = None
+    until: int = 0
+    shown: int | None = None
+
+
+def counted(records: Sequence[Record]) -> int:
+    r"""Returns the number of runs that count as trials of the sweep."""
+
+    return sum(not record.source and record.state != "failed" for record in records)
+
+
+def order(record: Record) -> tuple[int, int, float, int]:
+    r"""Orders runs from best to worst: complete ones by their last value, then the furthest."""
+
+    rank = {"complete": 0, "diverged": 2, "failed": 3}.get(record.state, 1)
+    progress = 0 if rank == 0 else -record.last
+
+    return (rank, progress, _finite(record.values.get(record.last)), record.index)
+
+
+def _finite(value: float | None) -> float:
+    r"""Returns a value that compares: what is missing or not a number is the worst."""
+
+    return value if value is not None and math.isfinite(value) else math.inf
+
+
+def top(rung: int, records: Sequence[Record], rules: Rules) -> list[Record]:
+    r"""Returns the best :math:`1 / \eta` of the runs at a rung, from the best on.
+
+    A run that diverged counts as the worst at every rung that it was bound for.
+    """
+
+    def value(record: Record) -> float | None:
+        if record.outcome == "diverged":
+            return math.inf if rung <= rules.after(record.last) else None
+
+        return _finite(record.visible[rung]) if rung in record.visible else None
+
+    here = [(x, r.index, r) for r in records if (x := value(r)) is not None]
+    best = sorted(here, key=lambda item: item[:2])[: len(here) // rules.eta]
+
+    return [record for x, _, record in best if x < math.inf]
+
+
+def _promotable(records: Sequence[Record], rules: Rules) -> Iterator[tuple[int, Record]]:
+    r"""Yields rungs and the runs that the rule sends on from there, in the order of the rule."""
+
+    if rules.pruner != "promotion":
+        return
+
+    for rung in reversed(rules.rungs[:-1]):
+        for record in top(rung, records, rules):
+            stands = max(record.visible, default=0) == rung
+
+            if stands and (record.paused or record.outcome != record.state):
+                yield rung, record
+
+
+def reveal(records: Sequence[Record], rules: Rules) -> list[Record]:
+    r"""Lets hidden values count, as far as the rule itself would have let their runs go on.
+
+    They come one by one and in the order of the rule, as if the runs were sent on only now.
+    """
+
+    shown = list(records)
+
+    while True:
+        for rung, record in _promotable(shown, rules):
+            after = rules.after(rung)
+
+            if record.paused:
+                return shown
+
+            if after in record.values or record.state == "diverged":
+                whole = after == rules.epochs or after not in record.values
+                revealed = replace(record, shown=None if whole else after)
+                shown = [revealed if r.index == record.index else r for r in shown]
+                break
+        else:
+            return shown
+
+
+def decide(
+    records: Sequence[Record],
+    live: Collection[int],
+    rules: Rules,
+    exhausted: bool = False,
+    stops: Stops | None = None,
+) -> Action:
+    r"""Decides what a free slot is used for.
+
+    Arguments:
+        records: The runs of the sweep.
+        live: The indices of the runs in flight.
+        rules: The rules of the sweep.
+        exhausted: Whether there is no new configuration left to draw.
+        stops: Whether a run that has reached a rung is stopped there for good, given all runs;
+            None if runs are promoted, or never stopped.
+    """
+
+    records = reveal(records, rules)
+    idle = [record for record in records if record.index not in live]
+
+    # Runs left behind by a dead driver, or by a lost worker
+    for record in idle:
+        if record.state == "running" and not record.paused:
+            return Action("adopt", record, record.until, record.shown)
+
+    # Runs that wait at a rung for a verdict that is final
+    for record in idle:
+        if stops is not None and record.state == "running":
+            if stops(record, records):
+                return Action("prune", record)
+
+            return Action("promote", record, rules.after(record.last))
+
+    # Runs that have come to be among the best, from the top rung down
+    for rung, record in _promotable(records, rules):
+        if record.paused and record.index not in live:
+            return Action("promote", record, rules.after(rung))
+
+    # New runs
+    own = [record for record in records if not record.source]
+    failed = sum(record.state == "failed" for record in own)
+
+    if len(own) - failed < rules.target and failed <= rules.failures and not exhausted:
+        return Action("draw", until=rules.rungs[0])
+
+    # The sweep shall end with finished models. Runs in flight may still bring better ones.
+    if any(record.until < record.epochs for record in records if record.index in live):
+        return Action("wait")
+
+    complete = sum(record.state == "complete" for record in own)
+    paused = sorted((record for record in idle if record.paused), key=order)
+
+    if complete + len(live) < rules.finalists and paused:
+        return Action("promote", paused[0], rules.epochs, shown=paused[0].last)
+
+    return Action("wait" if live else "stop")

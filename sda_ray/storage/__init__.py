@@ -1,0 +1,1 @@
+r"""Copies of run directories, on the head node and in a bucket."""

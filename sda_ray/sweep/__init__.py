@@ -1,0 +1,1 @@
+r"""One sweep, from its definition to a finished study."""

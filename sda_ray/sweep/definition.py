@@ -1,0 +1,245 @@
+r"""The definition of a sweep: a name, a CONFIG, a SPACE and a few settings, made in a script."""
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..core.config import Config, check_config
+from ..core.domain import Space, split
+from ..core.errors import UserError
+from ..core.space import check_space, draw
+from ..data.dataset import DataInfo
+from ..search.promotion import FINAL, Record, Rules, Stops
+from .record import definition_of
+from .settings import OBJECTIVES, SETTINGS, check_settings
+
+__all__ = ["SETTINGS", "Sweep", "load_script"]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    r"""Creates a sweep.
+
+    Arguments:
+        name: The name of its record and of its group on W&B.
+        config: The CONFIG of all trials.
+        space: The keys of CONFIG that vary, see :mod:`sda_ray.core.space`.
+        trials: The number of trials wanted.
+        seed: The seed of all draws. That of the trainings is CONFIG's.
+        sampler: `tpe`, `random`, `gp` (a Gaussian process), `grid` (all combinations of options, in
+            order) or `nsga2`. By default `tpe`, and `nsga2` for several objectives.
+        pruner: What stops trials early. `promotion`, see :mod:`sda_ray.search.promotion`; by verdicts that
+            are final `median`, `percentile`, `patience` or `hyperband`, see
+            :mod:`sda_ray.search.pruners`; or `none`. By default `promotion`, and `none` for several
+            objectives.
+        min_epochs: The first rung; for `median`, `percentile` and `patience` the distance of all
+            rungs. By default `epochs` over the third power of `eta`.
+        eta: One in `eta` trials goes on at each rung.
+        finalists: The least number of trials that get the full number of epochs.
+        objectives: What is minimised: `loss_valid` and, after it, any of `parameters`, `seconds`
+            (of training), `loss_train` and `loss_valid_se`.
+        percentile: The share of trials, in percent, that `pruner="percentile"` lets go on.
+        patience: The epochs without a new best value after which `pruner="patience"` stops a
+            trial. By default three times `min_epochs`.
+        script: The file that the sweep was made in.
+    """
+
+    name: str
+    config: Config
+    space: Space
+    trials: int = 16
+    seed: int = 0
+    sampler: str = ""
+    pruner: str = ""
+    min_epochs: int | None = None
+    eta: int = 3
+    finalists: int = 1
+    objectives: tuple[str, ...] = OBJECTIVES[:1]
+    percentile: float = 25.0
+    patience: int | None = None
+    script: Path | None = None
+
+    def __post_init__(self) -> None:
+        # JSON makes lists of tuples
+        names: Any = self.objectives
+
+        if isinstance(names, list):
+            object.__setattr__(self, "objectives", names := tuple(names))
+
+        several = isinstance(names, tuple) and len(names) > 1
+        defaults = {"sampler": ("tpe", "nsga2"), "pruner": ("promotion", "none")}
+
+        for key, values in defaults.items():
+            if not getattr(self, key):
+                object.__setattr__(self, key, values[several])
+
+    def check(self, data: DataInfo | None = None) -> "Sweep":
+        r"""Returns the sweep in its normal form.
+
+        Raises:
+            UserError: If anything is wrong with it, or does not fit the data.
+        """
+
+        check_settings(self)
+
+        known = {} if data is None else {"size": data.size, "length": data.length}
+        config = check_config(self.config, **known)
+        first = self.min_epochs
+
+        if self.pruner != "none" and first is None:
+            first = max(1, config["epochs"] // self.eta**3)
+
+        if first is not None and first > config["epochs"]:
+            raise UserError(
+                f"min_epochs is {first}, but must be at most epochs (={config['epochs']})."
+            )
+
+        space = check_space(self.space, config, **known, pruner=self.pruner)
+        checked = replace(self, config=config, space=space, min_epochs=first)
+        checked._try_draws(known)
+
+        return checked
+
+    def _try_draws(self, known: dict[str, int]) -> None:
+        r"""Tries what only a draw can tell: what functions return, and what a grid is made of."""
+
+        if not callable(self.space) and self.sampler != "grid":
+            return
+
+        from ..search.sampler import check_kinds, sample
+
+        try:
+            if self.sampler == "grid":
+                self.propose(())
+
+            drawn = sample(self.draw, count=32 if callable(self.space) else 0)
+
+            for values, _ in drawn:
+                check_config(self.config | values, **known)
+
+            if self.sampler == "tpe":
+                check_kinds(trial for _, trial in drawn)
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(
+                f"SPACE cannot be drawn from: {type(error).__name__}: {error}."
+            ) from error
+
+    def draw(self, trial: Any) -> Config:
+        r"""Returns values for the keys of SPACE, as an Optuna trial suggests them."""
+
+        return draw(self.space, trial, self.pruner)
+
+    def propose(self, records: Sequence[Record], fixed: dict[str, Any] | None = None) -> Any:
+        r"""Draws a configuration that no run has, see :func:`sda_ray.search.sampler.propose`."""
+
+        from ..search.sampler import distributions, propose
+
+        group = None
+
+        if self.pruner == "hyperband":
+            from ..search.pruners import brackets
+
+            group = brackets(self.rules, self.name)
+
+        return propose(
+            self.draw,
+            records,
+            self.seed,
+            self.sampler,
+            fixed,
+            None if callable(self.space) else distributions(self.draw),
+            self.config,
+            len(self.objectives),
+            group,
+        )
+
+    def stops(self) -> Stops | None:
+        r"""Returns the verdicts of the pruner, if they are final."""
+
+        if self.pruner not in FINAL:
+            return None
+
+        from ..search.pruners import stopper
+
+        return stopper(self.rules, self.name, self.percentile, self.patience)
+
+    def warnings(self) -> list[str]:
+        r"""Returns what is allowed and may not be what is wanted."""
+
+        said = []
+
+        if len(self.objectives) > 1:
+            said.append(
+                "with several objectives nothing is pruned: every trial is trained to its end."
+            )
+
+        for key in ("scheduler", "warmup"):
+            if self.pruner not in ("none", "patience") and key in self._keys():
+                said.append(
+                    f"SPACE has {key!r}, and trials are compared before their end, where what "
+                    "decays faster looks better than it is. To be fair to all, take pruner='none'."
+                )
+
+        return said
+
+    def _keys(self) -> set[str]:
+        r"""Returns the keys of CONFIG that vary; of a function, those of its first draws."""
+
+        if not callable(self.space):
+            return {key for name in self.space for key in split(name)}
+
+        from ..search.sampler import sample
+
+        return {key for values, _ in sample(self.draw, count=32) for key in values}
+
+    @property
+    def rules(self) -> Rules:
+        first = self.min_epochs if self.pruner != "none" else None
+        epochs = self.config["epochs"]
+
+        return Rules(self.trials, epochs, first, self.eta, self.finalists, pruner=self.pruner)
+
+    def definition(self) -> dict[str, Any]:
+        r"""Returns what makes the sweep this one, as JSON. The number of trials is not part."""
+
+        from ..search.sampler import outline
+
+        drawn = outline(self.draw) if callable(self.space) else ()
+
+        return definition_of(
+            self.config, self.space, drawn, **{key: getattr(self, key) for key in SETTINGS}
+        )
+
+
+def load_script(script: Path) -> Sweep:
+    r"""Returns the sweep that a script defines.
+
+    Raises:
+        UserError: If there is no such script, or not exactly one sweep in it.
+    """
+
+    if not script.is_file():
+        raise UserError(f"there is no sweep script {script}.")
+
+    spec = importlib.util.spec_from_file_location("sda_ray_sweep", script)
+
+    if spec is None or spec.loader is None:
+        raise UserError(f"{script} is no Python script: its name must end with .py.")
+
+    module = importlib.util.module_from_spec(spec)
+
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        raise UserError(f"{script} cannot be run: {type(error).__name__}: {error}.") from error
+
+    sweeps = [x for x in vars(module).values() if isinstance(x, Sweep)]
+
+    if len(sweeps) != 1:
+        raise UserError(f"{script} defines {len(sweeps)} sweeps, but must define one.")
+
+    return replace(sweeps[0], script=script)

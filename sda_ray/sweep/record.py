@@ -1,0 +1,282 @@
+r"""The record of a sweep, `runs/sweeps/{name}/sweep.json`: what makes it this sweep.
+
+Beside it lie a copy of its script and its study. A sweep whose definition has changed is another
+sweep: carried on, its runs could not be compared. Only its SPACE may grow.
+"""
+
+import hashlib
+import inspect
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..core.config import CONFIG
+from ..core.domain import Space, space_from_json, space_to_json, split
+from ..core.errors import UserError
+from ..core.files import read_json, write_atomic, write_json
+
+__all__ = [
+    "Changes",
+    "compare",
+    "definition_of",
+    "read_sweep",
+    "space_of",
+    "sweep_directory",
+    "write_sweep",
+]
+
+# What settings are in records of sweeps that were made before there were such settings
+LATER: dict[str, Any] = {"objectives": ["loss_valid"], "percentile": 25.0, "patience": None}
+
+
+def sweep_directory(runs: Path, name: str) -> Path:
+    return runs / "sweeps" / name
+
+
+def definition_of(
+    config: dict[str, Any], space: Space, outline: Sequence[str] = (), **settings: Any
+) -> dict[str, Any]:
+    r"""Returns the definition of a sweep as JSON.
+
+    A space that is a function stands there as the digests of its source, and of what it draws from,
+    which hangs on what it refers to as well: see :func:`sda_ray.search.sampler.outline`.
+
+    Raises:
+        UserError: If the source of the space cannot be found.
+    """
+
+    described = space_to_json(space)
+
+    if described is None:
+        try:
+            source = inspect.getsource(space)  # type: ignore[arg-type]
+        except (OSError, TypeError) as error:
+            raise UserError(
+                f"SPACE is {space!r}, whose source cannot be read: {error}. Write it as a function "
+                "of the script."
+            ) from error
+
+        parts = {"function": source, "draws": "\n".join(outline)}
+        described = {k: hashlib.sha256(text.encode()).hexdigest() for k, text in parts.items()}
+
+    return json.loads(json.dumps({"config": config, "space": described, **settings}))
+
+
+def space_of(definition: dict[str, Any]) -> Space | None:
+    r"""Returns the space of a definition, or None if it is a function, which the script has."""
+
+    space = definition["space"]
+
+    return None if "function" in space else space_from_json(space)
+
+
+def write_sweep(directory: Path, content: dict[str, Any], script: Path | None) -> None:
+    r"""Writes the record of a sweep, after a copy of the script that it was defined by.
+
+    Arguments:
+        directory: The directory of the sweep.
+        content: `name`, `trials`, `definition`, `fingerprint` of the data, and `options`; and
+            `code`, the hash of the code, if that is not to stay what is recorded.
+        script: The script of the sweep. One that defines what is recorded already is not copied.
+    """
+
+    file, copy = directory / "sweep.json", directory / "script.py"
+    before = read_json(file) if file.exists() else {}
+    same = before.get("definition") == content["definition"]
+
+    if script is not None and not same and script.resolve() != copy.resolve():
+        write_atomic(copy, script.read_bytes())
+
+    kept = {key: before[key] for key in ("code",) if key in before}
+    write_json(file, kept | content)
+
+
+def read_sweep(runs: Path, name: str) -> dict[str, Any]:
+    r"""Returns the record of a sweep, see :func:`write_sweep`. No setting is missing in it.
+
+    Raises:
+        UserError: If there is no such sweep, or its record is damaged.
+    """
+
+    file = sweep_directory(runs, name) / "sweep.json"
+
+    if "/" in name or not file.is_file():
+        known = sorted(f.parent.name for f in runs.glob("sweeps/*/sweep.json"))
+        raise UserError(
+            f"there is no sweep '{name}' in {runs / 'sweeps'}, which has "
+            f"{', '.join(known) or 'none'}. Give a script, such as sweeps/demo.py, to start one."
+        )
+
+    content = read_json(file)
+    keys = {"name", "trials", "definition", "fingerprint", "options"}
+
+    if not isinstance(content, dict) or not keys <= content.keys():
+        raise UserError(f"{file} is damaged: it must be an object with {', '.join(sorted(keys))}.")
+
+    return content | {"definition": LATER | content["definition"]}
+
+
+@dataclass(frozen=True)
+class Changes:
+    r"""Creates what has changed in the definition of a sweep, a line for each.
+
+    Arguments:
+        widened: What has grown: the sweep is carried on with it.
+        refused: Whatever else has changed: it is another sweep.
+    """
+
+    widened: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
+
+    def check(self, name: str, script: Path | None = None) -> None:
+        r"""Raises what has changed, with the choices that there are.
+
+        Arguments:
+            name: The name of the sweep.
+            script: The script that has changed.
+
+        Raises:
+            UserError: If the sweep cannot be carried on with the changes.
+        """
+
+        if not self.refused:
+            return
+
+        start = f"sda-ray sweep {script or 'SCRIPT'}"
+        choices = {
+            f"sda-ray sweep {name}": "carries it on as it was",
+            f"{start} --name NEW": "starts another sweep",
+            f"{start} --fork": "starts another from the finished runs that both have in common",
+        }
+        width = max(map(len, choices))
+
+        raise UserError(
+            "\n".join(
+                [
+                    f"sweep '{name}' exists and differs:",
+                    *(f"  {line}" for line in self.refused),
+                    "Choose one of:",
+                    *(f"  {command:{width}}  # {what}" for command, what in choices.items()),
+                ]
+            )
+        )
+
+
+def compare(before: dict[str, Any], now: dict[str, Any]) -> Changes:
+    r"""Compares two records of a sweep, see :func:`write_sweep`.
+
+    A SPACE may have grown: ranges of the same kind with wider bounds, choices with more options.
+    Where the data is, and how many trials are wanted, is no part of the definition.
+
+    Arguments:
+        before: The record of the sweep.
+        now: What would be recorded now.
+    """
+
+    old, new = before["definition"], now["definition"]
+    widened: list[str] = []
+    refused = [
+        f"{what} was {_show(was)} and is {_show(value)}"
+        for what, was, value in _settings(old, new)
+        if was != value
+    ]
+
+    for was, line in _spaces(old["space"], new["space"]):
+        (widened if was else refused).append(line)
+
+    if before["fingerprint"] != now["fingerprint"]:
+        was, value = before["fingerprint"], now["fingerprint"]
+        refused.append(f"the data was {_digest(was)} and is {_digest(value)}")
+
+    return Changes(tuple(widened), tuple(refused))
+
+
+def _settings(old: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    r"""Yields the settings of two definitions; those that older versions lack have defaults."""
+
+    default = json.loads(json.dumps(CONFIG))
+    was, value = default | old["config"], default | new["config"]
+
+    # What CONFIG has for a key of SPACE plays no role, but that rungs are made of epochs.
+    vary = _keys(old["space"]) & _keys(new["space"]) - {"epochs"}
+
+    for key in {**was, **value}:
+        if key not in vary:
+            yield f"CONFIG['{key}']", was.get(key), value.get(key)
+
+    was, value = LATER | old, LATER | new
+
+    for key in {**was, **value}:
+        if key not in ("config", "space"):
+            yield key, was.get(key), value.get(key)
+
+
+def _keys(space: dict[str, Any]) -> set[str]:
+    return {key for name in space for key in split(name)}
+
+
+def _spaces(old: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[bool, str]]:
+    r"""Yields lines on what has changed from a space to another, and whether it has grown."""
+
+    if "function" in old or "function" in new:
+        if "function" not in new:
+            yield False, "SPACE was a function and is a dict"
+        elif "function" not in old:
+            yield False, "SPACE was a dict and is a function"
+        elif old["function"] != new["function"]:
+            yield False, "SPACE is a function whose source has changed, to what cannot be told"
+        elif old.get("draws", new["draws"]) != new["draws"]:  # older records have none
+            yield False, "SPACE is a function that draws otherwise: what it refers to has changed"
+
+        return
+
+    for name in {**old, **new}:
+        was, value = old.get(name), new.get(name)
+
+        if value is None:
+            yield False, f"SPACE['{name}'] was {_span(was)} and is gone"
+        elif was is None:
+            yield False, f"SPACE['{name}'] was not there and is {_span(value)}"
+        elif was != value:
+            grown = _contains(value, was)
+            said = "widened from {} to {}" if grown else "was {} and is {}"
+            yield grown, f"SPACE['{name}'] {said.format(_span(was), _span(value))}"
+
+
+def _contains(new: dict[str, Any], old: dict[str, Any]) -> bool:
+    r"""Tells whether a domain, as JSON, is another one with wider bounds or more options."""
+
+    if "choice" in new and "choice" in old:
+        return all(option in new["choice"] for option in old["choice"])
+
+    if "choice" in new or "choice" in old:
+        return False
+
+    (low, high), (least, most), step = old["range"], new["range"], new["step"]
+    aligned = step is None or (low - least) % step == 0
+    alike = (old["log"], old["step"]) == (new["log"], new["step"])
+
+    return alike and aligned and least <= low and high <= most
+
+
+def _span(domain: Any) -> str:
+    if "choice" in domain:
+        return _show(domain["choice"])
+
+    (low, high), step = domain["range"], domain["step"]
+    more = [f"steps of {step}"] if step not in (None, 1) else []
+    more += ["log"] if domain["log"] else []
+
+    return f"{low}…{high}" + (f" ({', '.join(more)})" if more else "")
+
+
+def _digest(fingerprint: Any) -> str:
+    return f"that of fingerprint {str(fingerprint)[:12]}…"
+
+
+def _show(value: Any) -> str:
+    text = json.dumps(value)
+
+    return text if len(text) <= 60 else f"{text[:57]}…"

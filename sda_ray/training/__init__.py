@@ -1,0 +1,1 @@
+r"""The training loop, which knows no files."""

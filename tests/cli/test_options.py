@@ -1,0 +1,122 @@
+r"""Tests for sda_ray.cli.options: what words a command takes, and where its files are."""
+
+import re
+from pathlib import Path
+
+import pytest
+from refusing import Refuse, handlers, refuse, root
+
+from sda_ray.cli.main import main
+
+__all__ = ["handlers", "refuse", "root"]  # fixtures
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("sweep none.py", "there is no sweep script none.py"),
+        ("sweep none", "there is no sweep 'none' in "),
+        ("sweep data", "there is no sweep 'data' in "),
+        ("sweep ../x", "there is no sweep '../x' in "),
+        ("sweep tiny.py --trials 0", "trials is 0, but must be an integer from 1"),
+        ("sweep tiny.py --trials x", "--trials: invalid int value: 'x'"),
+        ("sweep tiny.py --name a/b", "the sweep's name is 'a/b'"),
+        ("sweep tiny.py --parallel 0", "--parallel is 0, but must be above 0"),
+        ("sweep tiny.py --cpus-per-trial 0", "--cpus-per-trial is 0, but must be above 0"),
+        ("sweep tiny.py --cpus-per-trial nan", "--cpus-per-trial is nan, but must be above 0"),
+        ("sweep tiny.py --cpus-per-trial inf", "--cpus-per-trial is inf, but must be finite"),
+        ("sweep tiny.py --gpus-per-trial inf", "--gpus-per-trial is inf, but must be finite"),
+        ("sweep tiny.py --cpus-per-trial 64", "a trial wants CPU=64, but this machine has CPU="),
+        ("sweep tiny.py --gpus-per-trial 64", "a trial wants CPU=1 GPU=64, but this machine has"),
+        ("sweep tiny.py --trails 8", "unrecognized arguments: --trails 8"),
+        ("sweep tiny.py --fix seed=1", "--fix seed: SPACE has no key seed."),
+        ("sweep tiny.py --fix activatio=SiLU", "Did you mean 'activation'?"),
+        ("sweep tiny.py activation=SiLU", "--fix activation=SiLU"),
+        ("sweep tiny.py --wandb=of", "--wandb: invalid choice: 'of'"),
+        ("sweep", "the following arguments are required: SWEEP"),
+        ("train --resume none", "there is no run 'none' in "),
+        ("train --init none", "there is no run 'none' in "),
+        ("train --config none", "there is no run 'none' in "),
+        ("train --config tiny.py", "tiny.py is damaged, or not JSON"),
+        ("train --replicas 0", "--replicas is 0, but must be at least 1"),
+        ("train --replicas 2 --resume x", "--replicas goes with none of --init, --resume"),
+        ("train --resume x epochs=2", "--resume goes on with a run as it is"),
+        ("train --resume x --init y", "not allowed with argument"),
+        ("train --takeover", "--takeover goes with --resume RUN"),
+        ("train --parallel 2", "--parallel goes with --replicas N"),
+        ("train --device abacus", "device 'abacus' cannot be used"),
+        ("train --device meta", "device is 'meta', but must be cpu, cuda or cuda:N"),
+        ("train --threads 0", "--threads is 0, but must be from 1 to 4096"),
+        (f"train --threads {10**14}", f"--threads is {10**14}, but must be from 1 to 4096"),
+        (f"simulate --trajectories {10**10}", f"is {10**10}, but must be at most 1048576"),
+        (f"simulate --seed {2**63}", f"seed is {2**63}, but must be from 0 to {2**63 - 1}"),
+        ("simulate --seed -1", "seed is -1, but must be from 0 to"),
+        ("sweep tiny.py --name tiny.py", "must not end with .py: `sda-ray sweep tiny.py` would"),
+        (f"sweep {300 * 'x'}.py", "File name too long: "),
+        (f"train --resume {300 * 'x'}", "File name too long: "),
+        (f"train --root {300 * 'x'}", "File name too long: "),
+        ("train epochs=1 --data nowhere", "/nowhere"),
+        ("train epochs=1 --runs tiny.py", "tiny.py cannot be used: "),
+        ("sweep tiny.py --root tiny.py", "tiny.py is a file, no directory"),
+        ("train --epochs 3", "arguments: --epochs. Settings are given as epochs=…"),
+        ("bake", "invalid choice: 'bake'"),
+        ("", "the following arguments are required: COMMAND"),
+        ("train --resume=", "--resume is empty, but must say something, or be left out."),
+        ("train --init=", "--init is empty"),
+        ("train --extend= epochs=9", "--extend is empty"),
+        ("train --config=", "--config is empty"),
+        ("train --device=", "--device is empty"),
+        ("sweep tiny.py --name=", "--name is empty"),
+        ("plan tiny.py --name=", "--name is empty"),
+        ("sweep tiny.py --runs=", "--runs is empty"),
+        ("simulate --data=", "--data is empty"),
+        ("runs --root=", "--root is empty"),
+        ("simulate x=1", "unrecognized arguments: x=1"),
+    ],
+)
+def test_fault_of_a_command_is_refused(refuse: Refuse, words: str, message: str) -> None:
+    assert message in refuse(*words.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "variables", "places"),
+    [
+        ("", {}, ("here", "here/data", "here/runs")),
+        ("--root x", {"SDA_RAY_ROOT": "/y"}, ("here/x", "here/x/data", "here/x/runs")),
+        ("", {"SDA_RAY_ROOT": "/y", "SCRATCH": "/s"}, ("/y", "/y/data", "/y/runs")),
+        ("--runs a --data ../b", {}, ("here", "b", "here/a")),
+        ("", {"SCRATCH": "/s"}, ("here", "here/data", "here/runs")),
+    ],
+)
+def test_places_are_absolute_and_said_in_the_first_line(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    words: str,
+    variables: dict[str, str],
+    places: tuple[str, str, str],
+) -> None:
+    (tmp_path / "here" / "runs").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+    with pytest.raises(SystemExit):
+        main(argv=["sweep", "none", *words.split()])
+
+    root, data, runs = (str(tmp_path / place) for place in places)
+    first = capsys.readouterr().out.splitlines()[0]
+    assert re.sub(r"^sda-ray \S+: ", "", first) == f"root {root}, data {data}, runs {runs}"
+
+
+def test_scratch_is_the_root_where_nothing_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+
+    with pytest.raises(SystemExit):
+        main(argv=["sweep", "none"])
+
+    assert "root /scratch/me/sda/kolmogorov, " in capsys.readouterr().out

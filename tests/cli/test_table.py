@@ -1,0 +1,134 @@
+r"""Tests for sda_ray.cli.table: what people look at."""
+
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from sda_ray.cli.table import LiveTable, announce, conclude, leaderboard
+from sda_ray.search.promotion import Record, Rules
+
+CONFIG = {"learning_rate": 1.23456e-3, "hidden_channels": [64, 128, 256], "activation": "SiLU"}
+
+
+def records(count: int) -> list[Record]:
+    states = ["running", "pruned", "complete", "diverged", "failed"]
+
+    return [
+        Record(i + 1, f"run{i:05}", states[i % 5], 9, 9, {1: 0.5 + i, 9: 0.25 + i}, config=CONFIG)
+        for i in range(count)
+    ]
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    for i in range(5):
+        (tmp_path / f"crimson-cloud-{i}_run{i:05}").mkdir()
+
+    return tmp_path
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+@pytest.mark.parametrize("height", [10, 24, 60])
+def test_live_table_fits_the_terminal(runs: Path, width: int, height: int) -> None:
+    table = LiveTable("demo", 40, runs, lambda: records(40))
+    table.console = Console(width=width, height=height, force_terminal=True, record=True)
+    table.now = [r for r in records(40) if r.state != "running"] + records(1)
+    table.console.print(table._render())
+    lines = table.console.export_text().splitlines()
+
+    assert len(lines) < height
+    assert all(len(line) <= width for line in lines)
+    assert lines[0].startswith("sweep demo  0:00  33/40 runs: 1 running")
+    assert "run00000" in lines[2]  # those in flight come first
+    assert lines[-1].startswith("and ") == (height < 40)
+    assert ("crimson-cloud-0_run00000" in lines[2]) == (width == 200)
+
+
+def test_without_a_terminal_there_is_a_line_per_event(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = records(3)[2]
+
+    with LiveTable("demo", 40, runs, list) as table:
+        table.notify("draw", Record(1, "run00000", "running", 9, 9, config=CONFIG))
+        table.notify("running", record)
+        table.notify("complete", record)
+
+    started, complete = capsys.readouterr().out.splitlines()
+    assert "run 1 run00000 starts: epoch 0/9, loss_valid –, learning_rate=0.00123" in started
+    assert "run 3 run00002 complete: epoch 9/9, loss_valid 2.2500" in complete
+
+
+def test_leaderboard_has_the_best_first_and_says_how_far_it_carries(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    leaderboard("demo", records(15), runs, count=5)
+    out = capsys.readouterr().out
+
+    assert [line.split()[0] for line in out.splitlines()[3:8]] == ["3", "8", "13", "1", "2"]
+    assert "crimson-cloud-2_run00002" in out
+    assert "64,128,256" in out
+    assert "and 10 more" in out
+    assert "One seed, selected as the best of 15" in out
+
+
+def test_conclusion_of_repeats_is_their_mean_and_spread(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    repeats = [
+        Record(i, f"run{i:05}", "complete", 9, 9, {9: float(i)}, config={"seed": i})
+        for i in (1, 2, 3)
+    ]
+    conclude("demo", 3, repeats, runs, runs, {})
+    out = capsys.readouterr().out
+
+    assert "loss_valid over 3 seeds: 2.0000 ± 1.0000" in out
+    assert "One seed" not in out and "Best configuration" not in out
+
+
+def test_conclusion_names_commands_that_exist(
+    runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(runs)
+    conclude("demo", 5, records(5), runs / "sweeps" / "demo", runs, {"learning_rate": 0.75})
+    out = capsys.readouterr().out
+
+    assert "learning_rate=0.00123456 hidden_channels=64,128,256 activation=SiLU" in out
+    assert "learning_rate 0.75 (PED-ANOVA over 1 complete runs)" in out
+    assert "crimson-cloud-2_run00002/state.pth" in out
+    assert "sda-ray sweep demo --trials 10 " in out
+    assert "sda-ray train --config crimson-cloud-2_run00002 --replicas 3 " in out
+    assert "optuna-dashboard sweeps/demo/study.journal " in out
+
+
+def test_more_trials_are_not_recommended_where_there_is_no_more_to_try(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended = [r for r in records(5) if r.state != "running"]  # one of them has failed
+
+    for target, more in {3: True, 4: False}.items():
+        conclude("demo", target, ended, runs, runs, {})
+        assert (f"--trials {2 * target} " in (out := capsys.readouterr().out)) == more
+        assert "What next?" in out and "--replicas 3" in out
+
+
+def test_conclusion_survives_lost_directories_and_sweeps_without_results(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    conclude("demo", 5, records(5), tmp_path, tmp_path, {})
+    assert "Its directory, of run run00002, is gone." in capsys.readouterr().out
+
+    conclude("demo", 5, records(2)[1:], tmp_path, tmp_path, {})
+    assert "No run is complete" in capsys.readouterr().out
+
+    conclude("demo", 5, [], tmp_path, tmp_path, {})
+
+
+def test_announcement_tells_what_is_carried_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    announce("demo", Rules(8, 9, 1), records(6), tmp_path)
+
+    assert "8 trials, rungs at epochs 1, 3, 9" in (out := capsys.readouterr().out)
+    assert "6 runs so far, 2 of them under way" in out

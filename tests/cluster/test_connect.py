@@ -1,0 +1,209 @@
+r"""Tests for sda_ray.cluster.connect: a Ray of our own, and nobody else's."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sda_ray.cluster.connect import connect, local_cpus
+from sda_ray.cluster.slots import Slots, fitting
+from sda_ray.core.errors import UserError
+
+# Starts a Ray where another one seems to be running, says what it is like, and waits for a line
+PROGRAM = """
+import json, os, sys
+from pathlib import Path
+from sda_ray.cluster.connect import connect
+from sda_ray.cluster.slots import Slots
+
+def below(pid):
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return found + [x for child in found for x in below(child)]
+
+def command(pid):
+    return Path(f"/proc/{pid}/cmdline").read_text().split("\\0")
+
+with connect(modules=["colorsys"]) as scratch:
+    import ray
+
+    @ray.remote(num_cpus=1)
+    def look():
+        return os.getcwd(), os.nice(0), "RAY_AUTH_TOKEN" in os.environ, "colorsys" in sys.modules
+
+    node, = ray.nodes()
+    said = {
+        "scratch": str(scratch),
+        "address": ray.get_runtime_context().gcs_address,
+        "cpus": node["Resources"]["CPU"],
+        "worker": ray.get(look.remote()),
+        "files": sorted({
+            Path(word).name
+            for words in map(command, below(os.getpid()))
+            for word in words
+            if "python" in words[0] and word.endswith(".py")
+        }),
+        "slots": [Slots(1, 0)(), Slots(0.5, 0)(), Slots(1, 0, 1)(), Slots(1, 1)()],
+    }
+    try:
+        Slots(64, 0).check()
+    except ValueError as error:
+        said["refused"] = str(error)
+
+    slots, asked = Slots(1, 0), []
+    slots.avoided = {node["NodeID"]: "node bad: 3 workers in a row died there"}
+    slots.forgive = lambda: asked.append(1) or len(asked) == 1
+    slots._complain(59)
+    said["asked"] = [len(asked)]
+    slots._complain(61)  # some are given back
+    said["asked"].append(len(asked))
+
+    try:
+        slots._complain(61)
+    except ValueError as error:
+        said["left"] = str(error)
+
+    print(json.dumps(said), flush=True)
+    sys.stdin.readline()
+"""
+
+# What a stranger on this machine can try
+STRANGER = """
+import sys, ray
+ray.init(address=sys.argv[1], logging_level="ERROR", log_to_driver=False)
+print(ray.cluster_resources())
+"""
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    r"""A short directory, since Ray puts sockets below it."""
+
+    place = Path(tempfile.mkdtemp(prefix="sda-", dir="/tmp"))
+    (place / "home").mkdir()
+    (place / "tmp").mkdir()
+    yield place
+    shutil.rmtree(place, ignore_errors=True)
+
+
+def start(place: Path, *prefix: str) -> "subprocess.Popen[str]":
+    env = {key: x for key, x in os.environ.items() if not key.startswith("RAY_")} | {
+        "HOME": str(place / "home"),
+        "TMPDIR": str(place / "tmp"),
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "RAY_ADDRESS": "127.0.0.1:1",
+    }
+    command = [*prefix, sys.executable, "-c", PROGRAM]
+
+    return subprocess.Popen(
+        command, env=env, cwd=place, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+
+
+def hear(process: "subprocess.Popen[str]") -> dict[str, Any]:
+    assert process.stdout is not None
+
+    return json.loads(process.stdout.readline())
+
+
+def test_ray_of_our_own_is_private_and_leaves_nothing(place: Path) -> None:
+    taskset = ["taskset", "-c", str(min(os.sched_getaffinity(0)))]
+    first = start(place, *(taskset if shutil.which("taskset") else []))
+    said = hear(first)
+    scratch = Path(said["scratch"])
+
+    # Not the one of RAY_ADDRESS; as many CPUs as our affinity
+    assert not said["address"].endswith(":1")
+    assert scratch.parent == place / "tmp"
+    assert said["cpus"] == (1 if shutil.which("taskset") else local_cpus())
+    assert said["worker"] == [str(place), 0, True, True]
+
+    # No process that only a cluster has a use for
+    assert said["files"] in ([], ["default_worker.py"])
+
+    # What fits
+    if shutil.which("taskset"):
+        assert said["slots"] == [1, 2, 1, 0]
+
+    assert "a trial wants CPU=64, but node " in said["refused"]
+    assert "--cpus-per-trial" in said["refused"]
+
+    # Nothing is given up before it is known that no node is to be had
+    assert said["asked"] == [0, 1]
+    assert "no node left for a trial: node bad: 3 workers in a row died" in said["left"]
+
+    # Nobody else gets in
+    env = {**os.environ, "HOME": str(place / "tmp"), "RAY_AUTH_MODE": "token"}
+    stranger = subprocess.run(
+        [sys.executable, "-c", STRANGER, said["address"]],
+        env=env | {"RAY_AUTH_TOKEN": "0" * 64},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert stranger.returncode != 0
+    assert "CPU" not in stranger.stdout
+
+    # Killed, it leaves a directory, which the next one removes
+    first.kill()
+    first.communicate()
+    assert scratch.exists()
+    stranger_directory = place / "tmp" / "sda-ray-stranger"
+    stranger_directory.mkdir()
+
+    second = start(place)
+    said = hear(second)
+    assert not scratch.exists()
+    assert stranger_directory.exists()
+    assert Path(said["scratch"]).exists()
+    second.communicate("\n", timeout=60)
+
+    assert second.returncode == 0
+    assert not Path(said["scratch"]).exists()
+    assert list((place / "home").iterdir()) == []
+
+
+def test_address_without_a_cluster_is_an_error() -> None:
+    # Not `auto`: that would find a Ray of somebody else on this machine, and wait for it.
+    with pytest.raises(UserError, match="no Ray at 'nonsense'"), connect("nonsense"):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "fits"),
+    [(1, 0, 32), (0.1, 0, 320), (1, 1, 4), (1, 0.1, 32), (2, 0.1, 16), (1, 0.4, 8), (1, 3, 1)],
+)
+def test_as_many_trials_fit_as_ray_would_place(cpus: float, gpus: float, fits: int) -> None:
+    r"""A share of a GPU lies on a single one: 0.4 fits twice on each."""
+
+    assert fitting(Slots(cpus, gpus).wanted, {"CPU": 32.0, "GPU": 4.0}) == fits
+
+
+def test_trials_at_a_time_on_this_machine_are_known_before_ray_starts() -> None:
+    assert Slots(1, 0).local() == local_cpus()
+    assert Slots(0.5, 0).local() == 2 * local_cpus()
+    assert Slots(0.5, 0, most=1).local() == 1
+
+
+def test_trial_that_fits_nowhere_is_refused_before_ray_starts() -> None:
+    with pytest.raises(UserError, match=r"wants CPU=64, but this machine has CPU=\d+ GPU=\d+"):
+        Slots(64, 0).check_local()
+
+    with pytest.raises(UserError, match="wants CPU=1 GPU=99, but this machine"):
+        Slots(1, 99).check_local()
+
+    Slots(1, 0).check_local()
+
+
+def test_nodes_of_one_name_are_all_looked_at() -> None:
+    nodes = [("node vm", {"CPU": 4.0}), ("node vm", {"CPU": 1.0}), *2 * [("node vm", {})]]
+    Slots(4, 0)._check(nodes)
+
+    with pytest.raises(UserError, match=r"CPU=1 GPU=0, node vm has CPU=0 GPU=0\. Lower"):
+        Slots(8, 0)._check(nodes)

@@ -1,0 +1,85 @@
+r"""Tests for sda_ray.cluster.preemption: the notice of a spot machine is heard, and nobody else is asked."""
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+from sda_ray import leaving
+from sda_ray.cluster.preemption import Spot
+
+WHEN = 1_800_000_000
+
+
+class Metadata(BaseHTTPRequestHandler):
+    r"""Creates a stand-in for the metadata service of AWS, in its second version."""
+
+    taken = False  # whether the machine is about to be taken away
+    session = 0
+
+    def do_PUT(self) -> None:
+        assert self.path == "/latest/api/token"
+        assert int(self.headers["X-aws-ec2-metadata-token-ttl-seconds"]) > 0
+        self._say(200, f"session-{self.session}")
+
+    def do_GET(self) -> None:
+        assert self.path == "/latest/meta-data/spot/instance-action"
+        when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(WHEN))
+
+        if self.headers["X-aws-ec2-metadata-token"] != f"session-{self.session}":
+            self._say(401, "")
+        elif self.taken:
+            self._say(200, json.dumps({"action": "terminate", "time": when}))
+        else:
+            self._say(404, "Not Found")
+
+    def _say(self, code: int, text: str) -> None:
+        self.send_response(code)
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Metadata]]:
+    class Service(Metadata):
+        pass
+
+    with HTTPServer(("127.0.0.1", 0), Service) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("SDA_RAY_METADATA", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")  # which is not asked
+        yield Service
+        server.shutdown()
+
+
+def test_notice_is_heard(service: type[Metadata]) -> None:
+    spot = Spot()
+    assert spot() is None
+
+    service.taken = True
+    assert spot() == WHEN
+
+    service.session += 1  # the one of before is over
+    assert spot() == WHEN
+
+
+def test_nobody_is_asked_where_there_is_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leaving, "VENDOR", tmp_path / "missing")
+    assert Spot().base == "" and Spot()() is None
+
+    (tmp_path / "missing").write_text("QEMU\n")
+    assert Spot().base == "" and Spot()() is None
+
+    (tmp_path / "missing").write_text("Amazon EC2\n")
+    assert Spot().base == "http://169.254.169.254"
+
+    assert Spot("http://127.0.0.1:1")() is None

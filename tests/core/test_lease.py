@@ -1,0 +1,247 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sda_ray import lease as leases
+from sda_ray.core.errors import UserError
+from sda_ray.core.holder import holder, is_alive, place, verdict
+from sda_ray.core.lease import Lease, LeaseLost
+from sda_ray.sweep.steering import watch
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from sda_ray.core.lease import Lease
+lease = Lease(Path(sys.argv[1]), "run x")
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "lease.json"
+
+
+@pytest.fixture
+def other(file: Path, env: dict[str, str]) -> Iterator[Callable[[], "subprocess.Popen[str]"]]:
+    r"""Starts another process that holds the lease."""
+
+    started = []
+
+    def start() -> "subprocess.Popen[str]":
+        command = [sys.executable, "-c", HOLD, str(file)]
+        process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
+        started.append(process)
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
+
+        return process
+
+    yield start
+
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def from_elsewhere(file: Path, **values: Any) -> None:
+    r"""Makes the lease one of a holder on another host."""
+
+    content = json.loads(file.read_text()) | {"host": "elsewhere", "boot": "other"} | values
+    file.write_text(json.dumps(content))
+
+
+def test_attempt_numbers_grow(file: Path) -> None:
+    for attempt in (1, 2, 3):
+        lease = Lease(file, "run x")
+        assert lease.attempt == attempt
+        lease.release()
+
+
+def test_attempt_counted_by_the_caller_is_taken_once(file: Path) -> None:
+    Lease(file, "run x", attempt=7).release()
+
+    for attempt in (6, 7):
+        with pytest.raises(LeaseLost, match=f"attempt {attempt} at run x comes after attempt 7"):
+            Lease(file, "run x", attempt=attempt)
+
+    assert Lease(file, "run x", attempt=9).attempt == 9
+
+
+def test_fenced_holder_writes_nothing(file: Path) -> None:
+    old = Lease(file, "run x")
+    new = Lease(file, "run x", takeover=True)
+    before = file.read_bytes()
+
+    lost = pytest.raises(LeaseLost, match="run x was taken over from attempt 1 by process")
+
+    with lost, old.hold():
+        pytest.fail("the old holder went on")
+
+    old.release()
+    assert file.read_bytes() == before
+
+    with new.hold():
+        pass
+
+
+def test_released_holder_writes_nothing(file: Path) -> None:
+    lease = Lease(file, "run x")
+    lease.release()
+
+    with pytest.raises(LeaseLost, match="given back"), lease.hold():
+        pytest.fail("a released lease was held")
+
+
+def test_second_process_is_refused_with_host_pid_and_since(
+    file: Path, other: Callable[[], "subprocess.Popen[str]"]
+) -> None:
+    process = other()
+    found = holder(file)
+    assert found is not None
+
+    with pytest.raises(UserError) as error:
+        Lease(file, "run x")
+
+    for part in (f"process {process.pid}", found["host"], found["since"], "run x is in use"):
+        assert part in str(error.value)
+
+
+def test_takeover_kills_the_holder(
+    file: Path, other: Callable[[], "subprocess.Popen[str]"]
+) -> None:
+    process = other()
+    process.send_signal(signal.SIGSTOP)
+    assert Lease(file, "run x", takeover=True).attempt == 2
+    assert process.wait(10) == -signal.SIGKILL
+
+
+def test_lease_of_a_dead_process_is_taken_at_once(
+    file: Path, other: Callable[[], "subprocess.Popen[str]"]
+) -> None:
+    process = other()
+    process.kill()
+    process.wait()
+    start = time.monotonic()
+    assert Lease(file, "run x").attempt == 2
+    assert time.monotonic() - start < 1
+
+
+def test_lease_of_a_zombie_is_taken(
+    file: Path, other: Callable[[], "subprocess.Popen[str]"]
+) -> None:
+    os.kill(other().pid, signal.SIGKILL)
+    time.sleep(0.2)  # dead, but not waited for
+    assert Lease(file, "run x").attempt == 2
+
+
+def test_pid_that_belongs_to_another_process_now_is_dead(file: Path) -> None:
+    Lease(file, "run x")
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {"started": "1"}))
+    assert not is_alive(file)
+
+
+def test_released_lease_is_free(file: Path) -> None:
+    Lease(file, "run x").release()
+    assert not is_alive(file)
+    found = holder(file)
+    assert found is not None and (found["pid"], found["attempt"]) == (None, 1)
+
+
+def test_silent_holder_on_another_host_is_dead(
+    file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Lease(file, "run x").release()
+    from_elsewhere(file, pid=1, started="1")
+    assert Lease(file, "run x", patience=0.3).attempt == 2
+    assert "on elsewhere, which cannot be seen from here" in caplog.text
+
+
+def test_beating_holder_on_another_host_is_alive(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "HEARTBEAT", 0.1)
+    lease = Lease(file, "run x")
+    from_elsewhere(file)
+    lease._mine = json.loads(file.read_text())  # as if this process were elsewhere
+
+    with pytest.raises(UserError, match="on elsewhere since"):
+        Lease(file, "run x", patience=10)
+
+
+def test_holder_in_another_container_is_not_judged_by_its_pid(file: Path) -> None:
+    Lease(file, "run x")
+    from_elsewhere(file, **place(), pid=2**22 + 1)
+    assert not is_alive(file)  # at once
+
+    from_elsewhere(file, **place() | {"space": "pid:[1]"}, pid=2**22 + 1)
+    start = time.monotonic()
+    assert not is_alive(file, patience=0.3)
+    assert time.monotonic() - start >= 0.3
+
+
+def test_machine_that_was_rebooted_is_told_from_another_of_its_name(file: Path) -> None:
+    known = bool(place()["machine"])
+    Lease(file, "run x")
+    from_elsewhere(file, **place() | {"boot": "other"})
+    assert verdict(holder(file) or {}) is (False if known else None)
+
+    for machine in ("other", ""):
+        from_elsewhere(file, **place() | {"boot": "other", "machine": machine})
+        assert verdict(holder(file) or {}) is None
+
+
+def test_lease_of_a_version_that_knew_no_machines_is_watched(file: Path) -> None:
+    Lease(file, "run x")
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({key: x for key, x in content.items() if key != "machine"}))
+    found = holder(file)
+
+    assert found is not None and verdict(found) is None
+    assert watch(file, found)()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"",
+        b"[]",
+        b'{"attempt": 1',
+        b'{"attempt": 1, "pid": 1}',
+        b'{"attempt": 3, "pid": -1, "started": null}',
+        b'{"attempt": 3, "pid": -1, "started": "1", "host": "", "boot": "", "space": "", '
+        b'"since": ""}',
+    ],
+)
+def test_damaged_lease_is_free_and_kills_nobody(file: Path, damage: bytes) -> None:
+    file.write_bytes(damage)
+    assert not is_alive(file)
+    Lease(file, "run x", takeover=True)
+
+
+def test_lease_that_cannot_be_written_says_so(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"run x cannot be taken: .*No such file"):
+        Lease(tmp_path / "gone" / "lease.json", "run x")
+
+
+def test_holder_goes_on_after_the_lease_was_unreadable_for_a_while(file: Path) -> None:
+    lease = Lease(file, "run x")
+    content = file.read_bytes()
+    file.unlink()
+
+    with pytest.raises(OSError, match="cannot be read"), lease.hold():
+        pytest.fail("held an unreadable lease")
+
+    file.write_bytes(content)
+
+    with lease.hold():
+        pass

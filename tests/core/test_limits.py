@@ -1,0 +1,66 @@
+r"""Tests for sda_ray.core.limits: a sweep knows when its time is up."""
+
+import math
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from sda_ray.core.errors import UserError
+from sda_ray.core.limits import deadline, margin
+
+
+def left(hours: float | None, **environ: str) -> float:
+    end = deadline(hours, environ)
+    assert end is not None
+
+    return end - time.monotonic()
+
+
+def test_time_has_no_end_unless_somebody_says_so() -> None:
+    assert deadline(None, {}) is None
+    assert deadline(None, {"SLURM_JOB_END_TIME": ""}) is None
+
+
+def test_earlier_end_counts() -> None:
+    slurm = str(time.time() + 7200)
+
+    assert left(1.0) == pytest.approx(3600, abs=2)
+    assert left(1.0, SLURM_JOB_END_TIME=slurm) == pytest.approx(3600, abs=2)
+    assert left(9.0, SLURM_JOB_END_TIME=slurm) == pytest.approx(7200 - 90, abs=2)
+
+
+@pytest.mark.parametrize(
+    ("said", "seconds"),
+    [("2:00", 120), ("1:00:00", 3600), ("2-03:04:05", 183845), ("UNLIMITED", None), ("", None)],
+)
+def test_end_of_a_job_is_asked_for_where_slurm_does_not_tell_it(
+    said: str, seconds: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "squeue").write_text(f"#!/bin/sh\n[ $2 = --jobs=7 ] && echo {said}\n")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+
+    if seconds is None:
+        assert deadline(None, {"SLURM_JOB_ID": "7"}) is None
+    else:
+        assert left(None, SLURM_JOB_ID="7") == pytest.approx(seconds - 90, abs=10)
+
+
+def test_nonsense_of_slurm_is_ignored_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    assert deadline(None, {"SLURM_JOB_END_TIME": "tomorrow"}) is None
+    assert "tomorrow" in caplog.text
+
+
+@pytest.mark.parametrize("hours", [0.0, -1.0, math.nan, math.inf])
+def test_hours_that_are_none_are_refused(hours: float) -> None:
+    with pytest.raises(UserError, match="--hours is"):
+        deadline(hours, {})
+
+
+def test_margin_is_enough_for_a_checkpoint_and_never_most_of_the_time() -> None:
+    assert margin(0.0, 3600) == 30
+    assert margin(100.0, 3600) == 200
+    assert margin(0.0, 20) == 10
+    assert margin(1e9, 3600) == 1800

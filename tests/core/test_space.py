@@ -1,0 +1,243 @@
+r"""Tests for sda_ray.core.space: what is wrong with a SPACE, and what is drawn from it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import optuna
+import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+
+from sda_ray.core.config import CONFIG, check_config
+from sda_ray.core.errors import UserError
+from sda_ray.core.space import (
+    Choice,
+    Range,
+    check_space,
+    choice,
+    decode,
+    draw,
+    integer,
+    loguniform,
+    uniform,
+)
+
+SPACE = {
+    "hidden_channels,hidden_blocks": choice(((64, 128), (3, 3)), ((64, 96, 128), (2, 2, 2))),
+    "activation": choice("GELU", "SiLU"),
+    "kernel_size": integer(3, 7, step=2),
+    "batch_size": choice(32, 64),
+    "embedding": integer(16, 256, log=True),
+    "learning_rate": loguniform(1e-4, 1e-3),
+    "weight_decay": uniform(0, 1e-2),
+}
+
+BAD: list[tuple[Any, str]] = [
+    (None, "SPACE is None, but must be a dict"),
+    ({}, "SPACE is {}, but must be a dict"),
+    ([loguniform(1, 2)], "but must be a dict"),
+    (
+        {"learning_rates": loguniform(1e-4, 1e-3)},
+        "SPACE has 'learning_rates', which CONFIG has not. Did you mean 'learning_rate'?",
+    ),
+    ({3: choice(1, 2)}, "SPACE has '3', which CONFIG has not"),
+    ({"hidden_channels,blocks": choice(((8,), (1,)))}, "SPACE has 'blocks', which CONFIG has not"),
+    ({"window": choice(3, 5)}, "different windows are not comparable"),
+    ({"epochs": integer(8, 16)}, "SPACE has 'epochs', but pruned trials"),
+    ({"kernel_size": [3, 5]}, "SPACE['kernel_size'] is [3, 5], but must be choice"),
+    ({"kernel_size": 3}, "SPACE['kernel_size'] is 3, but must be choice"),
+    ({"kernel_size": choice()}, "SPACE['kernel_size']: the choice is empty"),
+    ({"kernel_size": choice(3, 4)}, "SPACE['kernel_size']: kernel_size is 4, but must be"),
+    ({"kernel_size": choice(3, 5, 3.0)}, "the choice has 3 2 times"),
+    ({"kernel_size": integer(3, 5)}, "step is 1, but must be even"),
+    ({"kernel_size": integer(3, 7, step=3)}, "step is 3, but must be a divisor of 4"),
+    ({"embedding": integer(8, 16, step=0)}, "step is 0, but must be a divisor"),
+    ({"embedding": integer(8, 16, step=2, log=True)}, "step is 2, but must be 1 with log"),
+    ({"embedding": integer(16, 8)}, "the lower bound 16 must be below the upper bound 8"),
+    ({"embedding": integer(8, 8)}, "the lower bound 8 must be below"),
+    ({"embedding": uniform(8, 16)}, "take integer(…)"),
+    ({"embedding": choice([64, 128])}, "choice takes its options one by one"),
+    ({"learning_rate": integer(1, 2)}, "take uniform or loguniform(…)"),
+    ({"learning_rate": loguniform(1e-3, 1e-4)}, "the lower bound 0.001 must be below"),
+    ({"learning_rate": loguniform(0, 1e-4)}, "learning_rate is 0, but must be a number above 0"),
+    ({"learning_rate": Range("a", 1)}, "learning_rate is 'a', but must be a number"),
+    ({"learning_rate": uniform(float("nan"), 1)}, "learning_rate is nan"),
+    ({"weight_decay": loguniform(0, 1e-2)}, "the lower bound is 0.0, but must be above 0"),
+    ({"activation": uniform(0, 1)}, "take choice(…)"),
+    ({"activation": choice("SiLU", "Silo")}, "Did you mean 'SiLU'?"),
+    ({"hidden_channels": integer(8, 16)}, "take choice(…)"),
+    ({"hidden_channels,hidden_blocks": choice((8, 16), (1, 2))}, "hidden_channels is 8, but"),
+    ({"hidden_channels,hidden_blocks": choice((8, 16, 32))}, "must be a tuple of 2 values"),
+    (
+        {"hidden_blocks": choice((1,)), "hidden_channels,hidden_blocks": choice(((8,), (1,)))},
+        "SPACE has 'hidden_blocks' 2 times",
+    ),
+    (
+        {"hidden_channels": choice((64, 128), (64, 96, 128))},
+        "must have the same number of levels. (1 of 2 combinations, as hidden_channels=64,128)",
+    ),
+    (
+        {"kernel_size": choice(3, 63), "hidden_channels": choice((8, 8, 8), (8, 8, 16))},
+        "kernel_size is 63, but must be at most 33",
+    ),
+]
+
+
+def sample(function: Callable[[Any], Any], trials: int = 32) -> list[Any]:
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    return [function(study.ask()) for _ in range(trials)]
+
+
+@pytest.mark.parametrize(("space", "message"), BAD, ids=[str(b)[:60] for b, _ in BAD])
+def test_what_is_wrong_is_named(space: Any, message: str) -> None:
+    with pytest.raises(UserError) as e:
+        check_space(space, CONFIG, size=64, length=64, pruner="asha")
+
+    assert message in str(e.value)
+
+
+def test_all_faults_are_found_at_once() -> None:
+    space = {"lr": choice(1), "kernel_size": choice(2, 4), "embedding": 3, "epochs": choice(8)}
+
+    with pytest.raises(UserError) as e:
+        check_space(space, CONFIG)
+
+    assert len(str(e.value).split("\n")) == 5
+
+
+def test_options_of_two_keys_are_tried_together() -> None:
+    space = {
+        "hidden_channels": choice((64, 128), (64, 96, 128)),
+        "hidden_blocks": choice((3, 3), (3, 3, 3)),
+    }
+
+    with pytest.raises(UserError) as e:
+        check_space(space, CONFIG)
+
+    assert "1 of 4 combinations, as hidden_channels=64,128 hidden_blocks=3,3,3" in str(e.value)
+    assert "joined by a key 'hidden_channels,hidden_blocks'" in str(e.value)
+
+
+def test_many_combinations_are_tried_at_random() -> None:
+    space: Any = {
+        "seed": choice(*range(5000)),
+        "hidden_channels": choice((64, 128), (64, 96, 128)),
+    }
+
+    with pytest.raises(UserError, match="of 4096 combinations"):
+        check_space(space, CONFIG)
+
+
+def test_sizes_are_those_of_the_data() -> None:
+    space = {"hidden_channels,hidden_blocks": choice(((8,) * 4, (1,) * 4), ((8,) * 5, (1,) * 5))}
+
+    check_space(space, CONFIG, size=64)
+    check_space(space, CONFIG)
+
+    with pytest.raises(UserError, match="divisible by 16"):
+        check_space(space, CONFIG, size=24)
+
+
+def test_epochs_vary_only_without_pruning() -> None:
+    space = {"epochs": integer(8, 16)}
+    assert check_space(space, CONFIG, pruner="none") == space
+
+    with pytest.raises(UserError, match="epochs"):
+        check_space(space, CONFIG, pruner="median")
+
+
+def test_checked_space_is_in_normal_form() -> None:
+    loose = {
+        "hidden_channels, hidden_blocks": choice([[64, 128], [3.0, 3]]),
+        "learning_rate": uniform(1, 2),
+        "batch_size": choice(32.0, 64),
+    }
+
+    assert check_space(loose, CONFIG) == {
+        "hidden_channels,hidden_blocks": Choice((((64, 128), (3, 3)),)),
+        "learning_rate": Range(1.0, 2.0),
+        "batch_size": Choice((32, 64)),
+    }
+    assert check_space(SPACE, CONFIG, size=64, length=64) == SPACE
+
+
+def test_draws_are_typed_and_accepted() -> None:
+    space = check_space(SPACE, CONFIG)
+
+    for values in sample(lambda trial: draw(space, trial)):
+        assert check_config(CONFIG | values) == CONFIG | values
+        assert {type(values[key]) for key in ("kernel_size", "batch_size", "embedding")} == {int}
+        assert type(values["hidden_channels"]) is tuple
+        assert len(values) == len(SPACE) + 1
+
+
+def test_draws_cover_the_space() -> None:
+    drawn = sample(lambda trial: draw(SPACE, trial), trials=64)
+
+    assert {d["hidden_channels"] for d in drawn} == {(64, 128), (64, 96, 128)}
+    assert {d["kernel_size"] for d in drawn} == {3, 5, 7}
+    assert all(1e-4 <= d["learning_rate"] <= 1e-3 for d in drawn)
+
+
+def test_drawn_parameters_survive_in_a_journal(tmp_path: Any) -> None:
+    def storage() -> JournalStorage:
+        return JournalStorage(JournalFileBackend(str(tmp_path / "study.journal")))
+
+    study = optuna.create_study(storage=storage(), study_name="space")
+    drawn = [draw(SPACE, study.ask()) for _ in range(8)]
+    study = optuna.load_study(storage=storage(), study_name="space")
+
+    assert [decode(t.params) for t in study.trials] == drawn
+
+
+def conditional(trial: Any) -> dict[str, Any]:
+    r"""Wide or deep.
+
+    Both have as many levels as blocks.
+    """
+
+    levels = trial.suggest_int("levels", 2, 3)
+    values = {"hidden_channels": [8] * levels, "hidden_blocks": "1," * levels}
+
+    if levels == 2:
+        values["learning_rate"] = trial.suggest_float("learning_rate", 1e-4, 1e-3, log=True)
+
+    return values
+
+
+def test_function_makes_a_conditional_space() -> None:
+    assert check_space(conditional, CONFIG) is conditional
+
+    drawn = sample(lambda trial: draw(conditional, trial))
+
+    assert {len(d) for d in drawn} == {2, 3}
+    assert {d["hidden_channels"] for d in drawn} == {(8, 8), (8, 8, 8)}
+    assert all(check_config(CONFIG | d) for d in drawn)
+
+
+def test_function_may_suggest_tuples() -> None:
+    def space(trial: Any) -> dict[str, Any]:
+        widths = trial.suggest_categorical("widths", [(8, 16, 32), (16, 32, 64)])
+        assert trial.number >= 0
+        return {"hidden_channels": widths}
+
+    drawn = sample(lambda trial: draw(space, trial))
+    assert {d["hidden_channels"] for d in drawn} == {(8, 16, 32), (16, 32, 64)}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (None, "SPACE returned None, but must return a dict"),
+        ({"levels": 3}, "SPACE has 'levels', which CONFIG has not"),
+        ({"window": 5}, "different windows are not comparable"),
+        ({"epochs": 5}, "pruned trials are compared at equal epochs"),
+        ({"kernel_size": 4}, "kernel_size is 4, but must be an odd integer"),
+        ({"learning_rate": "fast"}, "learning_rate is 'fast', but must be a number"),
+    ],
+)
+def test_what_a_function_returns_is_checked(values: Any, message: str) -> None:
+    with pytest.raises(UserError) as e:
+        sample(lambda trial: draw(lambda _: values, trial, pruner="asha"), trials=1)
+
+    assert message in str(e.value)

@@ -1,0 +1,203 @@
+r"""Tests for sda_ray.plan.plan and sda_ray.sweep.start: what a sweep will take, and whether it may start."""
+
+import io
+import json
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from planned import script, spoil, told, write
+from rich.console import Console
+
+from sda_ray.cluster.connect import local_cpus
+from sda_ray.cluster.slots import Slots
+from sda_ray.core.errors import UserError
+from sda_ray.data.dataset import check_data
+from sda_ray.plan.plan import Plan, at_a_time, check_memory, memory_of, plan
+from sda_ray.plan.report import plan_to_json, print_plan
+from sda_ray.runs.tracking import Wandb
+from sda_ray.sweep.definition import load_script
+from sda_ray.sweep.places import look_here
+from sda_ray.sweep.start import Start, check_start, confirm, remember
+
+__all__ = ["script"]  # fixtures
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("plan")
+
+
+@pytest.fixture(scope="module")
+def made(place: Path, data: Path) -> Plan:
+    r"""The plan of a sweep over two widths, in which nothing is wrong."""
+
+    script = write(
+        place,
+        "SPACE['hidden_channels'] = choice((8, 16), (16, 32))",
+        "CONFIG['compile'] = 'on'",
+    )
+
+    return plan(script, place / "runs", data, gpus=0)
+
+
+def test_plan_of_a_good_sweep_leaves_nothing_behind(made: Plan, place: Path) -> None:
+    assert made.faults == []
+    assert not (place / "runs").exists()
+
+
+def test_plan_tells_time_memory_and_disk(made: Plan) -> None:
+    small, large = made.shapes
+
+    assert any("without torch.compile" in warning for warning in made.warnings)
+    assert small.config["hidden_channels"] == (8, 16)
+    assert small.draws + large.draws == len(made.order) == 1000
+    assert small.cost.parameters < large.cost.parameters
+    assert made.slots == local_cpus()
+    assert made.known and made.pruned is not None and made.whole is not None
+    assert 0 < made.pruned.busy < made.whole.busy
+    assert made.pruned.epochs < made.whole.epochs == 4 * 9
+    assert 4 * small.cost.checkpoint < made.disk < made.free
+
+
+def test_plan_is_printed_for_people_and_machines(made: Plan) -> None:
+    console = Console(file=io.StringIO(), width=160)
+    print_plan(made, console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    found = json.loads(json.dumps(plan_to_json(made)))
+
+    assert "16,32" in text and "CPU-hours" in text and "Nothing is wrong" in text
+    assert found["faults"] == [] and found["at_a_time"] == made.slots
+    assert all(shape["nodes"][0]["seconds_per_epoch"] > 0 for shape in found["shapes"])
+
+
+def test_network_that_fits_no_node_is_caught(made: Plan) -> None:
+    nodes = [replace(node, memory=2**27) for node in made.nodes]
+    tight = replace(made, nodes=nodes, faults=[], warnings=[])
+    check_memory(tight, 0)
+
+    assert "a trial with hidden_channels=(16, 32)" in told(tight)
+    assert "has 0.1 GiB. Take a smaller network" in told(tight)
+
+
+def test_node_with_memory_for_few_trials_is_told_of(made: Plan) -> None:
+    node = replace(made.nodes[0], memory=1000, fit=4)
+
+    assert [at_a_time(node, memory, 0) for memory in (100, 400, 1001)] == [4, 2, 0]
+    assert at_a_time(replace(node, gpus=2), 400, 0.5) == 4
+
+
+@pytest.mark.parametrize(("gpus", "most"), [(1, 850), (0.5, 425), (0.25, 212), (2, 850)])
+def test_trial_fits_its_share_of_a_gpu_with_a_margin(made: Plan, gpus: float, most: int) -> None:
+    node = replace(made.nodes[0], memory=1000, fit=4, gpus=4)
+
+    assert at_a_time(node, most, gpus) == 4
+    assert at_a_time(node, most + 1, gpus) == 0
+
+
+def test_share_of_a_gpu_that_is_too_small_is_caught(made: Plan) -> None:
+    takes = memory_of(made.nodes[0], max(made.shapes, key=lambda x: x.cost.peak).cost)
+    nodes = [replace(node, memory=2 * takes, gpus=1) for node in made.nodes]
+    tight = replace(made, nodes=nodes, faults=[], warnings=[])
+
+    check_memory(tight, 0.75)
+    assert tight.faults == tight.warnings == []
+    check_memory(tight, 0.5)
+    assert "per GPU, of which a trial has 0.5." in tight.faults[0]
+    assert tight.faults[0].endswith("or give --gpus-per-trial 0.6.")
+
+
+def test_start_is_checked_and_knows_what_the_plan_found(
+    made: Plan, place: Path, data: Path
+) -> None:
+    sweep, runs, slots = load_script(place / "script.py"), place / "started", Slots(1, 0)
+    unplanned = check_start(sweep, runs, data, slots, Wandb())
+    assert unplanned.first and unplanned.hours is None
+
+    remember(made, runs, data)
+    start = check_start(sweep, runs, data, slots, Wandb())
+    assert start.hours == pytest.approx(made.hours(made.pruned), rel=0.2)
+
+    longer = check_start(replace(sweep, trials=64), runs, data, slots, Wandb())
+    assert longer.hours is not None and start.hours is not None
+    assert longer.hours > 8 * start.hours
+
+    other = replace(sweep, config=sweep.config | {"batch_size": 4})
+    assert check_start(other, runs, data, slots, Wandb()).hours is None
+
+    with pytest.raises(UserError, match=r"(?s)name is 'a b'.*--cpus-per-trial"):
+        check_start(replace(sweep, name="a b"), runs, data, Slots(999, 0), Wandb())
+
+
+def test_remembered_data_are_checked_again_when_they_change(
+    script: Path, tmp_path: Path, data: Path
+) -> None:
+    shutil.copytree(data, tmp_path / "data")
+    sweep, runs = load_script(script), tmp_path / "runs"
+    check_start(sweep, runs, tmp_path / "data", Slots(1, 0), Wandb())
+    spoil(tmp_path / "data" / "train.h5")
+
+    with pytest.raises(UserError, match="is not finite"):
+        check_start(sweep, runs, tmp_path / "data", Slots(1, 0), Wandb())
+
+
+def test_node_that_reaches_other_files_is_told_of(tmp_path: Path, data: Path) -> None:
+    fingerprint = check_data(data).fingerprint
+    (tmp_path / "token").write_text("token")
+
+    model, memory, faults, _ = look_here(tmp_path, data, fingerprint, "token")
+    assert model and memory > 2**28 and faults == []
+
+    _, _, faults, _ = look_here(tmp_path, data, "0" * 64, "other")
+    assert len(faults) == 2
+    assert "must be shared by all nodes" in faults[0]
+    assert "are others than those of the sweep" in faults[1]
+
+    _, _, faults, _ = look_here(tmp_path, tmp_path, fingerprint, "token")
+    assert "there is no file" in faults[0]
+    assert [file.name for file in tmp_path.iterdir()] == ["token"]
+
+
+def test_node_of_a_cluster_need_not_have_the_files(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SDA_RAY_LOCAL", str(tmp_path / "local"))
+    _, _, faults, missing = look_here(tmp_path / "runs", data, "0" * 64, "token", away=True)
+    assert faults == [] and missing == [str(tmp_path / "runs"), str(data)]
+
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SDA_RAY_LOCAL", str(tmp_path / "file"))
+    _, _, faults, _ = look_here(tmp_path / "runs", data, None, "token", away=True)
+    assert "Set SDA_RAY_LOCAL on this node" in faults[0]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_only_a_long_first_start_on_a_terminal_is_asked_about(
+    script: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = load_script(script).check()
+    start = Start(sweep, check_data(data), hours=2.0, finish=7200.0, unit="GPU")
+    confirm(start)  # without a terminal
+
+    monkeypatch.setattr(sys, "stdin", Terminal("yes\nno\n"))
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    confirm(start)
+
+    with pytest.raises(UserError, match="was not started"):
+        confirm(start)
+
+    for other in (
+        replace(start, first=False),
+        replace(start, hours=None),
+        replace(start, hours=0.9),
+        replace(start, unit="CPU"),
+    ):
+        confirm(other)  # would read on, and find nothing
+
+    confirm(start, ask_above=3.0)

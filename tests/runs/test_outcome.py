@@ -1,0 +1,36 @@
+r"""Tests for sda_ray.runs.outcome: the values of all objectives come from a run's files."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sda_ray.core.config import Config, save_config
+from sda_ray.core.errors import UserError
+from sda_ray.nn.score import make_score
+from sda_ray.runs.checkpoint import RunPath
+from sda_ray.runs.outcome import finals
+
+
+@pytest.fixture
+def path(tmp_path: Path, small: Config) -> RunPath:
+    path = RunPath(tmp_path / "calm-cat-1_abcdefgh")
+    path.directory.mkdir()
+    save_config(small, path.config)
+    lines = [{"epoch": e, "loss_valid": 1 / e, "seconds": 2.5, "lr": 0.1} for e in (1, 2)]
+    path.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path.record.write_text(json.dumps({"status": "finished", "energy": 7}))
+
+    return path
+
+
+def test_values_come_in_the_order_of_the_objectives(path: RunPath, small: Config) -> None:
+    parameters = sum(p.numel() for p in make_score(**small).parameters())
+    names = ("loss_valid", "parameters", "seconds", "energy", "lr")
+
+    assert finals(path, names) == [0.5, parameters, 5.0, 7.0, 0.1]
+
+
+def test_objective_that_is_no_number_is_named(path: RunPath) -> None:
+    with pytest.raises(UserError, match=r"status is no number .*loss_valid.* and parameters"):
+        finals(path, ("loss_valid", "status"))

@@ -1,0 +1,177 @@
+r"""Tests for sda_ray.runs.prune: nobody misses a checkpoint that was given back."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kept import Keeping, identity, made, path_of, runs
+from simulated import Sweeping, outcomes
+
+from sda_ray.core.config import Config
+from sda_ray.runs.checkpoint import RunPath, load_checkpoint
+from sda_ray.runs.fragments import read_fragments
+from sda_ray.runs.metrics import read_history
+from sda_ray.runs.prune import give_back, resumable
+from sda_ray.runs.run import Run
+from sda_ray.runs.tracking import Wandb
+from sda_ray.runs.train import train
+from sda_ray.search.promotion import Record, Rules
+
+__all__ = ["made", "runs"]  # fixtures
+
+
+def go_on(runs: Path, index: int, data: Path, **options: Any) -> Run:
+    run = Run(runs, {}, identity(index), attempt=2, takeover=True, **options)
+    list(train(run, data, rungs=(1, 2, 3)))
+    run.close("finished")
+
+    return run
+
+
+def test_run_whose_checkpoint_was_given_back_ends_in_the_same_bits(
+    runs: Path, data: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = runs.with_name("undisturbed")
+    shutil.copytree(runs, other)
+    undisturbed = go_on(other, 3, data, wandb=Wandb("disabled"))
+    assert "restarted" not in undisturbed.record["attempts"][-1]
+
+    path = path_of(runs, 3)
+    lines = path.metrics.read_text()
+    assert give_back(path, "width") > 0
+    assert "given_back" in json.loads(path.record.read_text())
+    caplog.set_level(logging.WARNING)
+    go_on(runs, 3, data, wandb=Wandb("disabled"))
+    record = json.loads(path.record.read_text())
+
+    assert path.state.read_bytes() == undisturbed.path.state.read_bytes()
+    assert path.metrics.read_text().startswith(lines)
+    assert sorted(read_history(path.metrics)) == [1, 2, 3]
+    assert len(path.metrics.read_text().splitlines()) == 3
+    assert record["exact"] is True and record["status"] == "finished"
+    assert "given_back" not in record
+    assert [attempt.get("restarted") for attempt in record["attempts"]] == [
+        None,
+        "it gave its checkpoint back",
+    ]
+    assert [r.getMessage() for r in caplog.records] == [
+        f"{path.directory.name}: it gave its checkpoint back: it starts again at epoch 0, to the "
+        "same bits."
+    ]
+
+
+def test_epochs_done_again_are_not_sent_to_wandb_again(
+    tmp_path: Path, data: Path, small: Config
+) -> None:
+    offline, record = Wandb("offline"), {"sweep": "width"}
+    run = Run(tmp_path / "runs", small, "a" * 8, wandb=offline, attempt=1, record=record)
+    training = train(run, data, rungs=(2, 3))
+    next(training), next(training)
+    training.close()  # type: ignore[attr-defined]
+    run.close("paused")
+    give_back(run.path, "width")
+    again = Run(tmp_path / "runs", {}, "a" * 8, wandb=offline, attempt=2)
+    list(train(again, data))
+    again.close("finished")
+    rows = [row for fragment in read_fragments(run.path) for row in fragment.rows]
+
+    assert [step for step, values in rows if "loss_valid" in values] == [1, 2, 3]
+
+
+def test_reason_for_a_restart_is_the_right_one(runs: Path, data: Path) -> None:
+    for file in resumable(path_of(runs, 1)):  # as if it had been killed before its first one
+        file.unlink()
+
+    for file in resumable(path_of(runs, 2)):
+        file.write_bytes(b"damaged")
+
+    for index, why in (
+        (1, "it was ended before its first checkpoint"),
+        (2, "it has no whole checkpoint"),
+    ):
+        run = go_on(runs, index, data, wandb=Wandb("disabled"))
+        assert run.record["attempts"][-1]["restarted"] == why
+
+
+@pytest.mark.parametrize("count", range(4))
+def test_deletion_killed_at_any_file_leaves_a_whole_run(
+    runs: Path, data: Path, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = path_of(runs, 3)
+    shutil.copy(path_of(runs, 3).checkpoint, path.decay)
+    assert len(resumable(path)) == 3
+    unlink = Path.unlink
+    done = 0
+
+    def unlink_some(file: Path, missing_ok: bool = False) -> None:
+        nonlocal done
+
+        if file in resumable(path):
+            if done == count:
+                raise KeyboardInterrupt
+
+            done += 1
+
+        unlink(file, missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", unlink_some)
+
+        try:
+            give_back(path, "width")
+        except KeyboardInterrupt:
+            assert count < 3
+
+    found = load_checkpoint(path)
+    assert (found is None) == (count >= 2)
+    assert found is None or found[1]["epoch"] == 2  # the newest, or none
+    run = go_on(runs, 3, data, wandb=Wandb("disabled"))
+    assert run.record["exact"] is True and "given_back" not in run.record
+    assert sorted(run.lines) == [1, 2, 3] and path.state.exists()
+
+
+def test_keeper_tells_once_that_a_promoted_run_starts_again(runs: Path, data: Path) -> None:
+    kept = Keeping(runs, limit=1)
+    kept.said.clear()
+    go_on(runs, 3, data, wandb=Wandb("disabled"))
+    kept.records[2] = Record(3, identity(3), "complete", 3, 3, {3: 1.0}, attempt=2)
+
+    for _ in range(2):
+        kept.keeper.finish()
+
+    told = [text for text in kept.said if text.startswith("run 3")]
+    assert told == [
+        "run 3 (00000003) starts again at epoch 0, to the same bits: it gave its checkpoint back."
+    ]
+
+
+def test_sweep_whose_paused_runs_keep_no_checkpoint_ends_the_same(tmp_path: Path) -> None:
+    r"""A run that passes rungs again is not paused there again, nor promoted twice."""
+
+    rules = Rules(27, 27, 1)
+    whole = Sweeping(tmp_path / "whole", rules).drive()
+    runs = tmp_path / "bare" / "runs"
+    trained = []
+
+    def forget(config: dict[str, Any], epoch: int) -> bool:
+        trained.append(epoch)
+
+        for path in RunPath.all(runs):  # the one that trains is about to write its own
+            path.checkpoint.unlink(missing_ok=True)
+
+        return False
+
+    bare = Sweeping(tmp_path / "bare", rules, fails=forget).drive()
+
+    assert list(outcomes(bare)) == list(outcomes(whole))
+    assert [r.attempt for r in bare] == [r.attempt for r in whole]
+    assert len(trained) > sum(r.last for r in bare)
+
+    for record in bare:
+        path = RunPath.of_id(runs, record.run_id)
+        assert path is not None
+        lines = path.metrics.read_text().splitlines()
+        assert [json.loads(line)["epoch"] for line in lines] == list(range(1, record.last + 1))

@@ -1,0 +1,307 @@
+r"""Tests for the upload of runs to W&B, by its own client, to a server on this machine."""
+
+import argparse
+import json
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from offline import EPOCHS, ID, NAME, STEPS, WANDB, attempted, make_run, run
+from wandb_server import HISTORY, DyingServer, Refusal, RewindingServer, WandbServer
+
+from sda_ray.core.config import CONFIG
+from sda_ray.core.errors import UserError
+from sda_ray.core.files import write_json
+from sda_ray.core.lease import Lease
+from sda_ray.runs.checkpoint import RunPath
+from sda_ray.runs.fragments import read_fragments
+from sda_ray.runs.inventory import read_entry
+from sda_ray.runs.sync import sync_command, target_of
+
+__all__ = ["attempted", "run"]  # fixtures
+
+SYNC = """
+import argparse
+from pathlib import Path
+from sda_ray.runs.sync import add_sync_parser, sync_command
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--runs", type=Path)
+add_sync_parser(lambda *_: parser)
+sync_command(parser.parse_args())
+"""
+
+Sync = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def sync(env: dict[str, str], tmp_path: Path) -> Sync:
+    r"""Runs `sda-ray sync` on `tmp_path/runs`, to its end."""
+
+    def start(server: dict[str, str], *words: str) -> Any:
+        return subprocess.run(
+            [sys.executable, "-c", SYNC, f"--runs={tmp_path / 'runs'}", *words],
+            cwd=tmp_path,
+            env={**env, **server},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    return start
+
+
+@pytest.fixture
+def server() -> Iterator[WandbServer]:
+    with WandbServer() as found:
+        yield found
+
+
+@pytest.fixture
+def rewinding() -> Iterator[RewindingServer]:
+    found = RewindingServer()
+
+    with found:
+        yield found
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    return {
+        str(file.relative_to(directory)): file.read_bytes()
+        for file in sorted(directory.rglob("*"))
+        if file.is_file()
+    }
+
+
+def check(server: WandbServer, id: str = ID, name: str = NAME) -> None:
+    r"""Asserts that a server has all of a run, once and in order."""
+
+    found = server.runs[id]
+    lines = [{"epoch": e, "loss_valid": 0.1 + 1 / e, "lr": 1e-3} for e in range(1, EPOCHS + 1)]
+    rows = [{"epoch": row["_step"], **row} for row in found.history]
+
+    assert [row["epoch"] for row in rows] == STEPS
+    assert [{key: row[key] for key in lines[0]} for row in rows[:-1]] == lines
+    assert rows[-1]["samples"]["_type"] == "image-file"
+    assert any(rows[-1]["samples"]["path"] in file for file in found.files)
+    assert (found.name, found.project, found.group) == (name, "flows", "width")
+    assert found.tags == WANDB["tags"]
+    assert json.loads(found.config)["learning_rate"]["value"] == CONFIG["learning_rate"]
+    assert found.exit_code == 0
+
+
+def test_fragments_of_killed_attempts_become_one_history(
+    run: RunPath, sync: Sync, server: WandbServer
+) -> None:
+    first, second = (f.file for f in read_fragments(run))
+    moved = first.parent.with_name(f"{first.parent.name}-1")  # as if in the same second
+    second = second.parent.rename(moved) / second.name
+    empty = second.parent.with_name(f"offline-run-20380101_000000-{ID}")
+    empty.mkdir()
+    (empty / second.name).write_bytes(second.read_bytes()[:7])
+    first.write_bytes(first.read_bytes() + b"torn by a kill"[:3])
+    before = files(run.directory)
+
+    done = sync(server.env, "--all")
+
+    assert done.returncode == 0, done.stderr
+    assert f"{NAME}_{ID}: uploaded, {len(STEPS)} rows" in done.stdout
+    check(server)
+    assert files(run.directory) == before
+
+    rows = list(server.runs[ID].rows[HISTORY])
+    again = sync(server.env, ID)
+
+    assert again.returncode == 0
+    assert "there already" in again.stdout
+    assert server.runs[ID].rows[HISTORY] == rows
+
+
+def test_run_that_cannot_be_uploaded_does_not_keep_others_back(
+    tmp_path: Path, sync: Sync, server: WandbServer
+) -> None:
+    make_run(tmp_path / "runs", "refused1", wandb=WANDB | {"project": "team/flows"})
+    bomb = make_run(tmp_path / "runs", "strange1").samples
+    bomb.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", 30_000) + chunk(b"IDAT") + chunk(b"IEND")
+    )
+    make_run(tmp_path / "runs")
+
+    done = sync(server.env, "--all")
+
+    assert done.returncode == 1
+    assert f"{NAME}_refused1: W&B does not take it: " in done.stderr
+    assert f"{bomb} is not a picture to upload: " in done.stderr
+    check(server)
+
+
+def chunk(kind: bytes, size: int = 0) -> bytes:
+    r"""Returns a part of a PNG: its header for so many pixels a side, or one that is empty."""
+
+    data = struct.pack(">IIBBBBB", size, size, 8, 0, 0, 0, 0) if size else b""
+
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def test_what_the_server_lacks_is_replayed(
+    run: RunPath, sync: Sync, rewinding: RewindingServer
+) -> None:
+    def rows() -> list[str]:
+        return rewinding.runs[ID].rows[HISTORY]
+
+    shutil.rmtree(read_fragments(run)[0].file.parent)
+    origin = {"sweep": "width", "trial": 3, "study": "sweeps/width/study.journal"}
+    write_json(run.record, json.loads(run.record.read_text()) | origin)
+
+    assert f"replayed, {len(STEPS)} rows" in sync(rewinding.env, NAME).stdout
+    check(rewinding)
+    told = json.loads(rewinding.runs[ID].config)
+    assert {key: told[key]["value"] for key in origin} == origin
+
+    # The beginning of the run; the summary is ahead of it
+    beginning = rows()[:4]
+    rewinding.runs[ID].rows[HISTORY] = list(beginning)
+
+    assert "completed, from step 5 on" in sync(rewinding.env, "--all").stdout
+    assert rows()[:4] == beginning
+    check(rewinding)
+
+    # Epochs that were sent twice have been given other steps
+    twice = [json.dumps(json.loads(row) | {"_step": 8 + i}) for i, row in enumerate(rows()[3:])]
+    rewinding.runs[ID].rows[HISTORY] = [*rows(), *twice]
+
+    assert "instead of 11 that were not its own" in sync(rewinding.env, "--all").stdout
+    check(rewinding)
+
+
+def test_fragments_are_taken_only_if_they_hold_each_epoch_once(
+    run: RunPath, tmp_path: Path
+) -> None:
+    first, second = read_fragments(run)
+    entry = read_entry(run)
+    assert entry is not None
+    target = target_of(entry, tmp_path)
+
+    assert target.is_held_by([first, second])
+    assert not target.is_held_by([first])
+    assert not target.is_held_by([second])
+    assert not target.is_held_by([first, first, second])
+    assert not target.is_held_by([second, first])
+    assert not target.is_held_by([first, replace(second, ended=False)])
+    assert not target.is_held_by([first, replace(second, run=second.run | {"id": "other123"})])
+
+    rows = ((1, first.rows[0][1] | {"loss_valid": "2"}), *first.rows[1:])
+    assert not target.is_held_by([replace(first, rows=rows), second])
+
+
+def test_server_that_dies_leaves_the_rest_for_later(
+    run: RunPath, sync: Sync, server: WandbServer
+) -> None:
+    before = files(run.directory)
+
+    with DyingServer(rows=3) as dying:
+        start = time.monotonic()
+        done = sync(dying.env, "--all")
+
+    assert time.monotonic() - start < 60
+    assert done.returncode == 1
+    assert "0 of 1 runs are there" in done.stderr
+    assert files(run.directory) == before
+    server.runs = dying.runs
+
+    assert "completed, from step 4 on" in sync(server.env, "--all").stdout
+    check(server)
+
+
+def test_server_that_is_absent_refuses_or_hangs_is_an_error_soon(run: RunPath, sync: Sync) -> None:
+    before = files(run.directory)
+    refusing = ThreadingHTTPServer(("127.0.0.1", 0), Refusal)
+    threading.Thread(target=refusing.serve_forever, daemon=True).start()
+    silent, absent = socket.socket(), socket.socket()
+
+    for listener in (silent, absent):
+        listener.bind(("127.0.0.1", 0))
+
+    silent.listen(64)
+    ports = {"absent": absent.getsockname()[1], "silent": silent.getsockname()[1]}
+    ports["refusing"] = refusing.server_address[1]
+    done: dict[str, Any] = {}
+
+    def try_to(kind: str) -> None:
+        url, start = f"http://127.0.0.1:{ports[kind]}", time.monotonic()
+        result = sync({"WANDB_BASE_URL": url, "WANDB_API_KEY": "0" * 40}, "--all")
+        done[kind] = (result.returncode, result.stderr, time.monotonic() - start)
+
+    threads = [threading.Thread(target=try_to, args=(kind,)) for kind in ports]
+
+    for thread in threads:
+        thread.start()
+
+    for thread in threads:
+        thread.join()
+
+    refusing.shutdown()
+    refusing.server_close()
+    silent.close()
+    absent.close()
+
+    for code, errors, seconds in done.values():
+        assert code == 1
+        assert "Traceback" not in errors
+        assert "the same command goes on" in errors
+        assert seconds < 45, done  # alone 10; but tests may run on a busy machine
+
+    assert "does not answer within 6 s" in done["silent"][1]
+    assert "verify credentials" in done["refusing"][1]
+    assert files(run.directory) == before
+
+
+def test_without_an_account_an_error_says_what_to_do(run: RunPath, sync: Sync) -> None:
+    done = sync({"WANDB_BASE_URL": "http://127.0.0.1:9"}, "--all")
+
+    assert done.returncode == 1
+    assert "wandb login" in done.stderr
+
+
+def test_only_finished_runs_that_nobody_is_at_are_uploaded(
+    tmp_path: Path, sync: Sync, server: WandbServer
+) -> None:
+    runs = tmp_path / "runs"
+    make_run(runs, "finished")
+    make_run(runs, "unended1", status="paused")
+    make_run(runs, "private1", wandb=WANDB | {"mode": "disabled"})
+    damaged = make_run(runs, "damaged1").metrics
+    damaged.write_text("{\n" + damaged.read_text())
+    lease = Lease(make_run(runs, "inuse123").lease, "a run")
+
+    try:
+        done = sync(server.env, "--all")
+    finally:
+        lease.release()
+
+    assert done.returncode == 1
+    assert f"{damaged} is damaged" in done.stderr
+    assert set(server.runs) == {"finished"}
+    assert f"{NAME}_inuse123 is left out: a process is at it" in done.stdout
+    assert "left out unless they are named: 1 paused" in done.stdout
+    assert "Trained with --wandb disabled, and left out unless named: 1" in done.stdout
+
+    assert sync(server.env, "unended1").returncode == 0
+    assert [row["_step"] for row in server.runs["unended1"].history] == STEPS[:-1]
+
+
+@pytest.mark.parametrize("words", [{"all": False, "run": []}, {"all": True, "run": [ID]}])
+def test_either_runs_or_all_are_given(tmp_path: Path, words: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="give the runs to upload, or --all"):
+        sync_command(argparse.Namespace(runs=tmp_path, **words))

@@ -1,0 +1,200 @@
+import json
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sda_ray.core.config import Config
+from sda_ray.core.errors import UserError
+from sda_ray.runs.checkpoint import RunPath
+from sda_ray.runs.run import Run
+from sda_ray.runs.tracking import Wandb
+from sda_ray.runs.train import Interrupted, Stop, train
+from sda_ray.training.loop import Diverged
+
+DISABLED = Wandb("disabled")
+
+
+class AtEachStep(Stop):
+    r"""Creates a wish to stop that comes when `look`, called after every step, says so."""
+
+    def __init__(self, look: Callable[[], bool]) -> None:
+        self.look = look
+
+    @property
+    def signal(self) -> int | None:  # type: ignore[override]
+        return signal.SIGTERM if self.look() else None
+
+
+def begin(runs: Path, config: Config, id: str | None = None, **record: Any) -> Run:
+    return Run(runs, config, id, wandb=DISABLED, record=record)
+
+
+def history(path: RunPath) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in path.metrics.read_text().splitlines()]
+    return [{k: x for k, x in line.items() if k != "seconds"} for line in lines]
+
+
+def same(a: RunPath, b: RunPath) -> bool:
+    r"""Whether two finished runs have the same weights, moments and history."""
+
+    files = (
+        (a.state, b.state),
+        (a.checkpoint, b.checkpoint),
+        (a.samples, b.samples),
+    )
+    return history(a) == history(b) and all(x.read_bytes() == y.read_bytes() for x, y in files)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, small: Config, data: Path) -> RunPath:
+    r"""A run that was never interrupted."""
+
+    run = begin(tmp_path_factory.mktemp("whole") / "runs", small)
+    list(train(run, data))
+    run.close("finished")
+
+    return run.path
+
+
+def test_run_stopped_after_every_step_equals_uninterrupted(
+    tmp_path: Path, small: Config, data: Path, whole: RunPath
+) -> None:
+    run, attempts = begin(tmp_path / "runs", small), 1
+
+    while not run.path.state.exists():
+        try:
+            list(train(run, data, stop=AtEachStep(lambda: True)))
+        except Interrupted:
+            run.close("interrupted")
+            run, attempts = begin(tmp_path / "runs", small, run.id), attempts + 1
+
+    run.close("finished")
+    assert attempts == 10
+    assert same(run.path, whole)
+
+
+def test_run_closed_after_every_epoch_equals_uninterrupted(
+    tmp_path: Path, small: Config, data: Path, whole: RunPath
+) -> None:
+    run = begin(tmp_path / "runs", small)
+
+    for _ in range(4):
+        training = train(run, data)
+        next(training, None)
+        training.close()  # type: ignore[attr-defined]
+        run.close("interrupted")
+        run = begin(tmp_path / "runs", small, run.id)
+
+    assert same(run.path, whole)
+
+
+def test_power_cut_at_any_step_loses_nothing(
+    tmp_path: Path, small: Config, data: Path, whole: RunPath
+) -> None:
+    r"""A power cut is a copy of the directory, taken at a step, that is gone on with."""
+
+    cuts: list[Path] = []
+
+    def cut() -> bool:
+        copy = tmp_path / f"cut-{len(cuts)}" / run.path.directory.name
+        shutil.copytree(run.path.directory, copy)
+        cuts.append(copy)
+
+        return False
+
+    run = Run(tmp_path / "runs", small, wandb=DISABLED, interval=0.0)
+    list(train(run, data, stop=AtEachStep(cut)))
+    run.close("finished")
+    assert len(cuts) == 9
+
+    for copy in cuts:
+        again = Run(copy.parent, small, run.id, wandb=DISABLED, takeover=True)
+        list(train(again, data))
+        again.close("finished")
+        assert same(again.path, whole), copy
+
+
+def test_metrics_are_on_disk_before_they_are_yielded(
+    tmp_path: Path, small: Config, data: Path
+) -> None:
+    run = begin(tmp_path / "runs", small)
+
+    for metrics in train(run, data, rungs=(2,)):
+        assert history(run.path)[-1]["epoch"] == metrics["epoch"]
+        assert run.path.checkpoint.exists() == (metrics["epoch"] >= 2)
+
+
+def test_batch_size_does_not_change_the_validation(
+    tmp_path: Path, small: Config, data: Path, whole: RunPath
+) -> None:
+    r"""With a learning rate of nearly nothing, the weights stay as they were."""
+
+    losses = set()
+
+    for batch_size in (7, 32, 102):
+        config = small | {"batch_size": batch_size, "learning_rate": 1e-30, "weight_decay": 0.0}
+        metrics = next(train(begin(tmp_path / "runs", config), data))
+        losses.add(metrics["loss_valid"])
+
+    assert len(losses) == 1
+
+
+def test_init_starts_from_the_weights_of_another_run(
+    tmp_path: Path, small: Config, data: Path, whole: RunPath
+) -> None:
+    config = small | {"seed": 1, "learning_rate": 1e-30, "weight_decay": 0.0}
+    run = begin(tmp_path / "runs", config, parent=whole.id)
+    metrics = next(train(run, data, rungs=[1], init=whole.directory))
+    assert metrics["loss_valid"] == pytest.approx(history(whole)[-1]["loss_valid"], rel=1e-5)
+
+
+def test_run_whose_parent_is_gone_does_not_start_from_random_weights(
+    tmp_path: Path, small: Config, data: Path
+) -> None:
+    run = begin(tmp_path / "runs", small, parent="abcd1234")
+
+    with pytest.raises(UserError, match="began with the weights of run 'abcd1234', which is gone"):
+        next(train(run, data))
+
+
+def test_diverged_run_is_marked_with_the_reason(tmp_path: Path, small: Config, data: Path) -> None:
+    run = begin(tmp_path / "runs", small | {"learning_rate": 100.0, "epochs": 50})
+
+    with pytest.raises(Diverged):
+        list(train(run, data))
+
+    record = json.loads(run.path.record.read_text())
+    assert record["status"] == "diverged" and "after epoch" in record["reason"]
+    assert not run.path.state.exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_are_wishes_to_stop(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+
+    with Stop().on_signals() as stop:
+        signal.raise_signal(number)
+        assert stop.signal == number
+
+    assert signal.getsignal(number) == before
+
+
+def test_second_ctrl_c_interrupts_at_once() -> None:
+    with Stop().on_signals(), pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_ignored_signals_stay_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    try:
+        with Stop().on_signals() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert stop.signal is None
+    finally:
+        signal.signal(signal.SIGHUP, before)

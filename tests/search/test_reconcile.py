@@ -1,0 +1,298 @@
+r"""Tests for sda_ray.search.reconcile: whatever dies, whenever, the study comes out whole."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import invariant, precondition, rule
+from ordeal import Ordeal
+from simulated import Crash, loss, outcomes
+
+from sda_ray.core.lease import Lease
+from sda_ray.runs.checkpoint import RunPath
+from sda_ray.search.promotion import Record, Rules, decide
+from sda_ray.search.reconcile import Found, Step, look, reconcile, settle
+from sda_ray.search.study import Study
+
+RULES = Rules(target=6, epochs=9, min_epochs=1, eta=3)
+FINAL = ("complete", "diverged", "stopped")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_sync() -> Iterator[None]:
+    r"""Leaves out what only a power cut would miss, which is most of the time."""
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
+
+
+# The pure function
+
+LOSSES = {e: 1.0 / e for e in range(1, 10)}
+
+
+def run(last: int, until: int, state: str = "running", **more: Any) -> Record:
+    values = {e: LOSSES[e] for e in range(1, last + 1)}
+
+    return Record(1, "aaaaaaaa", state, until, 9, values, attempt=2, **more)
+
+
+def said(status: str, last: int, attempt: int = 2, reason: str = "") -> Found:
+    values = {e: LOSSES[e] for e in range(1, last + 1)}
+
+    return Found(status, values, attempt, reason, (LOSSES[last],) if status == "finished" else ())
+
+
+def brief(record: Record, found: Found | None) -> list[str]:
+    r"""Returns the kinds of the steps, and what comes next."""
+
+    every = {} if found is None else {record.run_id: found}
+    steps = reconcile([record], every, replace(RULES, target=1))
+
+    return [s.kind if isinstance(s, Step) and s.kind != "tell" else _word(s) for s in steps]
+
+
+def _word(step: Any) -> str:
+    return step.state if isinstance(step, Step) else f"then {step.kind}"
+
+
+@pytest.mark.parametrize(
+    ("record", "found", "expected"),
+    [
+        # In flight when the driver died
+        (run(0, 1), None, ["then adopt"]),
+        (run(0, 3), said("running", 0), ["then adopt"]),
+        (run(1, 3), said("running", 2), ["report", "then adopt"]),
+        (run(1, 3), said("interrupted", 1), ["then adopt"]),
+        (run(1, 3), said("failed", 1), ["then adopt"]),
+        (run(2, 3), said("running", 1), ["then adopt"]),  # its metrics are gone
+        (run(1, 3), said("running", 2, attempt=4), ["count", "report", "then adopt"]),
+        # At a rung
+        (run(1, 3), said("running", 3), ["report", "count", "mark", "then promote"]),
+        (run(1, 1), said("running", 1), ["count", "mark", "then promote"]),
+        (run(1, 1), said("paused", 1), ["then promote"]),
+        (run(1, 1), None, ["then promote"]),
+        (run(1, 1), said("running", 1, 5), ["count", "count", "mark", "then promote"]),
+        # At its end
+        (run(8, 9), said("finished", 9), ["report", "complete", "then stop"]),
+        (run(9, 9), said("finished", 9), ["complete", "then stop"]),
+        (run(9, 9), said("running", 9), ["then adopt"]),  # its weights are not written yet
+        (run(9, 9), None, ["then adopt"]),
+        (run(2, 9), said("diverged", 2), ["diverged", "then stop"]),
+        (run(2, 9), said("diverged", 2, attempt=1), ["then adopt"]),  # said before the last start
+        (run(2, 9), said("stopped", 3), ["report", "stopped", "then stop"]),
+        (run(2, 9), said("stopped", 3, attempt=1), ["report", "then adopt"]),  # and taken up again
+        # A journal that is older than the directory
+        (run(0, 1), said("finished", 9), ["extend", "report", "complete", "then stop"]),
+        (run(1, 1), said("diverged", 4), ["extend", "report", "diverged", "then stop"]),
+        (run(0, 1), said("running", 4), ["report", "count", "mark", "then promote"]),
+        # Closed
+        (run(9, 9, "complete"), said("finished", 9), ["then stop"]),
+        (run(1, 1, "pruned"), said("paused", 1), ["then promote"]),
+        (run(1, 1, "pruned"), said("running", 1), ["count", "mark", "then promote"]),
+        (run(1, 1, "pruned"), said("paused", 1, attempt=7), ["count", "then promote"]),
+        (run(1, 1, "failed"), said("running", 1), ["count", "mark", "then draw"]),
+        (run(9, 9, "complete", source="elsewhere"), said("running", 2), ["then draw"]),
+    ],
+)
+def test_what_has_to_be_done(record: Record, found: Found | None, expected: list[str]) -> None:
+    assert brief(record, found) == expected
+
+
+def test_run_that_is_ahead_of_the_journal_stays_hidden_until_the_rule_promotes_it() -> None:
+    steps = reconcile([run(0, 1)], {"aaaaaaaa": said("finished", 9)})
+    (record,) = settle([run(0, 1)], [s for s in steps if isinstance(s, Step)])
+
+    assert (record.state, record.values, record.shown) == ("complete", LOSSES, 1)
+    assert record.outcome == "pruned"
+
+
+def test_end_that_is_no_number_is_a_divergence() -> None:
+    found = replace(said("finished", 9), finals=(float("nan"),))
+    (step,) = reconcile([run(9, 9)], {"aaaaaaaa": found})
+
+    assert isinstance(step, Step)
+    assert (step.kind, step.state) == ("tell", "diverged")
+
+
+numbers = st.integers(0, 9)
+records = st.builds(
+    run,
+    last=numbers,
+    until=st.sampled_from([1, 3, 9]),
+    state=st.sampled_from(["running", "complete", "pruned", "diverged", "stopped", "failed"]),
+    shown=st.sampled_from([None, 1, 3]),
+    source=st.sampled_from(["", "elsewhere"]),
+)
+founds = st.builds(
+    said,
+    status=st.sampled_from(["", "running", "paused", "interrupted", "stopped", "diverged"]),
+    last=numbers,
+    attempt=st.integers(0, 4),
+) | st.just(said("finished", 9))
+
+
+@given(pairs=st.lists(st.tuples(records, st.none() | founds), max_size=5))
+def test_reconciling_loses_nothing_and_has_an_end(
+    pairs: list[tuple[Record, Found | None]],
+) -> None:
+    before = [replace(r, index=i, run_id=f"run{i:05}") for i, (r, _) in enumerate(pairs, 1)]
+    found = {r.run_id: f for r, (_, f) in zip(before, pairs, strict=True) if f is not None}
+    rules = replace(RULES, target=len(before))
+    *steps, action = reconcile(before, found, rules)
+    after = settle(before, [step for step in steps if isinstance(step, Step)])
+
+    for old, new in zip(before, after, strict=True):
+        assert (new.index, new.run_id, new.source) == (old.index, old.run_id, old.source)
+        assert old.values.items() <= new.values.items()
+        assert new.attempt >= old.attempt
+        assert new.state == old.state or old.state == "running"
+        assert old.source == "" or new == old
+
+        if new.state == "complete" != old.state:
+            assert new.values == LOSSES
+
+    assert action == decide(after, (), rules)
+
+    # Once more, as the files are by then, there is nothing to do
+    marked = {
+        s.record.run_id: s.attempt for s in steps if isinstance(s, Step) and s.kind == "mark"
+    }
+    now = {
+        id: replace(f, status="marked", attempt=marked[id]) if id in marked else f
+        for id, f in found.items()
+    }
+    assert reconcile(after, now) == []
+
+
+def test_number_of_an_attempt_outlives_a_damaged_record(tmp_path: Path) -> None:
+    path = RunPath(tmp_path / "run-1_aaaaaaaa")
+    path.directory.mkdir()
+    Lease(path.lease, "the run", attempt=3).release()
+    path.record.write_text('{"status": ')
+
+    found = look([run(1, 3)], tmp_path)
+
+    assert found == {"aaaaaaaa": Found(attempt=3)}
+    assert brief(run(1, 3), found["aaaaaaaa"])[0] == "count"
+
+
+# Whole sweeps
+
+
+class Sweeps(Ordeal):
+    r"""Looks at such a sweep after each step, and at its end."""
+
+    # What holds
+
+    @precondition(lambda self: not self.dead)
+    @rule()
+    def reload(self) -> None:
+        again = Study(self.sweeping.journal, "simulated", self.lease, self.sweeping.objectives)
+
+        assert again.records() == self.study.records()
+        assert again.queue() == self.study.queue()
+
+    @invariant()
+    def nothing_is_lost_or_taken_back(self) -> None:
+        if self.dead:
+            return
+
+        seen = self.study.records()
+        own = [r for r in seen if not r.source and r.state != "failed"]
+        now = {r.run_id: r for r in seen}
+
+        assert [r.index for r in seen] == list(range(1, len(seen) + 1))
+        assert len(now) == len({str(r.config) for r in seen}) == len(seen)
+        assert len(own) <= self.sweeping.rules.target + self.asked
+        assert all(r.values == {e: loss(r.config, e) for e in r.values} for r in seen)
+        assert all(r.last <= r.until for r in seen)
+        assert self.known.keys() <= now.keys()
+
+        for id, old in self.known.items():
+            new = now[id]
+            assert new.config == old.config
+            assert new.until >= old.until
+            assert new.attempt >= old.attempt
+            assert old.visible.items() <= new.visible.items()
+            assert new.state == old.state or old.state not in FINAL
+
+        self.known = now
+
+    def teardown(self) -> None:
+        try:
+            if hasattr(self, "sweeping"):
+                self._end()
+        finally:
+            shutil.rmtree(self.directory)
+
+    def _end(self) -> None:
+        r"""Lets the sweep come to its end, and looks at it."""
+
+        if not self.dead:
+            self.die()
+
+        while True:
+            try:
+                seen = self.sweeping.drive(self.slots)
+            except Crash:  # asked to stop, by runs that failed alike
+                continue
+
+            if self._full(seen):  # and not stopped by too many that failed
+                break
+
+        self.dead, before = False, self.sweeping.journal.read_bytes()
+        self.lease = Lease(self.directory / "sweep" / "lease.json", "the sweep")
+        self.study = Study(
+            self.sweeping.journal, "simulated", self.lease, self.sweeping.objectives
+        )
+        self.nothing_is_lost_or_taken_back()
+        self.die()
+
+        rules, own = self.sweeping.rules, [r for r in seen if not r.source]
+        assert all(r.state in (*FINAL, "pruned", "failed") for r in seen)
+        assert all(list(r.values) == list(range(1, 10)) for r in own if r.state == "complete")
+        assert all(r.last in rules.rungs[:-1] for r in own if r.state == "pruned")
+        assert all(len(r.finals) == len(self.study.objectives) for r in seen if r.finals)
+        queued = [r.queued for r in seen if r.queued is not None]
+        assert len(set(queued)) == len(queued)
+
+        if self.sweeping.stops is None:
+            paused = any(r.state == "pruned" for r in own)
+            assert sum(r.state == "complete" for r in own) >= rules.finalists or not paused
+
+        # No directory is a stranger's or a second one, and nothing is left to do
+        paths = list(RunPath.all(self.sweeping.runs))
+        assert len({p.id for p in paths}) == len(paths)
+        assert {p.id for p in paths} <= {r.run_id for r in seen}
+        assert list(outcomes(self.sweeping.drive())) == list(outcomes(seen))
+        assert self.sweeping.journal.read_bytes() == before
+
+    def _full(self, seen: list[Record]) -> bool:
+        own = [r for r in seen if not r.source]
+        failed = sum(r.state == "failed" for r in own)
+
+        return len(own) - failed >= self.sweeping.rules.target
+
+
+TestSweeps = Sweeps.TestCase
+TestSweeps.settings = settings(stateful_step_count=40, suppress_health_check=list(HealthCheck))
+
+
+def test_epochs_that_the_journal_had_lost_are_all_in_a_complete_run() -> None:
+    sweeps = Sweeps()
+    sweeps.begin(wanted=1, slots=1, finalists=0, kind="promotion")
+    sweeps.suggest()
+    sweeps.train(count=1, i=0, told=0)
+    sweeps.suggest()
+    sweeps.train(count=5, i=0, told=0)
+    sweeps.bring(rate=0.0001)
+    sweeps.bring(rate=0.001)
+    sweeps.teardown()  # looks whether the run has all its epochs

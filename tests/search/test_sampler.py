@@ -1,0 +1,280 @@
+r"""Tests for the sda_ray.search.sampler, seen and danger modules: what a sweep draws next."""
+
+import math
+import random
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from optuna.trial import TrialState
+from playing import SPACE, finished, play, rate, sweep_of
+from simulated import Sweeping, draw
+from studies import add, lease, no_sync, study
+
+from sda_ray.core.config import CONFIG
+from sda_ray.core.errors import UserError
+from sda_ray.core.space import choice, loguniform, uniform
+from sda_ray.search.promotion import Record, Rules
+from sda_ray.search.pruners import brackets
+from sda_ray.search.sampler import distributions, importances, propose, view
+from sda_ray.search.seen import study_of
+from sda_ray.search.study import Study
+from sda_ray.sweep.definition import Sweep
+
+__all__ = ["lease", "no_sync", "study"]  # fixtures
+
+# What the sampler sees
+
+
+def test_all_trials_carry_the_space_as_it_is() -> None:
+    narrow = sweep_of({**SPACE, "learning_rate": loguniform(1e-6, 1e-3)})
+    wide = sweep_of({**SPACE, "activation": choice("ELU", "GELU", "SiLU", "ReLU")})
+    current = distributions(wide.draw)
+    records = play(narrow, 12, lambda config: 1.0)
+
+    assert [t.distributions for t in view(records, current)] == [current] * 12
+    assert [t.params for t in view(records, current)] == [t.params for t in view(records)]
+
+
+def test_a_widened_range_is_drawn_from_jointly() -> None:
+    narrow = sweep_of({**SPACE, "learning_rate": loguniform(1e-6, 1e-3)})
+    records = play(narrow, 24, lambda config: -math.log10(config["learning_rate"]))
+    after = play(sweep_of(), 48, lambda config: -math.log10(config["learning_rate"]), records)[24:]
+
+    # It knows which end of the old range was good
+    assert sum(rate(r) > -3 for r in after) > 12
+    assert sum(rate(r) < -4 for r in after) < 6
+
+
+def test_runs_that_the_space_does_not_cover_are_not_seen() -> None:
+    records = play(sweep_of(), 12, lambda config: 1.0)
+    inside = [r for r in records if rate(r) > -3]
+    current = distributions(sweep_of({**SPACE, "learning_rate": loguniform(1e-3, 1.0)}).draw)
+
+    assert 0 < len(inside) < 12
+    assert [t.number for t in view(records, current)] == [r.index - 1 for r in inside]
+
+
+def test_runs_brought_in_are_seen_as_complete() -> None:
+    (record,) = play(sweep_of(), 1, lambda config: 0.5)
+    (trial,) = view([replace(record, source="elsewhere")])
+
+    assert (trial.state, trial.value) == (TrialState.COMPLETE, 0.5)
+
+
+def test_with_several_objectives_complete_runs_are_seen_with_all_of_them() -> None:
+    one, other = play(sweep_of(), 2, lambda config: 0.5)
+    trials = view([replace(one, finals=(0.5, 3.0)), other], objectives=2)
+
+    assert [t.values for t in trials] == [[0.5, 3.0]]
+
+
+def test_with_hyperband_a_sampler_sees_the_runs_of_one_bracket() -> None:
+    sweep = sweep_of(pruner="hyperband", min_epochs=1)
+    rules, rng = sweep.rules, random.Random(0)
+    records = play(sweep, 60, lambda config: rng.random())
+    bracket = brackets(rules, sweep.name)
+
+    def drawn_without(kin: bool) -> Any:
+        changed = [
+            replace(r, values={9: 1 - r.values[9]})
+            if (bracket(r.index - 1) == bracket(60)) == kin
+            else r
+            for r in records
+        ]
+
+        return sweep.propose(changed)[0]
+
+    assert drawn_without(kin=False) == sweep.propose(records)[0] != drawn_without(kin=True)
+
+
+def test_sampler_sees_each_run_as_what_it_is_worth(study: Study) -> None:
+    complete = study.report(add(study, until=9), {e: 1.0 / e for e in range(1, 10)})
+    complete = study.tell(complete, "complete")
+    paused = study.report(add(study), {1: 0.7})
+    pruned = study.tell(study.report(add(study), {1: 0.8}), "pruned")
+    flying = add(study)
+    diverged = study.tell(study.report(add(study), {1: 0.1}), "diverged", "exploded")
+    failed = study.tell(add(study), "failed", "bug")
+    hidden = replace(complete, shown=3)
+    gone = replace(diverged, shown=1)
+
+    seen = view([complete, paused, pruned, flying, diverged, failed, hidden, gone])
+    states = [TrialState.COMPLETE, *[TrialState.PRUNED] * 2, TrialState.RUNNING]
+    assert [t.state for t in seen] == [*states, *[TrialState.PRUNED] * 3]
+    assert [t.value for t in seen] == [1 / 9, 0.7, 0.8, None, None, 1 / 3, 0.1]
+    assert [t.constraints["diverged"] for t in seen] == [0, 0, 0, 0, 1, 0, 0]
+    assert seen[4].intermediate_values == {}
+    assert seen[5].intermediate_values == {1: 1.0, 2: 0.5, 3: 1 / 3}
+    assert all(t.params and t.distributions for t in seen)
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe"])
+def test_draws_depend_on_seed_number_and_values_alone(
+    tmp_path: Path, study: Study, sampler: str
+) -> None:
+    for i in range(12):
+        study.tell(study.report(add(study), {1: i / 7}), "pruned" if i % 2 else "complete")
+
+    def config(records: list[Record], seed: int = 0) -> dict[str, Any]:
+        drawn = propose(draw, records, seed, sampler)
+        assert drawn is not None
+        return drawn[0]
+
+    records = study.records()
+    renamed = [replace(r, run_id="x", attempt=7, error="?") for r in records]
+    assert config(records) == config(renamed)
+    assert config(records) != config(records, seed=1)
+    assert config(records) != config(records[:-1])
+
+    worse = [replace(r, values={1: 1 - r.values[1]}) for r in records]
+    assert (config(records) == config(worse)) == (sampler == "random")
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random", "grid"])
+def test_what_a_function_may_not_return_is_passed_over(
+    sampler: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def space(trial: Any) -> dict[str, Any]:
+        size = trial.suggest_int("size", 1, 12)
+
+        return {"batch_size": 0 if size == 7 else size}
+
+    sweep = Sweep("name", CONFIG, space, sampler=sampler)  # checks would have found it
+    records = play(sweep, 99, lambda config: 1.0)
+
+    assert sorted(r.config["batch_size"] for r in records) == [*range(1, 7), *range(8, 13)]
+    assert "is left out: batch_size is 0, but must be" in caplog.text
+
+    with pytest.raises(UserError, match="batch_size is 0"):  # all that it could be
+        propose(sweep.draw, [], fixed={"size": 7})
+
+
+def test_what_mattered_is_told_from_the_second_complete_run_on() -> None:
+    def value(config: dict[str, Any]) -> float:
+        return abs(math.log10(config["learning_rate"]) + 3)
+
+    trials = view(play(sweep_of(sampler="random", pruner="none"), 40, value))
+    matter = importances(study_of(trials))
+
+    assert list(matter) == sorted(matter, key=matter.__getitem__, reverse=True)
+    assert matter.keys() == SPACE.keys() and next(iter(matter)) == "learning_rate"
+    assert [importances(study_of(trials[:n])) for n in (0, 1)] == [{}, {}]
+    assert importances(study_of(trials[:2])).keys() == SPACE.keys()
+
+
+# Divergence
+
+
+@pytest.mark.parametrize("edge", [-3.0, -5.4])
+def test_few_runs_diverge_once_the_edge_is_known(edge: float) -> None:
+    def value(config: dict[str, Any]) -> float | None:
+        x = math.log10(config["learning_rate"])
+        return None if x > edge else edge - x + abs(math.log10(config["weight_decay"]) + 3) / 9
+
+    records = play(sweep_of(pruner="none"), 64, value)
+    gone = [r.state == "diverged" for r in records]
+    best = min(r.values[9] for r in records if r.state == "complete")
+
+    assert sum(gone[32:]) < 16, f"{sum(gone[:32])} of the first half"
+    assert best < 0.5  # the edge itself is not given up
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp"])
+def test_a_sweep_whose_runs_all_diverge_goes_on(sampler: str) -> None:
+    assert len(play(sweep_of(sampler=sampler, pruner="none"), 16, lambda config: None)) == 16
+
+
+def test_divergent_regions_are_left(tmp_path: Path) -> None:
+    rules = Rules(32, 9, 1, 3)
+    records = Sweeping(
+        tmp_path, rules, "tpe", diverges=lambda c, e: c["learning_rate"] > 3e-3
+    ).drive()
+    halves = [[r.state for r in records[:16]], [r.state for r in records[16:]]]
+
+    assert halves[0].count("diverged") > 0
+    assert halves[1].count("diverged") < 8
+
+
+# Other samplers
+
+
+def test_gaussian_processes_find_what_is_good() -> None:
+    space = {"learning_rate": loguniform(1e-6, 1.0), "weight_decay": uniform(0.0, 0.1)}
+
+    def value(config: dict[str, Any]) -> float | None:
+        x = math.log10(config["learning_rate"])
+        return (x + 3) ** 2 + 10 * config["weight_decay"] if x < -1 else None
+
+    sweep = sweep_of(space, sampler="gp", pruner="none")
+    records = play(sweep, 16, value)
+    late = records[11:]
+
+    assert sum(abs(rate(r) + 3) < 0.7 for r in late) >= 3
+    assert sum(r.state == "diverged" for r in late) <= 1
+    assert sweep.propose(records[:11])[0] == records[11].config
+
+
+@pytest.mark.parametrize("sampler", ["nsga2", "tpe", "random"])
+def test_several_objectives_are_traded_off_to_the_end(tmp_path: Path, sampler: str) -> None:
+    rules = Rules(32, 3, None, pruner="none")
+    objectives = ("loss_valid", "parameters")
+    whole = Sweeping(tmp_path / "whole", rules, sampler, objectives=objectives).drive()
+    parts = Sweeping(tmp_path / "parts", replace(rules, target=24), sampler, objectives=objectives)
+    parts.drive()
+    parts.rules = rules
+
+    def seen(records: list[Record]) -> list[Any]:
+        return [(r.config, r.finals) for r in records]
+
+    assert all(r.state == "complete" and len(r.finals) == 2 for r in whole)
+    assert seen(parts.drive()) == seen(whole)
+    assert len({str(r.config) for r in whole}) == 32
+
+
+def test_generations_learn_from_the_front() -> None:
+    sweep = sweep_of(objectives=("loss_valid", "parameters"))
+    records: list[Record] = []
+
+    # Both objectives are best at 1e-3, and worse the further away
+    while len(records) < 80:
+        drawn = sweep.propose(records)
+        x = abs(math.log10(drawn[0]["learning_rate"]) + 3)
+        records.append(finished(len(records) + 1, drawn, x, finals=(x, 2 * x)))
+
+    away = [r.values[9] for r in records]
+    assert sweep.sampler == "nsga2"
+    assert statistics.median(away[60:]) < 0.5 * statistics.median(away[:20])
+
+
+# Speed
+
+
+def test_a_draw_is_quick_among_thousands_of_runs() -> None:
+    rng = random.Random(0)
+    sweep = sweep_of()
+    first = sweep.propose([])
+    records = []
+
+    for i in range(2000):
+        params = {
+            "learning_rate": 10 ** rng.uniform(-6, 0),
+            "weight_decay": 10 ** rng.uniform(-6, -1),
+            "activation": rng.choice(["ELU", "GELU", "SiLU"]),
+        }
+        trial = view([finished(i + 1, first, rng.random())])[0]
+        trial.params = params
+        state = rng.choice(["complete", "pruned", "pruned"])
+        records.append(finished(i + 1, (params, trial), rng.random(), state))
+
+    times = []
+
+    for _ in range(5):
+        start = time.perf_counter()
+        assert sweep.propose(records) is not None
+        times.append(time.perf_counter() - start)
+
+    assert sorted(times)[2] < 0.2  # 0.03 s, with nothing else going on

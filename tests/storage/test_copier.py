@@ -1,0 +1,316 @@
+r"""Tests for sda_ray.storage.bucket and sda_ray.storage.owner: a sweep at work in a bucket, and who may write."""
+
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from cloud import URL, account, bucket, server, write
+from conftest import Cli, Start
+from optuna.trial import TrialState
+
+from sda_ray.core.errors import UserError
+from sda_ray.core.lease import Lease
+from sda_ray.search.study import Study
+from sda_ray.storage.bucket import Copier
+from sda_ray.storage.folder import RUN, Folder
+from sda_ray.storage.owner import Owner
+from sda_ray.storage.store import Bucket
+
+__all__ = ["account", "bucket", "server"]  # fixtures
+
+# Ownership
+
+
+def elsewhere(owner: Owner) -> None:
+    r"""Lets an owner look as if it were a process of another machine."""
+
+    owner.mine |= {"host": "elsewhere", "boot": "another"}
+    owner._write()
+
+
+def test_second_driver_is_refused_while_the_first_lives(bucket: Bucket) -> None:
+    owner = Owner(bucket, "owner.json", "sweep 'x'")
+
+    with pytest.raises(UserError, match=r"sweep 'x' is carried out by process \d+ on .* since"):
+        Owner(bucket, "owner.json", "sweep 'x'")
+
+    owner.release()
+    second = Owner(bucket, "owner.json", "sweep 'x'")
+
+    assert second.attempt == owner.attempt + 1
+    second.release()
+
+
+def test_owner_elsewhere_is_refused_by_its_sign_of_life(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sda_ray.storage.owner.BEAT", 0.2)
+    owner = Owner(bucket, "owner.json", "sweep 'x'")
+    elsewhere(owner)
+
+    with pytest.raises(UserError, match=r"carried out by process \d+ on elsewhere"):
+        Owner(bucket, "owner.json", "sweep 'x'", patience=30.0)
+
+    owner.release()
+
+
+def test_silent_owner_is_taken_over_and_writes_no_more(bucket: Bucket, tmp_path: Path) -> None:
+    owner = Owner(bucket, "owner.json", "sweep 'x'")
+    elsewhere(owner)
+    owner._over.set()  # no more signs of life
+    write(tmp_path / "run", **{"metrics.jsonl": "1\n"})
+    folder = Folder(bucket, "run", tmp_path / "run", owner.check, owner.attempt)
+
+    second = Owner(bucket, "owner.json", "sweep 'x'", patience=0.5)
+    owner._confirmed -= 3600  # an hour later it comes back
+
+    with pytest.raises(UserError, match=r"taken over by process .* this driver stops"):
+        folder.copy(RUN)
+
+    assert set(bucket.sizes()) == {"owner.json"}
+    owner.release()
+    second.check()
+    assert second.taken is None
+    second.release()
+
+
+def test_owner_whose_answer_was_lost_goes_on(bucket: Bucket) -> None:
+    owner = Owner(bucket, "owner.json", "sweep 'x'")
+    owner._version = '"another"'  # as if the last answer had not come back
+    owner._renew()
+    owner._renew()
+    owner.check()
+
+    assert owner.taken is None
+    owner.release()
+
+
+# Copies of a study at work
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Iterator[Study]:
+    directory = tmp_path / "sweeps" / "x"
+    directory.mkdir(parents=True)
+    lease = Lease(directory / "lease.json", "sweep 'x'")
+    yield Study(directory / "study.journal", "x", lease)
+    lease.release()
+
+
+def copied_to(bucket: Bucket, study: Study) -> bool:
+    r"""Tells whether the copy of a journal is as the journal is."""
+
+    return bucket.read("sweeps/x/study.journal") == study.journal.file.read_bytes()
+
+
+def until(what: Callable[[], bool], seconds: float = 300.0) -> None:
+    deadline = time.monotonic() + seconds
+
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_journal_follows_changes_at_once_and_reports_later(
+    bucket: Bucket, study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sda_ray.storage.bucket.LAG", 3600.0)
+
+    # The lease of the sweep is ours: `copied` would find it at work
+    owner = Owner(bucket, "sweeps/x/owner.json", "sweep 'x'")
+    copier = Copier(bucket, tmp_path, "x", owner)
+    copier.follow(study)
+    until(lambda: copied_to(bucket, study))
+    study.enqueue({"learning_rate": 1e-3})
+    until(lambda: copied_to(bucket, study))
+    study.study.add_trial(optuna.trial.create_trial(state=TrialState.RUNNING))
+    until(lambda: copied_to(bucket, study))
+    study.storage.set_trial_intermediate_value(0, 1, 0.5)
+
+    assert not copied_to(bucket, study)  # an hour later
+
+    copier.finish(60.0)
+
+    assert copied_to(bucket, study)
+
+
+def test_bucket_that_is_away_holds_nobody_up(
+    bucket: Bucket,
+    server: str,
+    study: Study,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from moto.server import ThreadedMotoServer
+
+    monkey = pytest.MonkeyPatch()
+    other = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    other.start()
+    host, port = other.get_host_and_port()
+    monkey.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    monkey.setattr("sda_ray.storage.bucket.PAUSES", (0.1, 0.5))
+    far = Bucket(URL)  # the same objects, by a way that can be cut
+    monkey.undo()
+    copier = Copier(far, tmp_path, "x", Owner(far, "sweeps/x/owner.json", "sweep 'x'"))
+    copier.follow(study)
+    until(lambda: copied_to(bucket, study))
+
+    other.stop()
+    start = time.monotonic()
+    study.enqueue({"learning_rate": 1e-3})
+
+    assert time.monotonic() - start < 15
+    until(lambda: "nothing is copied to" in caplog.text)
+    assert not copied_to(bucket, study)
+
+    again = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
+    again.start()
+    until(lambda: copied_to(bucket, study))
+    until(lambda: "is copied to again, after" in caplog.text)
+    copier.finish(60.0)
+    again.stop()
+
+    assert caplog.text.count("nothing is copied to") == 1
+    assert f"All of it is in {URL}" in capsys.readouterr().out
+
+
+def test_driver_that_was_taken_over_is_told_and_copies_no_more(
+    bucket: Bucket, study: Study, tmp_path: Path
+) -> None:
+    owner = Owner(bucket, "sweeps/x/owner.json", "sweep 'x'")
+    copier = Copier(bucket, tmp_path, "x", owner)
+    copier.follow(study)
+    until(lambda: copied_to(bucket, study))
+    copier.check()
+    elsewhere(owner)
+    owner._over.set()
+    second = Owner(bucket, "sweeps/x/owner.json", "sweep 'x'", patience=0.5)
+    owner._confirmed -= 3600
+    before = bucket.read("sweeps/x/study.journal")
+    study.enqueue({"learning_rate": 1e-3})
+    until(lambda: owner.taken is not None)
+
+    with pytest.raises(UserError, match="was taken over by process"):
+        copier.check()
+
+    copier.finish(60.0)
+
+    assert bucket.read("sweeps/x/study.journal") == before
+    assert second.taken is None
+    second.release()
+
+
+# Sweeps
+
+SCRIPT = """
+from sda_ray import CONFIG, Sweep, loguniform, main
+
+CONFIG = CONFIG | {settings} | {{"epochs": 9}}
+SPACE = {{"learning_rate": loguniform(1e-4, 1e-2)}}
+sweep = Sweep("cloud", CONFIG, SPACE, trials=6, min_epochs=3, eta=3)
+
+if __name__ == "__main__":
+    main(sweep)
+"""
+
+
+def wait_for(what: Any, process: Any, seconds: float = 400.0) -> bool:
+    r"""Waits for something; not if Ray does not start within 30 s, as on a busy machine."""
+
+    deadline = time.monotonic() + seconds
+
+    while not what():
+        if process.poll() is not None:
+            said = process.communicate()
+            assert "Ray could not be started" in said[1], said
+            return False
+
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+    return True
+
+
+def records(journal: bytes) -> list[dict[str, Any]]:
+    r"""Returns the runs that a journal creates."""
+
+    lines = [json.loads(line) for line in journal.splitlines()]
+
+    return [line["user_attrs"] for line in lines if line.get("op_code") == 4]
+
+
+def test_sweep_outlives_its_machine(
+    bucket: Bucket,
+    account: dict[str, str],
+    cli: Cli,
+    start: Start,
+    small: dict[str, Any],
+    tmp_path: Path,
+) -> None:
+    from conftest import SMALL
+
+    (tmp_path / "cloud.py").write_text(SCRIPT.format(settings=SMALL))
+    command = ("sweep", "cloud.py", f"--runs={URL}", "--parallel=2")
+
+    def under_way() -> bool:
+        data = bucket.read("sweeps/cloud/study.journal") or b""
+        return len(records(data)) >= 3 and data.count(b'"op_code":7') >= 3
+
+    for _ in range(4):
+        first = start(*command, **account)
+
+        if wait_for(under_way, first):
+            break
+
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    before = records(bucket.read("sweeps/cloud/study.journal") or b"")
+    new = {"SDA_RAY_ROOT": str(tmp_path / "new")}  # a machine with an empty disk
+
+    for _ in range(4):
+        done = cli(*command, timeout=600, **account, **new)
+
+        if "Ray could not be started" not in done.stderr:  # within 30 s, on a busy machine
+            break
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"All of it is in {URL}" in done.stdout
+    keys, journal = bucket.sizes(), bucket.read("sweeps/cloud/study.journal") or b""
+    made = {record["run"]: record["run_id"] for record in records(journal)}
+    assert made | {r["run"]: r["run_id"] for r in before} == made  # none lost
+    assert sorted(made) == [1, 2, 3, 4, 5, 6]  # and none twice
+    directories = {key.partition("/")[0] for key in keys if key.endswith("/run.json")}
+    assert {name.rpartition("_")[2] for name in directories} == set(made.values())
+    statuses = []
+
+    for name in directories:
+        record = json.loads(bucket.read(f"{name}/run.json") or b"")
+        lines = (bucket.read(f"{name}/metrics.jsonl") or b"").splitlines()
+        epochs = [json.loads(line)["epoch"] for line in lines]
+        statuses.append(record["status"])
+        assert epochs == [*range(1, len(epochs) + 1)]
+        assert (f"{name}/state.pth" in keys) == (record["status"] == "finished")
+
+    assert {"finished", "paused"} == {*statuses}
+
+    recorded = json.loads(bucket.read("sweeps/cloud/sweep.json") or b"")["code"][:16]
+    assert f"sweeps/cloud/code/{recorded}/sda_ray/nn/unet.py" in keys
+
+    third = {"SDA_RAY_ROOT": str(tmp_path / "third")}
+    listed = cli("runs", f"--runs={URL}", "--json", **account, **third)
+    assert {run["id"] for run in json.loads(listed.stdout)} == set(made.values())
+
+
+def test_command_that_cannot_do_with_a_bucket_says_so(
+    bucket: Bucket, account: dict[str, str], cli: Cli
+) -> None:
+    done = cli("train", f"--runs={URL}", **account)
+
+    assert done.returncode == 2
+    assert "`sda-ray train` works on a directory, not on s3://" in done.stderr

@@ -1,0 +1,173 @@
+r"""Tests for the sda_ray.sweep.definition and sda_ray.sweep.settings modules: what a sweep may be."""
+
+import json
+from typing import Any
+
+import pytest
+
+from sda_ray.core.config import CONFIG
+from sda_ray.core.errors import UserError
+from sda_ray.core.space import choice, integer, loguniform
+from sda_ray.search.promotion import FINAL
+from sda_ray.sweep.definition import SETTINGS, Sweep
+
+SPACE = {"learning_rate": loguniform(1e-4, 1e-2)}
+SEVERAL = ("loss_valid", "parameters")
+
+
+def sweep_of(space: Any = SPACE, **settings: Any) -> Sweep:
+    return Sweep("name", CONFIG | {"epochs": 54}, space, **settings)
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"sampler": "annealing"}, "sampler is 'annealing', but must be one of tpe, random, gp, grid"),
+    (
+        {"sampler": "cmaes"},
+        "CMA-ES is left out: Optuna's keeps its state in the study as a pickle",
+    ),
+    ({"sampler": "gp"}, "sampler is 'gp', which learns from complete trials alone, and pruner is"),
+    ({"sampler": "gp", "pruner": "median"}, "Take pruner='none', or sampler='tpe'."),
+    ({"sampler": "nsga2"}, "sampler is 'nsga2', which is for several objectives."),
+    ({"pruner": "asha"}, "pruner is 'asha', but must be one of promotion, median, percentile"),
+    ({"pruner": "median", "objectives": SEVERAL}, "trials with several objectives can only be"),
+    (
+        {"pruner": "promotion", "objectives": SEVERAL},
+        "Leave the pruner out, or take pruner='none'",
+    ),
+    ({"objectives": ("parameters",)}, "must be a tuple that begins with 'loss_valid'"),
+    ({"objectives": "loss_valid"}, "must be a tuple that begins with 'loss_valid'"),
+    ({"objectives": ()}, "must be a tuple that begins with 'loss_valid'"),
+    ({"objectives": ("loss_valid", "beauty")}, "objectives has 'beauty', but may have loss_valid"),
+    ({"objectives": ("loss_valid", "seconds", "seconds")}, "objectives has 'seconds' twice"),
+    ({"percentile": 10}, "percentile is 10, but only pruner='percentile' takes it."),
+    ({"percentile": 100, "pruner": "percentile"}, "must be a number between 0 and 100"),
+    ({"percentile": "25", "pruner": "percentile"}, "must be a number between 0 and 100"),
+    ({"patience": 4}, "patience is 4, but only pruner='patience' takes it."),
+    ({"patience": 0, "pruner": "patience"}, "patience is 0, but must be an integer from 1."),
+    ({"min_epochs": 55, "pruner": "hyperband"}, "min_epochs is 55, but must be at most epochs"),
+    ({"space": {"epochs": integer(8, 16)}}, "SPACE has 'epochs', but pruned trials are compared"),
+    ({"space": {"epochs": integer(8, 16)}, "pruner": "median"}, "or take pruner='none'"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), BAD)
+def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        sweep_of(**settings).check()
+
+    assert message in str(error.value)
+
+
+def test_defaults_hang_on_the_number_of_objectives() -> None:
+    one, several = sweep_of().check(), sweep_of(objectives=SEVERAL).check()
+
+    assert (one.sampler, one.pruner, one.min_epochs) == ("tpe", "promotion", 2)
+    assert (several.sampler, several.pruner, several.min_epochs) == ("nsga2", "none", None)
+    assert sweep_of(objectives=SEVERAL, sampler="tpe").check().sampler == "tpe"
+    assert sweep_of({"epochs": integer(8, 16)}, pruner="none").check().rules.rungs == (54,)
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random", "gp", "grid"])
+def test_every_sampler_goes_without_pruning(sampler: str) -> None:
+    sweep = sweep_of({"activation": choice("ELU", "SiLU")}, sampler=sampler, pruner="none").check()
+
+    assert sweep.stops() is None
+    assert sweep.propose([])[0]["activation"] in ("ELU", "SiLU")
+
+
+@pytest.mark.parametrize("pruner", FINAL)
+def test_pruners_by_name_have_rungs_and_verdicts(pruner: str) -> None:
+    sweep = sweep_of(pruner=pruner).check()
+    steady = (*range(2, 54, 2), 54)
+
+    assert sweep.rules.pruner == pruner
+    assert sweep.rules.rungs == ((2, 6, 18, 54) if pruner == "hyperband" else steady)
+    assert sweep.stops() is not None
+    assert sweep_of().check().stops() is None
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"objectives": SEVERAL},
+        {"pruner": "percentile", "percentile": 40.0},
+        {"pruner": "patience", "patience": 3},
+    ],
+)
+def test_a_recorded_definition_makes_the_same_sweep(settings: dict[str, Any]) -> None:
+    sweep = sweep_of(**settings).check()
+    recorded = json.loads(json.dumps(sweep.definition()))
+    again = sweep_of(**{key: recorded[key] for key in SETTINGS})
+
+    assert again.check() == sweep
+    assert again.definition() == recorded
+
+
+def by_branch(trial: Any) -> dict[str, Any]:
+    smooth = trial.suggest_categorical("smooth", [True, False])
+    channels = [(8, 16, 8), (8, 32, 8)] if smooth else [(4, 8, 8), (8, 16, 8)]
+
+    return {"hidden_channels": trial.suggest_categorical("hidden_channels", channels)}
+
+
+def by_kind(trial: Any) -> dict[str, Any]:
+    if trial.suggest_categorical("smooth", [True, False]):
+        return {"learning_rate": trial.suggest_float("x", 1e-4, 1e-3, log=True)}
+
+    return {
+        "learning_rate": {"low": 1e-4, "high": 1e-2}[
+            trial.suggest_categorical("x", ["low", "high"])
+        ]
+    }
+
+
+def by_bounds(trial: Any) -> dict[str, Any]:
+    high = 1e-2 if trial.suggest_categorical("smooth", [True, False]) else 1e-3
+
+    return {"learning_rate": trial.suggest_float("x", 1e-4, high, log=True)}
+
+
+@pytest.mark.parametrize(
+    ("space", "name", "options"),
+    [
+        (by_branch, "hidden_channels", ["(8, 16, 8), (8, 32, 8)", "(4, 8, 8), (8, 16, 8)"]),
+        (by_kind, "x", ["0.0001 to 0.001 (log)", "low, high"]),
+    ],
+)
+def test_names_of_several_kinds_are_refused_where_tpe_would_fail(
+    space: Any, name: str, options: list[str]
+) -> None:
+    with pytest.raises(UserError, match=r"names need not be keys of CONFIG\.$") as error:
+        sweep_of(space).check()
+
+    assert f"SPACE suggests '{name}' from " in str(error.value)
+    assert all(f"from {option}" in str(error.value) for option in options)
+    assert f"as '{name}_a' and '{name}_b'" in str(error.value)
+
+    for sampler in ("random", "grid") if space is by_branch else ("random",):
+        assert sweep_of(space, sampler=sampler).check().space is space
+
+    assert sweep_of(by_bounds).check().space is by_bounds
+
+
+def test_schedules_that_vary_are_warned_about_where_trials_are_compared_early() -> None:
+    space = {"scheduler": choice("linear", "cosine"), "warmup": integer(0, 8)}
+
+    def function(trial: Any) -> dict[str, Any]:
+        return {"warmup": trial.suggest_int("warmup", 0, 8)}
+
+    assert [w[:20] for w in sweep_of(space).warnings()] == [
+        "SPACE has 'scheduler",
+        "SPACE has 'warmup', ",
+    ]
+    assert [w[:18] for w in sweep_of(function).warnings()] == ["SPACE has 'warmup'"]
+    assert sweep_of(space, pruner="none").warnings() == []
+    assert sweep_of(space, pruner="patience").warnings() == []  # a trial is compared with itself
+    assert sweep_of().warnings() == []
+
+
+def test_with_several_objectives_it_is_said_that_nothing_is_pruned() -> None:
+    (said,) = sweep_of(objectives=SEVERAL).warnings()
+
+    assert "nothing is pruned" in said

@@ -1,0 +1,226 @@
+r"""Tests for sda_ray.sweep.enqueue and sda_ray.sweep.fitting: known configurations that a sweep shall try."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sda_ray.core.config import CONFIG, Config, save_config
+from sda_ray.core.domain import choice, integer, loguniform, uniform
+from sda_ray.core.errors import UserError
+from sda_ray.search.sampler import propose
+from sda_ray.sweep.definition import Sweep
+from sda_ray.sweep.enqueue import parse_item
+from sda_ray.sweep.fitting import fit
+
+GROUP = "hidden_channels,hidden_blocks"
+SPACE: dict[str, Any] = {
+    "learning_rate": loguniform(1e-4, 1e-2),
+    "activation": choice("SiLU", "ReLU"),
+    "embedding": integer(8, 16, step=4),
+    GROUP: choice(((8, 16), (1, 1)), ((8, 16), (1, 2)), ((8, 32), (1, 2))),
+    "betas": choice((0.9, 0.999), (0.9, 0.99)),
+}
+
+
+@pytest.fixture
+def sweep(small: Config) -> Sweep:
+    return Sweep("x", small, SPACE, min_epochs=1).check()
+
+
+@pytest.fixture
+def run(small: Config, tmp_path: Path) -> Config:
+    r"""The config of a run `apt-boar-1_aaaaaaaa`."""
+
+    directory = tmp_path / "apt-boar-1_aaaaaaaa"
+    directory.mkdir()
+    config = small | {"learning_rate": 5e-3, "embedding": 12, "activation": "ReLU"}
+    save_config(config, directory / "config.json")
+
+    return config
+
+
+def by_function(trial: Any) -> dict[str, Any]:
+    values = {"learning_rate": trial.suggest_float("learning_rate", 1e-4, 1e-2, log=True)}
+    values["hidden_channels"] = trial.suggest_categorical("hidden_channels", [(8, 16), (8, 32)])
+
+    if trial.suggest_categorical("averaged", [True, False]):
+        values["ema"] = 1 - 2.0 ** -trial.suggest_int("half", 2, 8)
+    else:
+        values["dropout"] = trial.suggest_float("dropout", 0.0, 0.5)
+
+    return values
+
+
+@pytest.fixture
+def conditional(sweep: Sweep) -> Sweep:
+    return replace(sweep, space=by_function)
+
+
+def faults(text: str, sweep: Sweep, runs: Path = Path("nowhere")) -> list[str]:
+    with pytest.raises(UserError) as error:
+        parse_item(text, sweep, runs)
+
+    return str(error.value).split("\n")
+
+
+def test_values_may_have_commas(sweep: Sweep) -> None:
+    text = "learning_rate=3e-4, betas=0.9,0.99,hidden_channels=8,16,hidden_blocks=1,2,embedding=12"
+    params = parse_item(text, sweep, Path())
+
+    assert params == {
+        "learning_rate": 3e-4,
+        "embedding": 12,
+        GROUP: "8,16;1,2",
+        "betas": "0.9,0.99",
+    }
+
+
+@pytest.mark.parametrize("text", ["learning_rate=2e-3", "betas=(0.9, 0.99),activation=ReLU"])
+def test_what_is_not_given_is_drawn(sweep: Sweep, text: str) -> None:
+    params = parse_item(text, sweep, Path())
+    drawn = propose(sweep.draw, [], sampler="random", fixed=params)
+
+    assert drawn is not None
+    values, trial = drawn
+    assert {name: trial.params[name] for name in params} == params
+    assert trial.params.keys() == SPACE.keys()
+    assert values.keys() >= {"learning_rate", "betas", "hidden_blocks"}
+
+
+def test_one_key_of_a_group_is_enough_if_it_tells_the_option(sweep: Sweep) -> None:
+    assert parse_item("hidden_channels=8,32", sweep, Path()) == {GROUP: "8,32;1,2"}
+    assert "several options. Give hidden_blocks" in faults("hidden_channels=8,16", sweep)[0]
+    assert "not in SPACE" in faults("hidden_channels=8,32,hidden_blocks=1,1", sweep)[0]
+
+
+def test_all_faults_are_told_at_once(sweep: Sweep) -> None:
+    text = "learning_rate=1,embedding=10,batch_size=4,activatoin=ReLU,betas=0.9,activation=Swish"
+    found = faults(text, sweep)
+
+    for said in (
+        "learning_rate=1.0 is not in SPACE, which has 0.0001 to 0.01 (log).",
+        "embedding=10 is not in SPACE, which has 8 to 16 in steps of 4.",
+        "batch_size is not in SPACE, which has learning_rate, activation, embedding, hidden_chan",
+        "SPACE has no key 'activatoin', but",
+        "Did you mean 'activation'?",
+        "betas is (0.9,), but must be 2 numbers",
+        "activation is 'Swish', but must be",
+    ):
+        assert sum(said in line for line in found) == 1, said
+
+    assert len(found) == 6
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("=3", "SPACE has no key ''"),
+        ("3,learning_rate=1e-3", "'3' is not of the form key=value"),
+        ("embedding=8,embedding=12", "embedding is given twice"),
+        ("learning_rate=nan", "must be a number"),
+    ],
+)
+def test_malformed_items_are_refused(sweep: Sweep, text: str, said: str) -> None:
+    assert said in "\n".join(faults(text, sweep))
+
+
+@pytest.mark.parametrize("name", ["apt-boar-1_aaaaaaaa", "apt-boar-1", "aaaaaaaa", "aaaa", "PATH"])
+def test_run_gives_all_keys_of_space(sweep: Sweep, run: Config, tmp_path: Path, name: str) -> None:
+    text = name.replace("PATH", str(tmp_path / "apt-boar-1_aaaaaaaa"))
+    params = parse_item(text, sweep, tmp_path, notice=pytest.fail)
+    drawn = propose(sweep.draw, [], fixed=params)
+
+    assert drawn is not None
+    assert sweep.config | drawn[0] == run
+
+
+def test_what_is_not_taken_of_a_run_is_said(sweep: Sweep, run: Config, tmp_path: Path) -> None:
+    said: list[str] = []
+    other = replace(sweep, config=sweep.config | {"epochs": 9, "seed": 7}).check()
+    parse_item("aaaaaaaa", other, tmp_path, said.append)
+
+    assert len(said) == 1
+    assert "epochs=3 where the sweep has 9; seed=0 where the sweep has 7" in said[0]
+
+
+def test_run_out_of_space_is_refused(sweep: Sweep, run: Config, tmp_path: Path) -> None:
+    space = SPACE | {"learning_rate": uniform(0.01, 0.1), "embedding": integer(8, 16, step=8)}
+    found = faults("aaaaaaaa", replace(sweep, space=space).check(), tmp_path)
+
+    assert [line.split(" is not")[0].split(": ")[1] for line in found] == [
+        "learning_rate=0.005",
+        "embedding=12",
+    ]
+
+
+def test_unknown_run_is_refused(sweep: Sweep, tmp_path: Path) -> None:
+    assert "there is no run 'zzz'" in faults("zzz", sweep, tmp_path)[0]
+
+
+def test_upstream_run_is_taken(tmp_path: Path) -> None:
+    runs = Path(__file__).parents[1] / "reference" / "runs"
+    config = CONFIG | {"window": 3, "hidden_channels": (8, 16), "hidden_blocks": (1, 2)}
+    space = {"learning_rate": loguniform(1e-5, 1e-2), "embedding": choice(8, 16)}
+    params = parse_item("crimson-cloud-4", Sweep("x", config, space).check(), runs)
+
+    assert params == {"learning_rate": 2e-4, "embedding": 8}
+
+
+# A SPACE that is a function
+
+
+@pytest.mark.parametrize(
+    ("text", "params"),
+    [
+        ("learning_rate=1e-3", {"learning_rate": 1e-3}),
+        ("half=3", {"half": 3}),
+        ("dropout=0.25,averaged=False", {"dropout": 0.25, "averaged": False}),
+        ("hidden_channels=8,32,half=4", {"hidden_channels": "(8, 32)", "half": 4}),
+    ],
+)
+def test_parameters_of_a_function_are_those_that_it_suggests(
+    conditional: Sweep, text: str, params: dict[str, Any]
+) -> None:
+    found = parse_item(text, conditional, Path())
+
+    assert found == params
+    assert [type(found[name]) for name in params] == [type(x) for x in params.values()]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("halv=3", "SPACE has no key 'halv', but"),
+        ("half=1", "half=1 is not in SPACE, which has 2 to 8"),
+        ("half=2.5", "half=2.5 is not in SPACE"),
+        ("hidden_channels=8", "hidden_channels=8 is not in SPACE"),
+        ("half=3,dropout=0.1", "SPACE never suggests half and dropout at once"),
+        ("epochs=9", "epochs is not in SPACE"),
+    ],
+)
+def test_what_a_function_never_suggests_is_refused(
+    conditional: Sweep, text: str, said: str
+) -> None:
+    assert said in faults(text, conditional)[0]
+
+
+def test_run_is_drawn_again_from_a_function(conditional: Sweep, small: Config) -> None:
+    config = small | {"learning_rate": 5e-3, "dropout": 0.25}
+    known = {"averaged": False}
+
+    assert "suggests 'averaged'" in fit(conditional, config).faults[0]
+    found = fit(conditional, config, known)
+    assert not found.faults
+    assert found.params == {
+        "learning_rate": 5e-3,
+        "hidden_channels": "(8, 16)",
+        "averaged": False,
+        "dropout": 0.25,
+    }
+    assert conditional.config | found.values == config
+    assert found.distributions.keys() == found.params.keys()
+
+    wrong = fit(conditional, small | {"ema": 0.9}, {"averaged": True, "half": 3})
+    assert wrong.faults == ["ema=0.9 is not what SPACE makes of it, 0.875"]

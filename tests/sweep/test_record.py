@@ -1,0 +1,256 @@
+r"""Tests for sda_ray.sweep.record: the record of a sweep, and what may change in it."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sda_ray.core.config import Config
+from sda_ray.core.domain import choice, integer, loguniform, uniform
+from sda_ray.core.errors import UserError
+from sda_ray.sweep.definition import Sweep, load_script
+from sda_ray.sweep.record import compare, read_sweep, space_of, sweep_directory, write_sweep
+
+SPACE: dict[str, Any] = {
+    "learning_rate": loguniform(1e-4, 1e-3),
+    "activation": choice("SiLU", "ReLU"),
+    "embedding": integer(8, 16, step=4),
+    "hidden_channels,hidden_blocks": choice(((8, 16), (1, 1)), ((8, 32), (1, 2))),
+}
+
+
+@pytest.fixture
+def sweep(small: Config) -> Sweep:
+    return Sweep("x", small, SPACE, min_epochs=1)
+
+
+def record(sweep: Sweep, fingerprint: str = "a" * 64, **options: Any) -> dict[str, Any]:
+    return {
+        "name": sweep.name,
+        "trials": sweep.trials,
+        "definition": sweep.check().definition(),
+        "fingerprint": fingerprint,
+        "options": options,
+    }
+
+
+def vary(sweep: Sweep, **space: Any) -> Sweep:
+    r"""Returns a sweep with other domains; None takes a key out."""
+
+    return replace(sweep, space={k: x for k, x in (SPACE | space).items() if x is not None})
+
+
+def test_the_same_definition_has_no_changes(sweep: Sweep) -> None:
+    changes = compare(record(sweep), record(replace(sweep, trials=99), data="elsewhere"))
+
+    assert changes.widened == changes.refused == ()
+    changes.check("x")
+
+
+@pytest.mark.parametrize(
+    ("key", "domain", "said"),
+    [
+        ("learning_rate", loguniform(1e-5, 1e-2), "from 0.0001…0.001 (log) to 1e-05…0.01 (log)"),
+        ("learning_rate", loguniform(1e-4, 1e-2), "to 0.0001…0.01 (log)"),
+        (
+            "activation",
+            choice("ELU", "ReLU", "SiLU"),
+            '["SiLU", "ReLU"] to ["ELU", "ReLU", "SiLU"]',
+        ),
+        ("embedding", integer(4, 24, step=4), "from 8…16 (steps of 4) to 4…24 (steps of 4)"),
+    ],
+)
+def test_wider_spaces_are_carried_on(sweep: Sweep, key: str, domain: Any, said: str) -> None:
+    changes = compare(record(sweep), record(vary(sweep, **{key: domain})))
+
+    assert changes.refused == ()
+    assert len(changes.widened) == 1
+    assert f"SPACE['{key}'] widened" in changes.widened[0]
+    assert said in changes.widened[0]
+    changes.check("x")
+
+
+def test_groups_of_keys_are_widened_by_options(sweep: Sweep) -> None:
+    name = "hidden_channels,hidden_blocks"
+    more = choice(*SPACE[name].options, ((16, 16), (1, 1)))
+
+    assert len(compare(record(sweep), record(vary(sweep, **{name: more}))).widened) == 1
+    assert compare(record(vary(sweep, **{name: more})), record(sweep)).refused
+
+
+@pytest.mark.parametrize(
+    ("key", "domain"),
+    [
+        ("learning_rate", loguniform(2e-4, 1e-3)),
+        ("learning_rate", loguniform(2e-4, 2e-3)),
+        ("learning_rate", uniform(1e-4, 1e-3)),
+        ("learning_rate", choice(1e-4, 1e-3)),
+        ("activation", choice("SiLU", "ELU")),
+        ("embedding", integer(6, 18, step=4)),
+        ("embedding", integer(8, 16, step=2)),
+        ("embedding", None),
+        ("weight_decay", loguniform(1e-4, 1e-3)),
+    ],
+)
+def test_spaces_that_do_not_contain_the_old_one_are_refused(
+    sweep: Sweep, key: str, domain: Any
+) -> None:
+    changes = compare(record(sweep), record(vary(sweep, **{key: domain})))
+
+    assert changes.widened == ()
+    assert any(f"SPACE['{key}']" in line for line in changes.refused)
+
+    with pytest.raises(UserError, match="exists and differs"):
+        changes.check("x")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"seed": 1}, "seed was 0 and is 1"),
+        ({"pruner": "none", "min_epochs": None}, 'pruner was "promotion" and is "none"'),
+        ({"eta": 2}, "eta was 3 and is 2"),
+        ({"sampler": "random"}, 'sampler was "tpe" and is "random"'),
+    ],
+)
+def test_changed_settings_are_refused(sweep: Sweep, change: dict[str, Any], said: str) -> None:
+    assert said in compare(record(sweep), record(replace(sweep, **change))).refused
+
+
+def test_changed_config_and_data_are_refused_all_at_once(sweep: Sweep) -> None:
+    other = replace(sweep, config=sweep.config | {"window": 5, "batch_size": 4})
+    changes = compare(record(sweep), record(other, "b" * 64))
+
+    assert changes.refused == (
+        "CONFIG['window'] was 3 and is 5",
+        "CONFIG['batch_size'] was 8 and is 4",
+        "the data was that of fingerprint aaaaaaaaaaaa… and is that of fingerprint bbbbbbbbbbbb…",
+    )
+
+    with pytest.raises(UserError) as error:
+        changes.check("x", Path("sweeps/x.py"))
+
+    assert "sda-ray sweep x  " in str(error.value)
+    assert "sda-ray sweep sweeps/x.py --name NEW" in str(error.value)
+    assert "sda-ray sweep sweeps/x.py --fork" in str(error.value)
+    assert all(line in str(error.value) for line in changes.refused)
+
+
+def test_changed_objectives_are_refused(sweep: Sweep) -> None:
+    before, now = record(sweep), record(sweep)
+    now["definition"]["objectives"] = ["loss_valid", "parameters"]
+
+    (line,) = compare(before, now).refused
+    assert line.startswith('objectives was ["loss_valid"] and is ["loss_valid", "parameters"]')
+
+
+def test_config_of_a_key_that_varies_plays_no_role(sweep: Sweep) -> None:
+    other = replace(sweep, config=sweep.config | {"learning_rate": 7e-4})
+
+    assert compare(record(sweep), record(other)).refused == ()
+
+
+def one(trial: Any) -> dict[str, Any]:
+    return {"learning_rate": trial.suggest_float("learning_rate", 1e-4, 1e-3)}
+
+
+def two(trial: Any) -> dict[str, Any]:
+    return {"learning_rate": trial.suggest_float("learning_rate", 1e-5, 1e-2)}
+
+
+def test_function_is_the_same_as_long_as_its_source_is(sweep: Sweep) -> None:
+    first, second = (replace(sweep, space=space) for space in (one, two))
+
+    assert compare(record(first), record(first)).refused == ()
+    assert "whose source has changed" in compare(record(first), record(second)).refused[0]
+    assert compare(record(first), record(sweep)).refused == ("SPACE was a function and is a dict",)
+    assert compare(record(sweep), record(first)).refused == ("SPACE was a dict and is a function",)
+
+
+FUNCTION = """
+from sda_ray import CONFIG, Sweep
+
+TOP, SIZES, BATCH = 1e-2, (8, 16), 32
+
+def space(trial):
+    low = trial.suggest_float("low", 1e-4, 1e-3, log=True)
+    size = trial.suggest_categorical("size", SIZES)
+    rate = trial.suggest_float("rate", low, TOP)
+    return {"learning_rate": rate, "embedding": size, "batch_size": BATCH}
+
+sweep = Sweep("x", CONFIG, space)
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("1e-2, (", "1e-1, ("), ("(8, 16)", "(8, 32)"), ("), 32", "), 64"), ("", "")]
+)
+def test_what_a_function_refers_to_is_part_of_it(tmp_path: Path, old: str, new: str) -> None:
+    changed, both = FUNCTION.replace(old, new), []
+
+    for name, text in {"before.py": FUNCTION, "now.py": changed}.items():
+        (tmp_path / name).write_text(text)
+        both.append(record(load_script(tmp_path / name)))
+
+    before, now = both
+    said = "SPACE is a function that draws otherwise: what it refers to has changed"
+    assert compare(before, now).refused == ((said,) if changed != FUNCTION else ())
+
+    del before["definition"]["space"]["draws"]  # as of a sweep that was started before
+    assert compare(before, now).refused == ()
+    assert space_of(before["definition"]) is space_of(now["definition"]) is None
+
+
+def test_records_of_older_versions_have_the_defaults_of_what_they_lack(
+    sweep: Sweep, tmp_path: Path
+) -> None:
+    old = record(sweep)
+
+    for key in ("ema", "precision"):
+        del old["definition"]["config"][key]
+
+    for key in ("objectives", "percentile", "patience"):
+        old["definition"].pop(key, None)
+
+    assert compare(old, record(sweep)).refused == ()
+    changed = replace(sweep, config=sweep.config | {"ema": 0.99})
+    assert compare(old, record(changed)).refused == ("CONFIG['ema'] was 0.0 and is 0.99",)
+
+    directory = sweep_directory(tmp_path, "x")
+    directory.mkdir(parents=True)
+    write_sweep(directory, old, None)
+    assert read_sweep(tmp_path, "x")["definition"]["objectives"] == ["loss_valid"]
+
+
+def test_script_follows_a_widening_alone(sweep: Sweep, tmp_path: Path) -> None:
+    directory, script = sweep_directory(tmp_path, "x"), tmp_path / "x.py"
+    directory.mkdir(parents=True)
+    copy = directory / "script.py"
+
+    for text, now, kept in [
+        ("first", sweep, "first"),
+        ("a comment", replace(sweep, trials=3), "first"),
+        ("wider", vary(sweep, learning_rate=loguniform(1e-5, 1e-2)), "wider"),
+    ]:
+        script.write_text(text)
+        write_sweep(directory, record(now), script)
+        assert copy.read_text() == kept
+
+    write_sweep(directory, record(sweep), copy)  # carried on by its name
+    assert copy.read_text() == "wider"
+    definition = json.loads((directory / "sweep.json").read_text())["definition"]
+    assert definition == record(sweep)["definition"]
+
+
+@pytest.mark.parametrize("name", ["nothing", "../x", "."])
+def test_unknown_sweep_is_an_error_that_names_the_known_ones(
+    sweep: Sweep, tmp_path: Path, name: str
+) -> None:
+    directory = sweep_directory(tmp_path, "x")
+    directory.mkdir(parents=True)
+    write_sweep(directory, record(sweep), None)
+
+    with pytest.raises(UserError, match="which has x"):
+        read_sweep(tmp_path, name)
