@@ -20,7 +20,8 @@ import torch
 from measured import Result, limit
 
 from sda_ray import CONFIG
-from sda_ray.runs.checkpoint import RunPath, save_checkpoint
+from sda_ray.runs.checkpoint import save_checkpoint
+from sda_ray.runs.path import RunPath
 from sda_ray.runs.run import CHECKPOINT_COST, CHECKPOINT_SECONDS
 from sda_ray.training.loop import TrainState
 

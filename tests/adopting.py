@@ -10,7 +10,7 @@ from sda_ray.core.config import CONFIG, Config
 from sda_ray.core.domain import choice, loguniform
 from sda_ray.core.lease import Lease
 from sda_ray.data.dataset import fingerprint
-from sda_ray.runs.checkpoint import RunPath
+from sda_ray.runs.path import RunPath, sweep_directory
 from sda_ray.runs.run import Run
 from sda_ray.runs.tracking import Wandb
 from sda_ray.runs.train import train
@@ -19,7 +19,6 @@ from sda_ray.search.study import Study
 from sda_ray.sweep.coverage import Refusal, collect
 from sda_ray.sweep.definition import Sweep
 from sda_ray.sweep.priors import Prior
-from sda_ray.sweep.record import sweep_directory
 
 __all__ = [
     "OFF",

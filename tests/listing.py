@@ -15,8 +15,8 @@ import pytest
 
 from sda_ray.cli.runs import add_runs_parser, runs_command, with_action
 from sda_ray.core.config import CONFIG
-from sda_ray.runs.checkpoint import RunPath
 from sda_ray.runs.inventory import Entry, read_entry
+from sda_ray.runs.path import RunPath
 from sda_ray.runs.run import Run
 from sda_ray.runs.tracking import Wandb
 from sda_ray.runs.train import train

@@ -15,7 +15,7 @@ from PIL import Image
 
 from sda_ray.core.config import CONFIG, save_config
 from sda_ray.core.files import append_line, write_json
-from sda_ray.runs.checkpoint import RunPath
+from sda_ray.runs.path import RunPath
 
 __all__ = ["EPOCHS", "ID", "NAME", "STEPS", "WANDB", "attempted", "make_run", "run"]
 

@@ -15,7 +15,7 @@ from simulated import Crash, Sweeping, Training, diverges, loss
 
 from sda_ray.core.holder import holder
 from sda_ray.core.lease import Lease
-from sda_ray.runs.checkpoint import RunPath
+from sda_ray.runs.path import RunPath
 from sda_ray.search.promotion import Record, Rules, decide
 from sda_ray.search.reconcile import look, reconcile
 from sda_ray.search.study import Study

@@ -16,7 +16,7 @@ import torch
 
 from sda_ray.cli.main import main
 from sda_ray.core.lease import Lease
-from sda_ray.runs.checkpoint import RunPath
+from sda_ray.runs.path import RunPath
 from sda_ray.search.promotion import Record
 from sda_ray.search.study import Study
 

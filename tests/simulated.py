@@ -14,7 +14,7 @@ from typing import Any
 
 from sda_ray.core.holder import place
 from sda_ray.core.lease import Lease
-from sda_ray.runs.checkpoint import RunPath
+from sda_ray.runs.path import RunPath
 from sda_ray.search.promotion import Record, Rules, Stops
 from sda_ray.search.reconcile import catch_up
 from sda_ray.search.sampler import propose

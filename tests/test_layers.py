@@ -39,8 +39,6 @@ UPWARD = {
     "runs.provenance": {"sweep"},
     "runs.sync": {"sweep"},
     "runs.tracking": {"cluster"},
-    "storage.bucket": {"sweep"},
-    "storage.fetching": {"sweep"},
     "storage.link": {"cluster"},
     "sweep.driving": {"cli"},
     "sweep.launch": {"cli"},

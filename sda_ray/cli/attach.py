@@ -7,10 +7,10 @@ from typing import Any
 
 from ..core.errors import UserError
 from ..core.holder import holder
-from ..runs.checkpoint import RunPath
+from ..runs.path import RunPath, sweep_directory
 from ..search.sampler import importances
 from ..search.study import Study
-from ..sweep.record import read_sweep, sweep_directory
+from ..sweep.record import read_sweep
 from ..sweep.steering import watch
 from .table import LiveTable, conclude, leaderboard
 

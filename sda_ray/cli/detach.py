@@ -15,10 +15,10 @@ from typing import Any
 from ..cluster.slots import Slots
 from ..core.errors import UserError
 from ..core.holder import holder
+from ..runs.path import sweep_directory
 from ..sweep.definition import Sweep
 from ..sweep.driving import Options
 from ..sweep.entry import recorded
-from ..sweep.record import sweep_directory
 from ..sweep.start import check_start, confirm
 
 __all__ = ["detach"]

@@ -249,7 +249,7 @@ def _set_threads(threads: int) -> None:
 def _config(args: argparse.Namespace) -> Config:
     r"""Returns the settings of a training: key=value, before --config or --init, before CONFIG."""
 
-    from ..runs.checkpoint import RunPath
+    from ..runs.path import RunPath
 
     base = dict(CONFIG)
 

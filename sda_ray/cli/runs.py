@@ -15,8 +15,8 @@ from ..core.errors import UserError
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-    from ..runs.checkpoint import RunPath
     from ..runs.inventory import Entry
+    from ..runs.path import RunPath
 
 __all__ = ["add_runs_parser", "runs_command", "with_action"]
 
@@ -168,8 +168,8 @@ def _list(args: argparse.Namespace) -> None:
 
 
 def _find(args: argparse.Namespace, run: str) -> "Entry":
-    from ..runs.checkpoint import RunPath
     from ..runs.inventory import read_entry
+    from ..runs.path import RunPath
 
     directory = Path(run)  # a damaged run has no config.json to know its path by
     known = directory.is_dir() and directory.absolute().parent == args.runs

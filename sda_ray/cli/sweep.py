@@ -145,7 +145,7 @@ def _again(args: argparse.Namespace) -> argparse.Namespace:
     """
 
     from ..cluster.head import is_again
-    from ..sweep.record import sweep_directory
+    from ..runs.path import sweep_directory
 
     if args.job is None:
         return args
@@ -162,7 +162,7 @@ def _again(args: argparse.Namespace) -> argparse.Namespace:
 def _taken_up(args: argparse.Namespace) -> bool:
     r"""Asks a running sweep for what needs no checks here, and tells whether that was all."""
 
-    from ..sweep.record import sweep_directory
+    from ..runs.path import sweep_directory
     from ..sweep.steering import Absent, ask_for
 
     if args.sweep.endswith(".py") or args.enqueue or args.warm_start:

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..core.config import format_value
-from ..runs.checkpoint import RunPath
+from ..runs.path import RunPath
 from ..search.promotion import Record, Rules, counted, order
 from .render import size as show_size
 

@@ -16,8 +16,8 @@ from ..core.lease import LeaseLost
 from ..core.presence import Vanished
 from ..data.dataset import check_data
 from ..nn.score import load_network
-from ..runs.checkpoint import RunPath
 from ..runs.extend import check_extension, describe_extension
+from ..runs.path import RunPath
 from ..runs.record import read_record
 from ..runs.run import CHECKPOINT_SECONDS, Run
 from ..runs.tracking import Wandb
@@ -206,7 +206,8 @@ def start_replicas(config: Config, count: int, options: Any) -> None:
     """
 
     from ..core.space import choice
-    from ..sweep.launch import Sweep, launch, sweep_directory
+    from ..runs.path import sweep_directory
+    from ..sweep.launch import Sweep, launch
 
     if count < 1:
         raise UserError(f"--replicas is {count}, but must be at least 1.")

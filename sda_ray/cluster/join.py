@@ -16,7 +16,8 @@ from typing import Any
 
 from ..core.errors import UserError
 from ..core.limits import LEAST, deadline
-from ..sweep.record import read_sweep, sweep_directory
+from ..runs.path import sweep_directory
+from ..sweep.record import read_sweep
 from .head import find_token, read_head
 from .ray_node import DRAIN, END, Member, member, own_cpus, own_gpus, own_ip
 

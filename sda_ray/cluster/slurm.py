@@ -14,7 +14,7 @@ from ..cli.chosen import chosen_sweep
 from ..cli.sweep import launch_options
 from ..core.errors import UserError
 from ..core.files import write_atomic
-from ..sweep.record import sweep_directory
+from ..runs.path import sweep_directory
 from ..sweep.start import check_start
 from .slots import Slots
 

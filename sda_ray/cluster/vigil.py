@@ -14,7 +14,7 @@ from typing import Any
 
 from ..core.holder import holder, is_alive, is_here, pulse
 from ..core.lease import HEARTBEAT
-from ..runs.checkpoint import RunPath
+from ..runs.path import RunPath
 from ..search.promotion import Record
 from ..training.watchdog import OTHER, STACKS, TAKEN
 

@@ -1,4 +1,4 @@
-r"""Run directories and the checkpoints in them.
+r"""Checkpoints: the state that a run is resumed from, and its weights.
 
 A checkpoint is a flat dict of tensors plus one JSON text, with a SHA-256 digest over all of it. It
 is read with `weights_only=True`: no code in a file is ever executed.
@@ -6,17 +6,13 @@ is read with `weights_only=True`: no code in a file is ever executed.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import io
 import json
 import logging
 import os
-import random
-import string
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,104 +21,20 @@ from ..core.config import MAX_WEIGHTS, count_weights, load_config
 from ..core.errors import UserError
 from ..core.files import open_atomic, read_regular, sync_directory, write_atomic
 from ..nn.weights import check_archive, total_size
+from .path import RunPath
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
-    "RunPath",
     "keep_checkpoint",
     "load_checkpoint",
-    "new_id",
-    "new_name",
     "read_checkpoint",
     "save_checkpoint",
     "save_state",
 ]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class RunPath:
-    r"""Creates the path of a run, `runs/{name}_{id}`, and names every file in it."""
-
-    directory: Path
-
-    @property
-    def name(self) -> str:
-        return self.directory.name.rpartition("_")[0]
-
-    @property
-    def id(self) -> str:
-        return self.directory.name.rpartition("_")[2]
-
-    config = property(lambda self: self.directory / "config.json")
-    state = property(lambda self: self.directory / "state.pth")
-    checkpoint = property(lambda self: self.directory / "checkpoint.pth")
-    previous = property(lambda self: self.directory / "checkpoint.prev.pth")
-    decay = property(lambda self: self.directory / "checkpoint.decay.pth")
-    metrics = property(lambda self: self.directory / "metrics.jsonl")
-    record = property(lambda self: self.directory / "run.json")
-    samples = property(lambda self: self.directory / "samples.png")
-    error = property(lambda self: self.directory / "error.txt")
-    lease = property(lambda self: self.directory / "lease.json")
-
-    @staticmethod
-    def all(runs: Path) -> Iterator[RunPath]:
-        r"""Yields the run directories in `runs`, in the order of their names."""
-
-        for directory in sorted(runs.glob("*_" + "[a-z0-9]" * 8)):
-            if directory.is_dir():
-                yield RunPath(directory)
-
-    @classmethod
-    def of_id(cls, runs: Path, id: str) -> RunPath | None:
-        r"""Returns the run directory of an id, or None if there is none."""
-
-        return next((path for path in cls.all(runs) if path.id == id), None)
-
-    @classmethod
-    def find(cls, runs: Path, run: str) -> RunPath:
-        r"""Finds a run by its path, name, id or an unambiguous beginning of one.
-
-        Raises:
-            UserError: If there is no such run, or more than one.
-        """
-
-        if (Path(run) / "config.json").is_file():
-            return cls(Path(run).resolve())
-
-        every = list(cls.all(runs))
-        exact = [path for path in every if run in (path.directory.name, path.name, path.id)]
-        found = exact or [p for p in every if p.name.startswith(run) or p.id.startswith(run)]
-
-        if len(found) == 1:
-            return found[0]
-
-        if found:
-            names = ", ".join(path.directory.name for path in found[:5])
-            raise UserError(f"'{run}' could be any of {len(found)} runs: {names}. Give its id.")
-
-        raise UserError(f"there is no run '{run}' in {runs}, which holds {len(every)} runs.")
-
-
-def new_id() -> str:
-    r"""Returns a random run id: 8 characters of a-z and 0-9."""
-
-    return "".join(random.SystemRandom().choices(string.ascii_lowercase + string.digits, k=8))
-
-
-def new_name(id: str, number: int) -> str:
-    r"""Returns the name `{adjective}-{noun}-{number}` that goes with an id."""
-
-    from coolname import RandomGenerator
-    from coolname.data import config
-
-    own: Any = copy.deepcopy(config)  # the generator changes it
-    words = RandomGenerator(own, random.Random(id)).generate(2)
-
-    return f"{words[0]}-{words[1]}-{number}"
 
 
 def _digest(tensors: dict[str, Tensor], info: str) -> str:

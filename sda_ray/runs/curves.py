@@ -14,7 +14,7 @@ from rich.text import Text
 
 from ..core.errors import UserError
 from ..core.files import MAX_JSON, read_lines
-from .checkpoint import RunPath
+from .path import RunPath
 
 __all__ = ["best", "chart", "check_regular", "last_metrics", "pace", "read_metrics"]
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from ..core.config import CONFIG, Config
 from ..core.errors import UserError
-from .checkpoint import RunPath
 from .curves import best, pace, read_metrics
 from .inventory import Entry, measured
+from .path import RunPath
 
 __all__ = ["as_json", "attempts", "compare", "differences", "in_full", "origin", "row"]
 

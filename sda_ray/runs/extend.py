@@ -14,8 +14,9 @@ from torch import Tensor
 from ..core.config import Config, load_config, steady_epochs
 from ..core.errors import UserError
 from ..training.loop import Metrics, TrainState
-from .checkpoint import RunPath, keep_checkpoint, read_checkpoint
+from .checkpoint import keep_checkpoint, read_checkpoint
 from .metrics import read_history
+from .path import RunPath
 from .provenance import differences, provenance
 from .record import read_record
 from .run import Run

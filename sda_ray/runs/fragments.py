@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import UserError
-from .checkpoint import RunPath
+from .path import RunPath
 from .tracking import own_environment
 
 __all__ = ["Fragment", "await_end", "read_fragments", "sync_fragments"]

@@ -18,8 +18,8 @@ from ..core.config import Config, load_config
 from ..core.errors import UserError
 from ..core.files import read_json
 from ..core.holder import STALE, holder, verdict
-from .checkpoint import RunPath
 from .curves import check_regular, last_metrics
+from .path import RunPath
 
 __all__ = [
     "SORTS",

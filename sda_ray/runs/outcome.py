@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from ..core.config import load_config
 from ..core.errors import UserError
-from .checkpoint import RunPath
 from .metrics import read_history
+from .path import RunPath
 from .record import read_record
 
 __all__ = ["finals"]

@@ -15,9 +15,9 @@ from pathlib import Path
 from ..core.errors import UserError
 from ..core.files import write_json
 from ..core.holder import holder
-from .checkpoint import RunPath
 from .curves import check_regular
 from .inventory import Entry, is_held, read_entry
+from .path import RunPath
 
 __all__ = ["give_back", "prune", "refusal", "resumable"]
 

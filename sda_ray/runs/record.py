@@ -11,7 +11,7 @@ from ..core.config import Config
 from ..core.errors import UserError
 from ..core.files import read_json, write_json
 from ..core.keys import show
-from .checkpoint import RunPath
+from .path import RunPath
 from .provenance import differences
 
 __all__ = ["Record", "logged_config", "read_record"]

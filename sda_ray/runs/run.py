@@ -15,16 +15,10 @@ from ..core.lease import Lease, LeaseLost
 from ..core.presence import check_present, held, is_present
 from ..training.loop import Metrics, TrainState
 from ..training.samples import draw_samples
-from .checkpoint import (
-    RunPath,
-    load_checkpoint,
-    new_id,
-    new_name,
-    save_checkpoint,
-    save_state,
-)
+from .checkpoint import load_checkpoint, save_checkpoint, save_state
 from .fragments import await_end
 from .metrics import History
+from .path import RunPath, new_id, new_name
 from .provenance import provenance, save_diff
 from .record import Record, logged_config, read_record
 from .tracking import Tracker, Wandb, safe_name

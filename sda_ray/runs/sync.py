@@ -87,8 +87,8 @@ def sync_command(args: argparse.Namespace, _: Any = None) -> None:
 
 
 def _named(runs: Path, names: list[str]) -> "list[Entry]":
-    from .checkpoint import RunPath
     from .inventory import read_entry
+    from .path import RunPath
 
     found = {path: read_entry(path) for path in (RunPath.find(runs, name) for name in names)}
     return [entry for entry in found.values() if entry is not None and _is_free(entry)]

@@ -21,8 +21,8 @@ from ..nn.precision import make_deterministic, warn_slow
 from ..nn.score import load_network
 from ..training.loop import Diverged, Metrics, TrainState, epochs, validate
 from ..training.validation import Validation
-from .checkpoint import RunPath
 from .extend import carry_over, keep_start
+from .path import RunPath
 from .run import Run
 
 __all__ = ["Interrupted", "OutOfMemory", "Stop", "default_device", "train"]

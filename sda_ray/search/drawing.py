@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..runs.checkpoint import new_id
+from ..runs.path import new_id
 from .promotion import Record, Rules, counted
 from .study import Study
 

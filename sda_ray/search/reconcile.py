@@ -18,9 +18,9 @@ from ..core.errors import UserError
 from ..core.files import write_json
 from ..core.holder import holder
 from ..core.lease import Lease, LeaseLost
-from ..runs.checkpoint import RunPath
 from ..runs.metrics import read_history
 from ..runs.outcome import finals
+from ..runs.path import RunPath
 from ..runs.record import read_record
 from .promotion import Action, Record, Rules, Stops, decide
 from .study import Study

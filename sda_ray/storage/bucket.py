@@ -17,9 +17,8 @@ from typing import Any
 from ..core.errors import UserError
 from ..core.files import read_json, write_json
 from ..core.holder import STALE, is_alive
-from ..runs.checkpoint import RunPath
+from ..runs.path import COPIED, RunPath, sweep_directory
 from ..search.study import Study
-from ..sweep.record import sweep_directory
 from .fetching import MARK, fetch_sweep
 from .folder import RUN, Folder, files_of
 from .owner import Owner
@@ -34,7 +33,7 @@ SLOW = 60.0  # seconds between two times that W&B's files of a running run are c
 PAUSES = (1.0, 30.0)  # seconds between two tries, first and in the end
 PATIENCE = 600.0  # seconds that the end of a sweep waits for a bucket that does not answer
 REPORT = 7  # what Optuna's journal calls the value of an epoch
-QUICK = ("config.json", "metrics.jsonl")
+QUICK = COPIED[:2]
 SWEEP = ("script.py", "code", "sweep.json", "study.journal")
 
 

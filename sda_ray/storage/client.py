@@ -10,7 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..runs.checkpoint import RunPath, read_checkpoint
+from ..runs.checkpoint import read_checkpoint
+from ..runs.path import RunPath
 from ..training.watchdog import STACKS
 from .link import PATIENCE, Link
 from .replica import Mirror

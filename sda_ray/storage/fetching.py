@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..core.errors import UserError
 from ..core.files import read_json, write_atomic
-from ..sweep.record import sweep_directory
+from ..runs.path import RECORDS, sweep_directory
 from .folder import NOTHING, SUMS, Folder
 from .store import Bucket
 
@@ -17,7 +17,6 @@ __all__ = ["MARK", "compare_journals", "fetch_records", "fetch_sweep"]
 logger = logging.getLogger(__name__)
 
 MARK = "copy.json"  # beside a journal: the number of the driver that copied it last from here
-SMALL = ("config.json", "metrics.jsonl", "error.txt", "run.json")
 AT_ONCE = 16  # directories
 ID = re.compile(rb'"run_id": ?"([a-z0-9]{8})"')
 
@@ -29,7 +28,7 @@ def fetch_records(bucket: Bucket, runs: Path) -> None:
     folders = {key.rpartition("/")[0] for key in keys if key.endswith(f"/{SUMS}")}
     sweeps = sorted(key for key in folders if key.startswith("sweeps/"))
     _fetch(bucket, runs, sweeps, ("sweep.json", "script.py"))
-    _fetch(bucket, runs, sorted(key for key in folders if f"{key}/run.json" in keys), SMALL)
+    _fetch(bucket, runs, sorted(key for key in folders if f"{key}/run.json" in keys), RECORDS)
 
 
 def fetch_sweep(bucket: Bucket, runs: Path, name: str) -> None:
@@ -65,7 +64,7 @@ def fetch_sweep(bucket: Bucket, runs: Path, name: str) -> None:
         ids = {match.decode() for match in ID.findall(copy)}
         keys = [key for key in _folders(bucket) if key.rpartition("_")[2] in ids]
         _clear(bucket, keys)
-        _fetch(bucket, runs, keys, SMALL, replace=True)
+        _fetch(bucket, runs, keys, RECORDS, replace=True)
         _fetch_checkpoints(bucket, runs, keys)
         write_atomic(file, copy)  # the last: an interrupted fetch is begun anew
 

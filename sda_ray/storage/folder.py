@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..core.errors import UserError
+from ..runs.path import COPIED
 from .store import PIECE, Bucket, Damaged, Refused, Unreachable
 
 __all__ = ["NOTHING", "RUN", "SUMS", "Folder", "files_of"]
@@ -24,12 +25,7 @@ logger = logging.getLogger(__name__)
 
 SUMS = "sums.json"
 
-# The files of a run as they go up. What a file refers to is there before it, so that a run can be
-# gone on with from any part of this: `run.json`, which says that a run is finished, comes last.
-RUN = (
-    *("config.json", "metrics.jsonl", "error.txt", "checkpoint.decay.pth", "checkpoint.pth"),
-    *("state.pth", "samples.png", "wandb", "run.json"),
-)
+RUN = COPIED
 LINES = (".jsonl", ".journal")  # files that grow: as much as is whole of them
 ON_ITS_WAY = 8  # checksums that are kept of a file whose uploads fail
 NOTHING = ""  # the checksum of a file that is not there yet

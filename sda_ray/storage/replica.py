@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 
 from ..core.lease import LeaseLost
 from ..core.presence import Vanished
+from ..runs.path import LOCAL
 from ..runs.run import CHECKPOINT_SECONDS
 from ..training.watchdog import STACKS
 from .link import Cut, Link
@@ -31,7 +32,7 @@ SMALL = 2**16  # bytes that do not queue with large files
 
 METRICS = "metrics.jsonl"  # what is handed over first, and last:
 LAST = ("samples.png", "state.pth", "checkpoint.pth", "checkpoint.decay.pth", "run.json")
-HERE = ("lease.json", "lease.lock", "checkpoint.prev.pth", "checkpoint.damaged.pth", STACKS)
+HERE = (*LOCAL, STACKS)
 
 
 class Mirror:

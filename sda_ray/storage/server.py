@@ -16,6 +16,7 @@ from typing import Any
 
 from ..core.files import sync_directory
 from ..core.presence import held
+from ..runs.path import RESUMED
 from ..training.watchdog import STACKS, TAKEN
 from .attempts import Attempts, Unknown
 from .pieces import append_to, digest, keep_previous, place_of, take_piece
@@ -26,7 +27,6 @@ LOOK = 0.2  # seconds for which a look for the wish to stop serves all
 
 APPENDED = (".jsonl", ".wandb", ".log")  # files that only grow
 DATA = ("train.h5", "valid.h5")
-FETCHED = ("config.json", "run.json", "metrics.jsonl", "checkpoint.pth", "checkpoint.prev.pth")
 GROUPS = {"pulse": 4, "files": 6}  # threads: signs of life never wait for files
 
 
@@ -62,7 +62,7 @@ class Depot:
         """
 
         directory = self.attempts.begin(run_id, attempt).directory
-        sizes = {x: (directory / x).stat().st_size for x in FETCHED if (directory / x).is_file()}
+        sizes = {x: (directory / x).stat().st_size for x in RESUMED if (directory / x).is_file()}
         named = "" if directory.name.startswith(".") else directory.name
 
         return {"named": named, "sizes": sizes if named else {}}
@@ -91,7 +91,7 @@ class Depot:
     def read(self, run_id: str, attempt: int, name: str, offset: int, size: int) -> Any:
         r"""Returns a piece of a file of a run, and its SHA-256."""
 
-        if name not in FETCHED:
+        if name not in RESUMED:
             raise ValueError(f"{name!r} is no file that a trial needs")
 
         with self.attempts.at(run_id, attempt) as at:

@@ -23,9 +23,9 @@ from ..core.errors import UserError
 from ..data.dataset import TrajectoryDataset, fingerprint
 from ..nn.diffusion import VPSDE
 from ..nn.score import load_network, make_score
-from ..runs.checkpoint import RunPath
 from ..runs.curves import read_metrics
 from ..runs.inventory import Entry, read_entry
+from ..runs.path import RunPath
 from ..runs.train import default_device
 from ..training.validation import DRAWS, Validation
 from .definition import Sweep

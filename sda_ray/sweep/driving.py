@@ -16,12 +16,13 @@ from ..cluster.trial import imports
 from ..core.errors import UserError
 from ..core.limits import deadline
 from ..data.dataset import DataInfo
+from ..runs.path import sweep_directory
 from ..runs.tracking import Wandb
 from ..search.promotion import decide
 from ..search.study import Study
 from .definition import Sweep
 from .driver import TIME, Driver
-from .record import read_sweep, sweep_directory, write_sweep
+from .record import read_sweep, write_sweep
 from .requests import attended
 from .retention import Keeper
 

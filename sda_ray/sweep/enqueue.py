@@ -20,7 +20,7 @@ from ..core.config import (
 from ..core.domain import Choice, Range, decode, encode, split
 from ..core.errors import UserError
 from ..core.keys import KEYS, check_value, show
-from ..runs.checkpoint import RunPath
+from ..runs.path import RunPath
 from ..search.seen import Asking
 from .definition import Sweep
 from .fitting import Answers, fit, has, try_draw, words

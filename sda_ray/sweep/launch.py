@@ -17,6 +17,7 @@ from ..core.errors import UserError
 from ..core.files import remove_leftovers
 from ..core.lease import Lease
 from ..data.dataset import DataInfo
+from ..runs.path import sweep_directory
 from ..search.drawing import surplus
 from ..search.reconcile import catch_up
 from ..search.sampler import importances
@@ -27,7 +28,7 @@ from .driving import Options, carry_out
 from .enqueue import parse_item
 from .prior_runs import warm_start
 from .priors import bring_all
-from .record import compare, read_sweep, space_of, sweep_directory, write_sweep
+from .record import compare, read_sweep, space_of, write_sweep
 from .start import check_start, confirm
 from .steering import Absent, ask_for, live
 
@@ -39,7 +40,6 @@ __all__ = [
     "launch",
     "load_record",
     "record_of",
-    "sweep_directory",
 ]
 
 

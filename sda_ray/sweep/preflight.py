@@ -19,10 +19,11 @@ from ..core.errors import UserError
 from ..core.holder import is_alive
 from ..core.keys import KEYS
 from ..data.dataset import DataInfo, check_data, check_file
+from ..runs.path import sweep_directory
 from ..runs.tracking import Wandb
 from .definition import Sweep
 from .places import check_machine, check_runs, check_wandb
-from .record import compare, read_sweep, sweep_directory
+from .record import compare, read_sweep
 
 __all__ = ["Findings", "find_faults"]
 

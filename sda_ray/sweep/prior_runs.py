@@ -18,11 +18,11 @@ from ..core.errors import UserError
 from ..core.files import cut_torn_line, remove_leftovers
 from ..core.lease import Lease
 from ..data.dataset import check_data, fingerprint
-from ..runs.checkpoint import RunPath
 from ..runs.inventory import entries
+from ..runs.path import RunPath, sweep_directory
 from .definition import Sweep
 from .priors import Prior, bring_all, place
-from .record import compare, read_sweep, sweep_directory, write_sweep
+from .record import compare, read_sweep, write_sweep
 from .steering import Absent, ask_for, live
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from ..core.config import Config, save_config
 from ..core.errors import UserError
 from ..core.files import sync_directory, write_atomic, write_json
 from ..core.keys import show
-from ..runs.checkpoint import RunPath, new_name
+from ..runs.path import RunPath, new_name
 from ..search.promotion import Record
 from ..search.study import Study
 from .fitting import Fit

@@ -16,6 +16,7 @@ from ..core.config import CONFIG
 from ..core.domain import Space, space_from_json, space_to_json, split
 from ..core.errors import UserError
 from ..core.files import read_json, write_atomic, write_json
+from ..runs.path import sweep_directory
 
 __all__ = [
     "Changes",
@@ -23,16 +24,11 @@ __all__ = [
     "definition_of",
     "read_sweep",
     "space_of",
-    "sweep_directory",
     "write_sweep",
 ]
 
 # What settings are in records of sweeps that were made before there were such settings
 LATER: dict[str, Any] = {"objectives": ["loss_valid"], "percentile": 25.0, "patience": None}
-
-
-def sweep_directory(runs: Path, name: str) -> Path:
-    return runs / "sweeps" / name
 
 
 def definition_of(

@@ -19,7 +19,7 @@ from ..core.errors import UserError
 from ..core.files import write_json
 from ..core.holder import holder
 from ..core.lease import Lease, LeaseLost
-from ..runs.checkpoint import RunPath
+from ..runs.path import RunPath
 from ..runs.record import read_record
 from ..search.drawing import surplus
 from ..search.promotion import Record, counted

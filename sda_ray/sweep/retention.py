@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..cli.render import size as show_size
 from ..core.errors import UserError
-from ..runs.checkpoint import RunPath
+from ..runs.path import RunPath
 from ..runs.prune import give_back, resumable
 from ..runs.record import read_record
 from ..search.promotion import Record, order

@@ -19,10 +19,10 @@ from ..core.errors import UserError
 from ..core.files import read_json, write_json
 from ..data.dataset import DataInfo
 from ..plan.forecast import forecast
+from ..runs.path import sweep_directory
 from ..runs.tracking import Wandb
 from .definition import Sweep
 from .preflight import find_faults
-from .record import sweep_directory
 
 if TYPE_CHECKING:
     from ..plan.plan import Plan

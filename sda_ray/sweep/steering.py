@@ -7,8 +7,9 @@ from typing import Any
 
 from ..core.errors import UserError
 from ..core.holder import STALE, holder, is_alive, is_here, pulse
+from ..runs.path import sweep_directory
 from .mailbox import mailbox_of, post, take, wait
-from .record import read_sweep, sweep_directory
+from .record import read_sweep
 
 __all__ = ["Absent", "ask", "ask_for", "live", "stop_sweep", "watch"]
 

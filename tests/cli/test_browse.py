@@ -19,9 +19,9 @@ from listing import SMALL, a, entry_of, lease_of, made, rewrite, runs, sda
 from sda_ray.core.config import CONFIG
 from sda_ray.core.errors import UserError
 from sda_ray.core.lease import Lease
-from sda_ray.runs.checkpoint import RunPath
 from sda_ray.runs.curves import read_metrics
 from sda_ray.runs.details import compare
+from sda_ray.runs.path import RunPath
 from sda_ray.runs.prune import prune, refusal, resumable
 
 __all__ = ["a", "made", "runs", "sda"]  # fixtures

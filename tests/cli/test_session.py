@@ -12,7 +12,7 @@ import pytest
 from conftest import Cli, Start
 
 from sda_ray.core.config import Config
-from sda_ray.runs.checkpoint import RunPath
+from sda_ray.runs.path import RunPath
 from sda_ray.runs.run import Run
 from sda_ray.runs.tracking import Wandb
 from sda_ray.runs.train import train

@@ -20,7 +20,8 @@ from sda_ray.cluster.head import announced, find_token, is_again, read_head
 from sda_ray.cluster.join import _await_head, join
 from sda_ray.core.errors import UserError
 from sda_ray.core.lease import Lease
-from sda_ray.sweep.record import sweep_directory, write_sweep
+from sda_ray.runs.path import sweep_directory
+from sda_ray.sweep.record import write_sweep
 
 SWEEP = """
 from sda_ray import CONFIG, Sweep, loguniform, main

@@ -14,7 +14,7 @@ import pytest
 from sda_ray.cluster.vigil import AWAY, BEATS, Vigil, end
 from sda_ray.core.holder import holder
 from sda_ray.core.lease import HEARTBEAT, Lease
-from sda_ray.runs.checkpoint import RunPath
+from sda_ray.runs.path import RunPath
 from sda_ray.search.promotion import Record
 
 HOLD = """

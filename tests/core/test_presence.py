@@ -8,7 +8,7 @@ from conftest import Start
 
 from sda_ray.core.config import Config
 from sda_ray.core.presence import Vanished, check_present, is_present
-from sda_ray.runs.checkpoint import RunPath
+from sda_ray.runs.path import RunPath
 from sda_ray.runs.run import Run
 from sda_ray.runs.tracking import Wandb
 from sda_ray.runs.train import train

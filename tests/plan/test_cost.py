@@ -14,7 +14,8 @@ from sda_ray.nn.precision import lowered
 from sda_ray.plan.cost import Meter, measure, shape_of
 from sda_ray.plan.forecast import forecast
 from sda_ray.plan.probe import Sample, fit, speed_of, take_steps
-from sda_ray.runs.checkpoint import RunPath, save_checkpoint, save_state
+from sda_ray.runs.checkpoint import save_checkpoint, save_state
+from sda_ray.runs.path import RunPath
 from sda_ray.search.promotion import Rules
 from sda_ray.training.loop import TrainState
 from sda_ray.training.validation import Validation

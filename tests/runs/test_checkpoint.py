@@ -12,14 +12,8 @@ import torch
 from torch import Tensor
 
 from sda_ray.core.errors import UserError
-from sda_ray.runs.checkpoint import (
-    RunPath,
-    load_checkpoint,
-    new_id,
-    new_name,
-    save_checkpoint,
-    save_state,
-)
+from sda_ray.runs.checkpoint import load_checkpoint, save_checkpoint, save_state
+from sda_ray.runs.path import RunPath, new_id, new_name
 
 
 @pytest.fixture
@@ -242,7 +236,8 @@ FULL = """
 import resource, signal, sys
 from pathlib import Path
 import torch
-from sda_ray.runs.checkpoint import RunPath, save_checkpoint, save_state
+from sda_ray.runs.checkpoint import save_checkpoint, save_state
+from sda_ray.runs.path import RunPath
 path = RunPath(Path(sys.argv[1]))
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (10000, 10000))

@@ -11,7 +11,8 @@ import torch
 
 from sda_ray.core.config import SCHEDULERS, Config
 from sda_ray.data.dataset import TrajectoryDataset
-from sda_ray.runs.checkpoint import RunPath, load_checkpoint, save_checkpoint
+from sda_ray.runs.checkpoint import load_checkpoint, save_checkpoint
+from sda_ray.runs.path import RunPath
 from sda_ray.runs.run import Run
 from sda_ray.runs.tracking import Wandb
 from sda_ray.runs.train import Interrupted, Stop, train

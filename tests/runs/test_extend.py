@@ -13,8 +13,9 @@ import torch
 from sda_ray.cli.train import extend_run, resume_run
 from sda_ray.core.config import Config, load_config
 from sda_ray.core.errors import UserError
-from sda_ray.runs.checkpoint import RunPath, read_checkpoint
+from sda_ray.runs.checkpoint import read_checkpoint
 from sda_ray.runs.extend import check_extension, find_start
+from sda_ray.runs.path import RunPath
 from sda_ray.runs.record import read_record
 from sda_ray.runs.run import Run
 from sda_ray.runs.tracking import Wandb

@@ -10,8 +10,8 @@ from offline import NAME, STEPS, attempted, run
 
 from sda_ray.core.config import Config
 from sda_ray.core.errors import UserError
-from sda_ray.runs.checkpoint import RunPath
 from sda_ray.runs.fragments import await_end, read_fragments
+from sda_ray.runs.path import RunPath
 from sda_ray.runs.run import Run
 from sda_ray.runs.tracking import Wandb
 from sda_ray.runs.train import train

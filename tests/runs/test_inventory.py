@@ -16,10 +16,10 @@ from listing import SMALL, a, entry_of, lease_of, made, rewrite, runs, sda
 from sda_ray.core.errors import UserError
 from sda_ray.core.keys import KEYS
 from sda_ray.core.lease import Lease
-from sda_ray.runs.checkpoint import RunPath
 from sda_ray.runs.curves import TAIL, last_metrics, read_metrics
 from sda_ray.runs.details import in_full
 from sda_ray.runs.inventory import Entry, entries, select
+from sda_ray.runs.path import RunPath
 
 __all__ = ["a", "made", "runs", "sda"]  # fixtures
 

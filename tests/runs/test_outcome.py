@@ -8,8 +8,8 @@ import pytest
 from sda_ray.core.config import Config, save_config
 from sda_ray.core.errors import UserError
 from sda_ray.nn.score import make_score
-from sda_ray.runs.checkpoint import RunPath
 from sda_ray.runs.outcome import finals
+from sda_ray.runs.path import RunPath
 
 
 @pytest.fixture

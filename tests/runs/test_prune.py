@@ -11,9 +11,10 @@ from kept import Keeping, identity, made, path_of, runs
 from simulated import Sweeping, outcomes
 
 from sda_ray.core.config import Config
-from sda_ray.runs.checkpoint import RunPath, load_checkpoint
+from sda_ray.runs.checkpoint import load_checkpoint
 from sda_ray.runs.fragments import read_fragments
 from sda_ray.runs.metrics import read_history
+from sda_ray.runs.path import RunPath
 from sda_ray.runs.prune import give_back, resumable
 from sda_ray.runs.run import Run
 from sda_ray.runs.tracking import Wandb

@@ -24,9 +24,9 @@ from sda_ray.core.config import CONFIG
 from sda_ray.core.errors import UserError
 from sda_ray.core.files import write_json
 from sda_ray.core.lease import Lease
-from sda_ray.runs.checkpoint import RunPath
 from sda_ray.runs.fragments import read_fragments
 from sda_ray.runs.inventory import read_entry
+from sda_ray.runs.path import RunPath
 from sda_ray.runs.sync import sync_command, target_of
 
 __all__ = ["attempted", "run"]  # fixtures

@@ -11,7 +11,7 @@ from conftest import Cli, Start
 from wandb_server import WandbServer
 
 from sda_ray.core.errors import UserError
-from sda_ray.runs.checkpoint import RunPath
+from sda_ray.runs.path import RunPath
 from sda_ray.runs.record import logged_config
 from sda_ray.runs.tracking import Wandb
 from sda_ray.sweep.places import check_wandb, wandb_server

@@ -15,7 +15,7 @@ from ordeal import Ordeal
 from simulated import Crash, loss, outcomes
 
 from sda_ray.core.lease import Lease
-from sda_ray.runs.checkpoint import RunPath
+from sda_ray.runs.path import RunPath
 from sda_ray.search.promotion import Record, Rules, decide
 from sda_ray.search.reconcile import Found, Step, look, reconcile, settle
 from sda_ray.search.study import Study

@@ -46,7 +46,8 @@ with connect(cpus=1):
     import ray, torch
     from sda_ray import mirror
     from sda_ray.storage.client import Away
-    from sda_ray.runs.checkpoint import RunPath, save_checkpoint
+    from sda_ray.runs.checkpoint import save_checkpoint
+    from sda_ray.runs.path import RunPath
     from sda_ray.core.files import append_line, write_atomic
     from sda_ray.storage.link import opened, sees
     from sda_ray.storage.replica import Mirror

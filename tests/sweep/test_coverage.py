@@ -21,15 +21,14 @@ from sda_ray.core.lease import Lease
 from sda_ray.data.dataset import TrajectoryDataset
 from sda_ray.nn.diffusion import VPSDE
 from sda_ray.nn.score import load_score
-from sda_ray.runs.checkpoint import RunPath
 from sda_ray.runs.metrics import read_history
+from sda_ray.runs.path import RunPath, sweep_directory
 from sda_ray.runs.record import read_record
 from sda_ray.search.promotion import decide
 from sda_ray.search.sampler import view
 from sda_ray.search.study import Study
 from sda_ray.sweep.definition import Sweep
 from sda_ray.sweep.prior_runs import adopt
-from sda_ray.sweep.record import sweep_directory
 from sda_ray.training.validation import DRAWS, Validation
 
 __all__ = ["elsewhere", "runs", "sweep"]  # fixtures

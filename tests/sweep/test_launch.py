@@ -11,7 +11,7 @@ from sda_ray.cli.main import main
 from sda_ray.core.config import load_config
 from sda_ray.core.errors import UserError
 from sda_ray.core.holder import holder
-from sda_ray.runs.checkpoint import RunPath
+from sda_ray.runs.path import RunPath
 from sda_ray.search.promotion import Record
 from sda_ray.sweep.definition import load_script
 from sda_ray.sweep.launch import Options, launch

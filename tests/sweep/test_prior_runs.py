@@ -14,16 +14,16 @@ from sda_ray.core.config import load_config
 from sda_ray.core.domain import loguniform
 from sda_ray.core.errors import UserError
 from sda_ray.core.lease import Lease
-from sda_ray.runs.checkpoint import RunPath
 from sda_ray.runs.inventory import read_entry
 from sda_ray.runs.metrics import read_history
+from sda_ray.runs.path import RunPath, sweep_directory
 from sda_ray.runs.record import read_record
 from sda_ray.search.sampler import propose
 from sda_ray.search.study import Study
 from sda_ray.sweep.definition import Sweep
 from sda_ray.sweep.driver import Driver
 from sda_ray.sweep.prior_runs import adopt
-from sda_ray.sweep.record import read_sweep, sweep_directory
+from sda_ray.sweep.record import read_sweep
 from sda_ray.sweep.requests import Desk
 
 __all__ = ["elsewhere", "runs", "sweep"]  # fixtures
@@ -131,7 +131,7 @@ elsewhere, data, root = map(Path, sys.argv[2:])
 import optuna, torch
 from adopting import SMALL_SWEEP, record_of, records
 from sda_ray.sweep.prior_runs import adopt
-from sda_ray.runs.checkpoint import RunPath
+from sda_ray.runs.path import RunPath
 from sda_ray.runs.inventory import read_entry
 
 os.fsync = lambda handle: None  # only a power cut would miss it

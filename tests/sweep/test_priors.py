@@ -14,6 +14,7 @@ from sda_ray.core.domain import choice, loguniform
 from sda_ray.core.errors import UserError
 from sda_ray.core.lease import Lease
 from sda_ray.data.dataset import check_data, fingerprint
+from sda_ray.runs.path import sweep_directory
 from sda_ray.runs.run import Run
 from sda_ray.runs.train import train
 from sda_ray.search.promotion import Record
@@ -23,7 +24,7 @@ from sda_ray.search.study import Study
 from sda_ray.sweep.definition import Sweep
 from sda_ray.sweep.prior_runs import adopt, fork, warm_start
 from sda_ray.sweep.priors import bring_in
-from sda_ray.sweep.record import Changes, compare, read_sweep, sweep_directory, write_sweep
+from sda_ray.sweep.record import Changes, compare, read_sweep, write_sweep
 
 __all__ = ["elsewhere", "runs", "sweep"]  # fixtures
 

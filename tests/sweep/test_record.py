@@ -10,8 +10,9 @@ import pytest
 from sda_ray.core.config import Config
 from sda_ray.core.domain import choice, integer, loguniform, uniform
 from sda_ray.core.errors import UserError
+from sda_ray.runs.path import sweep_directory
 from sda_ray.sweep.definition import Sweep, load_script
-from sda_ray.sweep.record import compare, read_sweep, space_of, sweep_directory, write_sweep
+from sda_ray.sweep.record import compare, read_sweep, space_of, write_sweep
 
 SPACE: dict[str, Any] = {
     "learning_rate": loguniform(1e-4, 1e-3),

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from byhand import Desk as Sweep
 
-from sda_ray.runs.checkpoint import RunPath
+from sda_ray.runs.path import RunPath
 from sda_ray.sweep.mailbox import mailbox_of, post, wait
 from sda_ray.sweep.requests import Desk, attended
 

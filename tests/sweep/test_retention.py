@@ -12,7 +12,7 @@ from kept import MADE, Keeping, identity, keeping, made, path_of, runs, snapshot
 
 from sda_ray.core.errors import UserError
 from sda_ray.core.lease import Lease
-from sda_ray.runs.checkpoint import RunPath
+from sda_ray.runs.path import RunPath
 from sda_ray.runs.prune import give_back, resumable
 from sda_ray.search.promotion import Record
 from sda_ray.sweep.retention import AGAIN, Keeper, parse_size

@@ -20,7 +20,7 @@ import pytest
 from sda_ray.core.errors import UserError
 from sda_ray.core.holder import holder
 from sda_ray.core.lease import Lease
-from sda_ray.runs.checkpoint import RunPath
+from sda_ray.runs.path import RunPath
 from sda_ray.sweep.steering import Absent, ask, live, stop_sweep
 
 PROGRAM = """

@@ -1,0 +1,134 @@
+r"""Run directories: their names, and every file in them."""
+
+from __future__ import annotations
+
+import copy
+import random
+import string
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..core.errors import UserError
+
+__all__ = [
+    "COPIED",
+    "LOCAL",
+    "RECORDS",
+    "RESUMED",
+    "RunPath",
+    "new_id",
+    "new_name",
+    "sweep_directory",
+]
+
+# The files of a run in the order in which they are copied: none refers to one after it, so that a
+# copy that was cut off can be resumed. `run.json`, which says that a run is finished, comes last.
+COPIED = (
+    "config.json",
+    "metrics.jsonl",
+    "error.txt",
+    "checkpoint.decay.pth",
+    "checkpoint.pth",
+    "state.pth",
+    "samples.png",
+    "wandb",
+    "run.json",
+)
+
+# The small ones, which are enough to list runs.
+RECORDS = ("config.json", "metrics.jsonl", "error.txt", "run.json")
+
+# Those that a run is resumed from.
+RESUMED = ("config.json", "run.json", "metrics.jsonl", "checkpoint.pth", "checkpoint.prev.pth")
+
+# Those that mean nothing on another machine.
+LOCAL = ("lease.json", "lease.lock", "checkpoint.prev.pth", "checkpoint.damaged.pth")
+
+
+@dataclass(frozen=True)
+class RunPath:
+    r"""The directory of a run, `runs/{name}_{id}`, and the files in it."""
+
+    directory: Path
+
+    @property
+    def name(self) -> str:
+        return self.directory.name.rpartition("_")[0]
+
+    @property
+    def id(self) -> str:
+        return self.directory.name.rpartition("_")[2]
+
+    config = property(lambda self: self.directory / "config.json")
+    state = property(lambda self: self.directory / "state.pth")
+    checkpoint = property(lambda self: self.directory / "checkpoint.pth")
+    previous = property(lambda self: self.directory / "checkpoint.prev.pth")
+    decay = property(lambda self: self.directory / "checkpoint.decay.pth")
+    metrics = property(lambda self: self.directory / "metrics.jsonl")
+    record = property(lambda self: self.directory / "run.json")
+    samples = property(lambda self: self.directory / "samples.png")
+    error = property(lambda self: self.directory / "error.txt")
+    diff = property(lambda self: self.directory / "diff.patch")
+    lease = property(lambda self: self.directory / "lease.json")
+
+    @staticmethod
+    def all(runs: Path) -> Iterator[RunPath]:
+        r"""Yields the run directories in `runs`, in the order of their names."""
+
+        for directory in sorted(runs.glob("*_" + "[a-z0-9]" * 8)):
+            if directory.is_dir():
+                yield RunPath(directory)
+
+    @classmethod
+    def of_id(cls, runs: Path, id: str) -> RunPath | None:
+        r"""Returns the run directory of an id, or None if there is none."""
+
+        return next((path for path in cls.all(runs) if path.id == id), None)
+
+    @classmethod
+    def find(cls, runs: Path, run: str) -> RunPath:
+        r"""Finds a run by its path, name, id or an unambiguous prefix of a name or id.
+
+        Raises:
+            UserError: If there is no such run, or more than one.
+        """
+
+        if (Path(run) / "config.json").is_file():
+            return cls(Path(run).resolve())
+
+        paths = list(cls.all(runs))
+        exact = [path for path in paths if run in (path.directory.name, path.name, path.id)]
+        matches = exact or [p for p in paths if p.name.startswith(run) or p.id.startswith(run)]
+
+        if len(matches) == 1:
+            return matches[0]
+
+        if matches:
+            names = ", ".join(path.directory.name for path in matches[:5])
+            raise UserError(f"'{run}' could be any of {len(matches)} runs: {names}. Give its id.")
+
+        raise UserError(f"there is no run '{run}' in {runs}, which holds {len(paths)} runs.")
+
+
+def sweep_directory(runs: Path, name: str) -> Path:
+    return runs / "sweeps" / name
+
+
+def new_id() -> str:
+    r"""Returns a random run id: 8 characters of a-z and 0-9."""
+
+    return "".join(random.SystemRandom().choices(string.ascii_lowercase + string.digits, k=8))
+
+
+def new_name(id: str, number: int) -> str:
+    r"""Returns the name `{adjective}-{noun}-{number}` that belongs to an id."""
+
+    from coolname import RandomGenerator
+    from coolname.data import config
+
+    own: Any = copy.deepcopy(config)  # the generator changes it
+    words = RandomGenerator(own, random.Random(id)).generate(2)
+
+    return f"{words[0]}-{words[1]}-{number}"
