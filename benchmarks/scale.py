@@ -118,7 +118,7 @@ def sleeper(seconds: float, slots: int, place: Path) -> type:
 def run(trials: int, seconds: float, slots: int, place: Path) -> Found:
     r"""Runs the sweep and returns how busy slots and driver were."""
 
-    from sda_ray import executor
+    from sda_ray.cluster import executor
     from sda_ray.cluster.connect import connect
     from sda_ray.cluster.slots import Slots
     from sda_ray.core.lease import Lease
@@ -163,7 +163,7 @@ def run(trials: int, seconds: float, slots: int, place: Path) -> Found:
             notify,
             place / "stop",
         )
-        executor.Trial = sleeper(seconds, slots, place)
+        executor.Trial = sleeper(seconds, slots, place)  # type: ignore[misc, assignment]
         begin = time.time()
         executor.execute(driver, {"cpu": 1, "gpu": 0}, scratch, own=True)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sda_ray import leaving
+from sda_ray.cluster import preemption as leaving
 from sda_ray.cluster.preemption import Spot
 
 WHEN = 1_800_000_000

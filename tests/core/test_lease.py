@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from sda_ray import lease as leases
+from sda_ray.core import lease as leases
 from sda_ray.core.errors import UserError
 from sda_ray.core.holder import holder, is_alive, place, verdict
 from sda_ray.core.lease import Lease, LeaseLost

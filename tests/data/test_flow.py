@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sda_ray import flow as module
+from sda_ray.data import flow as module
 from sda_ray.data.flow import KolmogorovFlow, coarsen, vorticity
 from sda_ray.data.stencil import kernels
 

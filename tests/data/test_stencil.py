@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sda_ray import stencil
+from sda_ray.data import stencil
 from sda_ray.data.flow import KolmogorovFlow
 from sda_ray.data.stencil import kernels
 

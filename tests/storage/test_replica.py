@@ -44,7 +44,7 @@ def begin(run_id, attempt, **more):
 
 with connect(cpus=1):
     import ray, torch
-    from sda_ray import mirror
+    from sda_ray.storage import replica as mirror
     from sda_ray.storage.client import Away
     from sda_ray.runs.checkpoint import save_checkpoint
     from sda_ray.runs.path import RunPath

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 from recorded_code import FAKE, PACKAGE, SCRIPT, fake, spoil, sweep
 
-from sda_ray import entry, options
+from sda_ray.cli import options
+from sda_ray.sweep import entry
 from sda_ray.sweep.entry import code_of, differing, digests
 
 __all__ = ["sweep"]  # fixtures
