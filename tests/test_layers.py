@@ -31,7 +31,6 @@ ORDER = [
 UPWARD = {
     "cluster.executor": {"sweep"},
     "cluster.join": {"sweep"},
-    "cluster.lookout": {"sweep"},
     "cluster.nodes": {"plan", "sweep"},
     "cluster.slurm": {"sweep", "cli"},
     "cluster.status": {"cli"},

@@ -9,7 +9,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -20,19 +20,32 @@ from ray.tune import Callback, Trainable
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from ..core.errors import UserError
+from ..core.holder import holder, is_alive, is_here, pulse
+from ..core.lease import HEARTBEAT
+from ..runs.path import RunPath
+from ..search.promotion import Record
 from ..sweep.driver import Driver
-from .lookout import Lookout
+from ..sweep.failures import cause_of
+from ..sweep.requests import Desk
+from ..training.watchdog import OTHER, STACKS, STALL, TAKEN, take_stacks
 from .patches import memory_kills_are_deaths, trials_without_tune
-from .scaling import node_of
+from .slots import node_of
 from .trial import Trial
 
-__all__ = ["execute"]
+__all__ = ["Lookout", "Vigil", "end", "execute"]
 
 logger = logging.getLogger(__name__)
 
 CLOSING = 60.0  # seconds given to trials in the end to close their runs
 WAITING = 1000  # trials that may wait for a node, at most
 PATIENCE = 20.0  # seconds that they wait before that is said
+TICK = 0.25  # seconds between two looks at the clock and the mailbox
+LOOK = 5.0  # seconds between two looks at whether processes are frozen
+GONE = 10.0  # seconds without a node after which Ray is given up
+DOUBT = 60.0  # seconds in which Ray notices that a node is dead
+BEATS = 2  # heartbeats that may be missed in any case
+AWAY = 15.0  # seconds after which it was the driver itself that was frozen, or its disk
 
 
 def execute(driver: Driver, resources: dict[str, float], scratch: Path, own: bool = False) -> None:
@@ -166,6 +179,251 @@ class _Placement(Callback):
                 "that are up. `ray status` says more.",
                 waiting,
             )
+
+
+class RayGone(UserError):
+    r"""Signals that nothing is left of Ray that could carry out a trial."""
+
+
+class Lookout(Callback):
+    r"""Creates what is done in Tune's loop beside trials: requests, the clock, lost processes."""
+
+    def __init__(self, driver: Driver) -> None:
+        self.driver = driver
+        self.desk = Desk(driver)
+        self.vigil = Vigil(Path(driver.spec["runs"]), driver.spec.get("stall") or STALL)
+        self.actors: dict[int, Any] = {}  # index of a run -> its actor, the newest
+        self.nodes: dict[str, str] = {}  # a trial's name -> the node it was seen on
+        self.reasons: dict[str, str] = {}  # a trial's name -> why its process was ended
+        self.doubts: dict[str, tuple[str, float]] = {}  # … -> what Ray said, until when to wait
+        self.trials: list[Any] = []  # all of Tune's
+        self.ticked = self.looked = 0.0
+        self.seen = time.monotonic()  # when there was a node alive
+        self.stopping = False
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        self.trials = trials
+        self.tick()
+
+        if isinstance(self.driver.fault, RayGone):  # with it, what Tune waits for
+            raise self.driver.fault
+
+    def tick(self) -> None:
+        r"""Does what is due. To be called as often as Tune does anything at all."""
+
+        now = time.monotonic()
+
+        if now - self.ticked > TICK:
+            self.ticked = now
+            self.desk()
+            self.driver.tick()
+            self._announce()
+
+        if now - self.looked > LOOK:
+            self.looked = now
+
+            try:
+                self._see_nodes()
+                self._end_frozen()
+                self._settle_doubts()
+            except Exception as error:
+                self.driver.guard(error)
+
+    def _see_nodes(self) -> None:
+        r"""Notes that there is a node. Tune waits for ever where there is none any more."""
+
+        if any(node["Alive"] for node in ray.nodes()):
+            self.seen = self.looked
+        elif self.looked - self.seen > GONE and self.driver.fault is None:
+            raise RayGone(
+                f"Ray is gone: for {self.looked - self.seen:.0f} s it has had no node. Nothing is "
+                "lost: the same command carries on."
+            )
+
+    def _announce(self) -> None:
+        driver = self.driver
+
+        if driver.stopping and not self.stopping and driver.why:
+            print(
+                f"\nStopping, since {driver.why}: every trial saves a checkpoint first.",
+                flush=True,
+            )
+
+        self.stopping = driver.stopping
+
+    def _end_frozen(self) -> None:
+        r"""Ends processes that have given no sign of life for long: their runs are lost then."""
+
+        live, closing = self.driver.live, self.driver.closing
+        running = [t for t in self.trials if t.status == "RUNNING" and t.trial_id in live]
+        at_work = {live[trial.trial_id]: trial for trial in running}
+        open_ = {index for index, closed in closing.items() if not closed()}
+
+        if not (watched := {*at_work, *open_}):
+            return
+
+        for index, trial in at_work.items():
+            self.actors[index] = trial.temporary_state.ray_actor or self.actors.get(index)
+
+        records = [r for r in self.driver.study.records() if r.index in watched]
+
+        for record, silent in self.vigil.look(records):
+            if (path := self.vigil.path(record)) is not None:
+                reason = end(path, record, silent)
+
+                if record.index in at_work:
+                    self.reasons[at_work[record.index].trial_id] = reason
+
+            if (actor := self.actors.get(record.index)) is not None:
+                ray.kill(actor)
+
+    def _settle_doubts(self) -> None:
+        r"""Takes trials for lost that Ray cannot reach, once it is known what is dead."""
+
+        if not self.doubts:
+            return
+
+        dead = {node["NodeID"] for node in ray.nodes() if not node["Alive"]}
+
+        for name, (reason, until) in list(self.doubts.items()):
+            if (gone := self._node(name) in dead) or time.monotonic() > until:
+                del self.doubts[name]
+                self.driver.lose(name, reason, "node" if gone else "worker")
+
+    def _node(self, name: str) -> str:
+        r"""Returns the node of a trial: where it has reported from, or else was started."""
+
+        started = self.driver.losses.places.get(self.driver.live.get(name, 0), ("", ""))
+
+        return self.nodes.get(name, started[0])
+
+    def lose(self, trial: Any) -> None:
+        r"""Finds out what a trial was lost to, and lets the driver know."""
+
+        name = trial.trial_id
+
+        if (index := self.driver.live.get(name)) is None:
+            return
+
+        file = Path(trial.error_file or "")
+        cause, reason = cause_of(file.read_text() if file.is_file() else "")
+        record = next(r for r in self.driver.study.records() if r.index == index)
+        path = self.vigil.path(record)
+        early = self.driver.request.with_name(f"stacks.{index}.txt")
+
+        for stacks in (early, *([path.directory / STACKS] if path else [])):
+            if take_stacks(stacks, record.attempt):
+                self.reasons.setdefault(name, f"its process hung: {stacks} says where")
+
+        if name in self.reasons:
+            cause, reason = "worker", self.reasons.pop(name)
+
+        if cause == "unclear":
+            self.doubts[name] = reason, time.monotonic() + DOUBT
+        else:
+            self.driver.lose(name, reason, cause)
+
+
+class Vigil:
+    r"""Creates the watch over the runs of a sweep.
+
+    Arguments:
+        runs: The directory of all runs.
+        stall: The seconds without a sign of life after which a process counts as frozen.
+    """
+
+    def __init__(self, runs: Path, stall: float) -> None:
+        self.runs = runs
+        self.limit = max(stall, BEATS * HEARTBEAT)
+        self.paths: dict[str, RunPath] = {}
+        self.seen: dict[int, tuple[Any, float]] = {}  # index of a run -> last sign of life, when
+        self.looked = time.monotonic()
+
+    def look(self, records: Iterable[Record]) -> list[tuple[Record, float]]:
+        r"""Returns which of the runs that have a process are frozen, and for how many seconds."""
+
+        now = time.monotonic()
+        before, self.seen = self.seen if now - self.looked < AWAY else {}, {}
+        frozen = []
+
+        for record in records:
+            sign, limit = self._sign(record)
+            last, since = before.get(record.index, (None, now))
+            self.seen[record.index] = sign, (since if sign == last else now)
+            silent = now - self.seen[record.index][1]
+
+            if silent > limit:
+                frozen.append((record, silent))
+
+        self.looked = time.monotonic()
+
+        return frozen
+
+    def path(self, record: Record) -> RunPath | None:
+        r"""Returns where a run is, if it has a directory yet."""
+
+        known = self.paths.get(record.run_id)
+
+        if known is None or not known.lease.exists():
+            if (found := RunPath.of_id(self.runs, record.run_id)) is None:
+                return None
+
+            self.paths[record.run_id] = known = found
+
+        return known
+
+    def _sign(self, record: Record) -> tuple[Any, float]:
+        r"""Returns what changes while a run's process lives, and how long it may not."""
+
+        if (path := self.path(record)) is not None:
+            found = holder(path.lease)
+
+            if found and found["pid"] is not None and found["attempt"] >= record.attempt:
+                return (found["attempt"], pulse(path.lease)), self.limit
+
+        return record.attempt, OTHER * self.limit  # it starts, or is done with it
+
+
+def end(path: RunPath, record: Record, silent: float) -> str:
+    r"""Ends the process of a frozen run, if it is on this machine, and returns what it was at.
+
+    The same is noted beside the stacks of processes that hung.
+    """
+
+    found = holder(path.lease) or {}
+    pid, where = found.get("pid"), found.get("host")
+    state = ""
+
+    agent = bool(found.get("agent"))  # which holds the leases of others, too
+
+    if pid and not agent and is_here(found) and is_alive(path.lease):
+        state = ", ".join(filter(None, (_proc(pid, name) for name in ("status", "wchan"))))
+
+        with suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
+
+    who = "the process elsewhere" if agent else f"process {pid} on {where}"
+    said = f"no sign of life for {silent:.0f} s from {who}"
+    said += f" ({state})" if state else ""
+
+    with suppress(OSError), open(path.directory / STACKS, "a") as stream:
+        stream.write(f"{said}, {TAKEN} {record.attempt}.\n")
+
+    return said
+
+
+def _proc(pid: int, name: str) -> str:
+    r"""Returns what the kernel says of a process."""
+
+    try:
+        text = Path(f"/proc/{pid}/{name}").read_text().strip()
+    except OSError:
+        return ""
+
+    if name == "status":
+        return next((" ".join(x.split()) for x in text.splitlines() if x[:6] == "State:"), "")
+
+    return f"waits in {text}" if text not in ("", "0") else ""
 
 
 class _Searcher(Searcher):

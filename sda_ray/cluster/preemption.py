@@ -101,7 +101,7 @@ class Leaving:
     def _watch(self) -> None:
         import ray
 
-        from .scaling import drain, leaving_nodes
+        from .slots import drain, leaving_nodes
 
         while not self.told.is_set():
             with suppress(Exception):  # the cluster does not answer: that is others' to see

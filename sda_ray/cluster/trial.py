@@ -5,9 +5,11 @@ trial's process is kept for the next trial, so that everything ends in :meth:`Tr
 without Tune itself, see :func:`sda_ray.cluster.patches.trials_without_tune`.
 """
 
+import os
 import time
 import traceback
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from signal import SIGTERM
 from typing import Any
@@ -18,6 +20,7 @@ from ..core.files import write_atomic
 __all__ = ["REPORT_SECONDS", "Trial", "imports", "limit"]
 
 REPORT_SECONDS = 2.0  # epochs shorter than this are reported together
+LOOK = 0.2  # seconds between two looks for the file that asks trials to stop
 CONTEXT = 2**29  # bytes of a GPU that CUDA itself takes for each process
 
 
@@ -152,7 +155,6 @@ class Trial:
         from ..storage.client import Away, data_of
         from ..storage.link import sees
         from ..training.watchdog import STACKS, STALL, Watchdog
-        from .halt import stop_of
 
         spec = self.spec
         request, stall = Path(spec["request"]), spec.get("stall") or STALL
@@ -313,3 +315,47 @@ def limit(share: float, total: int) -> float:
     r"""Returns the part of a GPU of `total` bytes that torch may take of a trial's share."""
 
     return max(share / 2, share - CONTEXT / total)
+
+
+def stop_of(request: Path, index: int, away: Any = None) -> Any:
+    r"""Returns the wish to stop that is expressed by the existence of a file.
+
+    The file `request` is meant for all trials of the sweep, `request.N` for run N `alone`. Where
+    they cannot be seen, the depot tells; whoever has lost it is told so instead.
+    """
+
+    from ..runs.train import Stop
+
+    class Request(Stop):
+        looked = 0.0
+        number: int | None = None
+        alone = False
+
+        @property
+        def signal(self) -> int | None:
+            if self.number is None and time.monotonic() - self.looked > LOOK:
+                self.looked = time.monotonic()
+                wanted = _look(request, index) if away is None else away.wish()
+                self.alone = wanted == "alone"
+                self.number = SIGTERM if wanted else None
+
+            return self.number
+
+        @signal.setter
+        def signal(self, number: int | None) -> None:
+            self.number = number
+
+    return Request()
+
+
+def _look(request: Path, index: int) -> str:
+    names: list[str] = []
+
+    with suppress(OSError):  # a file system away for a while
+        # A listing is fresh on NFS, where the absence of a file may be remembered
+        names = os.listdir(request.parent)
+
+    if f"{request.name}.{index}" in names:
+        return "alone"
+
+    return "all" if request.name in names else ""

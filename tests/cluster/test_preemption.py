@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sda_ray.cluster import preemption as leaving
+from sda_ray.cluster import preemption
 from sda_ray.cluster.preemption import Spot
 
 WHEN = 1_800_000_000
@@ -73,7 +73,7 @@ def test_notice_is_heard(service: type[Metadata]) -> None:
 def test_nobody_is_asked_where_there_is_nobody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(leaving, "VENDOR", tmp_path / "missing")
+    monkeypatch.setattr(preemption, "VENDOR", tmp_path / "missing")
     assert Spot().base == "" and Spot()() is None
 
     (tmp_path / "missing").write_text("QEMU\n")

@@ -1,4 +1,4 @@
-r"""Tests for sda_ray.cluster.scaling: what a cluster may start counts, and is asked for."""
+r"""Tests for sda_ray.cluster.slots: what a cluster may start counts, and is asked for."""
 
 import json
 import os
@@ -18,8 +18,7 @@ import yaml
 from conftest import Cli
 from ray.util import get_node_ip_address
 
-from sda_ray.cluster.scaling import Growth, NodeType, _given, _growth
-from sda_ray.cluster.slots import Slots
+from sda_ray.cluster.slots import Growth, NodeType, Slots, _given, _growth
 
 CONFIG = {
     "max_workers": 5,

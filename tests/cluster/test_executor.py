@@ -1,4 +1,4 @@
-r"""Tests for sda_ray.cluster.vigil: a process without a sign of life is found, and nothing else is."""
+r"""Tests for sda_ray.cluster.executor: a process without a sign of life is found, and nothing else is."""
 
 import json
 import os
@@ -8,10 +8,13 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import ray
+from byhand import Desk
 
-from sda_ray.cluster.vigil import AWAY, BEATS, Vigil, end
+from sda_ray.cluster.executor import AWAY, BEATS, Lookout, Vigil, end
 from sda_ray.core.holder import holder
 from sda_ray.core.lease import HEARTBEAT, Lease
 from sda_ray.runs.path import RunPath
@@ -122,3 +125,33 @@ def test_process_of_which_the_machine_is_not_known_is_left_alone(path: RunPath) 
     path.lease.write_text(json.dumps({k: x for k, x in content.items() if k != "machine"}))
 
     assert f"from process {os.getpid()} on " in end(path, RECORD, 31.0)
+
+
+# As Ray 2.60 says it of a node that has lost its network, before it takes the node for dead
+CUT = "The actor b3848af is unavailable: The actor is temporarily unavailable: RpcError.\n"
+
+
+def test_trial_whose_node_dies_before_its_first_report_is_lost_to_the_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes = [{"NodeID": "dead", "Alive": False}, {"NodeID": "well", "Alive": True}]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    (tmp_path / "error.txt").write_text(CUT)
+    desk = Desk(tmp_path / "sweep")
+    lookout = Lookout(desk.driver)
+
+    for name, node in {"a": "dead", "b": "well"}.items():
+        spec = desk.driver.suggest(name)
+        assert spec is not None
+        desk.driver.losses.places[spec["index"]] = (node, node)
+        lookout.lose(SimpleNamespace(trial_id=name, error_file=str(tmp_path / "error.txt")))
+
+    assert [*desk.driver.live] == ["a", "b"]  # not known yet
+
+    lookout._settle_doubts()
+    assert [*desk.driver.live] == ["b"]
+
+    lookout.doubts = {name: (reason, 0.0) for name, (reason, _) in lookout.doubts.items()}
+    lookout._settle_doubts()  # a minute later
+    assert [*desk.driver.live] == []
+    assert [record.lost for record in desk.study.records()] == [0, 1]
