@@ -37,13 +37,10 @@ __all__ = [
     "count_weights",
     "did_you_mean",
     "format_value",
-    "learning_rate",
     "load_config",
     "parse_overrides",
     "parse_value",
     "save_config",
-    "schedule",
-    "steady_epochs",
 ]
 
 Config = dict[str, Any]
@@ -140,58 +137,6 @@ def save_config(config: Config, file: Path | str) -> None:
     r"""Writes a configuration as a flat JSON object, atomically."""
 
     write_json(file, config)
-
-
-def schedule(name: str, s: float) -> float:
-    r"""Returns the factor of the learning rate at a progress :math:`s = e / E` in :math:`[0, 1]`.
-
-    Arguments:
-        name: `linear` is :math:`1 - s`, `cosine` :math:`(1 + \cos \pi s) / 2`, `exponential`
-            :math:`\exp(-7 s^2)`, `constant` 1 and `wsd` (warm-up, stable, decay)
-            :math:`\min(1, 10 (1 - s))`.
-        s: The epoch over the number of epochs.
-    """
-
-    if name == "linear":
-        return 1 - s
-    elif name == "cosine":
-        return (1 + math.cos(math.pi * s)) / 2
-    elif name == "exponential":
-        return math.exp(-7 * s**2)
-    elif name == "constant":
-        return 1.0
-    elif name == "wsd":
-        return 1.0 if s <= 0.9 else min(1.0, 10 * (1 - s))
-
-    raise UserError(f"scheduler is {show(name)}, but must be {KEYS['scheduler'].accepts}.")
-
-
-def learning_rate(config: Config, epoch: int) -> float:
-    r"""Returns the learning rate of an epoch, counted from 0.
-
-    .. math:: \lambda_e = \lambda \, \min(1, (e + 1) / W) \, \mathrm{schedule}(e / E)
-
-    where :math:`W` is `warmup` and :math:`E` is `epochs`.
-    """
-
-    rise = min(1.0, (epoch + 1) / config["warmup"]) if config["warmup"] else 1.0
-
-    return config["learning_rate"] * rise * schedule(config["scheduler"], epoch / config["epochs"])
-
-
-def steady_epochs(config: Config) -> int:
-    r"""Returns how many epochs, from the first, are those of every longer run as well.
-
-    It is all of them for `constant`, those before the decay for `wsd` and none for schedules that
-    decay over `epochs`.
-    """
-
-    if config["scheduler"] == "constant":
-        return config["epochs"]
-    elif config["scheduler"] == "wsd":
-        return min(config["epochs"], 9 * config["epochs"] // 10 + 1)
-    else:
-        return 0
 
 
 def _conflicts(config: Config, size: int | None, length: int | None) -> Iterable[str]:

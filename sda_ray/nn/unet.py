@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .conv import CircularConv2d, upsampled_conv2d
-from .padding import modulated_pad, silu_pad
+from .conv import CircularConv2d, modulated_pad, silu_pad, upsampled_conv2d
 from .precision import full
 from .winograd import pays
 

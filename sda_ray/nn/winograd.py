@@ -20,8 +20,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .padding import circular_pad
-
 __all__ = ["pays", "winograd_conv2d"]
 
 M = 4  # outputs along each side of a tile
@@ -188,7 +186,8 @@ def _inputs(x: Tensor) -> Tensor:
     r"""Returns the transformed tiles of a field, with shape :math:`(36, T, C)`."""
 
     _, _, inputs = _matrices(x.dtype)
-    padded = circular_pad(x.permute(0, 3, 1, 2), 1).permute(0, 2, 3, 1)
+    rows = torch.cat((x[:, -1:], x, x[:, :1]), 1)
+    padded = torch.cat((rows[:, :, -1:], rows, rows[:, :, :1]), 2)
     tiles = padded.unfold(1, N, M).unfold(2, N, M).permute(4, 5, 0, 1, 2, 3).contiguous()
 
     return _both(inputs, tiles).view(N * N, -1, x.shape[-1])

@@ -20,7 +20,6 @@ from ..core.allocator import lacks_memory
 from ..core.config import MAX_WEIGHTS, count_weights, load_config
 from ..core.errors import UserError
 from ..core.files import open_atomic, read_regular, sync_directory, write_atomic
-from ..nn.weights import check_archive, total_size
 from .path import RunPath
 
 if TYPE_CHECKING:
@@ -201,6 +200,8 @@ def _read(file: Path) -> bytes:
 
 def _load(data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
     import torch
+
+    from ..nn.score import check_archive, total_size
 
     stream = io.BytesIO(data)
     check_archive(stream)

@@ -12,14 +12,13 @@ from types import FrameType
 import torch
 
 from ..core.allocator import keep_memory, lacks_memory
-from ..core.config import steady_epochs
 from ..core.errors import UserError
 from ..core.lease import LeaseLost
 from ..core.presence import Vanished, check_present
 from ..data.dataset import TrajectoryDataset
 from ..nn.precision import make_deterministic, warn_slow
 from ..nn.score import load_network
-from ..training.loop import Diverged, Metrics, TrainState, epochs, validate
+from ..training.loop import Diverged, Metrics, TrainState, epochs, steady_epochs, validate
 from ..training.validation import Validation
 from .extend import carry_over, keep_start
 from .path import RunPath

@@ -5,26 +5,44 @@ times, noise, dropout) comes from generators seeded by :math:`(\text{seed}, e, k
 after any step and go on elsewhere as if nothing had happened.
 """
 
+import copy
+import math
+import os
+import shutil
 import time
 from collections.abc import Callable, Collection, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from ..core.config import Config, learning_rate
+from ..core.config import Config
+from ..core.errors import UserError
+from ..core.keys import KEYS, show
 from ..data.dataset import TrajectoryDataset
 from ..nn.diffusion import VPSDE
 from ..nn.precision import allowing_tf32, lowered
 from ..nn.score import MCScoreNet, make_score
-from .averaging import average_of, follow
-from .compilation import compiled
 from .rng import DROPOUT, INIT, NOISE, ORDER, START, rng, seeded
 from .validation import DRAWS, Validation
 
-__all__ = ["Diverged", "Metrics", "TrainState", "epochs", "train_epoch", "validate"]
+__all__ = [
+    "Diverged",
+    "Metrics",
+    "TrainState",
+    "average_of",
+    "compiled",
+    "epochs",
+    "follow",
+    "learning_rate",
+    "schedule",
+    "steady_epochs",
+    "train_epoch",
+    "validate",
+]
 
+M = TypeVar("M", bound=nn.Module)
 Metrics = dict[str, Any]
 
 EXPLODED = 1e3  # a network that predicts no noise at all has a loss of 1
@@ -286,3 +304,128 @@ def epochs(
             "lr": state.lr,
             "seconds": round(time.monotonic() - start, 3),
         }
+
+
+def schedule(name: str, s: float) -> float:
+    r"""Returns the factor of the learning rate at a progress :math:`s = e / E` in :math:`[0, 1]`.
+
+    Arguments:
+        name: `linear` is :math:`1 - s`, `cosine` :math:`(1 + \cos \pi s) / 2`, `exponential`
+            :math:`\exp(-7 s^2)`, `constant` 1 and `wsd` (warm-up, stable, decay)
+            :math:`\min(1, 10 (1 - s))`.
+        s: The epoch over the number of epochs.
+    """
+
+    if name == "linear":
+        return 1 - s
+    elif name == "cosine":
+        return (1 + math.cos(math.pi * s)) / 2
+    elif name == "exponential":
+        return math.exp(-7 * s**2)
+    elif name == "constant":
+        return 1.0
+    elif name == "wsd":
+        return 1.0 if s <= 0.9 else min(1.0, 10 * (1 - s))
+
+    raise UserError(f"scheduler is {show(name)}, but must be {KEYS['scheduler'].accepts}.")
+
+
+def learning_rate(config: Config, epoch: int) -> float:
+    r"""Returns the learning rate of an epoch, counted from 0.
+
+    .. math:: \lambda_e = \lambda \, \min(1, (e + 1) / W) \, \mathrm{schedule}(e / E)
+
+    where :math:`W` is `warmup` and :math:`E` is `epochs`.
+    """
+
+    rise = min(1.0, (epoch + 1) / config["warmup"]) if config["warmup"] else 1.0
+
+    return config["learning_rate"] * rise * schedule(config["scheduler"], epoch / config["epochs"])
+
+
+def steady_epochs(config: Config) -> int:
+    r"""Returns how many epochs, from the first, are those of every longer run as well.
+
+    It is all of them for `constant`, those before the decay for `wsd` and none for schedules that
+    decay over `epochs`.
+    """
+
+    if config["scheduler"] == "constant":
+        return config["epochs"]
+    elif config["scheduler"] == "wsd":
+        return min(config["epochs"], 9 * config["epochs"] // 10 + 1)
+    else:
+        return 0
+
+
+def average_of(module: M) -> M:
+    r"""Returns a copy of a module that shall follow it: it neither learns nor drops out."""
+
+    return copy.deepcopy(module).requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def follow(average: nn.Module, module: nn.Module, decay: float, n: int) -> None:
+    r"""Moves the average of a module's parameters after a step of its training.
+
+    .. math:: \bar{\phi} \gets \delta \bar{\phi} + (1 - \delta) \phi
+        \quad \text{with} \quad \delta = \min(\text{decay}, (1 + n) / (10 + n))
+
+    Arguments:
+        average: The copy of the module.
+        module: The module.
+        decay: The decay of the average in the long run.
+        n: The number of the step, from 1.
+    """
+
+    rate = 1 - min(decay, (1 + n) / (10 + n))
+    torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), rate)
+
+
+def compiled(sde: VPSDE, how: str) -> VPSDE:
+    r"""Returns a diffusion with a compiled network, which shares its weights with the given one.
+
+    The maths are the same, but the bits are not those of the eager network. Dropout draws what it
+    draws there. The first step of each shape of batch takes as long as the compilation.
+
+    Arguments:
+        sde: The diffusion, which is left as it is.
+        how: `off`; `on`; or `graphs`, for CUDA graphs in addition. Elsewhere that means `on`.
+
+    Raises:
+        UserError: If there is no compiler for the CPU.
+    """
+
+    if how == "off":
+        return sde
+
+    if sde.device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise UserError(
+            "compile is on, but there is no C++ compiler here (g++, or what CXX names). Install one, "
+            "or set compile=off."
+        )
+
+    import torch._dynamo.config as limits
+    import torch._inductor.config as settings  # seconds, for those who want it
+
+    settings.fallback_random = True
+    # torch 2.13 counts the graphs of all networks of a process; after 8 of them it compiles no more
+    limits.recompile_limit = limits.accumulated_recompile_limit = 2**20
+    graphs = how == "graphs" and sde.device.type == "cuda"
+
+    return VPSDE(_Compiled(sde.eps, graphs), sde.shape, sde.curve, sde.eta)
+
+
+class _Compiled(nn.Module):
+    def __init__(self, network: nn.Module, graphs: bool) -> None:
+        super().__init__()
+
+        mode = "reduce-overhead" if graphs else None
+        self.network = torch.compile(network, mode=mode, dynamic=False)
+        self.graphs = graphs
+
+    def forward(self, *args: Any) -> Any:
+        if self.graphs:  # what the step before has returned may be overwritten
+            torch.compiler.cudagraph_mark_step_begin()
+
+        return self.network(*args)

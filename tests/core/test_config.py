@@ -12,18 +12,14 @@ from hypothesis import strategies as st
 from sda_ray.core.config import (
     ACTIVATIONS,
     CONFIG,
-    SCHEDULERS,
     Config,
     check_config,
     check_value,
     format_value,
-    learning_rate,
     load_config,
     parse_overrides,
     parse_value,
     save_config,
-    schedule,
-    steady_epochs,
 )
 from sda_ray.core.errors import UserError
 from sda_ray.core.keys import KEYS
@@ -269,46 +265,6 @@ def test_every_line_about_a_wrong_file_names_it(
 
     assert message in str(e.value)
     assert all(line.startswith(str(file)) for line in str(e.value).split("\n"))
-
-
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_schedule_decays_from_one_towards_zero(name: str) -> None:
-    factors = [schedule(name, i / 64) for i in range(65)]
-
-    assert factors[0] == 1
-    assert math.isclose(factors[-1], 1 if name == "constant" else 0, abs_tol=1e-3)
-    assert factors == sorted(factors, reverse=True)
-
-
-def test_schedule_is_as_defined() -> None:
-    assert schedule("linear", 0.25) == 0.75
-    assert math.isclose(schedule("cosine", 1 / 3), 0.75)
-    assert math.isclose(schedule("exponential", 0.5), math.exp(-7 / 4))
-
-    assert schedule("constant", 0.99) == schedule("wsd", 0.9) == 1
-    assert math.isclose(schedule("wsd", 0.95), 0.5)
-
-    with pytest.raises(UserError, match="scheduler is 'lineal'"):
-        schedule("lineal", 0.5)
-
-
-def test_learning_rate_rises_over_the_warmup_then_follows_the_schedule() -> None:
-    config = CONFIG | {"epochs": 8, "learning_rate": 1.0}
-    cold = [learning_rate(config, e) for e in range(8)]
-    warm = [learning_rate(config | {"warmup": 4}, e) for e in range(8)]
-
-    assert cold == [schedule("linear", e / 8) for e in range(8)]
-    assert warm == [0.25 * cold[0], 0.5 * cold[1], 0.75 * cold[2], *cold[3:]]
-
-
-@pytest.mark.parametrize("epochs", [1, 7, 10, 11, 20, 256, 999, 4096])
-def test_steady_epochs_are_those_whose_rates_depend_on_no_later_one(epochs: int) -> None:
-    config = CONFIG | {"epochs": epochs, "scheduler": "wsd"}
-    steady = [learning_rate(config, e) == config["learning_rate"] for e in range(epochs)]
-
-    assert steady_epochs(config) == sum(steady) == epochs - steady[::-1].index(True)
-    assert steady_epochs(config | {"scheduler": "constant"}) == epochs
-    assert steady_epochs(config | {"scheduler": "cosine"}) == 0
 
 
 def test_activations_are_those_of_torch() -> None:

@@ -1,14 +1,20 @@
 r"""Tests for sda_ray.nn.score: the score networks."""
 
+import json
+import os
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
-from networks import REFERENCE, RUN, small
+from networks import REFERENCE, RUN, SMALL, small
 from plain import plain_chain, plain_kernel, strip
 from torch import Tensor
 
+from sda_ray.core.config import CONFIG
 from sda_ray.core.errors import UserError
-from sda_ray.nn.score import ScoreUNet, load_score
+from sda_ray.nn.score import ScoreUNet, load_score, make_score
 
 
 @pytest.fixture(autouse=True)
@@ -157,3 +163,176 @@ def test_a_context_is_refused() -> None:
 def test_unknown_activation_is_refused() -> None:
     with pytest.raises(UserError, match="activation is 'Softmax', but must be one of"):
         small(activation="Softmax")
+
+
+# Files
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(RUN, tmp_path / RUN.name))
+
+
+def test_default_config_has_the_weights_of_sda() -> None:
+    state = make_score(**CONFIG).state_dict()
+
+    assert len(state) == 126
+    assert round(sum(x.numel() * x.element_size() for x in state.values()) / 1e5) == 915
+
+
+def test_names_and_shapes_are_those_of_sda() -> None:
+    theirs = torch.load(RUN / "state.pth", weights_only=True)
+    ours = make_score(**json.loads((RUN / "config.json").read_text())).state_dict()
+
+    assert list(ours) == list(theirs)
+    assert [x.shape for x in ours.values()] == [x.shape for x in theirs.values()]
+
+
+def test_loaded_network_is_the_saved_one(tmp_path: Path) -> None:
+    score = small()
+    config = {key: SMALL[key] for key in CONFIG}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    torch.save(score.state_dict(), tmp_path / "state.pth")
+    loaded = load_score(tmp_path)
+    x, t = torch.randn(2, 4, 2, 16, 16), torch.rand(2)
+
+    assert loaded(x, t).equal(score(x, t))
+
+    for (name, a), b in zip(score.state_dict().items(), loaded.state_dict().values(), strict=True):
+        assert a.equal(b) and a.stride() == b.stride(), name
+
+
+def test_loaded_network_outlives_its_file(run: Path) -> None:
+    score = load_score(run)
+    before = [p.clone() for p in score.parameters()]
+    (run / "state.pth").write_bytes(b"")
+
+    assert all(a.equal(b) for a, b in zip(before, score.parameters(), strict=True))
+
+
+def test_old_format_of_torch_is_read(run: Path) -> None:
+    state = torch.load(run / "state.pth", weights_only=True)
+    torch.save(state, run / "state.pth", _use_new_zipfile_serialization=False)
+
+    assert load_score(run).state_dict().keys() == state.keys()
+
+
+def test_unfinished_run_says_how_to_resume(run: Path) -> None:
+    (run / "state.pth").unlink()
+
+    with pytest.raises(UserError, match=r"not finished.*sda-ray train --resume"):
+        load_score(run)
+
+
+def test_run_without_config_is_refused(run: Path) -> None:
+    (run / "config.json").unlink()
+
+    with pytest.raises(UserError, match=r"config\.json is missing"):
+        load_score(run)
+
+
+def test_missing_run_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no-run is not a directory"):
+        load_score(tmp_path / "no-run")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"embedding": 16}, r"'kernel\.embedding\.2\.weight' is float32 of shape \(8, 256\), but"),
+        ({"window": 5}, r"'kernel\.network\.heads\.0\.weight' is .*\(8, 7, 3, 3\), but .*; "),
+        ({"hidden_blocks": [1, 1]}, "is unknown"),
+        ({"hidden_blocks": [1, 3]}, "is missing.*, and 9 more"),
+        ({"hidden_channels": [8] * 8, "hidden_blocks": [1] * 8}, "fields of 64x64, but"),
+    ],
+)
+def test_state_of_another_config_is_refused(run: Path, changes: dict, message: str) -> None:
+    config = json.loads((run / "config.json").read_text()) | changes
+    (run / "config.json").write_text(json.dumps(config))
+
+    with pytest.raises(UserError, match=message) as e:
+        load_score(run)
+
+    assert str(run) in str(e.value)
+
+
+def edit(run: Path, **changes: object) -> None:
+    state = torch.load(run / "state.pth", weights_only=True)
+    state.update({key.replace("__", "."): x for key, x in changes.items()})
+    torch.save({k: x for k, x in state.items() if x is not None}, run / "state.pth")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"kernel__network__heads__0__bias": None},
+            r"'kernel\.network\.heads\.0\.bias' is missing",
+        ),
+        ({"extra": torch.zeros(2)}, "'extra' is unknown"),
+        ({"kernel__embedding__freqs": torch.zeros(16).double()}, "is float64 of shape"),
+        ({"kernel__embedding__freqs": torch.zeros(16).to_sparse()}, "sparse"),
+        ({"kernel__forcing": None}, r"has no 'kernel\.forcing'"),
+        ({"kernel__forcing": torch.zeros(1, 64, 32)}, r"of shape \(1, 64, 32\), but"),
+        ({"kernel__forcing": torch.zeros(1, 1, 1).expand(1, 10**6, 10**6)}, "with N at most 4096"),
+        ({"kernel__forcing": torch.zeros(1, 1, 1).expand(1, 4096, 4096)}, "is shorter than"),
+        ({"extra": 1.0}, "something else than a state dict"),
+    ],
+)
+def test_state_with_wrong_entries_is_refused(run: Path, changes: dict, message: str) -> None:
+    edit(run, **changes)
+
+    with pytest.raises(UserError, match=message) as e:
+        load_score(run)
+
+    assert str(run / "state.pth") in str(e.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"no weights", b"PK\x03\x04", "cut"])
+def test_damaged_state_is_refused(run: Path, content: bytes | str) -> None:
+    file = run / "state.pth"
+    file.write_bytes(content if isinstance(content, bytes) else file.read_bytes()[:50_000])
+
+    with pytest.raises(UserError, match=r"state\.pth is damaged, or not a file of weights"):
+        load_score(run)
+
+
+class Payload:
+    def __reduce__(self) -> tuple:
+        return os.mkdir, ("executed",)
+
+
+def test_nothing_in_a_state_is_executed(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run)
+    torch.save({"kernel.forcing": torch.zeros(1, 64, 64), "x": Payload()}, run / "state.pth")
+
+    with pytest.raises(UserError, match=r"state\.pth is damaged, or not"):
+        load_score(run)
+
+    assert not (run / "executed").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "state.pth"])
+def test_links_out_of_the_run_are_refused(run: Path, name: str) -> None:
+    (run / name).rename(run.parent / name)
+    (run / name).symlink_to(run.parent / name)
+
+    with pytest.raises(UserError, match="out of the run directory"):
+        load_score(run)
+
+
+def test_links_within_the_run_and_to_the_run_are_followed(run: Path) -> None:
+    (run / "state.pth").rename(run / "weights.pth")
+    (run / "state.pth").symlink_to("weights.pth")
+    link = run.parent / "link"
+    link.symlink_to(run)
+
+    assert load_score(link).order == 1
+
+
+def test_files_that_are_not_regular_are_refused(run: Path) -> None:
+    (run / "state.pth").unlink()
+    os.mkfifo(run / "state.pth")
+
+    with pytest.raises(UserError, match=r"state\.pth is missing, or not a regular file"):
+        load_score(run)

@@ -5,18 +5,37 @@ import importlib
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from sda_ray.core.config import CONFIG, Config, schedule
+from sda_ray.core.config import CONFIG, SCHEDULERS, Config
+from sda_ray.core.errors import UserError
 from sda_ray.data.dataset import TrajectoryDataset
-from sda_ray.training.loop import Diverged, TrainState, epochs, train_epoch
+from sda_ray.nn.score import load_score
+from sda_ray.runs.checkpoint import load_checkpoint
+from sda_ray.runs.run import Run
+from sda_ray.runs.tracking import Wandb
+from sda_ray.runs.train import train
+from sda_ray.training.loop import (
+    Diverged,
+    TrainState,
+    average_of,
+    compiled,
+    epochs,
+    follow,
+    learning_rate,
+    schedule,
+    steady_epochs,
+    train_epoch,
+)
 from sda_ray.training.rng import rng
 from sda_ray.training.validation import DRAWS, Validation
 
 SIZE = 16
+DISABLED = Wandb("disabled")
 
 
 @pytest.fixture
@@ -315,3 +334,226 @@ def test_training_is_that_of_the_plain_formulation(
 
     assert expected[-1] < expected[0]
     assert torch.allclose(torch.tensor(losses), torch.tensor(expected), rtol=1e-5, atol=0)
+
+
+# Learning rates
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_schedule_decays_from_one_towards_zero(name: str) -> None:
+    factors = [schedule(name, i / 64) for i in range(65)]
+
+    assert factors[0] == 1
+    assert math.isclose(factors[-1], 1 if name == "constant" else 0, abs_tol=1e-3)
+    assert factors == sorted(factors, reverse=True)
+
+
+def test_schedule_is_as_defined() -> None:
+    assert schedule("linear", 0.25) == 0.75
+    assert math.isclose(schedule("cosine", 1 / 3), 0.75)
+    assert math.isclose(schedule("exponential", 0.5), math.exp(-7 / 4))
+
+    assert schedule("constant", 0.99) == schedule("wsd", 0.9) == 1
+    assert math.isclose(schedule("wsd", 0.95), 0.5)
+
+    with pytest.raises(UserError, match="scheduler is 'lineal'"):
+        schedule("lineal", 0.5)
+
+
+def test_learning_rate_rises_over_the_warmup_then_follows_the_schedule() -> None:
+    config = CONFIG | {"epochs": 8, "learning_rate": 1.0}
+    cold = [learning_rate(config, e) for e in range(8)]
+    warm = [learning_rate(config | {"warmup": 4}, e) for e in range(8)]
+
+    assert cold == [schedule("linear", e / 8) for e in range(8)]
+    assert warm == [0.25 * cold[0], 0.5 * cold[1], 0.75 * cold[2], *cold[3:]]
+
+
+@pytest.mark.parametrize("epochs", [1, 7, 10, 11, 20, 256, 999, 4096])
+def test_steady_epochs_are_those_whose_rates_depend_on_no_later_one(epochs: int) -> None:
+    config = CONFIG | {"epochs": epochs, "scheduler": "wsd"}
+    steady = [learning_rate(config, e) == config["learning_rate"] for e in range(epochs)]
+
+    assert steady_epochs(config) == sum(steady) == epochs - steady[::-1].index(True)
+    assert steady_epochs(config | {"scheduler": "constant"}) == epochs
+    assert steady_epochs(config | {"scheduler": "cosine"}) == 0
+
+
+# Averages
+
+
+@pytest.mark.parametrize(("n", "decay"), [(1, 2 / 11), (5, 0.4), (80, 0.9), (10**6, 0.9)])
+def test_average_follows_faster_at_first(n: int, decay: float) -> None:
+    module = nn.Linear(3, 2).double()
+    average = average_of(module)
+    before = average.weight.clone()
+    nn.init.normal_(module.weight)
+    follow(average, module, 0.9, n)
+
+    assert torch.allclose(average.weight, decay * before + (1 - decay) * module.weight)
+
+
+def test_average_is_of_the_parameters_only_and_does_not_learn() -> None:
+    module = nn.BatchNorm1d(3)
+    average = average_of(module)
+    module.running_mean = torch.ones(3)
+    follow(average, module, 0.9, 1)
+
+    assert average.running_mean is not None and average.running_mean.equal(torch.zeros(3))
+    assert not average.training and not any(p.requires_grad for p in average.parameters())
+
+
+def test_every_step_is_averaged_and_learning_is_left_alone(
+    small: Config, trainset: TrajectoryDataset
+) -> None:
+    plain, state = TrainState(small, 16), TrainState(small | {"ema": 0.3}, 16)
+    average = copy.deepcopy(state.score)
+    steps = 0
+
+    def check(state: TrainState) -> None:
+        nonlocal steps
+        steps += 1
+        follow(average, state.score, 0.3, steps)
+
+    for _ in range(2):
+        assert train_epoch(plain, trainset) == train_epoch(state, trainset, check)
+
+    assert steps == 6 and state.average is not None
+
+    for p, q, r, s in zip(
+        plain.score.parameters(),
+        state.score.parameters(),
+        state.average.parameters(),
+        average.parameters(),
+        strict=True,
+    ):
+        assert p.equal(q) and r.equal(s) and not q.equal(r)
+
+
+def test_loss_valid_is_that_of_the_average_and_the_raw_one_is_logged(
+    small: Config, trainset: TrajectoryDataset, validation: Validation
+) -> None:
+    plain = list(epochs(TrainState(small, 16), trainset, validation))
+    state = TrainState(small | {"ema": 0.999}, 16)
+    found = list(epochs(state, trainset, validation))
+
+    assert [m["loss_valid_raw"] for m in found] == [m["loss_valid"] for m in plain]
+    assert all(m["loss_valid"] != m["loss_valid_raw"] for m in found)
+    assert validation(state.result_sde, DRAWS) == (
+        found[-1]["loss_valid"],
+        found[-1]["loss_valid_se"],
+    )
+    assert all("loss_valid_raw" not in m for m in plain)
+
+
+def test_state_holds_the_average_and_the_checkpoint_both(
+    small: Config, data: Path, tmp_path: Path
+) -> None:
+    run = Run(tmp_path, small | {"epochs": 1, "ema": 0.999}, wandb=DISABLED)
+    list(train(run, data))
+    run.close("finished")
+
+    checkpoint = load_checkpoint(run.path)
+    assert checkpoint is not None
+    tensors, state = checkpoint[0], torch.load(run.path.state, weights_only=True)
+
+    for name, p in load_score(run.path.directory).named_parameters():
+        assert p.equal(state[name]) and p.equal(tensors[f"average.{name}"])
+
+    assert not state["kernel.network.heads.0.weight"].equal(
+        tensors["score.kernel.network.heads.0.weight"]
+    )
+
+
+def test_average_begins_with_the_weights_of_another_run(small: Config) -> None:
+    weights = TrainState(small | {"seed": 1}, 16).score.state_dict()
+    state = TrainState(small | {"ema": 0.9}, 16)
+    state.begin(weights)
+
+    for score in (state.score, state.result):
+        assert all(x.equal(weights[key]) for key, x in score.state_dict().items())
+
+
+# Compilation
+
+
+CELLS = 8
+TINY: Config = CONFIG | {
+    "window": 3,
+    "embedding": 4,
+    "hidden_channels": (4, 8),
+    "hidden_blocks": (1, 1),
+    "batch_size": 4,
+    "dropout": 0.2,
+    "compile": "on",
+}
+
+
+def step(state: TrainState, n: int) -> tuple[float, list[torch.Tensor]]:
+    r"""Returns the loss of a step, and the gradients."""
+
+    generator = torch.Generator().manual_seed(n)
+    x = torch.randn(4, 6, CELLS, CELLS, generator=generator)
+    torch.manual_seed(n)  # what dropout draws from
+    state.sde.train()
+    loss = state.compiled.loss(x, generator=generator)
+    state.sde.eval()
+    loss.backward()
+
+    return float(loss.detach()), [
+        p.grad.clone() for p in state.score.parameters() if p.grad is not None
+    ]
+
+
+@pytest.mark.filterwarnings("default")  # of torch's own compiler
+def test_compiled_step_has_the_maths_of_the_eager_one(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch.compiler.reset()
+    eager, ours = TrainState(TINY | {"compile": "off"}, CELLS), TrainState(TINY, CELLS)
+
+    for n in range(1, 4):
+        (expected, grads), (loss, found) = step(eager, n), step(ours, n)
+        assert loss == pytest.approx(expected, rel=1e-6)
+
+        for a, b in zip(grads, found, strict=True):
+            assert (a - b).norm() < 1e-5 * b.norm() + 1e-7  # single numbers may cancel out
+
+        for state in (eager, ours):
+            state.lr = 1e-3
+            state.update(n)
+
+    assert list(ours.tensors()) == list(eager.tensors())  # a checkpoint looks the same
+    counters = torch._dynamo.utils.counters
+    assert not counters["graph_break"], counters["graph_break"]
+
+
+def test_network_is_compiled_however_many_were_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    r"""A process of a sweep has many of them, and their bits must not depend on how many."""
+
+    graphs: list[Any] = []
+    compile = torch.compile
+
+    def backend(graph: Any, _: Any) -> Any:  # a compiler that takes no time
+        graphs.append(graph)
+        return graph.forward
+
+    def count(network: Any, **options: Any) -> Any:
+        return compile(network, **options | {"mode": None, "backend": backend})
+
+    monkeypatch.setattr(torch, "compile", count)
+    torch.compiler.reset()
+
+    for width in range(10):
+        config = TINY | {"hidden_channels": (4 + width,), "hidden_blocks": (1,)}
+        state = TrainState(config, CELLS)
+        state.compiled.loss(torch.randn(2, 6, CELLS, CELLS))
+        assert len(graphs) == width + 1
+
+
+def test_without_a_compiler_the_settings_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    sde = TrainState(TINY | {"compile": "off"}, CELLS).sde
+    assert compiled(sde, "off") is sde
+    monkeypatch.setenv("CXX", "no-such-compiler")
+
+    with pytest.raises(UserError, match="no C\\+\\+ compiler here"):
+        compiled(sde, "graphs")
