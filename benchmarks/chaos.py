@@ -34,7 +34,7 @@ from rich.table import Table
 
 from sda_ray.core.holder import holder
 from sda_ray.core.lease import Lease
-from sda_ray.search.promotion import Record
+from sda_ray.search.promotion import TrialRecord
 from sda_ray.search.study import Study
 
 SCRIPT = """
@@ -179,7 +179,7 @@ class Sweeping:
 
         return alive
 
-    def records(self) -> list[Record]:
+    def records(self) -> list[TrialRecord]:
         lease = Lease(self.directory / "lease.json", f"sweep '{self.name}'")
 
         try:
@@ -213,7 +213,7 @@ def check(sweeping: Sweeping, expected: set[str], alone: "Alone") -> dict[str, i
     }
 
 
-def text(record: Record) -> str:
+def text(record: TrialRecord) -> str:
     return json.dumps(record.config, sort_keys=True)
 
 
@@ -224,7 +224,7 @@ class Alone:
         self.root = root
         self.weights: dict[str, bytes] = {}
 
-    def equals(self, record: Record, sweeping: Sweeping) -> bool:
+    def equals(self, record: TrialRecord, sweeping: Sweeping) -> bool:
         (directory,) = (sweeping.root / "runs").glob(f"*_{record.run_id}")
 
         if text(record) not in self.weights:

@@ -32,7 +32,7 @@ from rich.progress import track
 
 from sda_ray.core.holder import place
 from sda_ray.core.lease import Lease
-from sda_ray.search.promotion import Record, Rules, decide, reveal
+from sda_ray.search.promotion import Rules, TrialRecord, decide, unhide
 from sda_ray.search.reconcile import catch_up
 from sda_ray.search.sampler import propose
 from sda_ray.search.study import Study
@@ -83,7 +83,7 @@ def resident() -> float:
     return float(text.partition("VmRSS:")[2].split()[0])
 
 
-def write_run(runs: Path, record: Record, status: str) -> None:
+def write_run(runs: Path, record: TrialRecord, status: str) -> None:
     r"""Writes what reconciling reads of a run."""
 
     directory = runs / f"run-{record.index}_{record.run_id}"
@@ -119,7 +119,7 @@ def drive(directory: Path, count: int, sampler: str, console: Console) -> Times:
     )
     add = study.add
 
-    def append(*args: Any, **more: Any) -> Record:
+    def append(*args: Any, **more: Any) -> TrialRecord:
         with times.of("append"):
             return add(*args, **more)
 
@@ -152,7 +152,7 @@ def drive(directory: Path, count: int, sampler: str, console: Console) -> Times:
         records = study.records()
 
     with times.of("decide"):
-        decide(reveal(records, rules), (), rules)
+        decide(unhide(records, rules), (), rules)
 
     start = growth.get("start", resident())
     times.all["growth"].append((resident() - start) / (count - count // 10))

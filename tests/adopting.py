@@ -14,7 +14,7 @@ from sda_ray.runs.path import RunPath, sweep_directory
 from sda_ray.runs.run import Run
 from sda_ray.runs.tracking import Wandb
 from sda_ray.runs.train import train
-from sda_ray.search.promotion import Record
+from sda_ray.search.promotion import TrialRecord
 from sda_ray.search.study import Study
 from sda_ray.sweep.coverage import Refusal, collect
 from sda_ray.sweep.definition import Sweep
@@ -87,7 +87,7 @@ def record_of(sweep: Sweep, info: Any) -> dict[str, Any]:
     }
 
 
-def records(runs: Path, name: str) -> list[Record]:
+def records(runs: Path, name: str) -> list[TrialRecord]:
     directory = sweep_directory(runs, name)
     lease = Lease(directory / "lease.json", name)
 

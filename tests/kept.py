@@ -13,7 +13,7 @@ from sda_ray.runs.prune import resumable
 from sda_ray.runs.run import Run
 from sda_ray.runs.tracking import Wandb
 from sda_ray.runs.train import train
-from sda_ray.search.promotion import Record
+from sda_ray.search.promotion import TrialRecord
 from sda_ray.sweep.retention import Keeper
 
 __all__ = ["MADE", "Keeping", "identity", "keeping", "made", "path_of", "runs", "snapshot"]
@@ -78,11 +78,11 @@ def path_of(runs: Path, index: int) -> RunPath:
     return path
 
 
-def records_of(runs: Path) -> list[Record]:
+def records_of(runs: Path) -> list[TrialRecord]:
     r"""Returns what the study of the sweep would say; lower numbers have lower losses."""
 
     return [
-        Record(
+        TrialRecord(
             index,
             identity(index),
             STATES.get(status, status),

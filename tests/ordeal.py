@@ -16,8 +16,8 @@ from simulated import Crash, Sweeping, Training, diverges, loss
 from sda_ray.core.holder import holder
 from sda_ray.core.lease import Lease
 from sda_ray.runs.path import RunPath
-from sda_ray.search.promotion import Record, Rules, decide
-from sda_ray.search.reconcile import look, reconcile
+from sda_ray.search.promotion import Rules, TrialRecord, decide
+from sda_ray.search.reconcile import read_directories, reconcile
 from sda_ray.search.study import Study
 
 __all__ = ["Ordeal"]
@@ -36,7 +36,7 @@ class Ordeal(RuleBasedStateMachine):
         self.names = map(str, range(10**6))
         self.dead = True  # the driver
         self.asked = 0  # how many runs more than the target there may be
-        self.known: dict[str, Record] = {}
+        self.known: dict[str, TrialRecord] = {}
 
     @initialize(
         wanted=st.integers(1, 8),
@@ -74,7 +74,9 @@ class Ordeal(RuleBasedStateMachine):
             self.study = self.sweeping.open(self.lease, at)
             self.driver = self.sweeping.driver(self.study, self.slots)
 
-            again = look(self.study.records(), self.sweeping.runs, self.study.objectives)
+            again = read_directories(
+                self.study.records(), self.sweeping.runs, self.study.objectives
+            )
             assert reconcile(self.study.records(), again) == []
 
             action = decide(self.study.records(), (), self.driver.rules, stops=self.driver.stops)
@@ -86,7 +88,7 @@ class Ordeal(RuleBasedStateMachine):
         study = Study(self.sweeping.journal, "simulated", self.lease, self.sweeping.objectives)
         seen, rules = study.records(), self.sweeping.rules
         failed = sum(r.state == "failed" for r in seen)
-        found = look(seen, self.sweeping.runs, study.objectives)
+        found = read_directories(seen, self.sweeping.runs, study.objectives)
         rules = replace(rules, excused=failed)
         *_, action = reconcile(seen, found, rules, self.sweeping.stops)
         self.foreseen = action.kind, action.until
@@ -202,7 +204,7 @@ class Ordeal(RuleBasedStateMachine):
         if drawn is not None:
             index, values = 1 + len(seen), {e: loss(drawn[0], e) for e in range(1, 10)}
             finals = (values[9], *[1 / rate for _ in self.study.objectives[1:]])
-            brought = Record(
+            brought = TrialRecord(
                 index,
                 f"prior{index:03}",
                 "complete",

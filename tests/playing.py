@@ -7,7 +7,7 @@ from typing import Any
 
 from sda_ray.core.config import CONFIG
 from sda_ray.core.space import choice, loguniform
-from sda_ray.search.promotion import Record
+from sda_ray.search.promotion import TrialRecord
 from sda_ray.sweep.definition import Sweep
 
 __all__ = ["SPACE", "finished", "play", "rate", "sweep_of"]
@@ -23,10 +23,12 @@ def sweep_of(space: Any = SPACE, **settings: Any) -> Sweep:
     return Sweep("name", CONFIG | {"epochs": 9}, space, **settings).check()
 
 
-def finished(index: int, drawn: Any, value: float, state: str = "complete", **more: Any) -> Record:
+def finished(
+    index: int, drawn: Any, value: float, state: str = "complete", **more: Any
+) -> TrialRecord:
     values = {9: value} if state == "complete" else {1: value}
     known = {} if state == "diverged" else values
-    record = Record(index, f"{index:08}", state, max(values), 9, known)
+    record = TrialRecord(index, f"{index:08}", state, max(values), 9, known)
 
     return replace(record, config=drawn[0], trial=drawn[1], **more)
 
@@ -35,8 +37,8 @@ def play(
     sweep: Sweep,
     count: int,
     value: Callable[[dict[str, Any]], float | None],
-    records: Sequence[Record] = (),
-) -> list[Record]:
+    records: Sequence[TrialRecord] = (),
+) -> list[TrialRecord]:
     r"""Returns the runs of a sweep, one after the other; those without a value diverge."""
 
     records = list(records)
@@ -49,5 +51,5 @@ def play(
     return records
 
 
-def rate(record: Record) -> float:
+def rate(record: TrialRecord) -> float:
     return math.log10(record.config["learning_rate"])

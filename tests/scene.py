@@ -17,7 +17,7 @@ import torch
 from sda_ray.cli.main import main
 from sda_ray.core.lease import Lease
 from sda_ray.runs.path import RunPath
-from sda_ray.search.promotion import Record
+from sda_ray.search.promotion import TrialRecord
 from sda_ray.search.study import Study
 
 __all__ = ["GRID", "SCRIPT", "Place", "lines", "place"]
@@ -87,7 +87,7 @@ class Place:
 
         return out
 
-    def records(self, name: str) -> list[Record]:
+    def records(self, name: str) -> list[TrialRecord]:
         r"""Returns what the study of a sweep says."""
 
         directory = self.root / "copy"
@@ -99,7 +99,7 @@ class Place:
 
         return records
 
-    def path(self, record: Record) -> RunPath:
+    def path(self, record: TrialRecord) -> RunPath:
         path = RunPath.of_id(self.runs, record.run_id)
         assert path is not None
 
@@ -114,7 +114,7 @@ class Place:
 
         return found
 
-    def same_as_alone(self, record: Record) -> bool:
+    def same_as_alone(self, record: TrialRecord) -> bool:
         r"""Trains the run of a record alone, and compares the bits."""
 
         path = self.path(record)

@@ -15,7 +15,7 @@ from typing import Any
 from sda_ray.core.holder import place
 from sda_ray.core.lease import Lease
 from sda_ray.runs.path import RunPath
-from sda_ray.search.promotion import Record, Rules, Stops
+from sda_ray.search.promotion import PruneRule, Rules, TrialRecord
 from sda_ray.search.reconcile import catch_up
 from sda_ray.search.sampler import propose
 from sda_ray.search.study import Study
@@ -153,7 +153,7 @@ class Sweeping:
         sampler: str = "random",
         diverges: Callable[[dict[str, Any], int], bool] = never,
         fails: Callable[[dict[str, Any], int], bool] = never,
-        stops: Stops | None = None,
+        stops: PruneRule | None = None,
         objectives: Sequence[str] = ("loss_valid",),
         space: Callable[[Any], dict[str, Any]] | None = None,
     ) -> None:
@@ -168,7 +168,7 @@ class Sweeping:
         self.objectives = tuple(objectives)
         self.space = space or draw
         self.appends = 0
-        self.promotions: list[tuple[Record, list[Record]]] = []
+        self.promotions: list[tuple[TrialRecord, list[TrialRecord]]] = []
 
     def drive(
         self,
@@ -176,7 +176,7 @@ class Sweeping:
         rng: random.Random | None = None,
         crash: int | None = None,
         begin: Callable[[Study], None] = lambda study: None,
-    ) -> list[Record]:
+    ) -> list[TrialRecord]:
         r"""Drives the sweep to its end and returns its runs.
 
         Arguments:
@@ -221,7 +221,7 @@ class Sweeping:
         return study
 
     def driver(self, study: Study, slots: int) -> Driver:
-        def notify(event: str, record: Record) -> None:
+        def notify(event: str, record: TrialRecord) -> None:
             if event == "promote" and record.shown is None:
                 self.promotions.append((record, study.records()))
 
@@ -238,7 +238,7 @@ class Sweeping:
             self.stops,
         )
 
-    def propose(self, seen: Sequence[Record], fixed: dict[str, Any] | None) -> Any:
+    def propose(self, seen: Sequence[TrialRecord], fixed: dict[str, Any] | None) -> Any:
         more: dict[str, Any] = {}
 
         if len(self.objectives) > 1:
@@ -306,7 +306,7 @@ def draw(trial: Any) -> dict[str, Any]:
     return {"learning_rate": trial.suggest_float("learning_rate", 1e-4, 1e-1, log=True)}
 
 
-def outcomes(records: list[Record]) -> Iterator[tuple[Any, ...]]:
+def outcomes(records: list[TrialRecord]) -> Iterator[tuple[Any, ...]]:
     r"""Yields what came of each run, ids apart."""
 
     for r in records:

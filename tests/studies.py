@@ -10,7 +10,7 @@ import pytest
 from simulated import draw
 
 from sda_ray.core.lease import Lease
-from sda_ray.search.promotion import Record
+from sda_ray.search.promotion import TrialRecord
 from sda_ray.search.sampler import propose
 from sda_ray.search.study import Study
 
@@ -36,11 +36,11 @@ def study(tmp_path: Path, lease: Lease) -> Study:
     return Study(tmp_path / "study.journal", "test", lease)
 
 
-def add(study: Study, **more: Any) -> Record:
+def add(study: Study, **more: Any) -> TrialRecord:
     records = study.records()
     drawn = propose(draw, records, sampler="random")
     assert drawn is not None
     index = 1 + len(records)
-    record = Record(index, f"run{index:05}", "running", 1, 9, attempt=1, config=drawn[0])
+    record = TrialRecord(index, f"run{index:05}", "running", 1, 9, attempt=1, config=drawn[0])
 
     return study.add(replace(record, **more), drawn[1])

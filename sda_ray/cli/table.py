@@ -16,7 +16,7 @@ from rich.text import Text
 
 from ..core.config import format_value
 from ..runs.path import RunPath
-from ..search.promotion import Record, Rules, counted, order
+from ..search.promotion import Rules, TrialRecord, count_trials, rank_key
 from .render import size as show_size
 
 __all__ = ["LiveTable", "announce", "conclude", "leaderboard"]
@@ -34,11 +34,11 @@ REFRESH = 4  # times a second
 KEY = 9  # characters that a key of CONFIG has at least
 
 
-def _status(record: Record) -> str:
+def _status(record: TrialRecord) -> str:
     return "paused" if record.paused and record.state == "running" else record.state
 
 
-def _loss(record: Record) -> str:
+def _loss(record: TrialRecord) -> str:
     loss = record.values.get(record.last, math.nan)
 
     return "–" if math.isnan(loss) else f"{loss:.4f}"
@@ -48,7 +48,7 @@ def _short(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else format_value(value)
 
 
-def _rows(records: Sequence[Record], names: dict[str, str], width: int) -> Table:
+def _rows(records: Sequence[TrialRecord], names: dict[str, str], width: int) -> Table:
     r"""Returns a table of runs that fits a width: keys, then names are left out for it."""
 
     keys = list(dict.fromkeys(key for record in records for key in record.config))
@@ -90,7 +90,7 @@ class LiveTable:
     """
 
     def __init__(
-        self, title: str, target: int, runs: Path, records: Callable[[], list[Record]]
+        self, title: str, target: int, runs: Path, records: Callable[[], list[TrialRecord]]
     ) -> None:
         self.title = title
         self.target = target
@@ -128,7 +128,7 @@ class LiveTable:
         else:
             print(text, flush=True)
 
-    def notify(self, event: str, record: Record) -> None:
+    def notify(self, event: str, record: TrialRecord) -> None:
         r"""Shows that something happened to a run."""
 
         if self.live is not None:
@@ -152,7 +152,7 @@ class LiveTable:
 
         self.console.print(self._render())
 
-    def _print(self, event: str, record: Record) -> None:
+    def _print(self, event: str, record: TrialRecord) -> None:
         said = {
             "draw": "starts",
             "adopt": "is resumed",
@@ -172,7 +172,7 @@ class LiveTable:
     def _render(self) -> RenderableType:
         records = self.now
         running = [r for r in records if _status(r) == "running"]
-        rest = sorted((r for r in records if _status(r) != "running"), key=order)
+        rest = sorted((r for r in records if _status(r) != "running"), key=rank_key)
         width, height = self.console.size
         room = max(1, height - len(running) - 4)
         counts = {s: sum(_status(r) == s for r in records) for s in STYLES}
@@ -198,14 +198,14 @@ class LiveTable:
 
         return Group(*parts)
 
-    def _name(self, records: Sequence[Record]) -> None:
+    def _name(self, records: Sequence[TrialRecord]) -> None:
         r"""Looks for the names of runs that are new. A run has its name from its first start."""
 
         if any(record.run_id not in self.names for record in records):
             self.names |= {path.id: path.name for path in RunPath.all(self.runs)}
 
 
-def _event(before: Record | None, now: Record) -> str:
+def _event(before: TrialRecord | None, now: TrialRecord) -> str:
     r"""Returns the word for what has become of a run, or nothing if nothing has."""
 
     if before is None:
@@ -217,7 +217,7 @@ def _event(before: Record | None, now: Record) -> str:
     return "adopt" if now.attempt > before.attempt else ""
 
 
-def announce(title: str, rules: Rules, records: Sequence[Record], directory: Path) -> None:
+def announce(title: str, rules: Rules, records: Sequence[TrialRecord], directory: Path) -> None:
     r"""Prints what a sweep is about to do."""
 
     rungs = ", ".join(map(str, rules.rungs))
@@ -234,11 +234,11 @@ def announce(title: str, rules: Rules, records: Sequence[Record], directory: Pat
         )
 
 
-def leaderboard(title: str, records: Sequence[Record], runs: Path, count: int = 10) -> None:
+def leaderboard(title: str, records: Sequence[TrialRecord], runs: Path, count: int = 10) -> None:
     r"""Prints the best runs of a sweep, and how far its numbers carry."""
 
     console = Console(width=None if sys.stdout.isatty() else 160)
-    finished = sorted((r for r in records if r.values), key=order)
+    finished = sorted((r for r in records if r.values), key=rank_key)
     names = {path.id: path.name for path in RunPath.all(runs)}
     console.print(Text(f"\nLeaderboard of {title}", style="bold"))
     console.print(_rows(finished[:count], names, console.width))
@@ -256,7 +256,7 @@ def leaderboard(title: str, records: Sequence[Record], runs: Path, count: int = 
 def conclude(
     title: str,
     target: int,
-    records: Sequence[Record],
+    records: Sequence[TrialRecord],
     directory: Path,
     runs: Path,
     importances: Mapping[str, float],
@@ -264,7 +264,7 @@ def conclude(
     r"""Prints the leaderboard of a finished sweep, and the commands to try next."""
 
     leaderboard(title, records, runs)
-    complete = sorted((r for r in records if r.state == "complete"), key=order)
+    complete = sorted((r for r in records if r.state == "complete"), key=rank_key)
 
     if not complete:
         print("No run is complete: run.json and error.txt in the run directories say why.")
@@ -300,16 +300,16 @@ def conclude(
     print(f"  python -c \"from sda_ray import load_score; print(load_score('{here}'))\"")
 
 
-def _exhausted(records: Sequence[Record], target: int) -> bool:
+def _exhausted(records: Sequence[TrialRecord], target: int) -> bool:
     r"""Tells whether a sweep has ended with fewer runs than wanted, though few of them failed."""
 
     ended = all(record.state != "running" for record in records)
     failed = sum(record.state == "failed" and not record.source for record in records)
 
-    return ended and counted(records) < target and failed <= Rules(target, 1).failures
+    return ended and count_trials(records) < target and failed <= Rules(target, 1).failures
 
 
-def _conclude_repeats(complete: Sequence[Record]) -> None:
+def _conclude_repeats(complete: Sequence[TrialRecord]) -> None:
     r"""Prints what repeats that differ in the seed alone say together."""
 
     losses = [record.values[record.last] for record in complete]

@@ -24,7 +24,7 @@ from ..core.errors import UserError
 from ..core.holder import holder, is_alive, is_here, pulse
 from ..core.lease import HEARTBEAT
 from ..runs.path import RunPath
-from ..search.promotion import Record
+from ..search.promotion import TrialRecord
 from ..sweep.driver import Driver
 from ..sweep.failures import cause_of
 from ..sweep.requests import Desk
@@ -339,7 +339,7 @@ class Vigil:
         self.seen: dict[int, tuple[Any, float]] = {}  # index of a run -> last sign of life, when
         self.looked = time.monotonic()
 
-    def look(self, records: Iterable[Record]) -> list[tuple[Record, float]]:
+    def look(self, records: Iterable[TrialRecord]) -> list[tuple[TrialRecord, float]]:
         r"""Returns which of the runs that have a process are frozen, and for how many seconds."""
 
         now = time.monotonic()
@@ -359,7 +359,7 @@ class Vigil:
 
         return frozen
 
-    def path(self, record: Record) -> RunPath | None:
+    def path(self, record: TrialRecord) -> RunPath | None:
         r"""Returns where a run is, if it has a directory yet."""
 
         known = self.paths.get(record.run_id)
@@ -372,7 +372,7 @@ class Vigil:
 
         return known
 
-    def _sign(self, record: Record) -> tuple[Any, float]:
+    def _sign(self, record: TrialRecord) -> tuple[Any, float]:
         r"""Returns what changes while a run's process lives, and how long it may not."""
 
         if (path := self.path(record)) is not None:
@@ -384,7 +384,7 @@ class Vigil:
         return record.attempt, OTHER * self.limit  # it starts, or is done with it
 
 
-def end(path: RunPath, record: Record, silent: float) -> str:
+def end(path: RunPath, record: TrialRecord, silent: float) -> str:
     r"""Ends the process of a frozen run, if it is on this machine, and returns what it was at.
 
     The same is noted beside the stacks of processes that hung.

@@ -18,7 +18,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ..search.promotion import Record, Rules, Stops, decide
+from ..search.promotion import PruneRule, Rules, TrialRecord, decide
 
 __all__ = ["Forecast", "forecast"]
 
@@ -47,7 +47,7 @@ def forecast(
     slots: int,
     seconds: Sequence[float],
     end: Sequence[float] = (0.0,),
-    stops: Stops | None = None,
+    stops: PruneRule | None = None,
 ) -> Forecast:
     r"""Returns what a sweep of new runs is expected to take.
 
@@ -76,10 +76,10 @@ def _sweep(
     slots: int,
     seconds: Sequence[float],
     end: Sequence[float],
-    stops: Stops | None,
+    stops: PruneRule | None,
     rng: random.Random,
 ) -> tuple[float, float, float]:
-    records: dict[int, Record] = {}
+    records: dict[int, TrialRecord] = {}
     live: list[tuple[float, int]] = []
     losses: list[float] = []
     first = rng.randrange(len(seconds))
@@ -98,7 +98,7 @@ def _sweep(
                 continue
 
             if action.record is None:
-                record = Record(len(records) + 1, "", "running", action.until, rules.epochs)
+                record = TrialRecord(len(records) + 1, "", "running", action.until, rules.epochs)
                 losses.append(rng.random())
             else:
                 record = replace(action.record, state="running", until=action.until)

@@ -17,14 +17,14 @@ from typing import Any
 __all__ = [
     "FINAL",
     "Action",
-    "Record",
+    "PruneRule",
     "Rules",
-    "Stops",
-    "counted",
+    "TrialRecord",
+    "best_at_rung",
+    "count_trials",
     "decide",
-    "order",
-    "reveal",
-    "top",
+    "rank_key",
+    "unhide",
 ]
 
 STEADY = ("median", "percentile", "patience")  # rules that ask at even distances
@@ -32,7 +32,7 @@ FINAL = (*STEADY, "hyperband")  # rules by which a run that is stopped never goe
 
 
 @dataclass(frozen=True)
-class Record:
+class TrialRecord:
     r"""Creates what the study says of a run, in the newest of the run's records.
 
     Arguments:
@@ -103,7 +103,7 @@ class Record:
         return "pruned" if self.shown is not None and self.state != "failed" else self.state
 
 
-Stops = Callable[[Record, Sequence[Record]], bool]
+PruneRule = Callable[[TrialRecord, Sequence[TrialRecord]], bool]
 
 
 @dataclass(frozen=True)
@@ -166,18 +166,18 @@ class Action:
     """
 
     kind: str
-    record: Record | None = None
+    record: TrialRecord | None = None
     until: int = 0
     shown: int | None = None
 
 
-def counted(records: Sequence[Record]) -> int:
+def count_trials(records: Sequence[TrialRecord]) -> int:
     r"""Returns the number of runs that count as trials of the sweep."""
 
     return sum(not record.source and record.state != "failed" for record in records)
 
 
-def order(record: Record) -> tuple[int, int, float, int]:
+def rank_key(record: TrialRecord) -> tuple[int, int, float, int]:
     r"""Orders runs from best to worst: complete ones by their last value, then the furthest."""
 
     rank = {"complete": 0, "diverged": 2, "failed": 3}.get(record.state, 1)
@@ -192,13 +192,13 @@ def _finite(value: float | None) -> float:
     return value if value is not None and math.isfinite(value) else math.inf
 
 
-def top(rung: int, records: Sequence[Record], rules: Rules) -> list[Record]:
+def best_at_rung(rung: int, records: Sequence[TrialRecord], rules: Rules) -> list[TrialRecord]:
     r"""Returns the best :math:`1 / \eta` of the runs at a rung, from the best on.
 
     A run that diverged counts as the worst at every rung that it was bound for.
     """
 
-    def value(record: Record) -> float | None:
+    def value(record: TrialRecord) -> float | None:
         if record.outcome == "diverged":
             return math.inf if rung <= rules.after(record.last) else None
 
@@ -210,21 +210,21 @@ def top(rung: int, records: Sequence[Record], rules: Rules) -> list[Record]:
     return [record for x, _, record in best if x < math.inf]
 
 
-def _promotable(records: Sequence[Record], rules: Rules) -> Iterator[tuple[int, Record]]:
+def _promotable(records: Sequence[TrialRecord], rules: Rules) -> Iterator[tuple[int, TrialRecord]]:
     r"""Yields rungs and the runs that the rule sends on from there, in the order of the rule."""
 
     if rules.pruner != "promotion":
         return
 
     for rung in reversed(rules.rungs[:-1]):
-        for record in top(rung, records, rules):
+        for record in best_at_rung(rung, records, rules):
             stands = max(record.visible, default=0) == rung
 
             if stands and (record.paused or record.outcome != record.state):
                 yield rung, record
 
 
-def reveal(records: Sequence[Record], rules: Rules) -> list[Record]:
+def unhide(records: Sequence[TrialRecord], rules: Rules) -> list[TrialRecord]:
     r"""Lets hidden values count, as far as the rule itself would have let their runs go on.
 
     They come one by one and in the order of the rule, as if the runs were sent on only now.
@@ -249,11 +249,11 @@ def reveal(records: Sequence[Record], rules: Rules) -> list[Record]:
 
 
 def decide(
-    records: Sequence[Record],
+    records: Sequence[TrialRecord],
     live: Collection[int],
     rules: Rules,
     exhausted: bool = False,
-    stops: Stops | None = None,
+    stops: PruneRule | None = None,
 ) -> Action:
     r"""Decides what a free slot is used for.
 
@@ -266,7 +266,7 @@ def decide(
             None if runs are promoted, or never stopped.
     """
 
-    records = reveal(records, rules)
+    records = unhide(records, rules)
     idle = [record for record in records if record.index not in live]
 
     # Runs left behind by a dead driver, or by a lost worker
@@ -299,7 +299,7 @@ def decide(
         return Action("wait")
 
     complete = sum(record.state == "complete" for record in own)
-    paused = sorted((record for record in idle if record.paused), key=order)
+    paused = sorted((record for record in idle if record.paused), key=rank_key)
 
     if complete + len(live) < rules.finalists and paused:
         return Action("promote", paused[0], rules.epochs, shown=paused[0].last)

@@ -17,19 +17,19 @@ from optuna.pruners import (
 )
 from optuna.trial import FrozenTrial, TrialState
 
-from .promotion import Record, Rules, Stops
-from .seen import frozen, quiet, study_of
+from .promotion import PruneRule, Rules, TrialRecord
+from .sampler import frozen, memory_study, quiet_optuna
 
-__all__ = ["brackets", "stopper"]
+__all__ = ["hyperband_brackets", "prune_rule"]
 
 STARTUP = 5  # complete runs before any is compared with them
 
 STATES = {"complete": TrialState.COMPLETE, "failed": TrialState.FAIL}
 
 
-def stopper(
+def prune_rule(
     rules: Rules, name: str, percentile: float = 25.0, patience: int | None = None
-) -> Stops:
+) -> PruneRule:
     r"""Returns the verdicts of the rule that `rules.pruner` names.
 
     They are functions of the runs alone.
@@ -51,30 +51,30 @@ def stopper(
         "hyperband": lambda: _hyperband(rules),
     }
 
-    with quiet():
+    with quiet_optuna():
         pruner = make[rules.pruner]()
 
     marks = _marks(rules, name) if rules.pruner == "hyperband" else _no_marks
 
-    def stops(record: Record, records: Sequence[Record]) -> bool:
+    def stops(record: TrialRecord, records: Sequence[TrialRecord]) -> bool:
         others = [_trial(r, dict(marks(r, False))) for r in records if r.index != record.index]
         asked = _trial(record, dict(marks(record, True)), asked=True)
 
-        with quiet():
-            return pruner.prune(study_of([*others, asked], name=name), asked)
+        with quiet_optuna():
+            return pruner.prune(memory_study([*others, asked], name=name), asked)
 
     return stops
 
 
-def brackets(rules: Rules, name: str) -> Callable[[int], int]:
+def hyperband_brackets(rules: Rules, name: str) -> Callable[[int], int]:
     r"""Returns what tells the bracket of `hyperband` that a run is in, by its index from 0.
 
     Runs are compared within their bracket alone, and so a sampler shall see them. That of
     Optuna 5.0 is meant to, and sees all of them.
     """
 
-    with quiet():
-        pruner, study = _hyperband(rules), study_of([], name=name)
+    with quiet_optuna():
+        pruner, study = _hyperband(rules), memory_study([], name=name)
         pruner.prune(study, frozen(0, TrialState.RUNNING))
 
     return lambda number: pruner._get_bracket_id(study, frozen(number, TrialState.RUNNING))
@@ -84,7 +84,7 @@ def _hyperband(rules: Rules) -> HyperbandPruner:
     return HyperbandPruner(rules.min_epochs or rules.epochs, rules.epochs, rules.eta)
 
 
-def _trial(record: Record, marks: dict[str, float], asked: bool = False) -> FrozenTrial:
+def _trial(record: TrialRecord, marks: dict[str, float], asked: bool = False) -> FrozenTrial:
     r"""Returns a run as a pruner shall see it: what is hidden is hidden from it too."""
 
     state = TrialState.RUNNING if asked else STATES.get(record.outcome, TrialState.PRUNED)
@@ -94,21 +94,21 @@ def _trial(record: Record, marks: dict[str, float], asked: bool = False) -> Froz
     return frozen(record.index - 1, state, values, system_attrs=marks, curve=curve)
 
 
-def _no_marks(record: Record, asked: bool) -> Iterator[tuple[str, float]]:
+def _no_marks(record: TrialRecord, asked: bool) -> Iterator[tuple[str, float]]:
     return iter(())
 
 
-def _marks(rules: Rules, name: str) -> Callable[[Record, bool], Iterator[tuple[str, float]]]:
+def _marks(rules: Rules, name: str) -> Callable[[TrialRecord, bool], Iterator[tuple[str, float]]]:
     r"""Returns what gives the notes that Optuna makes when a run passes a rung of its bracket.
 
     A run that is asked for has no note yet of the rung where it waits. One that diverged has the
     worst value at every rung that it was bound for.
     """
 
-    bracket = brackets(rules, name)
+    bracket = hyperband_brackets(rules, name)
     first = rules.min_epochs or rules.epochs
 
-    def marks(record: Record, asked: bool) -> Iterator[tuple[str, float]]:
+    def marks(record: TrialRecord, asked: bool) -> Iterator[tuple[str, float]]:
         gone = record.outcome == "diverged"
         until = rules.after(record.last) if gone else record.last - asked
         rung = first * rules.eta ** bracket(record.index - 1)

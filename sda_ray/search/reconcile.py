@@ -22,10 +22,18 @@ from ..runs.metrics import read_history
 from ..runs.outcome import finals
 from ..runs.path import RunPath
 from ..runs.record import read_record
-from .promotion import Action, Record, Rules, Stops, decide
+from .promotion import Action, PruneRule, Rules, TrialRecord, decide
 from .study import Study
 
-__all__ = ["Found", "Step", "apply", "catch_up", "look", "reconcile", "settle"]
+__all__ = [
+    "DirectoryState",
+    "Step",
+    "apply_steps",
+    "catch_up",
+    "project_steps",
+    "read_directories",
+    "reconcile",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +42,7 @@ CLOSED = {"pruned": "paused", "failed": "failed", "stopped": "stopped", "diverge
 
 
 @dataclass(frozen=True)
-class Found:
+class DirectoryState:
     r"""Creates what the directory of a run says of it.
 
     Arguments:
@@ -71,7 +79,7 @@ class Step:
     """
 
     kind: str
-    record: Record
+    record: TrialRecord
     attempt: int = 0
     until: int = 0
     shown: int | None = None
@@ -82,10 +90,10 @@ class Step:
 
 
 def reconcile(
-    records: Sequence[Record],
-    found: Mapping[str, Found],
+    records: Sequence[TrialRecord],
+    found: Mapping[str, DirectoryState],
     rules: Rules | None = None,
-    stops: Stops | None = None,
+    stops: PruneRule | None = None,
 ) -> list[Step | Action]:
     r"""Returns what has to be done first, and what comes next.
 
@@ -109,10 +117,10 @@ def reconcile(
     if rules is None:
         return [*steps]
 
-    return [*steps, decide(settle(records, steps), (), rules, stops=stops)]
+    return [*steps, decide(project_steps(records, steps), (), rules, stops=stops)]
 
 
-def _steps(record: Record, found: Found) -> list[Step]:
+def _steps(record: TrialRecord, found: DirectoryState) -> list[Step]:
     steps: list[Step] = []
 
     # A start that the journal has lost has taken its number all the same.
@@ -135,7 +143,7 @@ def _steps(record: Record, found: Found) -> list[Step]:
     return steps
 
 
-def _closed(record: Record, found: Found) -> list[Step]:
+def _closed(record: TrialRecord, found: DirectoryState) -> list[Step]:
     r"""Returns how to close the record of a run that has come to its end.
 
     If the journal is so much older than the directory that the run should not even have got
@@ -173,17 +181,17 @@ def _closed(record: Record, found: Found) -> list[Step]:
     return [*steps, Step("tell", record, state=state, reason=reason, finals=ends)]
 
 
-def _open(record: Record, found: Found) -> list[Step]:
+def _open(record: TrialRecord, found: DirectoryState) -> list[Step]:
     return _missing(record, found.values, record.until)
 
 
-def _missing(record: Record, values: dict[int, float], until: int) -> list[Step]:
+def _missing(record: TrialRecord, values: dict[int, float], until: int) -> list[Step]:
     new = {e: x for e, x in values.items() if e <= until and e not in record.values}
 
     return [Step("report", record, values=new)] if new else []
 
 
-def settle(records: Sequence[Record], steps: Sequence[Step]) -> list[Record]:
+def project_steps(records: Sequence[TrialRecord], steps: Sequence[Step]) -> list[TrialRecord]:
     r"""Returns the runs as they are after some steps."""
 
     own: dict[int, list[Step]] = {}
@@ -194,7 +202,7 @@ def settle(records: Sequence[Record], steps: Sequence[Step]) -> list[Record]:
     return [_after(record, own.get(record.index, [])) for record in records]
 
 
-def _after(record: Record, steps: Sequence[Step]) -> Record:
+def _after(record: TrialRecord, steps: Sequence[Step]) -> TrialRecord:
     for step in steps:
         if step.kind == "count":
             record = replace(record, attempt=max(record.attempt, step.attempt))
@@ -208,7 +216,7 @@ def _after(record: Record, steps: Sequence[Step]) -> Record:
     return record
 
 
-def apply(study: Study, steps: Sequence[Step], runs: Path) -> None:
+def apply_steps(study: Study, steps: Sequence[Step], runs: Path) -> None:
     r"""Takes the steps. It may be killed anywhere and done again."""
 
     records = {record.index: record for record in study.records()}
@@ -248,12 +256,12 @@ def _mark(path: RunPath, attempt: int, status: str) -> None:
             logger.warning("%s stays as it is: %s", path.record, error)
 
 
-def look(
-    records: Sequence[Record],
+def read_directories(
+    records: Sequence[TrialRecord],
     runs: Path,
     objectives: Sequence[str] = ("loss_valid",),
     progress: Callable[[int, int], None] = lambda done, of: None,
-) -> dict[str, Found]:
+) -> dict[str, DirectoryState]:
     r"""Returns what the directories of runs say, by their ids.
 
     A directory that cannot be read is passed over with a warning, but for the number of its last
@@ -268,9 +276,9 @@ def look(
         path = paths[record.run_id]
 
         try:
-            found[record.run_id] = _look(path, record, objectives)
+            found[record.run_id] = _read_directory(path, record, objectives)
         except (UserError, OSError) as error:
-            found[record.run_id] = Found(attempt=_attempt(path))
+            found[record.run_id] = DirectoryState(attempt=_attempt(path))
             logger.warning("%s is passed over: %s", path.directory.name, error)
 
         progress(done, len(own))
@@ -278,13 +286,15 @@ def look(
     return found
 
 
-def _look(path: RunPath, record: Record, objectives: Sequence[str]) -> Found:
+def _read_directory(
+    path: RunPath, record: TrialRecord, objectives: Sequence[str]
+) -> DirectoryState:
     content = read_record(path)
     attempt = _attempt(path)
     status, reason = content.get("status", ""), str(content.get("reason", ""))
 
     if record.state != "running":  # all is told
-        return Found(status, attempt=attempt, reason=reason)
+        return DirectoryState(status, attempt=attempt, reason=reason)
 
     history = read_history(path.metrics)
     values = {e: line["loss_valid"] for e, line in history.items() if "loss_valid" in line}
@@ -293,7 +303,7 @@ def _look(path: RunPath, record: Record, objectives: Sequence[str]) -> Found:
     if status == "finished" and record.epochs in values:
         ends = [values[record.epochs]] if len(objectives) == 1 else finals(path, objectives)
 
-    return Found(status, values, attempt, reason, tuple(ends))
+    return DirectoryState(status, values, attempt, reason, tuple(ends))
 
 
 def _attempt(path: RunPath) -> int:
@@ -309,5 +319,5 @@ def catch_up(study: Study, runs: Path) -> None:
     """
 
     records = study.records()
-    steps = reconcile(records, look(records, runs, study.objectives))
-    apply(study, [step for step in steps if isinstance(step, Step)], runs)
+    steps = reconcile(records, read_directories(records, runs, study.objectives))
+    apply_steps(study, [step for step in steps if isinstance(step, Step)], runs)

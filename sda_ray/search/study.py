@@ -5,8 +5,9 @@ line, complete, before it starts; the values of its epochs are appended; and wha
 when a driver dies is worked out by the next one, see :mod:`sda_ray.search.reconcile`.
 """
 
+import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
@@ -16,11 +17,17 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from ..core.errors import UserError
+from ..runs.path import new_id
 from .journal import Holder, open_study
-from .promotion import Record
-from .sampler import quiet
+from .promotion import Rules, TrialRecord, count_trials
+from .sampler import quiet_optuna
 
-__all__ = ["Study"]
+__all__ = ["Propose", "Study", "draw_run", "queue_warning"]
+
+logger = logging.getLogger(__name__)
+
+# A configuration and its trial, or None, given the runs and parameters that it shall have
+Propose = Callable[[Sequence[TrialRecord], dict[str, Any] | None], Any]
 
 STATES = {
     TrialState.RUNNING: "running",
@@ -48,11 +55,13 @@ class Study:
     ) -> None:
         self.objectives = tuple(objectives)
         self._lock = threading.Lock()  # a live table reads from its own thread
-        self._newest: dict[str, Record] = {}  # the records, by run, and what they were made from
+        self._newest: dict[
+            str, TrialRecord
+        ] = {}  # the records, by run, and what they were made from
         self._trials: list[FrozenTrial] = []
         self._seen: dict[str, Any] | None = None
 
-        with quiet():
+        with quiet_optuna():
             self.study, self.journal = open_study(file, name, lease, objectives)
             self.storage = self.journal.storage
 
@@ -63,7 +72,7 @@ class Study:
                 f"{file} is damaged: the record of a run lacks {error}. Restore a copy of the file."
             ) from error
 
-    def records(self) -> list[Record]:
+    def records(self) -> list[TrialRecord]:
         r"""Returns what the study says of each run, from the newest record of each."""
 
         with self._lock:
@@ -83,12 +92,14 @@ class Study:
 
             return sorted(self._newest.values(), key=attrgetter("index"))
 
-    def add(self, record: Record, drawn: FrozenTrial, supersedes: int | None = None) -> Record:
+    def add(
+        self, record: TrialRecord, drawn: FrozenTrial, supersedes: int | None = None
+    ) -> TrialRecord:
         r"""Adds the record of a run that is about to start, in one line of the journal."""
 
         return self._add(record, drawn, TrialState.RUNNING, supersedes=supersedes)
 
-    def start(self, record: Record, until: int, shown: int | None) -> Record:
+    def start(self, record: TrialRecord, until: int, shown: int | None) -> TrialRecord:
         r"""Records that a run goes on, as a new attempt, up to an epoch.
 
         If its record is closed, a new one supersedes it.
@@ -103,12 +114,12 @@ class Study:
 
         return self._set(record, until=until, attempt=attempt)
 
-    def extend(self, record: Record, until: int, shown: int | None) -> Record:
+    def extend(self, record: TrialRecord, until: int, shown: int | None) -> TrialRecord:
         r"""Records that a run in flight may go up to an epoch."""
 
         return self._set(self.show(self._again(record), shown), until=until)
 
-    def show(self, record: Record, shown: int | None) -> Record:
+    def show(self, record: TrialRecord, shown: int | None) -> TrialRecord:
         r"""Records up to which epoch the values of a run count for others, closed or not."""
 
         if record.shown != shown:
@@ -116,7 +127,7 @@ class Study:
 
         return self._again(record)
 
-    def count(self, record: Record, attempt: int) -> Record:
+    def count(self, record: TrialRecord, attempt: int) -> TrialRecord:
         r"""Records the number of a run's last attempt, if others than the study have counted."""
 
         if record.trial.state.is_finished() and attempt > record.attempt:
@@ -126,7 +137,7 @@ class Study:
 
         return self._again(record)
 
-    def report(self, record: Record, values: dict[int, float]) -> Record:
+    def report(self, record: TrialRecord, values: dict[int, float]) -> TrialRecord:
         r"""Records the values of epochs that the study has not got, in one append.
 
         Epochs beyond those that the run was sent for are left out: they come when it goes on.
@@ -143,11 +154,11 @@ class Study:
 
     def tell(
         self,
-        record: Record,
+        record: TrialRecord,
         state: str,
         error: str = "",
         finals: Sequence[float] | None = None,
-    ) -> Record:
+    ) -> TrialRecord:
         r"""Closes the record of a run.
 
         Arguments:
@@ -164,7 +175,7 @@ class Study:
         final = {"complete": TrialState.COMPLETE, "failed": TrialState.FAIL}
         values = list(finals or [record.values[record.last]]) if state == "complete" else None
 
-        with quiet(), self.journal.together():
+        with quiet_optuna(), self.journal.together():
             if error:
                 self._attr(record, "error", error[:2000])
 
@@ -175,17 +186,17 @@ class Study:
 
         return self._again(record)
 
-    def lose(self, record: Record) -> Record:
+    def lose(self, record: TrialRecord) -> TrialRecord:
         r"""Records that a worker died under a run."""
 
         return self._set(record, lost=record.lost + 1)
 
-    def lack(self, record: Record) -> Record:
+    def lack(self, record: TrialRecord) -> TrialRecord:
         r"""Records that a run was short of memory."""
 
         return self._set(record, short=record.short + 1)
 
-    def revive(self, record: Record) -> Record:
+    def revive(self, record: TrialRecord) -> TrialRecord:
         r"""Adds a record that takes over a closed one: its run is adopted next."""
 
         # What the run's directory says of the last attempt is no word on the next.
@@ -193,7 +204,7 @@ class Study:
 
         return self.add(revived, record.trial, record.trial.number)
 
-    def bring(self, record: Record, drawn: FrozenTrial) -> Record:
+    def bring(self, record: TrialRecord, drawn: FrozenTrial) -> TrialRecord:
         r"""Adds the record of a complete run that was not made by this sweep, in one line.
 
         Arguments:
@@ -240,12 +251,12 @@ class Study:
 
     def _add(
         self,
-        record: Record,
+        record: TrialRecord,
         drawn: FrozenTrial,
         state: TrialState,
         values: Sequence[float] | None = None,
         supersedes: int | None = None,
-    ) -> Record:
+    ) -> TrialRecord:
         self.study.add_trial(
             optuna.trial.create_trial(
                 state=state,
@@ -269,14 +280,14 @@ class Study:
 
         return _record(self.study.get_trials(deepcopy=False)[-1], self._attrs())
 
-    def _set(self, record: Record, **attrs: Any) -> Record:
+    def _set(self, record: TrialRecord, **attrs: Any) -> TrialRecord:
         with self.journal.together():
             for key, value in attrs.items():
                 self._attr(record, key, value)
 
         return self._again(record)
 
-    def _attr(self, record: Record, key: str, value: Any) -> None:
+    def _attr(self, record: TrialRecord, key: str, value: Any) -> None:
         if record.trial.user_attrs.get(key) != value:
             self.storage.set_trial_user_attr(record.trial._trial_id, key, value)
 
@@ -289,15 +300,15 @@ class Study:
     def _queued(self) -> dict[int, dict[str, Any] | None]:
         return {int(k[6:]): x for k, x in self._attrs().items() if k.startswith("queue/")}
 
-    def _again(self, record: Record) -> Record:
+    def _again(self, record: TrialRecord) -> TrialRecord:
         return _record(self.storage.get_trial(record.trial._trial_id), self._attrs())
 
 
-def _record(trial: FrozenTrial, notes: dict[str, Any]) -> Record:
+def _record(trial: FrozenTrial, notes: dict[str, Any]) -> TrialRecord:
     attrs, run_id = trial.user_attrs, trial.user_attrs["run_id"]
     status = attrs.get("status") if trial.state.is_finished() else None
 
-    return Record(
+    return TrialRecord(
         index=attrs["run"],
         run_id=run_id,
         state=status or STATES[trial.state],
@@ -314,4 +325,64 @@ def _record(trial: FrozenTrial, notes: dict[str, Any]) -> Record:
         lost=attrs.get("lost", 0),
         short=attrs.get("short", 0),
         finals=tuple(trial.values) if trial.state == TrialState.COMPLETE else (),
+    )
+
+
+def draw_run(
+    study: Study,
+    records: list[TrialRecord],
+    rules: Rules,
+    config: dict[str, Any],
+    propose: Propose,
+) -> TrialRecord | None:
+    r"""Adds a new run to a study, or returns None, and says so, if there is nothing new.
+
+    A queued configuration that cannot be tried is dropped, with a warning: it has a run already,
+    or does not fit the space.
+    """
+
+    drawn, queued = None, None
+
+    for number, params in study.queue().items():
+        why = "it has a run already"
+
+        try:
+            drawn = propose(records, params)
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}"
+
+        if drawn is not None:
+            queued = number
+            break
+
+        logger.warning("queued configuration %s is left out: %s.", params, why)
+        study.dequeue(number)
+
+    if drawn is None and (drawn := propose(records, None)) is None:
+        runs, target = count_trials(records), rules.target
+        logger.warning("SPACE has no more configurations: %s runs of %s trials.", runs, target)
+        return None
+
+    values, trial = drawn
+    epochs = (config | values)["epochs"]
+    until = min(rules.rungs[0], epochs) if rules.min_epochs else epochs
+    index = 1 + len(records)
+    record = TrialRecord(
+        index, new_id(), "running", until, epochs, attempt=1, config=values, queued=queued
+    )
+
+    return study.add(record, trial)
+
+
+def queue_warning(study: Study, target: int) -> str:
+    r"""Returns a sentence if more is queued than a sweep of so many trials will try, or nothing."""
+
+    room, waiting = max(0, target - count_trials(study.records())), len(study.queue())
+
+    if waiting <= room:
+        return ""
+
+    return (
+        f"The sweep has room for {room} more of its {target} trials and {waiting} are queued: "
+        "raise --trials to try them all"
     )

@@ -11,7 +11,7 @@ from ..core.domain import Space, split
 from ..core.errors import UserError
 from ..core.space import check_space, draw
 from ..data.dataset import DataInfo
-from ..search.promotion import FINAL, Record, Rules, Stops
+from ..search.promotion import FINAL, PruneRule, Rules, TrialRecord
 from .record import definition_of
 from .settings import OBJECTIVES, SETTINGS, check_settings
 
@@ -133,7 +133,7 @@ class Sweep:
 
         return draw(self.space, trial, self.pruner)
 
-    def propose(self, records: Sequence[Record], fixed: dict[str, Any] | None = None) -> Any:
+    def propose(self, records: Sequence[TrialRecord], fixed: dict[str, Any] | None = None) -> Any:
         r"""Draws a configuration that no run has, see :func:`sda_ray.search.sampler.propose`."""
 
         from ..search.sampler import distributions, propose
@@ -141,9 +141,9 @@ class Sweep:
         group = None
 
         if self.pruner == "hyperband":
-            from ..search.pruners import brackets
+            from ..search.pruners import hyperband_brackets
 
-            group = brackets(self.rules, self.name)
+            group = hyperband_brackets(self.rules, self.name)
 
         return propose(
             self.draw,
@@ -157,15 +157,15 @@ class Sweep:
             group,
         )
 
-    def stops(self) -> Stops | None:
+    def stops(self) -> PruneRule | None:
         r"""Returns the verdicts of the pruner, if they are final."""
 
         if self.pruner not in FINAL:
             return None
 
-        from ..search.pruners import stopper
+        from ..search.pruners import prune_rule
 
-        return stopper(self.rules, self.name, self.percentile, self.patience)
+        return prune_rule(self.rules, self.name, self.percentile, self.patience)
 
     def warnings(self) -> list[str]:
         r"""Returns what is allowed and may not be what is wanted."""
@@ -206,9 +206,9 @@ class Sweep:
     def definition(self) -> dict[str, Any]:
         r"""Returns what makes the sweep this one, as JSON. The number of trials is not part."""
 
-        from ..search.sampler import outline
+        from ..search.sampler import draw_summary
 
-        drawn = outline(self.draw) if callable(self.space) else ()
+        drawn = draw_summary(self.draw) if callable(self.space) else ()
 
         return definition_of(
             self.config, self.space, drawn, **{key: getattr(self, key) for key in SETTINGS}

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ..core.limits import margin
-from ..search.drawing import Propose, draw_run
-from ..search.promotion import Record, Rules, Stops, decide, reveal
-from ..search.study import Study
+from ..search.promotion import PruneRule, Rules, TrialRecord, decide, unhide
+from ..search.study import Propose, Study, draw_run
 from .failures import Losses, Outage, alike
 
 __all__ = ["TIME", "Driver", "Notify"]
@@ -24,7 +23,7 @@ logger = logging.getLogger(__name__)
 TIME = "its time is up"
 HOUSE = 5.0  # seconds between two times of keeping house
 
-Notify = Callable[[str, Record], None]
+Notify = Callable[[str, TrialRecord], None]
 
 
 class Driver:
@@ -54,7 +53,7 @@ class Driver:
         slots: Callable[[], int],
         notify: Notify,
         request: Path,
-        stops: Stops | None = None,
+        stops: PruneRule | None = None,
         deadline: float | None = None,
         retarget: Callable[[int], None] = lambda target: None,
         house: Callable[[], None] = lambda: None,
@@ -170,10 +169,10 @@ class Driver:
             "avoid": sorted(self.losses.avoided),
         }
 
-    def _reveal(self) -> list[Record]:
+    def _reveal(self) -> list[TrialRecord]:
         r"""Returns the runs. What is revealed once stays so, whatever other runs do later."""
 
-        records = reveal(known := self.study.records(), self.rules)
+        records = unhide(known := self.study.records(), self.rules)
 
         for before, after in zip(known, records, strict=True):
             if before.shown != after.shown:
@@ -250,10 +249,10 @@ class Driver:
 
         return bool(event == "running")
 
-    def _find(self, index: int) -> Record:
+    def _find(self, index: int) -> TrialRecord:
         return next(record for record in self.study.records() if record.index == index)
 
-    def _goes_on(self, record: Record) -> bool:
+    def _goes_on(self, record: TrialRecord) -> bool:
         r"""Lets a run at a rung go on at once, if it is what the slot would be used for anyway."""
 
         if self.stopping or record.index in self.unwanted:

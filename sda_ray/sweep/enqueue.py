@@ -21,7 +21,7 @@ from ..core.domain import Choice, Range, decode, encode, split
 from ..core.errors import UserError
 from ..core.keys import KEYS, check_value, show
 from ..runs.path import RunPath
-from ..search.seen import Asking
+from ..search.sampler import CallbackTrial
 from .definition import Sweep
 from .fitting import Answers, fit, has, try_draw, words
 
@@ -175,7 +175,7 @@ def _drawn(sweep: Sweep, given: dict[str, str]) -> tuple[dict[str, Any], list[st
 
     for i in range(DRAWS):
         answers = Answers(given, random.Random(i))
-        trial = Asking(answers)
+        trial = CallbackTrial(answers)
         _, faults = try_draw(sweep, trial)
         seen |= dict.fromkeys(trial.params)
         wrong |= answers.faults

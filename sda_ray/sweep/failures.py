@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from ..search.promotion import Record
+from ..search.promotion import TrialRecord
 from ..search.study import Study
 
 __all__ = ["Losses", "Outage", "alike", "cause_of"]
@@ -68,7 +68,7 @@ class Losses:
         self.blamed: set[int] = set()  # runs that are the reason themselves, wherever they are
         self.avoided: dict[str, str] = {}  # ids of nodes where no trial may start -> why
 
-    def count(self, study: Study, record: Record, cause: str, reason: str) -> str:
+    def count(self, study: Study, record: TrialRecord, cause: str, reason: str) -> str:
         r"""Counts a loss, and returns why the run is given up, or nothing.
 
         Arguments:
@@ -94,7 +94,7 @@ class Losses:
 
         return ""
 
-    def _strike(self, record: Record, reason: str) -> None:
+    def _strike(self, record: TrialRecord, reason: str) -> None:
         id, name = self.places.get(record.index, ("", ""))
         leaving = id in self.avoided and id not in self.strikes
 
@@ -164,7 +164,7 @@ class Outage:
     def __init__(self) -> None:
         self.attempts: set[tuple[int, int]] = set()
 
-    def note(self, spec: dict[str, Any], record: Record, why: str) -> dict[str, Any]:
+    def note(self, spec: dict[str, Any], record: TrialRecord, why: str) -> dict[str, Any]:
         r"""Returns what trials are given from now on: if it fails again and again, to be offline."""
 
         self.attempts.add((record.index, record.attempt))

@@ -8,7 +8,7 @@ from typing import Any
 from ..core.config import Config, format_value
 from ..core.domain import Choice, Range, encode, split
 from ..core.errors import UserError
-from ..search.seen import Asking
+from ..search.sampler import CallbackTrial
 from .definition import Sweep
 
 __all__ = ["Answers", "Fit", "fit", "has", "try_draw", "words"]
@@ -46,7 +46,7 @@ def fit(sweep: Sweep, config: Config, known: Mapping[str, Any] | None = None) ->
     faults = _lacking(sweep, config)
     given = {**config, **(known or {})} if callable(sweep.space) else _encoded(sweep, config)
     answers = Answers(given)
-    trial = Asking(answers)
+    trial = CallbackTrial(answers)
     values: Config = {}
 
     if not faults:
@@ -114,7 +114,7 @@ def has(domain: Choice | Range, value: Any) -> bool:
     return bool(domain.low <= value <= domain.high and aligned)
 
 
-def try_draw(sweep: Sweep, trial: Asking) -> tuple[Config, list[str]]:
+def try_draw(sweep: Sweep, trial: CallbackTrial) -> tuple[Config, list[str]]:
     r"""Returns the values that a trial draws from the SPACE of a sweep, and what is wrong."""
 
     try:
@@ -126,7 +126,7 @@ def try_draw(sweep: Sweep, trial: Asking) -> tuple[Config, list[str]]:
 
 
 class Answers:
-    r"""Creates what answers an :class:`sda_ray.search.seen.Asking` with given values, or texts of them.
+    r"""Creates what answers an :class:`sda_ray.search.sampler.CallbackTrial` with given values, or texts of them.
 
     Afterwards `faults` has what is wrong with given values, by name, and `free` the names of what
     was asked for but not given.

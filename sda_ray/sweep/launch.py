@@ -18,10 +18,9 @@ from ..core.files import remove_leftovers
 from ..core.lease import Lease
 from ..data.dataset import DataInfo
 from ..runs.path import sweep_directory
-from ..search.drawing import surplus
 from ..search.reconcile import catch_up
 from ..search.sampler import importances
-from ..search.study import Study
+from ..search.study import Study, queue_warning
 from .code import check_code, keep_code, running
 from .definition import SETTINGS, Sweep, load_script
 from .driving import Options, carry_out
@@ -232,7 +231,7 @@ def _grant(study: Study, target: int, wishes: Wishes, queue: list[Any], priors: 
         if params not in study.queue().values():
             study.enqueue(params)
 
-    if queue and (more := surplus(study, target)):
+    if queue and (more := queue_warning(study, target)):
         print(f"{more}.")
 
 

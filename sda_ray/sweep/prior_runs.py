@@ -148,9 +148,9 @@ def _drawn(runs: Path, name: str) -> Known:
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
 
-    from ..search.seen import quiet
+    from ..search.sampler import quiet_optuna
 
-    with tempfile.TemporaryDirectory() as place, quiet():
+    with tempfile.TemporaryDirectory() as place, quiet_optuna():
         copy = Path(place) / "study.journal"
         shutil.copyfile(sweep_directory(runs, name) / "study.journal", copy)
         cut_torn_line(copy)

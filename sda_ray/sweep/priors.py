@@ -21,7 +21,7 @@ from ..core.errors import UserError
 from ..core.files import sync_directory, write_atomic, write_json
 from ..core.keys import show
 from ..runs.path import RunPath, new_name
-from ..search.promotion import Record
+from ..search.promotion import TrialRecord
 from ..search.study import Study
 from .fitting import Fit
 
@@ -152,7 +152,7 @@ def bring_in(study: Study, item: Mapping[str, Any]) -> bool:
     records = study.records()
 
     try:
-        record = Record(
+        record = TrialRecord(
             1 + len(records),
             str(item["run_id"]),
             "complete",

@@ -21,8 +21,8 @@ from ..core.holder import holder
 from ..core.lease import Lease, LeaseLost
 from ..runs.path import RunPath
 from ..runs.record import read_record
-from ..search.drawing import surplus
-from ..search.promotion import Record, counted
+from ..search.promotion import TrialRecord, count_trials
+from ..search.study import queue_warning
 from .driver import Driver
 from .mailbox import Request, answer, mailbox_of, pending, take, tidy
 
@@ -191,7 +191,7 @@ class Desk:
         driver.retarget(target)
         driver.rules = replace(driver.rules, target=target)
         driver.exhausted = False
-        more = target - counted(driver.study.records())
+        more = target - count_trials(driver.study.records())
 
         if more > 0:
             return f"sweep '{self.name}' goes on to {target} trials: {more} more"
@@ -225,7 +225,7 @@ class Desk:
         driver.exhausted = False
         count = len(items)
         said = f"{count} configuration{'s' * (count > 1)} queued, to be tried next"
-        more = surplus(driver.study, driver.rules.target)
+        more = queue_warning(driver.study, driver.rules.target)
 
         return f"{said}. {more}" if more else said
 
@@ -255,11 +255,11 @@ class Desk:
         return f"tried again, from the last checkpoint: run{'s' * (len(failed) > 1)} {numbers}"
 
 
-def _promotable(driver: Driver, record: Record) -> bool:
+def _promotable(driver: Driver, record: TrialRecord) -> bool:
     return record.state == "pruned" and driver.rules.pruner == "promotion"
 
 
-def _note(runs: Path, record: Record) -> None:
+def _note(runs: Path, record: TrialRecord) -> None:
     r"""Lets `run.json` of a run that nobody is at say that it was stopped."""
 
     path = RunPath.of_id(runs, record.run_id)

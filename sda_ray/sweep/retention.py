@@ -18,7 +18,7 @@ from ..core.errors import UserError
 from ..runs.path import RunPath
 from ..runs.prune import give_back, resumable
 from ..runs.record import read_record
-from ..search.promotion import Record, order
+from ..search.promotion import TrialRecord, rank_key
 
 __all__ = ["Keeper", "parse_size"]
 
@@ -86,7 +86,7 @@ class Keeper:
         self,
         runs: Path,
         sweep: str,
-        records: Callable[[], list[Record]],
+        records: Callable[[], list[TrialRecord]],
         keep: int | None = None,
         limit: int | None = None,
         notify: Callable[[str], None] = logger.warning,
@@ -145,7 +145,7 @@ class Keeper:
 
     # Looking
 
-    def _look(self, records: Sequence[Record]) -> None:
+    def _look(self, records: Sequence[TrialRecord]) -> None:
         r"""Sums up files. A run at rest is looked at twice after a change, then seldom."""
 
         if time.monotonic() - self._refreshed > REFRESH:
@@ -166,7 +166,7 @@ class Keeper:
                 self._states[record.run_id] = (state, "settled") if settled else state
                 self._sizes[record.run_id] = sum(resumable(path).values())
 
-    def _tell_restarts(self, records: Sequence[Record]) -> None:
+    def _tell_restarts(self, records: Sequence[TrialRecord]) -> None:
         r"""Says of each new attempt that began from epoch 0 why it did so, once."""
 
         for record in records:
@@ -189,13 +189,13 @@ class Keeper:
 
     # Giving back
 
-    def _surplus(self, records: Sequence[Record]) -> Iterator[Record]:
+    def _surplus(self, records: Sequence[TrialRecord]) -> Iterator[TrialRecord]:
         r"""Yields the runs to take checkpoints from, one by one, while there is a reason to."""
 
-        best = sorted((r for r in records if r.state not in ("diverged", "failed")), key=order)
+        best = sorted((r for r in records if r.state not in ("diverged", "failed")), key=rank_key)
         kept = {record.index for record in best[: self.keep]}
         idle = [r for r in records if not _under_way(r) and self._sizes.get(r.run_id)]
-        idle.sort(key=order, reverse=True)
+        idle.sort(key=rank_key, reverse=True)
 
         for record in sorted(idle, key=self._rank):
             waits = self._rank(record) == 1 and record.state != "failed"
@@ -204,15 +204,15 @@ class Keeper:
             if spare or (self.limit is not None and self.size > self.limit):
                 yield record
 
-    def _rank(self, record: Record) -> int:
+    def _rank(self, record: TrialRecord) -> int:
         r"""Tells what a checkpoint is good for: 0 nothing, 1 to go on, 2 a longer version."""
 
         dead = ("diverged", "stopped", "pruned") if self.final else ("diverged", "stopped")
 
         return 0 if record.state in dead else 2 if record.state == "complete" else 1
 
-    def _give_back(self, surplus: Iterator[Record], deadline: float) -> None:
-        given: list[Record] = []
+    def _give_back(self, surplus: Iterator[TrialRecord], deadline: float) -> None:
+        given: list[TrialRecord] = []
         freed = 0
 
         for record in surplus:
@@ -235,7 +235,7 @@ class Keeper:
         if given:
             self._say_given(given, freed)
 
-    def _say_given(self, given: list[Record], freed: int) -> None:
+    def _say_given(self, given: list[TrialRecord], freed: int) -> None:
         shown = ", ".join(f"run {r.index} ({r.run_id})" for r in given[:5])
         more = f" and {len(given) - 5} more" if len(given) > 5 else ""
         again = any(self._rank(record) == 1 for record in given)
@@ -279,5 +279,5 @@ class Keeper:
             self.notify(text)
 
 
-def _under_way(record: Record) -> bool:
+def _under_way(record: TrialRecord) -> bool:
     return record.state == "running" and not record.paused

@@ -6,16 +6,18 @@ import pytest
 from rich.console import Console
 
 from sda_ray.cli.table import LiveTable, announce, conclude, leaderboard
-from sda_ray.search.promotion import Record, Rules
+from sda_ray.search.promotion import Rules, TrialRecord
 
 CONFIG = {"learning_rate": 1.23456e-3, "hidden_channels": [64, 128, 256], "activation": "SiLU"}
 
 
-def records(count: int) -> list[Record]:
+def records(count: int) -> list[TrialRecord]:
     states = ["running", "pruned", "complete", "diverged", "failed"]
 
     return [
-        Record(i + 1, f"run{i:05}", states[i % 5], 9, 9, {1: 0.5 + i, 9: 0.25 + i}, config=CONFIG)
+        TrialRecord(
+            i + 1, f"run{i:05}", states[i % 5], 9, 9, {1: 0.5 + i, 9: 0.25 + i}, config=CONFIG
+        )
         for i in range(count)
     ]
 
@@ -51,7 +53,7 @@ def test_without_a_terminal_there_is_a_line_per_event(
     record = records(3)[2]
 
     with LiveTable("demo", 40, runs, list) as table:
-        table.notify("draw", Record(1, "run00000", "running", 9, 9, config=CONFIG))
+        table.notify("draw", TrialRecord(1, "run00000", "running", 9, 9, config=CONFIG))
         table.notify("running", record)
         table.notify("complete", record)
 
@@ -77,7 +79,7 @@ def test_conclusion_of_repeats_is_their_mean_and_spread(
     runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     repeats = [
-        Record(i, f"run{i:05}", "complete", 9, 9, {9: float(i)}, config={"seed": i})
+        TrialRecord(i, f"run{i:05}", "complete", 9, 9, {9: float(i)}, config={"seed": i})
         for i in (1, 2, 3)
     ]
     conclude("demo", 3, repeats, runs, runs, {})

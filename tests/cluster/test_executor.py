@@ -18,7 +18,7 @@ from sda_ray.cluster.executor import AWAY, BEATS, Lookout, Vigil, end
 from sda_ray.core.holder import holder
 from sda_ray.core.lease import HEARTBEAT, Lease
 from sda_ray.runs.path import RunPath
-from sda_ray.search.promotion import Record
+from sda_ray.search.promotion import TrialRecord
 
 HOLD = """
 import sys, time
@@ -29,7 +29,7 @@ print("held", flush=True)
 time.sleep(60)
 """
 
-RECORD = Record(1, "abcdefgh", "running", 9, 9, attempt=1)
+RECORD = TrialRecord(1, "abcdefgh", "running", 9, 9, attempt=1)
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_run_without_a_directory_or_a_process_is_ended_without_harm(
     tmp_path: Path, path: RunPath
 ) -> None:
     vigil = Vigil(tmp_path, 30.0)
-    assert vigil.path(Record(2, "zzzzzzzz", "running", 9, 9)) is None
+    assert vigil.path(TrialRecord(2, "zzzzzzzz", "running", 9, 9)) is None
     assert holder(path.lease) is None
     assert "from process None" in end(path, RECORD, time.monotonic())
 

@@ -19,7 +19,7 @@ from sda_ray.runs.prune import give_back, resumable
 from sda_ray.runs.run import Run
 from sda_ray.runs.tracking import Wandb
 from sda_ray.runs.train import train
-from sda_ray.search.promotion import Record, Rules
+from sda_ray.search.promotion import Rules, TrialRecord
 
 __all__ = ["made", "runs"]  # fixtures
 
@@ -138,7 +138,7 @@ def test_keeper_tells_once_that_a_promoted_run_starts_again(runs: Path, data: Pa
     kept = Keeping(runs, limit=1)
     kept.said.clear()
     go_on(runs, 3, data, wandb=Wandb("disabled"))
-    kept.records[2] = Record(3, identity(3), "complete", 3, 3, {3: 1.0}, attempt=2)
+    kept.records[2] = TrialRecord(3, identity(3), "complete", 3, 3, {3: 1.0}, attempt=2)
 
     for _ in range(2):
         kept.keeper.finish()

@@ -17,7 +17,7 @@ from sda_ray.core.errors import UserError
 from sda_ray.core.lease import Lease, LeaseLost
 from sda_ray.search.journal import open_journal
 from sda_ray.search.promotion import Rules
-from sda_ray.search.sampler import quiet
+from sda_ray.search.sampler import quiet_optuna
 from sda_ray.search.study import Study
 
 __all__ = ["lease", "no_sync"]  # fixtures
@@ -203,7 +203,7 @@ def test_lines_of_something_else_are_no_records(journal: Path, lease: Lease) -> 
 
 
 def test_journal_of_a_stranger_is_refused(journal: Path, lease: Lease) -> None:
-    with quiet():
+    with quiet_optuna():
         storage = JournalStorage(JournalFileBackend(str(journal)))
         optuna.create_study(storage=storage, study_name="theirs").add_trial(
             optuna.trial.create_trial(value=1.0)

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from simulated import Crash, Sweeping, diverges, fails, loss
 
-from sda_ray.search.promotion import Record, Rules, decide, order, reveal, top
+from sda_ray.search.promotion import Rules, TrialRecord, best_at_rung, decide, rank_key, unhide
 
 RULES = Rules(target=9, epochs=9, min_epochs=1, eta=3)
 
@@ -25,13 +25,13 @@ def no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
-def run(index: int, *values: float, state: str = "running", **more: Any) -> Record:
+def run(index: int, *values: float, state: str = "running", **more: Any) -> TrialRecord:
     r"""Returns a run with values from epoch 1 on, at the rung that it has reached."""
 
     until = next((rung for rung in RULES.rungs if rung >= len(values)), 9)
     known = dict(enumerate(values, start=1))
 
-    return replace(Record(index, f"{index:08}", state, until, 9, known), **more)
+    return replace(TrialRecord(index, f"{index:08}", state, until, 9, known), **more)
 
 
 # Rungs
@@ -59,32 +59,34 @@ def test_rungs_grow_by_eta_up_to_the_full_budget(rules: Rules, rungs: tuple[int,
 def test_top_is_the_best_part_of_a_rung_rounded_down() -> None:
     records = [run(i, float(10 - i)) for i in range(1, 9)]
 
-    assert [r.index for r in top(1, records, RULES)] == [8, 7]
-    assert top(3, records, RULES) == []
-    assert top(1, records[:2], RULES) == []
+    assert [r.index for r in best_at_rung(1, records, RULES)] == [8, 7]
+    assert best_at_rung(3, records, RULES) == []
+    assert best_at_rung(1, records[:2], RULES) == []
 
 
 def test_ties_are_settled_by_age() -> None:
-    assert [r.index for r in top(1, [run(i, 1.0) for i in (3, 2, 1)], RULES)] == [1]
+    assert [r.index for r in best_at_rung(1, [run(i, 1.0) for i in (3, 2, 1)], RULES)] == [1]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_values_that_are_no_numbers_are_never_good(bad: float) -> None:
     records = [run(1, bad), run(2, 5.0), run(3, 6.0)]
 
-    assert [r.index for r in top(1, records, RULES)] == [2]
-    assert top(1, [run(i, bad) for i in range(9)], RULES) == []
-    assert sorted(records, key=order)[-1].index == 1
+    assert [r.index for r in best_at_rung(1, records, RULES)] == [2]
+    assert best_at_rung(1, [run(i, bad) for i in range(9)], RULES) == []
+    assert sorted(records, key=rank_key)[-1].index == 1
 
 
 def test_divergence_is_the_worst_value_at_every_rung_that_a_run_was_bound_for() -> None:
     gone = run(1, 0.1, 0.1, state="diverged")
     records = [gone, run(2, 5.0), run(3, 6.0)]
 
-    assert [r.index for r in top(1, records, RULES)] == [2]
-    assert top(3, [gone, run(2, 1.0, 1.0, 1.0), run(3, 2.0, 2.0, 2.0)], RULES)[0].index == 2
-    assert top(9, [gone] * 3, RULES) == []
-    assert sorted([run(4, 7.0), gone], key=order)[-1] is gone
+    assert [r.index for r in best_at_rung(1, records, RULES)] == [2]
+    assert (
+        best_at_rung(3, [gone, run(2, 1.0, 1.0, 1.0), run(3, 2.0, 2.0, 2.0)], RULES)[0].index == 2
+    )
+    assert best_at_rung(9, [gone] * 3, RULES) == []
+    assert sorted([run(4, 7.0), gone], key=rank_key)[-1] is gone
 
 
 def test_complete_runs_are_ordered_by_value_and_before_all_others() -> None:
@@ -92,7 +94,7 @@ def test_complete_runs_are_ordered_by_value_and_before_all_others() -> None:
     long = run(2, 9.0, 9.0, 4.0, state="complete", epochs=3)
     paused = run(3, *[0.1] * 6)
 
-    assert sorted([paused, long, short], key=order) == [short, long, paused]
+    assert sorted([paused, long, short], key=rank_key) == [short, long, paused]
 
 
 # Decisions
@@ -153,23 +155,23 @@ def test_hidden_values_do_not_count_until_the_rule_promotes() -> None:
     hidden = run(1, *[1.0] * 9, state="complete", shown=1, until=9)
     others = [run(2, 2.0), run(3, 0.5)]
 
-    assert reveal([hidden, *others], RULES)[0].shown == 1
-    assert top(3, [hidden, *others], RULES) == []
+    assert unhide([hidden, *others], RULES)[0].shown == 1
+    assert best_at_rung(3, [hidden, *others], RULES) == []
 
     best = [run(2, 2.0), run(3, 3.0)]
-    assert reveal([hidden, *best], RULES)[0].shown == 3  # best of 3, but alone at the next rung
+    assert unhide([hidden, *best], RULES)[0].shown == 3  # best of 3, but alone at the next rung
 
 
 def test_hidden_divergence_does_not_count_until_the_rule_promotes() -> None:
     hidden = run(1, 1.0, 1.0, state="diverged", shown=1, until=9)
     others = [run(2, 2.0), run(3, 0.5)]
 
-    assert [r.index for r in top(1, [hidden, *others], RULES)] == [3]
+    assert [r.index for r in best_at_rung(1, [hidden, *others], RULES)] == [3]
 
     best = [run(2, 2.0), run(3, 3.0)]
-    revealed = reveal([hidden, *best], RULES)
+    revealed = unhide([hidden, *best], RULES)
     assert revealed[0].shown is None
-    assert [r.index for r in top(1, revealed, RULES)] == [2]
+    assert [r.index for r in best_at_rung(1, revealed, RULES)] == [2]
 
 
 def test_revelations_wait_for_promotions_that_come_first() -> None:
@@ -177,8 +179,8 @@ def test_revelations_wait_for_promotions_that_come_first() -> None:
     better = run(2, 1.0)
     records = [hidden, better, *(run(i, 5.0) for i in range(3, 7))]
 
-    assert [r.index for r in top(1, records, RULES)] == [2, 1]
-    assert reveal(records, RULES)[0].shown == 1
+    assert [r.index for r in best_at_rung(1, records, RULES)] == [2, 1]
+    assert unhide(records, RULES)[0].shown == 1
 
 
 # Whole sweeps
@@ -295,7 +297,7 @@ def test_extended_sweep_equals_one_that_was_larger_at_once(
         assert sum(r.state == "complete" for r in records) >= 1
 
     seen = [
-        [(r.config, r.visible, r.outcome) for r in reveal(rs, rules)] for rs in (whole, records)
+        [(r.config, r.visible, r.outcome) for r in unhide(rs, rules)] for rs in (whole, records)
     ]
     assert seen[0] == seen[1]
 

@@ -13,8 +13,8 @@ from optuna.pruners import HyperbandPruner, MedianPruner, PatientPruner, Percent
 from optuna.trial import TrialState
 from simulated import Crash, Sweeping, diverges, outcomes
 
-from sda_ray.search.promotion import FINAL, Record, Rules
-from sda_ray.search.pruners import brackets, stopper
+from sda_ray.search.promotion import FINAL, Rules, TrialRecord
+from sda_ray.search.pruners import hyperband_brackets, prune_rule
 
 STEADY = {"n_startup_trials": 5, "n_warmup_steps": 2, "interval_steps": 2}
 
@@ -42,10 +42,10 @@ def rules_of(pruner: str, target: int = 16) -> Rules:
     return Rules(target, 18, 2, 3, pruner=pruner)
 
 
-def run(index: int, *values: float, state: str = "running", **more: Any) -> Record:
+def run(index: int, *values: float, state: str = "running", **more: Any) -> TrialRecord:
     known = dict(enumerate(values, start=1))
 
-    return replace(Record(index, f"{index:08}", state, len(values), 18, known), **more)
+    return replace(TrialRecord(index, f"{index:08}", state, len(values), 18, known), **more)
 
 
 # Optuna
@@ -56,10 +56,10 @@ def run(index: int, *values: float, state: str = "running", **more: Any) -> Reco
 @pytest.mark.parametrize("pruner", FINAL)
 def test_verdicts_are_those_of_optuna_on_the_same_history(pruner: str, seed: int) -> None:
     rules, rng = rules_of(pruner), random.Random(seed)
-    stops = stopper(rules, "name", **SETTINGS.get(pruner, {}))
+    stops = prune_rule(rules, "name", **SETTINGS.get(pruner, {}))
     study = optuna.create_study(study_name="name", pruner=OPTUNA[pruner]())
     trials: dict[int, optuna.Trial] = {}
-    records: list[Record] = []
+    records: list[TrialRecord] = []
     said = []
 
     # Up to four runs at a time make an epoch in turn, each on a curve of its own
@@ -103,7 +103,7 @@ def test_brackets_of_hyperband_are_those_of_optuna() -> None:
     study = optuna.create_study(study_name="name", pruner=pruner)
     trials = [study.ask() for _ in range(40)]
     trials[0].should_prune()
-    bracket = brackets(rules_of("hyperband"), "name")
+    bracket = hyperband_brackets(rules_of("hyperband"), "name")
     expected = [pruner._get_bracket_id(study, trial) for trial in study.trials]
 
     assert [bracket(i) for i in range(40)] == expected
@@ -115,9 +115,9 @@ def test_brackets_of_hyperband_are_those_of_optuna() -> None:
 
 def test_divergence_is_never_a_good_value() -> None:
     rules = rules_of("hyperband")
-    bracket = brackets(rules, "name")
+    bracket = hyperband_brackets(rules, "name")
     first = [i for i in range(1, 40) if bracket(i - 1) == 0]
-    stops = stopper(rules, "name")
+    stops = prune_rule(rules, "name")
     asked = run(first[1], 0.5, 0.5)
 
     assert stops(asked, [run(first[0], 0.1, 0.1, state="pruned"), asked])
@@ -128,7 +128,7 @@ def test_divergence_is_never_a_good_value() -> None:
 def test_diverged_runs_are_no_standard() -> None:
     complete = [run(i, *[1.0] * 18, state="complete") for i in range(1, 5)]
     asked = run(6, 2.0, 2.0)
-    stops = stopper(rules_of("median"), "name")
+    stops = prune_rule(rules_of("median"), "name")
 
     assert stops(asked, [*complete, run(5, *[1.0] * 18, state="complete"), asked])
     assert not stops(asked, [*complete, run(5, *[1.0] * 17, state="diverged"), asked])
@@ -137,11 +137,11 @@ def test_diverged_runs_are_no_standard() -> None:
 @pytest.mark.parametrize("pruner", ["median", "hyperband"])
 def test_hidden_values_are_hidden_from_verdicts(pruner: str) -> None:
     rules = rules_of(pruner)
-    bracket = brackets(rules, "name")
+    bracket = hyperband_brackets(rules, "name")
     kin = [i for i in range(1, 60) if bracket(i - 1) == 0]
     known = [run(i, *[1.0] * 18, state="complete") for i in kin[:5]]
     asked = run(kin[5], *[2.0] * 6)
-    stops = stopper(rules, "name")
+    stops = prune_rule(rules, "name")
 
     assert stops(asked, [*known, asked])
     assert not stops(asked, [*(replace(r, shown=2) for r in known), asked])
@@ -156,8 +156,8 @@ def test_verdicts_hang_on_the_runs_alone(pruner: str) -> None:
     ]
     rules = rules_of(pruner)
     asked = [run(37, *(rng.random() for _ in range(n))) for n in (2, 6) for _ in range(8)]
-    once = [stopper(rules, "name")(r, [*records, r]) for r in asked]
-    stops = stopper(rules, "name")
+    once = [prune_rule(rules, "name")(r, [*records, r]) for r in asked]
+    stops = prune_rule(rules, "name")
 
     assert [stops(r, [*records, r]) for r in reversed(asked)] == once[::-1]
 
@@ -169,11 +169,11 @@ def test_verdicts_hang_on_the_runs_alone(pruner: str) -> None:
 def test_extended_sweep_equals_one_that_was_larger_at_once(tmp_path: Path, pruner: str) -> None:
     def sweeping(part: str, target: int) -> Sweeping:
         rules = rules_of(pruner, target)
-        stops = stopper(rules, "name", **SETTINGS.get(pruner, {}))
+        stops = prune_rule(rules, "name", **SETTINGS.get(pruner, {}))
 
         return Sweeping(tmp_path / part, rules, "tpe", diverges=diverges, stops=stops)
 
-    def seen(records: list[Record]) -> list[Any]:
+    def seen(records: list[TrialRecord]) -> list[Any]:
         return [(r.config, r.visible, r.outcome) for r in records]
 
     whole = sweeping("whole", 16).drive()
@@ -186,8 +186,8 @@ def test_extended_sweep_equals_one_that_was_larger_at_once(tmp_path: Path, prune
 @pytest.mark.parametrize("pruner", ["median", "hyperband"])
 def test_sweep_that_is_killed_again_and_again_ends_the_same(tmp_path: Path, pruner: str) -> None:
     rules = rules_of(pruner, 8)
-    whole = Sweeping(tmp_path / "whole", rules, stops=stopper(rules, "name")).drive()
-    parts = Sweeping(tmp_path / "parts", rules, stops=stopper(rules, "name"))
+    whole = Sweeping(tmp_path / "whole", rules, stops=prune_rule(rules, "name")).drive()
+    parts = Sweeping(tmp_path / "parts", rules, stops=prune_rule(rules, "name"))
     crashes = 0
 
     while True:
@@ -204,7 +204,7 @@ def test_sweep_that_is_killed_again_and_again_ends_the_same(tmp_path: Path, prun
 
 def test_a_sweep_ends_with_a_finished_model_though_all_were_stopped(tmp_path: Path) -> None:
     rules = replace(rules_of("patience", 5), finalists=2)
-    stops = stopper(rules, "name", patience=1)
+    stops = prune_rule(rules, "name", patience=1)
     records = Sweeping(tmp_path, rules, stops=lambda record, records: True).drive()
 
     assert [r.state for r in records].count("complete") == 2

@@ -16,8 +16,14 @@ from simulated import Crash, loss, outcomes
 
 from sda_ray.core.lease import Lease
 from sda_ray.runs.path import RunPath
-from sda_ray.search.promotion import Record, Rules, decide
-from sda_ray.search.reconcile import Found, Step, look, reconcile, settle
+from sda_ray.search.promotion import Rules, TrialRecord, decide
+from sda_ray.search.reconcile import (
+    DirectoryState,
+    Step,
+    project_steps,
+    read_directories,
+    reconcile,
+)
 from sda_ray.search.study import Study
 
 RULES = Rules(target=6, epochs=9, min_epochs=1, eta=3)
@@ -38,19 +44,21 @@ def no_sync() -> Iterator[None]:
 LOSSES = {e: 1.0 / e for e in range(1, 10)}
 
 
-def run(last: int, until: int, state: str = "running", **more: Any) -> Record:
+def run(last: int, until: int, state: str = "running", **more: Any) -> TrialRecord:
     values = {e: LOSSES[e] for e in range(1, last + 1)}
 
-    return Record(1, "aaaaaaaa", state, until, 9, values, attempt=2, **more)
+    return TrialRecord(1, "aaaaaaaa", state, until, 9, values, attempt=2, **more)
 
 
-def said(status: str, last: int, attempt: int = 2, reason: str = "") -> Found:
+def said(status: str, last: int, attempt: int = 2, reason: str = "") -> DirectoryState:
     values = {e: LOSSES[e] for e in range(1, last + 1)}
 
-    return Found(status, values, attempt, reason, (LOSSES[last],) if status == "finished" else ())
+    return DirectoryState(
+        status, values, attempt, reason, (LOSSES[last],) if status == "finished" else ()
+    )
 
 
-def brief(record: Record, found: Found | None) -> list[str]:
+def brief(record: TrialRecord, found: DirectoryState | None) -> list[str]:
     r"""Returns the kinds of the steps, and what comes next."""
 
     every = {} if found is None else {record.run_id: found}
@@ -102,13 +110,15 @@ def _word(step: Any) -> str:
         (run(9, 9, "complete", source="elsewhere"), said("running", 2), ["then draw"]),
     ],
 )
-def test_what_has_to_be_done(record: Record, found: Found | None, expected: list[str]) -> None:
+def test_what_has_to_be_done(
+    record: TrialRecord, found: DirectoryState | None, expected: list[str]
+) -> None:
     assert brief(record, found) == expected
 
 
 def test_run_that_is_ahead_of_the_journal_stays_hidden_until_the_rule_promotes_it() -> None:
     steps = reconcile([run(0, 1)], {"aaaaaaaa": said("finished", 9)})
-    (record,) = settle([run(0, 1)], [s for s in steps if isinstance(s, Step)])
+    (record,) = project_steps([run(0, 1)], [s for s in steps if isinstance(s, Step)])
 
     assert (record.state, record.values, record.shown) == ("complete", LOSSES, 1)
     assert record.outcome == "pruned"
@@ -141,13 +151,13 @@ founds = st.builds(
 
 @given(pairs=st.lists(st.tuples(records, st.none() | founds), max_size=5))
 def test_reconciling_loses_nothing_and_has_an_end(
-    pairs: list[tuple[Record, Found | None]],
+    pairs: list[tuple[TrialRecord, DirectoryState | None]],
 ) -> None:
     before = [replace(r, index=i, run_id=f"run{i:05}") for i, (r, _) in enumerate(pairs, 1)]
     found = {r.run_id: f for r, (_, f) in zip(before, pairs, strict=True) if f is not None}
     rules = replace(RULES, target=len(before))
     *steps, action = reconcile(before, found, rules)
-    after = settle(before, [step for step in steps if isinstance(step, Step)])
+    after = project_steps(before, [step for step in steps if isinstance(step, Step)])
 
     for old, new in zip(before, after, strict=True):
         assert (new.index, new.run_id, new.source) == (old.index, old.run_id, old.source)
@@ -178,9 +188,9 @@ def test_number_of_an_attempt_outlives_a_damaged_record(tmp_path: Path) -> None:
     Lease(path.lease, "the run", attempt=3).release()
     path.record.write_text('{"status": ')
 
-    found = look([run(1, 3)], tmp_path)
+    found = read_directories([run(1, 3)], tmp_path)
 
-    assert found == {"aaaaaaaa": Found(attempt=3)}
+    assert found == {"aaaaaaaa": DirectoryState(attempt=3)}
     assert brief(run(1, 3), found["aaaaaaaa"])[0] == "count"
 
 
@@ -275,7 +285,7 @@ class Sweeps(Ordeal):
         assert list(outcomes(self.sweeping.drive())) == list(outcomes(seen))
         assert self.sweeping.journal.read_bytes() == before
 
-    def _full(self, seen: list[Record]) -> bool:
+    def _full(self, seen: list[TrialRecord]) -> bool:
         own = [r for r in seen if not r.source]
         failed = sum(r.state == "failed" for r in own)
 

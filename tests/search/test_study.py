@@ -10,13 +10,16 @@ from pathlib import Path
 import optuna
 import pytest
 from optuna.trial import TrialState
+from playing import sweep_of
 from simulated import Crash, Sweeping, diverges, draw, outcomes
 from studies import add, lease, no_sync, study
 
+from sda_ray.core.config import CONFIG
 from sda_ray.core.lease import Lease
-from sda_ray.search.promotion import Record, Rules
+from sda_ray.core.space import choice
+from sda_ray.search.promotion import Rules, TrialRecord
 from sda_ray.search.sampler import propose
-from sda_ray.search.study import Study
+from sda_ray.search.study import Study, draw_run
 
 __all__ = ["lease", "no_sync", "study"]  # fixtures
 
@@ -119,7 +122,7 @@ def test_sweep_killed_after_any_append_ends_the_same(tmp_path: Path, sampler: st
 def test_decisions_of_several_slots_outlive_the_driver(tmp_path: Path, seed: int) -> None:
     sweeping = Sweeping(tmp_path, replace(RULES, target=9), "tpe", diverges)
     rng = random.Random(seed)
-    before: dict[str, Record] = {}
+    before: dict[str, TrialRecord] = {}
     deaths = 0
 
     while True:
@@ -206,10 +209,12 @@ def test_several_objectives_are_all_kept(tmp_path: Path, lease: Lease) -> None:
 
     drawn = propose(draw, done, sampler="random", objectives=3)
     assert drawn is not None
-    brought = Record(7, "prior", "complete", 9, 9, {9: 0.5}, source="x", finals=(0.5, 1.0, 2.0))
+    brought = TrialRecord(
+        7, "prior", "complete", 9, 9, {9: 0.5}, source="x", finals=(0.5, 1.0, 2.0)
+    )
     assert study.bring(brought, drawn[1]).finals == (0.5, 1.0, 2.0)
 
-    pruned = study.report(study.add(Record(8, "next", "running", 9, 9), drawn[1]), {1: 0.5})
+    pruned = study.report(study.add(TrialRecord(8, "next", "running", 9, 9), drawn[1]), {1: 0.5})
     assert study.tell(pruned, "pruned").state == "pruned"
 
 
@@ -255,3 +260,15 @@ print(json.dumps(study.best_value))
             assert state == "PRUNED" or value == record.values[9]
 
     assert best == min(r.values[9] for r in records if r.state == "complete")
+
+
+def test_it_is_said_that_a_space_is_exhausted(
+    study: Study, caplog: pytest.LogCaptureFixture
+) -> None:
+    def draw_next() -> TrialRecord | None:
+        return draw_run(study, study.records(), Rules(8, 9), CONFIG, sweep.propose)
+
+    sweep = sweep_of({"activation": choice("ELU", "GELU", "SiLU")})
+
+    assert [draw_next() is not None for _ in range(4)] == [True] * 3 + [False]
+    assert caplog.text.count("SPACE has no more configurations: 3 runs of 8 trials.") == 1

@@ -8,7 +8,7 @@ import pytest
 from optuna.trial import TrialState
 
 from sda_ray.core.lease import Lease
-from sda_ray.search.promotion import Record
+from sda_ray.search.promotion import TrialRecord
 from sda_ray.search.study import Study
 from sda_ray.sweep.failures import Losses, alike, cause_of
 
@@ -81,9 +81,11 @@ def study(tmp_path: Path) -> Iterator[Study]:
     lease.release()
 
 
-def add(study: Study) -> Record:
+def add(study: Study) -> TrialRecord:
     index = 1 + len(study.records())
-    record = Record(index, f"run{index:05}", "running", 1, 9, attempt=1, config={"seed": index})
+    record = TrialRecord(
+        index, f"run{index:05}", "running", 1, 9, attempt=1, config={"seed": index}
+    )
 
     return study.add(record, optuna.trial.create_trial(state=TrialState.RUNNING))
 

@@ -12,7 +12,7 @@ from sda_ray.core.config import load_config
 from sda_ray.core.errors import UserError
 from sda_ray.core.holder import holder
 from sda_ray.runs.path import RunPath
-from sda_ray.search.promotion import Record
+from sda_ray.search.promotion import TrialRecord
 from sda_ray.sweep.definition import load_script
 from sda_ray.sweep.launch import Options, launch
 
@@ -26,7 +26,7 @@ def finished(place: Place) -> str:
     return place.run("tiny.py", "--parallel", "2")
 
 
-def check_whole(place: Place, name: str, trials: int) -> list[Record]:
+def check_whole(place: Place, name: str, trials: int) -> list[TrialRecord]:
     r"""Checks that no run of a finished sweep is lost, twice or left."""
 
     records = place.records(name)

@@ -17,9 +17,8 @@ from sda_ray.data.dataset import check_data, fingerprint
 from sda_ray.runs.path import sweep_directory
 from sda_ray.runs.run import Run
 from sda_ray.runs.train import train
-from sda_ray.search.promotion import Record
-from sda_ray.search.sampler import distributions, propose, view
-from sda_ray.search.seen import study_of
+from sda_ray.search.promotion import TrialRecord
+from sda_ray.search.sampler import distributions, memory_study, propose, view
 from sda_ray.search.study import Study
 from sda_ray.sweep.definition import Sweep
 from sda_ray.sweep.prior_runs import adopt, fork, warm_start
@@ -115,7 +114,7 @@ def test_parameters_of_functions_come_from_the_study_of_the_other_sweep(
     )
     list(train(run, data))
     run.close("finished")
-    study.add(Record(1, "b" * 8, "running", 3, 3, config=drawn[0]), drawn[1])
+    study.add(TrialRecord(1, "b" * 8, "running", 3, 3, config=drawn[0]), drawn[1])
 
     (item,) = warm_start("x", replace(first, name="y"), runs, data)  # while it is in use
     assert item["params"] == {"power": 7}
@@ -152,7 +151,7 @@ def test_prior_is_not_drawn_again(sweep: Sweep, runs: Path, data: Path, elsewher
 
     while (more := propose(other.draw, found, 0, "random")) is not None:
         drawn.append(more[0])
-        record = Record(
+        record = TrialRecord(
             1 + len(found), str(len(found)), "complete", 3, 3, {3: 1.0}, config=more[0]
         )
         found.append(replace(record, trial=more[1]))
@@ -178,13 +177,13 @@ def test_widened_space_keeps_its_parameters_in_the_joint_space(
         current = distributions(wider.draw)
         drawn = propose(wider.draw, study.records(), 0, "tpe", current=current)
         assert drawn is not None
-        record = Record(number, f"{number:08}", "running", 3, 3, config=drawn[0])
+        record = TrialRecord(number, f"{number:08}", "running", 3, 3, config=drawn[0])
         record = study.report(study.add(record, drawn[1]), {3: float(number)})
         study.tell(record, "complete")
 
     trials = view(study.records(), distributions(wider.draw))
     sampler = optuna.samplers.TPESampler(multivariate=True)
-    space = sampler.infer_relative_search_space(study_of(trials), trials[0])
+    space = sampler.infer_relative_search_space(memory_study(trials), trials[0])
 
     assert len(trials) == 15
     assert all(trial.distributions == distributions(wider.draw) for trial in trials)
@@ -193,7 +192,7 @@ def test_widened_space_keeps_its_parameters_in_the_joint_space(
     lease.release()
 
 
-def records_again(directory: Path, lease: Lease) -> list[Record]:
+def records_again(directory: Path, lease: Lease) -> list[TrialRecord]:
     return Study(directory / "study.journal", "x", lease).records()
 
 
@@ -213,7 +212,7 @@ def test_three_sweeps_of_one_script_go_side_by_side(
     for one, _, study in held:  # all of them open
         drawn = propose(one.draw, [], 0, "random")
         assert drawn is not None
-        study.add(Record(1, one.name * 8, "running", 3, 3, config=drawn[0]), drawn[1])
+        study.add(TrialRecord(1, one.name * 8, "running", 3, 3, config=drawn[0]), drawn[1])
         assert compare(read_sweep(runs, one.name), record_of(one, info)) == Changes()
 
     for one, lease, study in held:

@@ -14,7 +14,7 @@ from sda_ray.core.errors import UserError
 from sda_ray.core.lease import Lease
 from sda_ray.runs.path import RunPath
 from sda_ray.runs.prune import give_back, resumable
-from sda_ray.search.promotion import Record
+from sda_ray.search.promotion import TrialRecord
 from sda_ray.sweep.retention import AGAIN, Keeper, parse_size
 
 __all__ = ["keeping", "made", "runs"]  # fixtures
@@ -116,7 +116,7 @@ def test_running_paused_and_the_best_runs_keep_theirs(
 def test_runs_pruned_for_good_do_not_count_as_paused(runs: Path) -> None:
     kept = Keeping(runs)
     kept.records = [
-        Record(r.index, r.run_id, "pruned" if r.paused else r.state, r.until, 3, r.values)
+        TrialRecord(r.index, r.run_id, "pruned" if r.paused else r.state, r.until, 3, r.values)
         for r in kept.records
     ]
 
@@ -209,8 +209,8 @@ def test_links_are_not_followed(
 
 def test_brought_in_run_and_run_without_a_directory_are_passed_over(runs: Path) -> None:
     kept = Keeping(runs)
-    kept.records = [Record(5, identity(5), "complete", 3, 3, {3: 1.0}, source="a/b")]
-    kept.records += [Record(99, identity(99), "running", 1, 3, {1: 1.0})]
+    kept.records = [TrialRecord(5, identity(5), "complete", 3, 3, {3: 1.0}, source="a/b")]
+    kept.records += [TrialRecord(99, identity(99), "running", 1, 3, {1: 1.0})]
     before = snapshot(runs)
     Keeper(runs, "width", lambda: kept.records, 0, 1, print).finish()
 
@@ -299,11 +299,11 @@ def test_looking_takes_little_of_the_drivers_time(tmp_path: Path) -> None:
         (runs / f"run-{n}_{n:08}").mkdir(parents=True)
         (runs / f"run-{n}_{n:08}" / "checkpoint.pth").write_bytes(b"x")
 
-    def records() -> list[Record]:
+    def records() -> list[TrialRecord]:
         nonlocal looked
         looked += 1
 
-        return [Record(n, f"{n:08}", "complete", 3, 3, {3: 1.0}) for n in range(500)]
+        return [TrialRecord(n, f"{n:08}", "complete", 3, 3, {3: 1.0}) for n in range(500)]
 
     keeper = Keeper(runs, "width", records, notify=print)
 
