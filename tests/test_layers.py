@@ -38,7 +38,6 @@ UPWARD = {
     "runs.provenance": {"sweep"},
     "runs.sync": {"sweep"},
     "runs.tracking": {"cluster"},
-    "storage.link": {"cluster"},
     "sweep.driving": {"cli"},
     "sweep.launch": {"cli"},
     "sweep.retention": {"cli"},

@@ -145,7 +145,7 @@ def _check_bucket(args: argparse.Namespace) -> None:
         )
 
     if args.command == "runs":
-        from ..storage.fetching import fetch_records
+        from ..storage.bucket import fetch_records
         from ..storage.store import Bucket, Unreachable
 
         bucket = Bucket(args.bucket)

@@ -69,11 +69,11 @@ def sweep_command(args: argparse.Namespace, sweep: Any) -> None:
     if not args.bucket:
         return _sweep(args, sweep, None)
 
-    from ..storage.bucket import copied
+    from ..storage.bucket import replicated
 
-    with copied(args.bucket, args.runs, _name(args, sweep)) as copier:
+    with replicated(args.bucket, args.runs, _name(args, sweep)) as replica:
         if not args.detach:
-            _sweep(args, sweep, copier)
+            _sweep(args, sweep, replica)
             return
 
     _sweep(args, sweep, None)  # what is detached takes the copy over itself
@@ -93,7 +93,7 @@ def _name(args: argparse.Namespace, sweep: Any) -> str:
     return str((sweep or load_script(Path(args.sweep))).name)
 
 
-def _sweep(args: argparse.Namespace, sweep: Any, copier: Any) -> None:
+def _sweep(args: argparse.Namespace, sweep: Any, replica: Any) -> None:
     from ..sweep.definition import load_script
     from ..sweep.launch import Wishes, launch
     from ..sweep.prior_runs import fork
@@ -110,7 +110,7 @@ def _sweep(args: argparse.Namespace, sweep: Any, copier: Any) -> None:
         job=args.job and os.environ.get("SLURM_JOB_ID"),
         code=args.code,
         bucket=args.bucket,
-        copier=copier,
+        replica=replica,
     )
     sweep, options = chosen_sweep(args, sweep, options)
 

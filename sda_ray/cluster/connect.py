@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import UserError
+from ..storage.server import on_node
 from .patches import started_lean
 
 __all__ = ["RAY", "connect", "gate", "local_cpus", "local_gpus", "on_node", "private_directory"]
@@ -150,14 +151,6 @@ def gate(own: bool) -> tuple[str, str | None]:
         return address, os.environ.get("RAY_AUTH_TOKEN") or Path(file).read_text().strip()
 
     return address, os.environ.get("RAY_AUTH_TOKEN")
-
-
-def on_node(id: str) -> dict[str, Any]:
-    r"""Returns the options by which a task or an actor runs on a node, given Ray's id of it."""
-
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(id, soft=False)}
 
 
 def _knock(address: str) -> None:

@@ -15,7 +15,7 @@ from ..core.config import Config
 from ..data.dataset import DataInfo, TrajectoryDataset
 from ..plan.cost import measure
 from ..plan.probe import SECONDS, Sample, Speed, speed_of, take_steps
-from ..storage.link import bandwidth
+from ..storage.server import bandwidth
 from ..sweep.places import look_here
 from .connect import connect, on_node
 from .slots import Slots, fitting

@@ -30,7 +30,7 @@ class Trial:
     Its config has `runs`, `data`, `config`, `run_id`, `index`, `attempt`, `rungs`, `record`,
     `wandb`, `cpus` and `request`; and may have `gpus`, of which it takes no more memory than its
     share, `stall`, see :mod:`sda_ray.training.watchdog`, `short`, how often the run was short of memory,
-    `objectives`, if there are several, and `depot`, see :func:`sda_ray.storage.link.opened`, if nodes may
+    `objectives`, if there are several, and `server`, see :func:`sda_ray.storage.server.serve_files`, if nodes may
     not see these directories: the trial finds out itself whether this one does, see
     :mod:`sda_ray.storage.client`. Tune calls `train` again and again, `reset` for the next trial, and `stop`.
     A call of `train` goes on for 2 s or up to the next rung, and returns
@@ -46,7 +46,7 @@ class Trial:
     * `notes`, what the user should know, by what it is about
 
     What it returns is on the disk of the driver's node by then. A trial that is cut off from there
-    raises :class:`sda_ray.storage.link.Cut`.
+    raises :class:`sda_ray.storage.replica.Disconnected`.
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
@@ -54,7 +54,7 @@ class Trial:
 
         self.spec = config
         self.leaving = watch()
-        self.away: Any = None
+        self.remote: Any = None
         self.data: Any = None  # what keeps data that were fetched
         self.run: Any = None
         self.tracker: Any = None
@@ -80,7 +80,7 @@ class Trial:
         from ..core.lease import LeaseLost
         from ..core.presence import Vanished
         from ..runs.train import Interrupted, OutOfMemory
-        from ..storage.link import Cut
+        from ..storage.replica import Disconnected
         from ..training.loop import Diverged
 
         values: list[tuple[int, float]] = []
@@ -95,14 +95,14 @@ class Trial:
 
             if event == "complete":
                 finals = self._finals()
-            elif self.away is not None:
+            elif self.remote is not None:
                 self._hand_over(values)
-        except Cut:
+        except Disconnected:
             self.close("interrupted")
             raise
         except LeaseLost as e:
             self.close("interrupted")
-            raise Cut(f"the trial was cut off from the head: {e}") from e
+            raise Disconnected(f"the trial was cut off from the head: {e}") from e
         except Interrupted:
             event = "stopped" if self.wish.alone else "interrupted"
         except Diverged as e:
@@ -115,7 +115,7 @@ class Trial:
             event, error = "failed", f"{type(e).__name__}: {e}"
             self._keep(traceback.format_exc())
 
-        notes = {} if self.away is None else self.away.mirror.notes
+        notes = {} if self.remote is None else self.remote.replica.notes
         unreached = "" if self.tracker is None else self.tracker.failed
         longest = 0.0 if self.watchdog is None else self.watchdog.longest
 
@@ -125,7 +125,7 @@ class Trial:
             again = "failed" if self.spec.get("short") else "interrupted"
             wrong = self.close({"complete": "finished", "memory": again}.get(event, event))
 
-            if isinstance(wrong, Cut):
+            if isinstance(wrong, Disconnected):
                 raise wrong
 
             if wrong is not None and event == "complete":
@@ -152,29 +152,28 @@ class Trial:
         from ..runs.run import Run
         from ..runs.tracking import Wandb
         from ..runs.train import train
-        from ..storage.client import Away, data_of
-        from ..storage.link import sees
+        from ..storage.client import RemoteRun, data_of, shares_files
         from ..training.watchdog import STACKS, STALL, Watchdog
 
         spec = self.spec
         request, stall = Path(spec["request"]), spec.get("stall") or STALL
-        depot = spec.get("depot")
+        server = spec.get("server")
         runs, data, early = Path(spec["runs"]), Path(spec["data"]), request.parent
 
-        if depot and not sees(depot):
-            self.away = Away(depot, spec["run_id"], spec["attempt"], spec["index"])
-            runs = early = self.away.runs
+        if server and not shares_files(server):
+            self.remote = RemoteRun(server, spec["run_id"], spec["attempt"], spec["index"])
+            runs = early = self.remote.runs
 
-        name = STACKS if self.away else f"stacks.{spec['index']}.txt"
+        name = STACKS if self.remote else f"stacks.{spec['index']}.txt"
         self.watchdog = Watchdog(early / name, stall)
         self.watchdog.phase()
 
-        if self.away is not None:
-            self.away.open(self.watchdog.phase)
+        if self.remote is not None:
+            self.remote.open(self.watchdog.phase)
 
-        if depot:
+        if server:
             expected = spec["record"]["data"]
-            data, self.data = data_of(depot, data, expected, self.watchdog.phase)
+            data, self.data = data_of(server, data, expected, self.watchdog.phase)
 
         device = "cuda" if ray.get_gpu_ids() else "cpu"
         torch.set_num_threads(max(1, int(spec["cpus"])))
@@ -199,10 +198,10 @@ class Trial:
         self.watchdog.close()
         self.watchdog = Watchdog(self.run.path.directory / STACKS, stall)
         self.watchdog.phase()
-        self.wish = stop_of(request, spec["index"], self.away)
+        self.wish = stop_of(request, spec["index"], self.remote)
 
-        if self.away is not None:
-            self.away.watch(self.run.path)
+        if self.remote is not None:
+            self.remote.watch(self.run.path)
 
         self.training = train(
             self.run,
@@ -243,12 +242,12 @@ class Trial:
         return "complete"
 
     def _hand_over(self, values: list[tuple[int, float]]) -> None:
-        r"""Waits until the depot has the epochs that are reported; at a rung, all of the run."""
+        r"""Waits until the server has the epochs that are reported; at a rung, all of the run."""
 
         if values and values[-1][0] in self.spec["rungs"]:
-            self.away.mirror.flush(self.watchdog.phase)
+            self.remote.replica.flush(self.watchdog.phase)
         else:
-            self.away.mirror.tell()
+            self.remote.replica.tell()
 
     def _finals(self) -> list[float] | None:
         from ..runs.outcome import finals
@@ -265,12 +264,12 @@ class Trial:
         r"""Ends the attempt: checkpoint, W&B, lease. Never raises, and may be repeated.
 
         Returns:
-            Why the depot has not got all of it, if it has not.
+            Why the server has not got all of it, if it has not.
         """
 
         run, training, watchdog = self.run, self.training, self.watchdog
-        away, data, wrong = self.away, self.data, None
-        self.run = self.training = self.watchdog = self.away = self.data = None
+        remote, data, wrong = self.remote, self.data, None
+        self.run = self.training = self.watchdog = self.remote = self.data = None
 
         if watchdog is not None:
             watchdog.phase()
@@ -287,8 +286,8 @@ class Trial:
         except Exception:  # taken over by another attempt, or a full disk
             traceback.print_exc()
 
-        if away is not None:
-            wrong = away.close(watchdog.phase)
+        if remote is not None:
+            wrong = remote.close(watchdog.phase)
 
         if watchdog is not None:
             watchdog.close()

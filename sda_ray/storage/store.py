@@ -1,7 +1,7 @@
 r"""Objects in a bucket: S3, or what speaks as it does.
 
 Bytes go through pyarrow, which is there with Ray. It drops the conditions of a write, so that the
-one object that two drivers may want, see :mod:`sda_ray.storage.owner`, goes through boto3. Addresses and keys
+one object that two drivers may want, see :mod:`sda_ray.storage.bucket`, goes through boto3. Addresses and keys
 are those of AWS' standard chain: variables, files, the machine's role; `AWS_ENDPOINT_URL` names
 another server than Amazon's.
 """

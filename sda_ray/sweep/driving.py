@@ -54,7 +54,7 @@ class Options:
         job: The Slurm job that carries it out, see :mod:`sda_ray.cluster.allocation`.
         code: `recorded`, or `current` if a sweep shall go on with other code than recorded.
         bucket: Where the runs are copied to, `s3://bucket/prefix`, if anywhere.
-        copier: What does that, see :mod:`sda_ray.storage.bucket`.
+        replica: What does that, see :mod:`sda_ray.storage.bucket`.
     """
 
     root: Path
@@ -74,7 +74,7 @@ class Options:
     job: str | None = None
     code: str = "recorded"
     bucket: str | None = None
-    copier: Any = None
+    replica: Any = None
 
 
 def carry_out(
@@ -119,8 +119,8 @@ def carry_out(
     def house() -> None:
         keeper()
 
-        if options.copier is not None:
-            options.copier.check()
+        if options.replica is not None:
+            options.replica.check()
 
     try:
         if decide(records, (), rules, stops=stops).kind != "stop":
@@ -185,11 +185,11 @@ def _drive(
             scratch = stack.enter_context(started)
 
         from ..cluster.executor import execute  # imports Ray, which must be set up by then
-        from ..storage.link import opened
+        from ..storage.server import serve_files
 
         if options.address is not None:  # whose nodes may not see our files
-            depot = opened(options.runs, options.data, driver.request)
-            driver.spec = driver.spec | {"depot": stack.enter_context(depot)}
+            server = serve_files(options.runs, options.data, driver.request)
+            driver.spec = driver.spec | {"server": stack.enter_context(server)}
 
         slots.check()
         lease, own = driver.study.journal.lease, options.address is None or bool(options.job)

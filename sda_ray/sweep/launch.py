@@ -143,7 +143,7 @@ def launch(sweep: Sweep, options: Options, wishes: Wishes = NOTHING) -> None:
     lease = Lease(directory / "lease.json", f"sweep '{sweep.name}'", takeover=again)
 
     try:
-        if options.bucket and options.copier is None:
+        if options.bucket and options.replica is None:
             raise UserError(
                 f"the driver of sweep '{sweep.name}' has ended just now. The same command carries "
                 f"it on, and copies to {options.bucket}."
@@ -154,8 +154,8 @@ def launch(sweep: Sweep, options: Options, wishes: Wishes = NOTHING) -> None:
         write_sweep(directory, record | {"code": code.hash}, sweep.script)
         study = Study(directory / "study.journal", sweep.name, lease, sweep.objectives)
 
-        if options.copier is not None:
-            options.copier.follow(study)
+        if options.replica is not None:
+            options.replica.follow(study)
 
         catch_up(study, options.runs)
 

@@ -1,254 +1,193 @@
-r"""Tests for sda_ray.storage.replica, sda_ray.storage.client and sda_ray.storage.link: what goes from a trial to the depot."""
+r"""Tests for sda_ray.storage.replica: copies whose writers die, lose answers, or come too late."""
 
+import contextlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
+from cloud import account, bucket, server, write
 
-# One process is the driver, the depot's node and the trial's: what is handed over, and what is not
-PROGRAM = """
-import json, os, sys, time
-from pathlib import Path
+from sda_ray.storage.bucket import fetch_sweep
+from sda_ray.storage.replica import RUN, SUMS, Folder, files_of
+from sda_ray.storage.store import Bucket, Unreachable
 
-from sda_ray.cluster.connect import connect
+__all__ = ["account", "bucket", "server"]  # fixtures
 
-root = Path(sys.argv[1])
-runs, request = root / "runs", root / "runs" / "sweeps" / "s" / "stop"
-request.parent.mkdir(parents=True)
-os.environ["SDA_RAY_LOCAL"] = str(root / "local")
-said = {}
-
-def until(done):
-    deadline = time.monotonic() + 120
-    while not done():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-def raised(call):
-    try:
-        call()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-
-def begin(run_id, attempt, **more):
-    away = Away(depot, run_id, attempt, 1, **more)
-    away.open()
-    directory = away.runs / f"calm-cat-1_{run_id}"
-    directory.mkdir(exist_ok=True)
-    away.watch(RunPath(directory))
-    return away, directory, runs / directory.name
-
-with connect(cpus=1):
-    import ray, torch
-    from sda_ray.storage import replica as mirror
-    from sda_ray.storage.client import Away
-    from sda_ray.runs.checkpoint import save_checkpoint
-    from sda_ray.runs.path import RunPath
-    from sda_ray.core.files import append_line, write_atomic
-    from sda_ray.storage.link import opened, sees
-    from sda_ray.storage.replica import Mirror
-
-    with opened(runs, root / "data", request) as depot:
-        said["sees"] = sees(depot), sees(depot | {"nonce": "another"})
-        actor = ray.get_actor(depot["actor"], depot["namespace"])
-
-        # All that changes arrives, and nothing that is aside
-        away, here, there = begin("aaaaaaaa", 1)
-        write_atomic(here / "config.json", b"{}")
-        (here / ".config.json.0123.tmp").write_bytes(b"half")
-        (here / "wandb" / "offline-1").mkdir(parents=True)
-        (here / "wandb" / "offline-1" / "run.wandb").write_bytes(b"abc")
-        (here / "wandb" / "latest").symlink_to("offline-1")
-        append_line(here / "metrics.jsonl", {"epoch": 1})
-        away.mirror.tell()
-        said["told"] = (there / "metrics.jsonl").read_text()
-        large = os.urandom(9 * 2**20)
-        write_atomic(here / "checkpoint.pth", large)
-        until((there / "checkpoint.pth").exists)  # without being asked
-        said["large"] = (there / "checkpoint.pth").read_bytes() == large
-        write_atomic(here / "checkpoint.pth", b"newer")
-        (here / "wandb" / "offline-1" / "run.wandb").open("ab").write(b"def")
-        away.mirror.flush()
-        said["files"] = sorted(str(x.relative_to(there)) for x in there.rglob("*") if x.is_file())
-        said["wandb"] = (there / "wandb" / "offline-1" / "run.wandb").read_text()
-        said["newest"] = (there / "checkpoint.pth").read_text()
-
-        # The order: a reader finds the lines of each checkpoint, and the weights of `finished`
-        late = 0
-        for i in range(2, 60):
-            append_line(here / "metrics.jsonl", {"epoch": i})
-            write_atomic(here / "checkpoint.pth", str(i).encode())
-            seen = (there / "checkpoint.pth").read_text()
-            lines = (there / "metrics.jsonl").read_text().count("\\n")
-            late += seen != "newer" and lines < int(seen)
-            time.sleep(0.05)
-        write_atomic(here / "state.pth", b"weights")
-        write_atomic(here / "run.json", b"finished")
-        until((there / "run.json").exists)
-        said["late"], said["state"] = late, (there / "state.pth").exists()
-
-        # The wish to stop
-        said["wish"] = away.wish()
-        request.with_name("stop.1").touch()
-        until(lambda: away.wish() == "alone")
-        request.with_name("stop.1").unlink()
-
-        # A depot that is started again; one that is gone for good comes last
-        ray.kill(actor, no_restart=False)
-        append_line(here / "metrics.jsonl", {"epoch": 60})
-        save_checkpoint(RunPath(here), {"x": torch.zeros(1)}, {"epoch": 1, "step": 0})
-        last = (here / "checkpoint.pth").read_bytes()
-        away.mirror.tell()
-        away.mirror.flush()
-        said["again"] = (there / "checkpoint.pth").read_bytes() == last
-        said["lines"] = (there / "metrics.jsonl").read_text().count("\\n")
-
-        # Another attempt fences this one
-        other, here_too, _ = begin("aaaaaaaa", 2)
-        said["fetched"] = sorted(x.name for x in here_too.iterdir())
-        write_atomic(here / "checkpoint.pth", b"zombie")
-        said["fenced"] = raised(away.mirror.flush)
-        said["wished"] = raised(away.wish)
-        said["lost"] = type(away.close()).__name__
-        write_atomic(here_too / "error.txt", b"from the second attempt")
-        said["closed"] = other.close(), other.close()
-        said["kept"] = (there / "checkpoint.pth").read_bytes() == last
-        said["error"] = (there / "error.txt").read_text()
-        said["holder"] = json.loads((there / "lease.json").read_text())["pid"]
-        said["left"] = list(map(str, (root / "local").glob("*/runs/*")))
-
-        # A slow link: checkpoints come less often, unless they are asked for
-        mirror.CHECKPOINT_SECONDS = 1.0
-        slow, here, there = begin("bbbbbbbb", 1)
-        class Slow:
-            def __init__(self, link): self.link = link
-            def __call__(self, *args, **more):
-                time.sleep(2.0 if args[:2] == ("write", "checkpoint.pth") else 0)
-                return self.link(*args, **more)
-        slow.mirror.link = Slow(slow.link)
-        write_atomic(here / "checkpoint.pth", b"1")
-        until((there / "checkpoint.pth").exists)
-        write_atomic(here / "checkpoint.pth", b"2")
-        write_atomic(here / "config.json", b"{}")
-        until((there / "config.json").exists)
-        said["waits"] = (there / "checkpoint.pth").read_text()
-        slow.mirror.flush()
-        said["asked"] = (there / "checkpoint.pth").read_text()
-        said["notes"] = slow.mirror.notes
-        slow.close()
-
-        # A damaged checkpoint: the one before is fetched, and stays the one before
-        there = runs / "calm-cat-1_aaaaaaaa"
-        write_atomic(there / "checkpoint.prev.pth", last)
-        write_atomic(there / "checkpoint.pth", last[:-9])
-        third, here, there = begin("aaaaaaaa", 3)
-        said["damaged"] = sorted(x.name for x in here.iterdir())
-        said["aside"] = (there / "checkpoint.damaged.pth").exists()
-        third.close()
-
-        # A run whose directory is deleted
-        gone, here, there = begin("cccccccc", 1)
-        import shutil; shutil.rmtree(there)
-        write_atomic(here / "config.json", b"{}")
-        said["vanished"] = raised(gone.mirror.flush)
-        gone.close()
-
-        # A depot that is out of reach for long
-        cut, here, there = begin("dddddddd", 1, patience=3.0)
-        ray.kill(actor)
-        write_atomic(here / "config.json", b"{}")
-        start = time.monotonic()
-        said["cut"] = raised(cut.mirror.flush), time.monotonic() - start
-        cut.close()
-        said["rest"] = list(map(str, (root / "local").glob("*/runs/*")))
-
-    said["probes"] = list(map(str, request.parent.glob(".probe*")))
-
-print(json.dumps(said))
-"""
+FIRST = {"config.json": "{}", "metrics.jsonl": "1\n", "checkpoint.pth": "at 1", "run.json": "R1"}
+THEN = {
+    "metrics.jsonl": "1\n2\n",
+    "checkpoint.pth": "at 2",
+    "state.pth": "weights",
+    "run.json": "finished",
+}
 
 
-@pytest.fixture(scope="module")
-def said(tmp_path_factory: pytest.TempPathFactory, home: Path) -> dict[str, Any]:
-    root = tmp_path_factory.mktemp("mirror")
-    env = {"PATH": os.environ["PATH"], "HOME": str(home), "TMPDIR": str(home)}
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(root)],
-        env=env | {"PYTHONPATH": str(Path(__file__).parents[2])},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
+def test_copy_is_whole_at_whatever_moment_its_writer_dies(bucket: Bucket, tmp_path: Path) -> None:
+    allowed = {"metrics.jsonl": ("1\n", "1\n2\n"), "checkpoint.pth": ("at 1", "at 2")}
 
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+    for moment in range(9):
+        here, there, left = tmp_path / f"{moment}", tmp_path / f"to-{moment}", [10**6]
 
+        def check(left: list[int] = left) -> None:
+            left[0] -= 1
 
-def test_node_sees_the_files_if_it_finds_the_very_probe(said: dict[str, Any]) -> None:
-    assert said["sees"] == [True, False] and said["probes"] == []
+            if left[0] < 0:
+                raise KeyboardInterrupt
 
+        folder = Folder(bucket, f"run-{moment}", here, check)
+        write(here, **FIRST)
+        folder.copy(files_of(here, RUN))
+        write(here, **THEN)
+        left[0] = moment
 
-def test_all_that_changes_is_handed_over(said: dict[str, Any]) -> None:
-    assert said["told"] == '{"epoch": 1}\n'
-    assert said["large"] and said["newest"] == "newer" and said["wandb"] == "abcdef"
-    assert said["files"] == [
-        "checkpoint.prev.pth",
-        "checkpoint.pth",
-        "config.json",
-        "lease.json",
-        "lease.lock",
-        "metrics.jsonl",
-        "wandb/offline-1/run.wandb",
-    ]
+        with contextlib.suppress(KeyboardInterrupt):
+            folder.copy(files_of(here, RUN))
 
+        Folder(bucket, f"run-{moment}", there).fetch(lambda name: True)
+        found = {file.name: file.read_text() for file in there.iterdir()}
 
-def test_what_the_depot_has_can_be_gone_on_with_at_any_time(said: dict[str, Any]) -> None:
-    assert said["late"] == 0 and said["state"]
+        assert set(FIRST) <= set(found)
+        assert all(found[name] in texts for name, texts in allowed.items())
+        assert len(found["metrics.jsonl"]) >= 2 * int(found["checkpoint.pth"][-1])
+        assert found["run.json"] == "R1" or found["state.pth"] == "weights"
 
+        # The next writer brings what is missing
+        Folder(bucket, f"run-{moment}", here).copy(files_of(here, RUN))
+        Folder(bucket, f"run-{moment}", there / "again").fetch(lambda name: True)
+        assert {x.name: x.read_text() for x in (there / "again").iterdir()} == FIRST | THEN
 
-def test_wish_to_stop_arrives(said: dict[str, Any]) -> None:
-    assert said["wish"] == ""
+    assert found == FIRST | THEN  # the last moment is after the end
 
 
-def test_depot_may_be_started_again(said: dict[str, Any]) -> None:
-    assert said["again"] and said["lines"] == 60
+def test_only_what_has_changed_goes_up(bucket: Bucket, tmp_path: Path) -> None:
+    write(tmp_path, **FIRST)
+    folder = Folder(bucket, "run", tmp_path)
+    folder.copy(files_of(tmp_path, RUN))
+    written: list[str] = []
+
+    def note(key: str, data: bytes, version: str | None = None) -> str:
+        written.append(key)
+        return "noted"
+
+    bucket.write = bucket.swap = note  # type: ignore[method-assign,assignment]
+    folder.copy(files_of(tmp_path, RUN))
+    again = Folder(bucket, "run", tmp_path)
+    again.copy(files_of(tmp_path, RUN))
+
+    assert written == []
+
+    write(tmp_path, **{"metrics.jsonl": "1\n2\n"})
+    again.copy(files_of(tmp_path, RUN))
+
+    assert written == [f"run/{SUMS}", "run/metrics.jsonl"]
 
 
-def test_later_attempt_fences_an_earlier_one(said: dict[str, Any]) -> None:
-    for error in (said["fenced"], said["wished"]):
-        assert error.startswith("Cut: the trial was cut off from the head: run aaaaaaaa is at")
+def test_torn_line_stays_behind(bucket: Bucket, tmp_path: Path) -> None:
+    write(tmp_path, **{"metrics.jsonl": '{"epoch": 1}\n{"epo'})
+    Folder(bucket, "run", tmp_path).copy(files_of(tmp_path, RUN))
 
-    assert said["lost"] == "Cut"
-    assert said["kept"] and said["error"] == "from the second attempt"
-    assert said["closed"] == [None, None] and said["holder"] is None
+    assert bucket.read("run/metrics.jsonl") == b'{"epoch": 1}\n'
 
 
-def test_attempt_has_what_going_on_needs_and_leaves_nothing(said: dict[str, Any]) -> None:
-    needed = {"config.json", "run.json", "metrics.jsonl", "checkpoint.pth"}
-    assert needed <= {*said["fetched"]} and "state.pth" not in said["fetched"]
-    assert said["left"] == said["rest"] == []
+def test_deleted_checkpoint_is_deleted(bucket: Bucket, tmp_path: Path) -> None:
+    write(tmp_path, **FIRST)
+    folder = Folder(bucket, "run", tmp_path)
+    folder.copy(files_of(tmp_path, RUN))
+    (tmp_path / "checkpoint.pth").unlink()
+    folder.copy([*files_of(tmp_path, RUN), "checkpoint.pth"])
+
+    assert "run/checkpoint.pth" not in bucket.sizes()
+    assert "checkpoint.pth" not in json.loads(bucket.read(f"run/{SUMS}") or b"")["files"]
 
 
-def test_slow_link_stretches_the_time_between_checkpoints_and_is_said(
-    said: dict[str, Any],
+@pytest.mark.parametrize("damage", [b"", b"at", b"at 9"])
+def test_damaged_object_is_left_out(
+    bucket: Bucket, tmp_path: Path, damage: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert said["waits"] == "1"
-    assert said["asked"] == "2"
-    assert "MB/s: a checkpoint of" in said["notes"]["link"]
+    write(tmp_path / "here", **FIRST)
+    Folder(bucket, "run", tmp_path / "here").copy(files_of(tmp_path / "here", RUN))
+    bucket.write("run/checkpoint.pth", damage)
+    Folder(bucket, "run", tmp_path / "there").fetch(lambda name: True)
+
+    assert "run/checkpoint.pth is damaged: its checksum is wrong" in caplog.text
+    assert files_of(tmp_path / "there", RUN) == ["config.json", "metrics.jsonl", "run.json"]
 
 
-def test_damaged_checkpoint_is_set_aside_in_favour_of_the_one_before(said: dict[str, Any]) -> None:
-    assert "checkpoint.prev.pth" in said["damaged"] and said["aside"]
+def test_name_that_leads_out_of_the_directory_is_left_out(bucket: Bucket, tmp_path: Path) -> None:
+    sums = {"../out": ["0"], "/tmp/out": ["0"], "a/../../out": ["0"]}
+    bucket.write(f"run/{SUMS}", json.dumps({"attempt": 1, "files": sums}).encode())
+    Folder(bucket, "run", tmp_path / "there").fetch(lambda name: True)
+
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_run_that_is_deleted_is_told_so(said: dict[str, Any]) -> None:
-    assert said["vanished"].startswith("Vanished: ")
+def test_late_write_of_a_former_owner_is_refused(
+    bucket: Bucket, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    name, texts = "study.journal", {"old": "a\nb\n", "new": "a\nc\n"}
+    write(tmp_path / "old", **{name: "a\n"})
+    old = Folder(bucket, "x", tmp_path / "old", attempt=1)
+    old.copy([name])
+
+    for who, text in texts.items():
+        write(tmp_path / who, **{name: text})
+
+    Folder(bucket, "x", tmp_path / "new", attempt=2).copy([name])
+
+    with pytest.raises(Unreachable, match=r"x/sums\.json was written meanwhile"):
+        old.copy([name])  # which its check has let pass, a minute ago
+
+    third = Folder(bucket, "x", tmp_path / "third")
+    third.fetch(lambda name: True)
+
+    assert (tmp_path / "third" / name).read_text() == texts["new"]
+    assert third.by == 2 and caplog.text == ""
 
 
-def test_trial_without_the_depot_for_long_is_over(said: dict[str, Any]) -> None:
-    error, seconds = said["cut"]
-    assert error.startswith("Cut: the trial was cut off from the head for ") and seconds < 60
+def test_write_whose_answer_was_lost_is_made_up_for(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "here", **FIRST)
+    folder = Folder(bucket, "run", tmp_path / "here")
+    folder.copy(files_of(tmp_path / "here", RUN))
+    write(tmp_path / "here", **THEN)
+    swap = bucket.swap
+
+    def lose(key: str, data: bytes, version: str | None) -> str:
+        swap(key, data, version)
+        raise Unreachable("no answer")
+
+    with monkeypatch.context() as patch, pytest.raises(Unreachable, match="no answer"):
+        patch.setattr(bucket, "swap", lose)
+        folder.copy(files_of(tmp_path / "here", RUN))
+
+    with pytest.raises(Unreachable, match="was written meanwhile"):
+        folder.copy(files_of(tmp_path / "here", RUN))
+
+    folder.copy(files_of(tmp_path / "here", RUN))
+    Folder(bucket, "run", tmp_path / "there").fetch(lambda name: True)
+
+    assert {x.name: x.read_text() for x in (tmp_path / "there").iterdir()} == FIRST | THEN
+
+
+def test_copy_whose_first_journal_never_came_is_none(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "here" / "sweeps" / "x"
+    folder = Folder(bucket, "sweeps/x", here)
+
+    def fail(key: str, data: bytes) -> None:
+        raise Unreachable("no answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bucket, "write", fail)
+
+        for i in range(10):
+            write(here, **{"study.journal": "a\n" * (i + 1)})
+
+            with pytest.raises(Unreachable, match="no answer"):
+                folder.copy(["study.journal"])
+
+    fetch_sweep(bucket, tmp_path / "there", "x")
+
+    assert not (tmp_path / "there" / "sweeps" / "x" / "study.journal").exists()

@@ -1,4 +1,4 @@
-r"""Tests for sda_ray.storage.bucket and sda_ray.storage.owner: a sweep at work in a bucket, and who may write."""
+r"""Tests for sda_ray.storage.bucket: a sweep at work in a bucket, and who may write there."""
 
 import json
 import signal
@@ -16,9 +16,8 @@ from optuna.trial import TrialState
 from sda_ray.core.errors import UserError
 from sda_ray.core.lease import Lease
 from sda_ray.search.study import Study
-from sda_ray.storage.bucket import Copier
-from sda_ray.storage.folder import RUN, Folder
-from sda_ray.storage.owner import Owner
+from sda_ray.storage.bucket import SWEEP, Owner, SweepReplica, compare_journals, fetch_sweep
+from sda_ray.storage.replica import RUN, Folder, files_of
 from sda_ray.storage.store import Bucket
 
 __all__ = ["account", "bucket", "server"]  # fixtures
@@ -49,7 +48,7 @@ def test_second_driver_is_refused_while_the_first_lives(bucket: Bucket) -> None:
 def test_owner_elsewhere_is_refused_by_its_sign_of_life(
     bucket: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sda_ray.storage.owner.BEAT", 0.2)
+    monkeypatch.setattr("sda_ray.storage.bucket.BEAT", 0.2)
     owner = Owner(bucket, "owner.json", "sweep 'x'")
     elsewhere(owner)
 
@@ -90,6 +89,82 @@ def test_owner_whose_answer_was_lost_goes_on(bucket: Bucket) -> None:
     owner.release()
 
 
+# Which journal
+
+
+@pytest.mark.parametrize(
+    "here, copy, newer",
+    [
+        (b"", b"", "here"),
+        (b"a\n", b"", "here"),
+        (b"", b"a\n", "copy"),
+        (b"a\nb\n", b"a\n", "here"),
+        (b"a\nb\n", b"a\nb\n", "here"),
+        (b"a\n", b"a\nb\n", "copy"),
+        (b"a\nto", b"a\nb\n", "copy"),  # torn
+        (b"a\nb\n", b"a\nc\nd\n", "parted"),
+    ],
+)
+def test_newer_journal_goes_on_where_the_other_ends(here: bytes, copy: bytes, newer: str) -> None:
+    assert compare_journals(here, copy) == newer
+
+
+def parted(bucket: Bucket, tmp_path: Path, by: int, last: int) -> Path:
+    r"""Makes a journal and a copy that have parted, written by drivers of these numbers."""
+
+    there = tmp_path / "there" / "sweeps" / "x"
+    write(there, **{"study.journal": "a\nc\nd\n", "sweep.json": "{}"})
+    Folder(bucket, "sweeps/x", there, attempt=by).copy(["sweep.json", "study.journal"])
+    here = tmp_path / "here" / "sweeps" / "x"
+    write(here, **{"study.journal": "a\nb\n", "copy.json": json.dumps({"attempt": last})})
+
+    return tmp_path / "here"
+
+
+def test_copy_of_a_later_driver_wins_over_what_it_did_not_know(
+    bucket: Bucket, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    runs = parted(bucket, tmp_path, by=3, last=2)
+    fetch_sweep(bucket, runs, "x")
+    directory = runs / "sweeps" / "x"
+
+    assert (directory / "study.journal").read_text() == "a\nc\nd\n"
+    assert (directory / "study.journal.parted-3").read_text() == "a\nb\n"
+    assert "has 4 bytes that another driver did not know of" in caplog.text
+
+
+def test_journals_that_parted_without_a_reason_are_refused(bucket: Bucket, tmp_path: Path) -> None:
+    runs = parted(bucket, tmp_path, by=2, last=2)
+
+    with pytest.raises(UserError, match=r"\(4 bytes\) and its copy .* \(6 bytes\) have parted"):
+        fetch_sweep(bucket, runs, "x")
+
+    assert (runs / "sweeps" / "x" / "study.journal").read_text() == "a\nb\n"
+
+
+def test_code_of_a_sweep_comes_along_before_there_is_a_journal(
+    bucket: Bucket, tmp_path: Path
+) -> None:
+    here = tmp_path / "here" / "sweeps" / "x"
+    write(here, **{"sweep.json": "{}"})
+    write(here / "code" / "0123" / "sda_ray", **{"nn.py": "1", ".hidden": ""})
+    write(here / "code" / "0123" / "sda_ray" / "__pycache__", **{"nn.pyc": ""})
+    Folder(bucket, "sweeps/x", here).copy(files_of(here, SWEEP))
+    fetch_sweep(bucket, tmp_path / "there", "x")
+    there = tmp_path / "there" / "sweeps" / "x"
+    found = {str(p.relative_to(there)) for p in there.rglob("*") if p.is_file()}
+
+    assert found == {"sweep.json", "code/0123/sda_ray/nn.py"}
+
+
+def test_damaged_copy_of_a_journal_is_said(bucket: Bucket, tmp_path: Path) -> None:
+    runs = parted(bucket, tmp_path, by=2, last=2)
+    bucket.write("sweeps/x/study.journal", b"a\nc\n")
+
+    with pytest.raises(UserError, match=r"study\.journal is damaged: its checksum is wrong"):
+        fetch_sweep(bucket, runs, "x")
+
+
 # Copies of a study at work
 
 
@@ -123,8 +198,8 @@ def test_journal_follows_changes_at_once_and_reports_later(
 
     # The lease of the sweep is ours: `copied` would find it at work
     owner = Owner(bucket, "sweeps/x/owner.json", "sweep 'x'")
-    copier = Copier(bucket, tmp_path, "x", owner)
-    copier.follow(study)
+    replica = SweepReplica(bucket, tmp_path, "x", owner)
+    replica.follow(study)
     until(lambda: copied_to(bucket, study))
     study.enqueue({"learning_rate": 1e-3})
     until(lambda: copied_to(bucket, study))
@@ -134,7 +209,7 @@ def test_journal_follows_changes_at_once_and_reports_later(
 
     assert not copied_to(bucket, study)  # an hour later
 
-    copier.finish(60.0)
+    replica.finish(60.0)
 
     assert copied_to(bucket, study)
 
@@ -157,8 +232,8 @@ def test_bucket_that_is_away_holds_nobody_up(
     monkey.setattr("sda_ray.storage.bucket.PAUSES", (0.1, 0.5))
     far = Bucket(URL)  # the same objects, by a way that can be cut
     monkey.undo()
-    copier = Copier(far, tmp_path, "x", Owner(far, "sweeps/x/owner.json", "sweep 'x'"))
-    copier.follow(study)
+    replica = SweepReplica(far, tmp_path, "x", Owner(far, "sweeps/x/owner.json", "sweep 'x'"))
+    replica.follow(study)
     until(lambda: copied_to(bucket, study))
 
     other.stop()
@@ -173,7 +248,7 @@ def test_bucket_that_is_away_holds_nobody_up(
     again.start()
     until(lambda: copied_to(bucket, study))
     until(lambda: "is copied to again, after" in caplog.text)
-    copier.finish(60.0)
+    replica.finish(60.0)
     again.stop()
 
     assert caplog.text.count("nothing is copied to") == 1
@@ -184,10 +259,10 @@ def test_driver_that_was_taken_over_is_told_and_copies_no_more(
     bucket: Bucket, study: Study, tmp_path: Path
 ) -> None:
     owner = Owner(bucket, "sweeps/x/owner.json", "sweep 'x'")
-    copier = Copier(bucket, tmp_path, "x", owner)
-    copier.follow(study)
+    replica = SweepReplica(bucket, tmp_path, "x", owner)
+    replica.follow(study)
     until(lambda: copied_to(bucket, study))
-    copier.check()
+    replica.check()
     elsewhere(owner)
     owner._over.set()
     second = Owner(bucket, "sweeps/x/owner.json", "sweep 'x'", patience=0.5)
@@ -197,9 +272,9 @@ def test_driver_that_was_taken_over_is_told_and_copies_no_more(
     until(lambda: owner.taken is not None)
 
     with pytest.raises(UserError, match="was taken over by process"):
-        copier.check()
+        replica.check()
 
-    copier.finish(60.0)
+    replica.finish(60.0)
 
     assert bucket.read("sweeps/x/study.journal") == before
     assert second.taken is None
