@@ -32,8 +32,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from sda_ray.core.holder import holder
-from sda_ray.core.lease import Lease
+from sda_ray.core.lease import Lease, holder
 from sda_ray.search.promotion import TrialRecord
 from sda_ray.search.study import Study
 

@@ -91,7 +91,7 @@ def ours(config: dict[str, Any]) -> tuple[Callable[[torch.Tensor], float], Calla
 
 def measure(kind: str, what: str, size: str) -> dict[str, float]:
     from sda_ray import CONFIG
-    from sda_ray.core.allocator import keep_memory
+    from sda_ray.core.system import keep_memory
 
     if kind == "ours":  # as a training of ours does
         keep_memory()

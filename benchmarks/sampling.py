@@ -33,7 +33,7 @@ def measure(kind: str, size: str, length: int, guided: bool, kept: bool) -> dict
     from reference import plain_network
 
     from sda_ray import CONFIG
-    from sda_ray.core.allocator import keep_memory
+    from sda_ray.core.system import keep_memory
     from sda_ray.nn.diffusion import VPSDE
     from sda_ray.nn.guidance import GaussianScore
     from sda_ray.training.loop import TrainState

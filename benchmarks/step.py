@@ -46,7 +46,7 @@ def measure(
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
 
     if tuned:
-        from sda_ray.core.allocator import keep_memory
+        from sda_ray.core.system import keep_memory
 
         keep_memory()
 

@@ -30,8 +30,7 @@ from measured import Result, limit
 from rich.console import Console
 from rich.progress import track
 
-from sda_ray.core.holder import place
-from sda_ray.core.lease import Lease
+from sda_ray.core.lease import Lease, place
 from sda_ray.search.promotion import Rules, TrialRecord, decide, unhide
 from sda_ray.search.reconcile import catch_up
 from sda_ray.search.sampler import propose

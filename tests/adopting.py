@@ -7,8 +7,8 @@ import pytest
 from conftest import SMALL
 
 from sda_ray.core.config import CONFIG, Config
-from sda_ray.core.domain import choice, loguniform
 from sda_ray.core.lease import Lease
+from sda_ray.core.space import choice, loguniform
 from sda_ray.data.dataset import fingerprint
 from sda_ray.runs.path import RunPath, sweep_directory
 from sda_ray.runs.run import Run

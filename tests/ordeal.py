@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 from simulated import Crash, Sweeping, Training, diverges, loss
 
-from sda_ray.core.holder import holder
-from sda_ray.core.lease import Lease
+from sda_ray.core.lease import Lease, holder
 from sda_ray.runs.path import RunPath
 from sda_ray.search.promotion import Rules, TrialRecord, decide
 from sda_ray.search.reconcile import read_directories, reconcile

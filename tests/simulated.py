@@ -12,8 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sda_ray.core.holder import place
-from sda_ray.core.lease import Lease
+from sda_ray.core.lease import Lease, place
 from sda_ray.runs.path import RunPath
 from sda_ray.search.promotion import PruneRule, Rules, TrialRecord
 from sda_ray.search.reconcile import catch_up

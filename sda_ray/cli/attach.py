@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import UserError
-from ..core.holder import holder
+from ..core.lease import holder
 from ..runs.path import RunPath, sweep_directory
 from ..search.sampler import importances
 from ..search.study import Study

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..cluster.slots import Slots
 from ..core.errors import UserError
-from ..core.holder import holder
+from ..core.lease import holder
 from ..runs.path import sweep_directory
 from ..sweep.definition import Sweep
 from ..sweep.driving import Options

@@ -12,8 +12,7 @@ import torch
 from ..core.config import Config, check_config, load_config
 from ..core.console import Progress
 from ..core.errors import UserError
-from ..core.lease import LeaseLost
-from ..core.presence import Vanished
+from ..core.lease import LeaseLost, Vanished
 from ..data.dataset import check_data
 from ..nn.score import load_network
 from ..runs.extend import check_extension, describe_extension

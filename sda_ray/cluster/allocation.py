@@ -23,7 +23,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from ..core.errors import UserError
-from ..core.limits import deadline
+from ..core.system import deadline
 from .join import stay
 from .ray_node import Member, member, own_cpus, own_ip
 

@@ -21,8 +21,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from ..core.errors import UserError
-from ..core.holder import holder, is_alive, is_here, pulse
-from ..core.lease import HEARTBEAT
+from ..core.lease import HEARTBEAT, holder, is_alive, is_here, pulse
 from ..runs.path import RunPath
 from ..search.promotion import TrialRecord
 from ..sweep.driver import Driver

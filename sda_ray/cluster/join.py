@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import UserError
-from ..core.limits import LEAST, deadline
+from ..core.system import LEAST, deadline
 from ..runs.path import sweep_directory
 from ..sweep.record import read_sweep
 from .head import find_token, read_head

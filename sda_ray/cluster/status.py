@@ -14,7 +14,7 @@ from typing import Any
 
 from ..core.errors import UserError
 from ..core.files import read_json
-from ..core.holder import holder
+from ..core.lease import holder
 from ..runs.inventory import Entry, entries
 from .connect import connect, on_node
 from .slots import fitting

@@ -14,8 +14,8 @@ from pathlib import Path
 from signal import SIGTERM
 from typing import Any
 
-from ..core.allocator import give_memory_back
 from ..core.files import write_atomic
+from ..core.system import give_memory_back
 
 __all__ = ["REPORT_SECONDS", "Trial", "imports", "limit"]
 
@@ -77,8 +77,7 @@ class Trial:
     def train(self) -> dict[str, Any]:
         import ray
 
-        from ..core.lease import LeaseLost
-        from ..core.presence import Vanished
+        from ..core.lease import LeaseLost, Vanished
         from ..runs.train import Interrupted, OutOfMemory
         from ..storage.replica import Disconnected
         from ..training.loop import Diverged

@@ -16,10 +16,10 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.allocator import lacks_memory
 from ..core.config import MAX_WEIGHTS, count_weights, load_config
 from ..core.errors import UserError
 from ..core.files import open_atomic, read_regular, sync_directory, write_atomic
+from ..core.system import lacks_memory
 from .path import RunPath
 
 if TYPE_CHECKING:

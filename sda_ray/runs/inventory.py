@@ -17,7 +17,7 @@ from typing import Any
 from ..core.config import Config, load_config
 from ..core.errors import UserError
 from ..core.files import read_json
-from ..core.holder import STALE, holder, verdict
+from ..core.lease import STALE, holder, verdict
 from .curves import check_regular, last_metrics
 from .path import RunPath
 

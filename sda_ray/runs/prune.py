@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..core.errors import UserError
 from ..core.files import write_json
-from ..core.holder import holder
+from ..core.lease import holder
 from .curves import check_regular
 from .inventory import Entry, is_held, read_entry
 from .path import RunPath

@@ -11,8 +11,7 @@ import torch
 from ..core.config import Config, load_config, save_config
 from ..core.errors import UserError
 from ..core.files import remove_leftovers, write_atomic
-from ..core.lease import Lease, LeaseLost
-from ..core.presence import check_present, held, is_present
+from ..core.lease import Lease, LeaseLost, check_present, held, is_present
 from ..training.loop import Metrics, TrainState
 from ..training.samples import draw_samples
 from .checkpoint import load_checkpoint, save_checkpoint, save_state

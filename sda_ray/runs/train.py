@@ -11,10 +11,9 @@ from types import FrameType
 
 import torch
 
-from ..core.allocator import keep_memory, lacks_memory
 from ..core.errors import UserError
-from ..core.lease import LeaseLost
-from ..core.presence import Vanished, check_present
+from ..core.lease import LeaseLost, Vanished, check_present
+from ..core.system import keep_memory, lacks_memory
 from ..data.dataset import TrajectoryDataset
 from ..nn.precision import make_deterministic, warn_slow
 from ..nn.score import load_network

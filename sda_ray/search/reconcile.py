@@ -16,8 +16,7 @@ from pathlib import Path
 
 from ..core.errors import UserError
 from ..core.files import write_json
-from ..core.holder import holder
-from ..core.lease import Lease, LeaseLost
+from ..core.lease import Lease, LeaseLost, holder
 from ..runs.metrics import read_history
 from ..runs.outcome import finals
 from ..runs.path import RunPath

@@ -30,8 +30,8 @@ from optuna.storages import InMemoryStorage
 from optuna.trial import FixedTrial, FrozenTrial, TrialState
 
 from ..core.config import format_value
-from ..core.domain import Range
 from ..core.errors import UserError
+from ..core.space import Range
 from .promotion import TrialRecord
 
 __all__ = [

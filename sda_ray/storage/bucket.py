@@ -20,7 +20,7 @@ from typing import Any
 
 from ..core.errors import UserError
 from ..core.files import read_json, write_atomic, write_json
-from ..core.holder import STALE, described, is_alive, verdict
+from ..core.lease import STALE, described, is_alive, verdict
 from ..runs.path import COPIED, RECORDS, RunPath, sweep_directory
 from ..search.study import Study
 from .replica import NOTHING, RUN, SUMS, Folder, files_of

@@ -23,8 +23,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..core.errors import UserError
-from ..core.lease import LeaseLost
-from ..core.presence import Vanished
+from ..core.lease import LeaseLost, Vanished
 from ..runs.path import COPIED, LOCAL
 from ..runs.run import CHECKPOINT_SECONDS
 from ..training.watchdog import STACKS

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..core.files import cut_torn_line, remove_leftovers, sync_directory
-from ..core.lease import Lease, LeaseLost
-from ..core.presence import check_present, held
+from ..core.lease import Lease, LeaseLost, check_present, held
 from ..runs.path import RESUMED
 from ..training.watchdog import STACKS, TAKEN
 

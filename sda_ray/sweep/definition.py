@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..core.config import Config, check_config
-from ..core.domain import Space, split
 from ..core.errors import UserError
-from ..core.space import check_space, draw
+from ..core.space import Space, check_space, draw, split
 from ..data.dataset import DataInfo
 from ..search.promotion import FINAL, PruneRule, Rules, TrialRecord
 from .record import definition_of

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..core.limits import margin
+from ..core.system import margin
 from ..search.promotion import PruneRule, Rules, TrialRecord, decide, unhide
 from ..search.study import Propose, Study, draw_run
 from .failures import Losses, Outage, alike
@@ -39,7 +39,7 @@ class Driver:
         notify: Called with a word and a record whenever something happens to a run.
         request: The file whose existence tells all trials to stop after their step.
         stops: The verdict on a run at a rung, if it is final, see :func:`sda_ray.search.promotion.decide`.
-        deadline: The end of the sweep's time, see :func:`sda_ray.core.limits.deadline`.
+        deadline: The end of the sweep's time, see :func:`sda_ray.core.system.deadline`.
         retarget: Records another number of runs wanted than the sweep was started with.
         house: Called every 5 s, to look after the disk.
     """

@@ -14,7 +14,7 @@ from ..cluster.head import announced
 from ..cluster.slots import Slots
 from ..cluster.trial import imports
 from ..core.errors import UserError
-from ..core.limits import deadline
+from ..core.system import deadline
 from ..data.dataset import DataInfo
 from ..runs.path import sweep_directory
 from ..runs.tracking import Wandb

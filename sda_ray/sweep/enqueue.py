@@ -17,9 +17,9 @@ from ..core.config import (
     load_config,
     parse_value,
 )
-from ..core.domain import Choice, Range, decode, encode, split
 from ..core.errors import UserError
 from ..core.keys import KEYS, check_value, show
+from ..core.space import Choice, Range, decode, encode, split
 from ..runs.path import RunPath
 from ..search.sampler import CallbackTrial
 from .definition import Sweep

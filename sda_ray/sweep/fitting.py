@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..core.config import Config, format_value
-from ..core.domain import Choice, Range, encode, split
 from ..core.errors import UserError
+from ..core.space import Choice, Range, encode, split
 from ..search.sampler import CallbackTrial
 from .definition import Sweep
 

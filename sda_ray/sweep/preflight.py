@@ -14,10 +14,10 @@ from typing import Any
 
 from ..cluster.slots import Slots
 from ..core.config import CONFIG, Config, check_config, check_value, format_value
-from ..core.domain import Choice, loguniform
 from ..core.errors import UserError
-from ..core.holder import is_alive
 from ..core.keys import KEYS
+from ..core.lease import is_alive
+from ..core.space import Choice, loguniform
 from ..data.dataset import DataInfo, check_data, check_file
 from ..runs.path import sweep_directory
 from ..runs.tracking import Wandb

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ..core.config import CONFIG
-from ..core.domain import Space, space_from_json, space_to_json, split
 from ..core.errors import UserError
 from ..core.files import read_json, write_atomic, write_json
+from ..core.space import Space, space_from_json, space_to_json, split
 from ..runs.path import sweep_directory
 
 __all__ = [

@@ -17,8 +17,7 @@ from typing import Any
 
 from ..core.errors import UserError
 from ..core.files import write_json
-from ..core.holder import holder
-from ..core.lease import Lease, LeaseLost
+from ..core.lease import Lease, LeaseLost, holder
 from ..runs.path import RunPath
 from ..runs.record import read_record
 from ..search.promotion import TrialRecord, count_trials

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import UserError
-from ..core.holder import STALE, holder, is_alive, is_here, pulse
+from ..core.lease import STALE, holder, is_alive, is_here, pulse
 from ..runs.path import sweep_directory
 from .mailbox import mailbox_of, post, take, wait
 from .record import read_sweep

@@ -11,8 +11,7 @@ from conftest import Cli, Start
 from recorded_code import SCRIPT
 
 from sda_ray.cli.detach import _without
-from sda_ray.core.holder import holder
-from sda_ray.core.lease import Lease, LeaseLost
+from sda_ray.core.lease import Lease, LeaseLost, holder
 from sda_ray.search.study import Study
 
 LONG = SCRIPT.replace('"epochs": 27', '"epochs": 100000').replace("trials=4", "trials=2")

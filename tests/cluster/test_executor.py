@@ -15,8 +15,7 @@ import ray
 from byhand import Desk
 
 from sda_ray.cluster.executor import AWAY, BEATS, Lookout, Vigil, end
-from sda_ray.core.holder import holder
-from sda_ray.core.lease import HEARTBEAT, Lease
+from sda_ray.core.lease import HEARTBEAT, Lease, holder
 from sda_ray.runs.path import RunPath
 from sda_ray.search.promotion import TrialRecord
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from sda_ray.core.holder import holder
+from sda_ray.core.lease import holder
 from sda_ray.runs.path import RunPath
 from sda_ray.runs.record import read_record
 

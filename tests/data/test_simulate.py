@@ -1,11 +1,13 @@
 r"""Tests for the sda_ray.data.simulate module."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -13,11 +15,189 @@ import pytest
 import torch
 
 from sda_ray.core.errors import UserError
-from sda_ray.data.dataset import check_data
+from sda_ray.data.dataset import Origin, check_data, check_file
 from sda_ray.data.flow import KolmogorovFlow, coarsen
-from sda_ray.data.generation import find_missing
-from sda_ray.data.hdf5 import Origin
-from sda_ray.data.simulate import PRESETS, simulate
+from sda_ray.data.simulate import (
+    PRESETS,
+    SHAPE,
+    create_files,
+    find_missing,
+    lock_directory,
+    simulate,
+    split_indices,
+    write_trajectory,
+)
+
+ORIGIN = Origin(trajectories=12, size=64, seed=3)
+
+
+def numbers(i: int) -> np.ndarray:
+    return np.random.default_rng(i).standard_normal(SHAPE, dtype=np.float32)
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    create_files(tmp_path, ORIGIN)
+
+    return tmp_path
+
+
+@pytest.mark.parametrize("n", [10, 11, 12, 19, 64, 1024])
+def test_splits_are_those_of_upstream_and_not_empty(n: int) -> None:
+    train, valid, test = split_indices(n).values()
+
+    assert (train.stop, valid.stop) == (int(0.8 * n), int(0.9 * n))
+    assert [*train, *valid, *test] == list(range(n))
+    assert train and valid and test
+
+
+def test_written_trajectories_are_read_back(directory: Path) -> None:
+    for i in range(12):
+        assert find_missing(directory, ORIGIN) == list(range(i, 12))
+        write_trajectory(directory, ORIGIN, i, numbers(i))
+
+    for split, indices in split_indices(12).items():
+        check_file(directory / f"{split}.h5")
+
+        with h5py.File(directory / f"{split}.h5", "r") as f:
+            assert np.array_equal(f["x"], np.stack([numbers(i) for i in indices]))
+            assert f["x"].chunks is None
+            assert f["x"].dtype == "<f4"
+
+    assert check_data(directory).trajectories == {"train": 9, "valid": 1}
+
+
+def test_trajectories_may_come_in_any_order(directory: Path) -> None:
+    for i in (11, 3, 9):
+        write_trajectory(directory, ORIGIN, i, numbers(i))
+
+    assert find_missing(directory, ORIGIN) == [0, 1, 2, 4, 5, 6, 7, 8, 10]
+
+
+def test_unfinished_data_are_refused_with_the_command_that_goes_on(directory: Path) -> None:
+    write_trajectory(directory, ORIGIN, 5, numbers(5))
+
+    with pytest.raises(UserError, match=r"train\.h5 is unfinished: 1 of 9 ") as e:
+        check_data(directory)
+
+    options = f"--trajectories 12 --size 64 --seed 3 --data {directory}"
+    assert f"`sda-ray simulate {options}`" in str(e.value)
+
+
+def test_metadata_do_not_change_when_a_trajectory_is_written(directory: Path) -> None:
+    file = directory / "train.h5"
+
+    with h5py.File(file, "r") as f:
+        offsets = [(f[name].id.get_offset(), f[name].nbytes) for name in ("x", "done")]
+
+    def metadata() -> bytes:
+        data = np.fromfile(file, dtype=np.uint8)
+
+        for offset, size in offsets:
+            data[offset : offset + size] = 0
+
+        return data.tobytes()
+
+    before = metadata()
+    write_trajectory(directory, ORIGIN, 0, numbers(0))
+
+    assert metadata() == before
+
+
+def test_space_is_taken_at_once(directory: Path) -> None:
+    # A full disk cannot interrupt the simulation later.
+    for file in directory.glob("*.h5"):
+        assert file.stat().st_blocks * 512 >= file.stat().st_size
+
+
+def test_creating_again_changes_nothing(directory: Path) -> None:
+    write_trajectory(directory, ORIGIN, 0, numbers(0))
+    before = (directory / "train.h5").read_bytes()
+    (directory / "valid.h5").unlink()
+    create_files(directory, ORIGIN)
+
+    assert (directory / "train.h5").read_bytes() == before
+    assert find_missing(directory, ORIGIN) == list(range(1, 12))
+
+
+def test_half_created_file_is_made_anew(directory: Path) -> None:
+    (directory / "valid.h5").rename(directory / ".valid.h5.tmp")
+    os.truncate(directory / ".valid.h5.tmp", 100)
+
+    assert 9 in find_missing(directory, ORIGIN)
+
+    create_files(directory, ORIGIN)
+
+    assert sorted(os.listdir(directory)) == ["test.h5", "train.h5", "valid.h5"]
+
+
+@pytest.mark.parametrize("origin", [Origin(13, 64, 3), Origin(12, 128, 3), Origin(12, 64, 4)])
+def test_other_settings_are_refused(directory: Path, origin: Origin) -> None:
+    with pytest.raises(UserError, match=r"--seed 3, but .* asked for.*another --data"):
+        find_missing(directory, origin)
+
+
+def test_foreign_and_damaged_files_are_refused(directory: Path) -> None:
+    os.truncate(directory / "train.h5", 10_000)
+
+    with pytest.raises(UserError, match=r"train\.h5 is damaged"):
+        find_missing(directory, ORIGIN)
+
+    with h5py.File(directory / "train.h5", "w") as f:
+        f["x"] = np.zeros((9, *SHAPE), np.float32)
+
+    with pytest.raises(UserError, match=r"train\.h5 exists, but was not written by"):
+        find_missing(directory, ORIGIN)
+
+
+@pytest.mark.parametrize("seed", ["abc", float("nan"), float("inf"), [3, 4]])
+def test_strange_attributes_are_refused(directory: Path, seed: Any) -> None:
+    with h5py.File(directory / "train.h5", "a") as f:
+        f.attrs["seed"] = seed
+
+    with pytest.raises(UserError, match=r"train\.h5 (is damaged|exists, but)"):
+        find_missing(directory, ORIGIN)
+
+
+def test_mask_of_another_shape_is_refused(directory: Path) -> None:
+    with h5py.File(directory / "train.h5", "a") as f:
+        del f["done"]
+        f["done"] = True
+
+    with pytest.raises(UserError, match=r"train\.h5 exists, but was not written by"):
+        find_missing(directory, ORIGIN)
+
+
+def test_full_disk_is_found_before_anything_is_written(tmp_path: Path) -> None:
+    n = shutil.disk_usage(tmp_path).free // 2**20
+
+    with pytest.raises(UserError, match=r"needs .* GiB .* but its disk has .* GiB left"):
+        create_files(tmp_path, Origin(n, 64, 0))
+
+    assert os.listdir(tmp_path) == []
+
+
+def test_directory_is_held_by_one_and_released(tmp_path: Path) -> None:
+    lock, pid = lock_directory, os.getpid()
+
+    for _ in range(2):
+        with (
+            lock(tmp_path),
+            pytest.raises(UserError, match=f"in use: .* process {pid} is simulating"),
+            lock(tmp_path),
+        ):
+            pass
+
+
+def test_directory_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+
+    with (
+        pytest.raises(UserError, match="cannot be written"),
+        lock_directory(tmp_path / "file" / "data"),
+    ):
+        pass
+
 
 SCRIPT = """
 import sys
@@ -26,7 +206,7 @@ from sda_ray.data.simulate import simulate
 simulate(Path(sys.argv[1]), 11, 64, 7, workers=1)
 """
 
-ORIGIN = Origin(trajectories=11, size=64, seed=7)
+DEMO = Origin(trajectories=11, size=64, seed=7)
 
 
 def start(directory: Path) -> subprocess.Popen:
@@ -39,7 +219,7 @@ def start(directory: Path) -> subprocess.Popen:
 
 
 def missing(directory: Path) -> int:
-    return len(find_missing(directory, ORIGIN))
+    return len(find_missing(directory, DEMO))
 
 
 def trajectory(seed: int, i: int) -> np.ndarray:

@@ -12,7 +12,7 @@ from opened import DISABLED, finished, reopen, runs
 
 from sda_ray.core.config import Config
 from sda_ray.core.errors import UserError
-from sda_ray.core.holder import is_alive
+from sda_ray.core.lease import is_alive
 from sda_ray.runs.checkpoint import load_checkpoint
 from sda_ray.runs.run import Run
 from sda_ray.runs.train import train

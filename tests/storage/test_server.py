@@ -9,9 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sda_ray.core.holder import holder
-from sda_ray.core.lease import HEARTBEAT, Lease, LeaseLost
-from sda_ray.core.presence import Vanished
+from sda_ray.core.lease import HEARTBEAT, Lease, LeaseLost, Vanished, holder
 from sda_ray.storage.server import PULSE, FileServer, UnknownAttempt
 
 RUN, NAME = "abcdefgh", "calm-cat-1_abcdefgh"

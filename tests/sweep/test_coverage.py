@@ -16,8 +16,8 @@ import torch
 from adopting import SPACE, by_id, bytes_of, collected, elsewhere, record_of, records, runs, sweep
 
 from sda_ray.core.config import CONFIG, load_config
-from sda_ray.core.domain import choice, loguniform
 from sda_ray.core.lease import Lease
+from sda_ray.core.space import choice, loguniform
 from sda_ray.data.dataset import TrajectoryDataset
 from sda_ray.nn.diffusion import VPSDE
 from sda_ray.nn.score import load_score

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from scene import GRID, Place, lines, place
 
-from sda_ray.core.holder import holder
+from sda_ray.core.lease import holder
 from sda_ray.runs.path import RunPath
 from sda_ray.sweep.driving import _again
 

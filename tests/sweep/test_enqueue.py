@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from sda_ray.core.config import CONFIG, Config, save_config
-from sda_ray.core.domain import choice, integer, loguniform, uniform
 from sda_ray.core.errors import UserError
+from sda_ray.core.space import choice, integer, loguniform, uniform
 from sda_ray.search.sampler import propose
 from sda_ray.sweep.definition import Sweep
 from sda_ray.sweep.enqueue import parse_item

@@ -10,7 +10,7 @@ from scene import GRID, SCRIPT, Place, lines, place
 from sda_ray.cli.main import main
 from sda_ray.core.config import load_config
 from sda_ray.core.errors import UserError
-from sda_ray.core.holder import holder
+from sda_ray.core.lease import holder
 from sda_ray.runs.path import RunPath
 from sda_ray.search.promotion import TrialRecord
 from sda_ray.sweep.definition import load_script

@@ -11,9 +11,9 @@ import pytest
 from adopting import SPACE, by_id, bytes_of, elsewhere, record_of, records, runs, sweep
 
 from sda_ray.core.config import load_config
-from sda_ray.core.domain import loguniform
 from sda_ray.core.errors import UserError
 from sda_ray.core.lease import Lease
+from sda_ray.core.space import loguniform
 from sda_ray.runs.inventory import read_entry
 from sda_ray.runs.metrics import read_history
 from sda_ray.runs.path import RunPath, sweep_directory

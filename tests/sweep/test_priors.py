@@ -10,9 +10,9 @@ import optuna
 import pytest
 from adopting import OFF, SPACE, by_id, collected, elsewhere, record_of, records, runs, sweep
 
-from sda_ray.core.domain import choice, loguniform
 from sda_ray.core.errors import UserError
 from sda_ray.core.lease import Lease
+from sda_ray.core.space import choice, loguniform
 from sda_ray.data.dataset import check_data, fingerprint
 from sda_ray.runs.path import sweep_directory
 from sda_ray.runs.run import Run

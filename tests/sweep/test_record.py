@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from sda_ray.core.config import Config
-from sda_ray.core.domain import choice, integer, loguniform, uniform
 from sda_ray.core.errors import UserError
+from sda_ray.core.space import choice, integer, loguniform, uniform
 from sda_ray.runs.path import sweep_directory
 from sda_ray.sweep.definition import Sweep, load_script
 from sda_ray.sweep.record import compare, read_sweep, space_of, write_sweep

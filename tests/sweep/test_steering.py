@@ -18,8 +18,7 @@ import h5py
 import pytest
 
 from sda_ray.core.errors import UserError
-from sda_ray.core.holder import holder
-from sda_ray.core.lease import Lease
+from sda_ray.core.lease import Lease, holder
 from sda_ray.runs.path import RunPath
 from sda_ray.sweep.steering import Absent, ask, live, stop_sweep
 

@@ -1,17 +1,84 @@
-r"""The time that a sweep has: until when it may run, and how early it has to stop."""
+r"""What the operating system and Slurm offer: memory that a process keeps, and deadlines."""
 
+import ctypes
 import logging
 import math
+import os
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Mapping
 
 from .errors import UserError
 
-__all__ = ["deadline", "margin"]
+__all__ = ["deadline", "give_memory_back", "keep_memory", "lacks_memory", "margin"]
 
 logger = logging.getLogger(__name__)
+
+SWITCH = "SDA_RAY_KEEP_MEMORY"
+
+TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4  # parameters of mallopt, in malloc.h
+NEVER = -1
+PAD = 64 * 2**20  # bytes by which the heap grows at least
+
+# What torch's allocator for the CPU says, CUDA itself, and cuBLAS and cuDNN
+SHORT = ("can't allocate memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
+
+
+def keep_memory() -> bool:
+    r"""Keeps freed memory in this process for what is asked for next, from now on.
+
+    It does so with glibc alone, and not if the environment variable `SDA_RAY_KEEP_MEMORY` is 0.
+    The process then holds as much as it ever used, until :func:`give_memory_back`. That grows for
+    the first few steps: what alignment leaves over behind a piece may keep it from being reused,
+    until the cache of such left-overs is full (7 of each size).
+
+    Returns:
+        Whether it does.
+    """
+
+    libc = _glibc()
+
+    if libc is None or os.environ.get(SWITCH) == "0":
+        return False
+
+    settings = ((MMAP_MAX, 0), (TRIM_THRESHOLD, NEVER), (TOP_PAD, PAD))
+    taken = [libc.mallopt(parameter, value) for parameter, value in settings]
+
+    return all(taken)
+
+
+def give_memory_back() -> None:
+    r"""Returns the memory that is free to the system, as when a process goes on to something else.
+
+    What it needs next, it will have to ask for again.
+    """
+
+    libc = _glibc()
+
+    if libc is not None:
+        libc.malloc_trim(0)
+
+
+def lacks_memory(error: BaseException) -> bool:
+    r"""Tells whether an error says that there is too little memory, for which torch has several."""
+
+    import torch
+
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+
+    return known or any(words in str(error) for words in SHORT)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    if not sys.platform.startswith("linux"):
+        return None
+
+    libc = ctypes.CDLL(None)
+
+    return libc if hasattr(libc, "gnu_get_libc_version") else None
+
 
 LEAST = 30.0  # seconds between the wish to stop and the end
 SLURM = 120.0  # the same for the end of a Slurm job, which kills
