@@ -30,10 +30,6 @@ ORDER = [
 # Imports that still run the other way: module -> packages. Nothing is added here.
 UPWARD = {
     "cluster.executor": {"sweep"},
-    "cluster.join": {"sweep"},
-    "cluster.nodes": {"plan", "sweep"},
-    "cluster.slurm": {"sweep", "cli"},
-    "cluster.status": {"cli"},
     "data.simulate": {"cluster"},
     "runs.provenance": {"sweep"},
     "runs.sync": {"sweep"},

@@ -16,9 +16,9 @@ from typing import Any
 from .. import __version__
 from ..core.config import CONFIG, Config, check_config, load_config, parse_overrides
 from ..core.errors import UserError
-from ..plan.doctor import doctor_command
 from ..runs.sync import sync_command
 from ..sweep.entry import execute
+from .cluster import doctor_command, join_command, slurm_command, status_command
 from .options import parse
 from .runs import runs_command
 from .sweep import (
@@ -63,11 +63,11 @@ def main(sweep: Any = None, argv: Sequence[str] | None = None) -> None:
         "train": _train,
         "plan": plan_command,
         "sweep": sweep_command,
-        "slurm": _slurm,
-        "join": _join,
+        "slurm": slurm_command,
+        "join": join_command,
         "stop": stop_command,
         "attach": _attach,
-        "cluster": _cluster,
+        "cluster": status_command,
         "adopt": adopt_command,
         "runs": runs_command,
         "sync": sync_command,
@@ -171,28 +171,10 @@ def _simulate(args: argparse.Namespace, _: Any) -> None:
     )
 
 
-def _slurm(args: argparse.Namespace, _: Any) -> None:
-    from ..cluster.slurm import slurm_command
-
-    slurm_command(args)
-
-
-def _join(args: argparse.Namespace, _: Any) -> None:
-    from ..cluster.join import join
-
-    join(args.runs, args.sweep, args.cpus, args.gpus, args.wait)
-
-
 def _attach(args: argparse.Namespace, _: Any) -> None:
     from .attach import attach
 
     attach(args.runs, args.sweep)
-
-
-def _cluster(args: argparse.Namespace, _: Any) -> None:
-    from ..cluster.status import status_command
-
-    status_command(args)
 
 
 def _train(args: argparse.Namespace, _: Any) -> None:

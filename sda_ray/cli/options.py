@@ -8,9 +8,9 @@ from pathlib import Path
 from .. import __version__
 from ..core.config import format_value
 from ..core.keys import KEYS
-from ..plan.doctor import add_doctor_parser
 from ..runs.sync import add_sync_parser
 from ..sweep.entry import find_root
+from .cluster import add_doctor_parser
 from .jobs import add_job_parsers, split_words
 from .runs import add_runs_parser, with_action
 from .views import add_view_parsers
@@ -212,7 +212,7 @@ def _add_sweep(parser: argparse.ArgumentParser) -> None:
     priors.add_argument(
         "--retry-failed", action="store_true", help="failed runs are tried again, where they were"
     )
-    parser.add_argument("--job", metavar="NAME", help=argparse.SUPPRESS)  # see allocation.py
+    parser.add_argument("--job", metavar="NAME", help=argparse.SUPPRESS)  # see cluster/slurm.py
     limits = parser.add_argument_group("limits")
     limits.add_argument("--hours", type=float, metavar="H", help="stop in time, to be carried on")
     limits.add_argument(

@@ -144,7 +144,7 @@ def _again(args: argparse.Namespace) -> argparse.Namespace:
     What was asked beside that has been done, and may have been undone by others since.
     """
 
-    from ..cluster.head import is_again
+    from ..cluster.join import is_again
     from ..runs.path import sweep_directory
 
     if args.job is None:

@@ -1,300 +1,486 @@
-r"""What the nodes of a cluster are like: whether they reach the files, and how fast they train.
+r"""What the nodes of a cluster, and the machines they are on, say of themselves.
 
-Nodes of the same hardware are of one kind. On one node of each kind, as many trials as fit at a
-time take a few training steps at once, each with a trial's own resources.
+Facts only; :mod:`sda_ray.plan.doctor` judges them. Nodes and what waits are what Ray says; which run
+is where is what the run directories say.
 """
 
-import secrets
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+import ipaddress
+import os
+import platform
+import pwd
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
-from ..core.config import Config
-from ..data.dataset import DataInfo, TrajectoryDataset
-from ..plan.cost import measure
-from ..plan.probe import SECONDS, Sample, Speed, speed_of, take_steps
-from ..storage.server import bandwidth
-from ..sweep.places import look_here
-from .connect import connect, on_node
-from .slots import Slots, fitting
+from .. import __version__
+from ..core.errors import UserError
+from ..core.files import read_json
+from ..core.lease import holder
+from ..runs.inventory import Entry, entries
+from .connect import on_node
+from .slots import fitting
 
-__all__ = ["Node", "look"]
+__all__ = [
+    "PACKAGES",
+    "bandwidth",
+    "examine",
+    "gather",
+    "listening",
+    "owner_of",
+    "reaches",
+    "why_waiting",
+]
 
-START = 60.0  # seconds that a process may take to start
-LIMIT = SECONDS + 4  # seconds after which a probe is ended
-REACH = 60.0  # seconds that a node may take to look at the files
-COPIES = 8  # probes at a time on a node, at most
+PACKAGES = ("ray", "torch", "optuna", "wandb")
+GPUS = 60.0  # seconds that torch may take to find GPUs
+REACH = 5.0  # seconds that a server may take to answer
+LISTEN = "0A"  # what the kernel calls the state of a socket that waits for connections
+COUNT = "import torch; print(torch.cuda.device_count())"
+ANSWER = 20.0  # seconds in which a node tells its memory and disk
+HEAD = "node:__internal_head__"
+ACTOR = "Trial"  # the class of those that train
+SOME = 16 * 2**20  # bytes that measure the way here
+PATIENCE = 60.0  # seconds that a node may take to send them
 
 
-@dataclass(frozen=True)
-class Node:
-    r"""Creates the description of a node that can hold trials.
+def examine(runs: Path, token: str, gpus: bool, url: str | None) -> dict[str, Any]:
+    r"""Returns what this machine, and this user on it, are like.
 
     Arguments:
-        name: Its host name.
-        kind: Its hardware: models and counts.
-        fit: The number of trials that its CPUs and GPUs hold at a time.
-        memory: The bytes of memory of the machine, or of one of its GPUs if trials use them.
-        gpus: The number of GPUs.
-        id: Ray's id.
-        faults: What keeps trials from running there.
-        missing: Directories of the head that it does not see, and need not.
-        speed: What was measured on a node of this kind.
-        note: Why nothing was, and how files get to the head.
+        runs: The directory of all runs, as the driver calls it.
+        token: The name of a file that the driver has left there.
+        gpus: Whether to look for GPUs.
+        url: The server that shall be reached from here, if any.
     """
 
-    name: str
-    kind: str
-    fit: int
-    memory: int
-    gpus: int = 0
-    id: str = ""
-    faults: tuple[str, ...] = ()
-    missing: tuple[str, ...] = ()
-    speed: Speed | None = None
-    note: str = ""
+    local = Path(os.environ.get("SDA_RAY_LOCAL") or tempfile.gettempdir())
+
+    return {
+        "host": socket.gethostname(),
+        "versions": _versions(),
+        "sees": bool(token) and (runs / token).is_file(),
+        "writes": os.access(runs if runs.is_dir() else _parent(runs), os.W_OK),
+        "free": {str(place): _free(place) for place in {_parent(runs), _parent(local)}},
+        "gpus": _count_gpus() if gpus else None,
+        "listening": [list(found) for found in listening()],
+        "auth": os.environ.get("RAY_AUTH_MODE", ""),
+        "token": _token(),
+        "files": resource.getrlimit(resource.RLIMIT_NOFILE),
+        "cpus": os.cpu_count() or 1,
+        "ray": owner_of(Path("/tmp/ray")),
+        "address": os.environ.get("RAY_ADDRESS", ""),
+        "unreached": reaches(url) if url else "",
+    }
 
 
-def look(
-    slots: Slots,
-    configs: Sequence[Config],
-    info: DataInfo | None,
-    runs: Path,
-    data: Path,
-    address: str | None = None,
-    say: Callable[[str], None] = lambda text: None,
-) -> list[Node]:
-    r"""Looks at all nodes that can hold a trial, and takes training steps on one of each kind.
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "sda_ray": __version__}
 
-    Arguments:
-        slots: The resources of a trial.
-        configs: What to train, from small to large; nothing if empty.
-        info: What the data should be, if they can be used.
-        runs: The directory of all runs.
-        data: The directory of the data.
-        address: The address of a Ray cluster, or None for this machine.
-        say: Told what goes on.
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "none"
 
-    Returns:
-        The nodes; none, if there are none yet and the cluster may start some.
+    return found
+
+
+def _parent(place: Path) -> Path:
+    return next(part for part in (place, *place.parents) if part.is_dir())
+
+
+def _free(place: Path) -> int:
+    return shutil.disk_usage(place).free
+
+
+def _count_gpus() -> int | str:
+    r"""Returns how many GPUs torch sees, or why it cannot tell."""
+
+    # Ray hides them from a process that has not asked for any.
+    env = {key: x for key, x in os.environ.items() if key != "CUDA_VISIBLE_DEVICES"}
+
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", COUNT], env=env, capture_output=True, text=True, timeout=GPUS
+        )
+    except subprocess.TimeoutExpired:
+        return f"torch has not answered within {GPUS:g} s"
+
+    if done.returncode:
+        return (done.stderr.strip().splitlines() or ["torch cannot be imported"])[-1]
+
+    return int(done.stdout)
+
+
+def _token() -> int | None:
+    r"""Returns the permissions of the file with Ray's token, or None if there is none.
+
+    In a directory that others cannot enter they count for nothing.
+    """
+
+    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+
+    with suppress(OSError):
+        mode = file.stat().st_mode & 0o777
+        open_to = [part.stat().st_mode & 0o011 for part in file.absolute().parents]
+
+        return mode if all(open_to) else mode & 0o700
+
+    return None
+
+
+def owner_of(directory: Path) -> str:
+    r"""Returns whom a directory belongs to that we cannot write to, else nothing."""
+
+    if not directory.exists() or os.access(directory, os.W_OK | os.X_OK):
+        return ""
+
+    try:
+        return pwd.getpwuid(directory.stat().st_uid).pw_name
+    except KeyError:
+        return f"user {directory.stat().st_uid}"
+
+
+def reaches(url: str) -> str:
+    r"""Returns why a server cannot be reached from here, or nothing if it can."""
+
+    parsed = urlparse(url)
+    port = parsed.port or (80 if parsed.scheme == "http" else 443)
+
+    try:
+        socket.create_connection((parsed.hostname or "", port), timeout=REACH).close()
+    except OSError as error:
+        return f"{parsed.hostname}:{port}: {error}"
+
+    return ""
+
+
+def listening() -> Iterator[tuple[int, str, str]]:
+    r"""Yields ports that other machines may connect to, with address and command of who listens.
+
+    The command is empty if the process is another user's. That of a driver of Ray begins with
+    `ray::`, as those of Ray's workers do.
+    """
+
+    seen, commands = set(), _sockets()
+
+    for file in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")):
+        with suppress(OSError):
+            for line in file.read_text().splitlines()[1:]:
+                fields = line.split()
+                place, _, port = fields[1].partition(":")
+                address = _address(place)
+
+                if fields[3] != LISTEN or address.is_loopback or (port, fields[9]) in seen:
+                    continue
+
+                seen.add((port, fields[9]))
+                yield int(port, 16), str(address), commands.get(fields[9], "")
+
+
+def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    r"""Returns the address that the kernel prints as words of 32 bits in its own byte order."""
+
+    words = [bytes.fromhex(text[i : i + 8]) for i in range(0, len(text), 8)]
+    packed = b"".join(word[::-1] if sys.byteorder == "little" else word for word in words)
+    address = ipaddress.ip_address(packed)
+    mapped = getattr(address, "ipv4_mapped", None)
+
+    return mapped or address
+
+
+def _sockets() -> dict[str, str]:
+    r"""Returns the commands of the processes that have sockets open, by the sockets' numbers."""
+
+    found = {}
+
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # gone, or another user's
+            command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+
+            if "/ray/_raylet" in (process / "maps").read_text():  # a driver opens a port, too
+                command = f"ray:: {command}"
+
+            for handle in (process / "fd").iterdir():
+                with suppress(OSError):
+                    target = os.readlink(handle)
+
+                    if target.startswith("socket:["):
+                        found[target[8:-1]] = command
+
+    return found
+
+
+def bandwidth(node: str) -> float:
+    r"""Returns the bytes a second that come here from a node, given Ray's id of it.
 
     Raises:
-        UserError: If no node can ever hold a trial.
+        Exception: If it does not answer within a minute.
     """
 
-    say("starting Ray" if address is None else f"attaching to the Ray at {address}")
-
-    with connect(address), _token(runs) as token:
-        import ray
-
-        found = {n["NodeID"]: n for n in ray.nodes() if n["Alive"]}
-        able = {id: n for id, n in found.items() if fitting(slots.wanted, n["Resources"])}
-
-        if not able:
-            slots.check()
-
-        say(f"looking at {len(able)} node{'s' * (len(able) != 1)}")
-        nodes = _inspect(able, slots, runs, data, info, token, address is not None)
-
-        for kind in dict.fromkeys(node.kind for node in nodes if not node.faults):
-            usable = [node for node in nodes if node.kind == kind and not node.faults]
-            which = min(usable, key=lambda node: str(data) in node.missing)
-
-            if str(data) in which.missing:  # the first trial fetches them, which may take long
-                known: dict[str, Any] = {
-                    "note": f"unknown: {which.name} has not got the data yet."
-                }
-                nodes = [replace(x, **known) if x.kind == kind else x for x in nodes]
-                continue
-
-            say(f"measuring on {kind}")
-            known = _probe(which, slots, configs, data) if configs else {}
-            nodes = [replace(x, **known) if x.kind == kind else x for x in nodes]
-
-        for i, node in enumerate(nodes):
-            if node.missing and not node.faults:
-                nodes[i] = replace(node, note=f"{_seen_from(node)} {node.note}".strip())
-
-    return nodes
-
-
-def _seen_from(node: Node) -> str:
-    r"""Returns what it means for trials that a node does not see all files."""
-
-    try:
-        speed = f" at {bandwidth(node.id) / 1e6:.3g} MB/s"
-    except Exception:  # busy, or lost meanwhile: a trial will tell
-        speed = ""
-
-    missing = " and ".join(node.missing)
-
-    return f"{node.name} does not see {missing}: files go through the head{speed}."
-
-
-@contextmanager
-def _token(runs: Path) -> Iterator[str]:
-    r"""Leaves a file in the directory of runs for as long as it is entered, and yields its name.
-
-    Directories that had to be made are removed again.
-    """
-
-    made = []
-
-    for part in (runs, *runs.parents):
-        if part.is_dir():
-            break
-
-        made.append(part)
-
-    file = runs / f".sda-ray-{secrets.token_hex(8)}"
-
-    try:
-        runs.mkdir(parents=True, exist_ok=True)
-        file.write_text(file.name)
-        yield file.name
-    finally:
-        file.unlink(missing_ok=True)
-
-        with suppress(OSError):  # someone else has begun to use them
-            for part in made:
-                part.rmdir()
-
-
-def _inspect(
-    found: dict[str, dict[str, Any]],
-    slots: Slots,
-    runs: Path,
-    data: Path,
-    info: DataInfo | None,
-    token: str,
-    away: bool,
-) -> list[Node]:
     import ray
 
-    task = ray.remote(num_cpus=0, max_retries=0)(look_here)
-    expected = None if info is None else info.fingerprint
-    asked = {
-        id: task.options(**on_node(id)).remote(runs, data, expected, token, away) for id in found
+    task = ray.remote(num_cpus=0, max_retries=0)(_some_bytes)
+    ref = task.options(**on_node(node)).remote()
+    ray.wait([ref], timeout=PATIENCE, fetch_local=False)
+    start = time.monotonic()
+    ray.get(ref, timeout=PATIENCE)
+
+    return SOME / (time.monotonic() - start)
+
+
+def _some_bytes() -> bytes:
+    return bytes(SOME)
+
+
+def gather(runs: Path) -> dict[str, Any]:
+    r"""Returns what the cluster that this process is attached to is at.
+
+    Arguments:
+        runs: The directory of all runs.
+
+    Returns:
+        `nodes`, those that live first: `id`, `name`, `ip`, `role` (`head` or `worker`), `state`
+        (`alive`, `draining` or `dead`), `cpus` and `gpus` (`used` and `total`), `memory` (`used`
+        and `total`) and `disk` (`free` and `total`) in bytes, None for nodes that do not answer,
+        `trials`, the number of processes that train, `runs` and `avoided`, which sweeps start
+        nothing there and why. `elsewhere`, the runs under way that are on none of them.
+        `waiting`: `resources`, `count` and `why`. `coming`: nodes that the cluster starts or could
+        not start, with `type`, `count`, `state` and `why`.
+    """
+
+    import ray
+    from ray._private.state import state
+
+    draining, free = state.get_draining_nodes(), state.available_resources_per_node()
+    nodes = sorted(ray.nodes(), key=lambda n: (not n["Alive"], HEAD not in n["Resources"]))
+    asked = _ask([n["NodeID"] for n in nodes if n["Alive"]])
+    found = [
+        _node(n, draining, free.get(n["NodeID"], {}), asked.get(n["NodeID"], {})) for n in nodes
+    ]
+    elsewhere = _place_runs(found, entries(runs) if runs.is_dir() else (), _actors())
+
+    for sweep, avoided in _avoided(runs):
+        for node in found:
+            if node["id"] in avoided:
+                node["avoided"][sweep] = str(avoided[node["id"]])
+
+    status = _autoscaler(ray.get_runtime_context().gcs_address)
+    coming = _coming(status)
+    whole = [n["Resources"] for n in nodes if n["Alive"]]
+
+    return {
+        "address": str(ray.get_runtime_context().gcs_address),
+        "nodes": found,
+        "elsewhere": elsewhere,
+        "waiting": [
+            {"resources": wanted, "count": count, "why": why_waiting(wanted, whole, coming)}
+            for wanted, count in _demands(status)
+        ],
+        "coming": coming,
     }
-    ray.wait(list(asked.values()), num_returns=len(asked), timeout=REACH) if asked else None
-    nodes = []
 
-    for id, n in found.items():
-        name, resources = n["NodeManagerHostname"], n["Resources"]
-        model, memory, missing = "", 0, []
 
-        try:
-            model, memory, faults, missing = ray.get(asked[id], timeout=0.1)
-        except ray.exceptions.GetTimeoutError:
-            faults = [f"it has not answered within {REACH:g} s"]
-        except Exception as error:  # whatever keeps a worker from starting
-            told = str(error).strip().split("\n")[-1]
-            faults = [f"no trial can start there: {told}"]
+def _node(
+    node: dict[str, Any], draining: Iterable[str], free: dict[str, float], told: dict[str, Any]
+) -> dict[str, Any]:
+    total = node["Resources"] if node["Alive"] else {}
+    used = {key: total.get(key, 0.0) - free.get(key, 0.0) for key in ("CPU", "GPU")}
+    leaves = "draining" if node["NodeID"] in draining else "alive"
 
-        nodes.append(
-            Node(
-                name=name,
-                kind=_kind(model, resources, "GPU" in slots.wanted),
-                fit=fitting(slots.wanted, resources),
-                memory=memory,
-                gpus=int(resources.get("GPU", 0)),
-                id=id,
-                faults=tuple(f"node {name}: {fault}" for fault in faults),
-                missing=tuple(missing),
-            )
+    return {
+        "id": node["NodeID"],
+        "name": node["NodeManagerHostname"],
+        "ip": node["NodeManagerAddress"],
+        "role": "head" if HEAD in node["Resources"] else "worker",
+        "state": leaves if node["Alive"] else "dead",
+        "cpus": {"used": used["CPU"], "total": total.get("CPU", 0.0)},
+        "gpus": {"used": used["GPU"], "total": total.get("GPU", 0.0)},
+        "memory": told.get("memory"),
+        "disk": told.get("disk"),
+        "trials": 0,
+        "runs": [],
+        "avoided": {},
+    }
+
+
+def _ask(ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+    r"""Returns what nodes say of their memory and disk; those that do not answer are left out."""
+
+    import ray
+
+    def tell() -> dict[str, Any]:  # needs nothing of ours on the node
+        import os
+        import shutil
+        import tempfile
+
+        disk = shutil.disk_usage(os.environ.get("SDA_RAY_LOCAL") or tempfile.gettempdir())
+        told: dict[str, Any] = {"disk": {"free": disk.free, "total": disk.total}}
+
+        with open("/proc/meminfo") as f:
+            memory = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in f}
+
+        total = memory["MemTotal"]
+        told["memory"] = {"used": total - memory["MemAvailable"], "total": total}
+
+        return told
+
+    task = ray.remote(num_cpus=0, max_retries=0)(tell)
+    asked = {task.options(**on_node(id)).remote(): id for id in ids}
+    done = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER)[0] if asked else []
+    told = {}
+
+    for answer in done:
+        with suppress(Exception):  # it died meanwhile, or is no Linux
+            told[asked[answer]] = ray.get(answer)
+
+    return told
+
+
+def _actors() -> list[tuple[str, int]]:
+    r"""Returns the node and process number of each process that trains."""
+
+    from ray._private.state import state
+
+    alive = state.actor_table(None, actor_state_name="ALIVE").values()
+
+    return [
+        (actor["Address"]["NodeID"], actor["Pid"])
+        for actor in alive
+        if actor["ActorClassName"].split(".")[-1] == ACTOR
+    ]
+
+
+def _place_runs(
+    nodes: Sequence[dict[str, Any]], found: Iterable[Entry], actors: Sequence[tuple[str, int]]
+) -> list[dict[str, Any]]:
+    r"""Notes on nodes what runs there, and returns the runs whose node is not among them."""
+
+    here = {node["id"]: node for node in nodes if node["state"] != "dead"}
+    by_pid: dict[Any, list[Any]] = defaultdict(list)
+    by_name: dict[Any, list[Any]] = defaultdict(list)
+    elsewhere: list[dict[str, Any]] = []
+
+    for id, pid in actors:
+        if id in here:
+            here[id]["trials"] += 1
+            by_pid[pid, here[id]["name"]].append(here[id])
+
+    for node in here.values():
+        by_name[node["name"]].append(node)
+
+    for entry in found:
+        if entry.status != "running":
+            continue
+
+        attempts = entry.record.get("attempts") or [{}]
+        name, holds = attempts[-1].get("host"), holder(entry.path.lease) or {}
+        fits = by_pid.get((holds.get("pid"), name)) or by_name.get(name) or []
+        run = {
+            "run": entry.path.directory.name,
+            "sweep": entry.sweep,
+            "trial": entry.record.get("trial"),
+            "epoch": entry.epoch or 0,
+            "epochs": entry.epochs,
+            "host": name,
+        }
+        (fits[0]["runs"] if fits else elsewhere).append(run)
+
+    return elsewhere
+
+
+def _avoided(runs: Path) -> Iterable[tuple[str, dict[str, str]]]:
+    r"""Yields sweeps and the ids of the nodes that their drivers avoid, with the reasons."""
+
+    for file in sorted(runs.glob("sweeps/*/head.json")):
+        with suppress(UserError, AttributeError):
+            if isinstance(avoided := read_json(file).get("avoided"), dict) and avoided:
+                yield file.parent.name, avoided
+
+
+def _autoscaler(address: str) -> Any:
+    r"""Returns what the cluster says of its growth, which it does without an autoscaler, too."""
+
+    from ray.autoscaler.v2.sdk import get_cluster_status
+
+    with suppress(Exception):  # a part of Ray 2.60 that it calls experimental
+        return get_cluster_status(address)
+
+    return None
+
+
+def _demands(status: Any) -> list[tuple[dict[str, float], int]]:
+    r"""Returns what is asked for and not there, and how often."""
+
+    if status is None:
+        return []
+
+    demands = status.resource_demands
+    counts: dict[tuple[tuple[str, float], ...], int] = defaultdict(int)
+
+    for demand in [*demands.placement_group_demand, *demands.ray_task_actor_demand]:
+        for request in demand.bundles_by_count:
+            wanted = {k: x for k, x in request.bundle.items() if x and not k.startswith("node:")}
+            wanted = {k: x for k, x in wanted.items() if "_group_" not in k}  # of Ray's own
+
+            if wanted:
+                counts[tuple(sorted(wanted.items()))] += request.count
+
+    return [(dict(key), count) for key, count in counts.items()]
+
+
+def _coming(status: Any) -> list[dict[str, Any]]:
+    if status is None:
+        return []
+
+    found = [
+        {"type": n.ray_node_type_name, "count": 1, "state": "starting", "why": n.details or ""}
+        for n in status.pending_nodes
+    ]
+    found += [
+        {"type": x.ray_node_type_name, "count": x.count, "state": state, "why": x.details or ""}
+        for launches, state in (
+            (status.pending_launches, "asked for"),
+            (status.failed_launches, "failed"),
         )
+        for x in launches
+    ]
 
-    return nodes
-
-
-def _kind(model: str, resources: dict[str, float], gpu: bool) -> str:
-    cpus = f"{resources.get('CPU', 0):g} CPUs"
-    types = [x.partition(":")[2] for x in resources if x.startswith("accelerator_type:")]
-
-    if gpu:
-        return f"{resources.get('GPU', 0):g}x {' '.join(types) or 'GPU'}, {cpus}"
-
-    return f"{cpus} ({model})" if model else cpus
+    return found
 
 
-def _probe(node: Node, slots: Slots, configs: Sequence[Config], data: Path) -> dict[str, Any]:
-    r"""Takes training steps on a node. Returns what is known of nodes of its kind then."""
+def why_waiting(
+    wanted: dict[str, float], nodes: Sequence[dict[str, float]], coming: Sequence[dict[str, Any]]
+) -> str:
+    r"""Returns why a demand is not met.
 
-    import ray
+    Arguments:
+        wanted: The resources of the demand.
+        nodes: All resources of each node.
+        coming: The nodes that the cluster starts, see :func:`gather`.
+    """
 
-    cpus, gpus = (slots.wanted.get(key, 0) for key in ("CPU", "GPU"))
-    copies = min(node.fit, slots.most or COPIES, COPIES)
-    actor = ray.remote(num_cpus=cpus, num_gpus=gpus, max_concurrency=2)(_Probe)
-    probes = [actor.options(**on_node(node.id)).remote() for _ in range(copies)]
+    if any(fitting(wanted, resources) for resources in nodes):
+        return "the nodes that could hold it are busy"
 
-    try:
-        started = {probe.start.remote(): probe for probe in probes}
-        ready, _ = ray.wait(list(started), num_returns=copies, timeout=START)
-        ray.get(ready)
-        found = _found([started[x] for x in ready], configs, data, cpus, gpus > 0)
-    except Exception as error:  # out of memory, a driver that does not fit, …
-        told = str(error).strip().split("\n")[-1]
-        return {"note": f"unknown: training steps on {node.name} have failed: {told}"}
-    finally:
-        for probe in probes:
-            ray.kill(probe)
+    started = sum(node["count"] for node in coming if node["state"] != "failed")
 
-    if not ready:
-        return {"note": f"unknown: {node.name} is busy, and starts no trial within {START:g} s."}
+    if started:
+        return f"no node that is up can hold it; {started} more {'is' if started == 1 else 'are'} coming"
 
-    if not found:
-        return {"note": f"unknown: a step of a single item takes more than {LIMIT:g} s."}
+    largest = {key: max((n.get(key, 0.0) for n in nodes), default=0.0) for key in wanted}
+    most = " ".join(f"{key}={x:g}" for key, x in largest.items())
+    why = "; ".join(dict.fromkeys(x["why"] for x in coming if x["why"]))
 
-    dataset = TrajectoryDataset(data / "train.h5", 1)
-    size, trajectories = dataset.shape[-1], len(dataset)
-    steps = {(x.which, x.batch) for _, x, _ in found}
-    costs = {(i, n): measure(configs[i] | {"batch_size": n}, size) for i, n in steps}
-    speed = speed_of(
-        [sample for _, sample, _ in found],
-        [costs[x.which, x.batch] for _, x, _ in found],
-        base=max(base for base, _, _ in found),
-        gpu=gpus > 0,
-    )
-
-    most, wanted_most = max(n for _, n in steps), max(c["batch_size"] for c in configs)
-    note = (
-        f"times are extrapolated from batches of {most}, and may be shorter: those of "
-        f"{wanted_most} are too slow here for a probe of {LIMIT:g} s."
-        if most < min(wanted_most, trajectories)
-        else ""
-    )
-
-    return {"speed": speed, "memory": found[0][2] or node.memory, "note": note}
-
-
-class _Probe:
-    r"""Creates a process that takes training steps, and can be asked meanwhile for what it has."""
-
-    def __init__(self) -> None:
-        self.samples: list[tuple[int, Sample, int]] = []
-
-    def start(self) -> None:
-        from ..runs import run, train  # noqa: F401  # all that a trial imports
-
-    def take_steps(self, *args: Any) -> None:
-        for sample in take_steps(*args):
-            self.samples.append(sample)
-
-    def found(self) -> list[tuple[int, Sample, int]]:
-        return self.samples
-
-
-def _found(probes: Sequence[Any], *args: Any) -> list[tuple[int, Sample, int]]:
-    r"""Returns what processes measure at the same time, to the end or within the limit."""
-
-    import ray
-
-    asked = [probe.take_steps.remote(*args) for probe in probes]
-    done = ray.wait(asked, num_returns=len(asked), timeout=LIMIT)[0] if asked else []
-    ray.get(done)  # raises what they raised
-    told = [probe.found.remote() for probe in probes]
-    told = ray.wait(told, num_returns=len(told), timeout=1)[0] if told else []
-
-    return [sample for samples in ray.get(told) for sample in samples]
+    return f"no node can ever hold it: the most on one is {most}" + f" ({why})" * bool(why)

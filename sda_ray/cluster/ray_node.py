@@ -20,9 +20,8 @@ from pathlib import Path
 
 from ..core.errors import UserError
 from .connect import RAY, local_cpus, private_directory
-from .head import write_secret
 
-__all__ = ["DRAIN", "Member", "member", "own_cpus", "own_gpus", "own_ip"]
+__all__ = ["DRAIN", "Member", "member", "own_cpus", "own_gpus", "own_ip", "write_secret"]
 
 START = 180.0  # seconds that Ray may take to start
 TRIES = 3  # times that it may, if the machine is busy
@@ -239,3 +238,12 @@ def _wait(process: "subprocess.Popen[bytes]", directory: Path) -> str:
         time.sleep(0.1)
 
     return found
+
+
+def write_secret(file: Path, text: str) -> None:
+    r"""Writes a new file that nobody else can read at any time."""
+
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+
+    with os.fdopen(descriptor, "w") as f:
+        f.write(text + "\n")

@@ -1,24 +1,36 @@
-r"""Sweeps as jobs of Slurm: `sda-ray slurm` writes the script of a job, and submits it on request."""
+r"""Sweeps as jobs of Slurm: the script of a job, and what goes on inside the job.
 
-import argparse
+The script runs `python -m sda_ray.cluster.slurm`. That process starts Ray on its own node, and by `srun` on all others; then
+the sweep's driver; and it hears what Slurm has to say:
+
+* SIGUSR1, shortly before the end of the job: the driver is asked to stop, every trial saves a
+  checkpoint, and the job is put back into the queue.
+* SIGTERM: the same, without the queue. Slurm itself requeues jobs that it preempts.
+
+The token of the job's Ray is made here and goes to the other nodes through `srun`'s standard input:
+no command, environment or script has it.
+"""
+
+import json
 import os
 import re
+import secrets
 import shlex
-import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-from ..cli.chosen import chosen_sweep
-from ..cli.sweep import launch_options
 from ..core.errors import UserError
-from ..core.files import write_atomic
-from ..runs.path import sweep_directory
-from ..sweep.start import check_start
-from .slots import Slots
+from ..core.system import deadline
+from .join import stay
+from .ray_node import Member, member, own_cpus, own_ip
 
-__all__ = ["slurm_command"]
+__all__ = ["job_script", "main", "names"]
 
 # What the script asks of Slurm, unless the user asks for something else; and how that is spelt
 ASKED = {
@@ -29,8 +41,6 @@ ASKED = {
     "--requeue": "--requeue --no-requeue",
     "--signal=B:USR1@120": "--signal",
 }
-CPUS = "-c --cpus-per-task --cpus-per-gpu --exclusive"
-OURS = ("--submit", "--output", "--root", "--runs", "--data")
 
 SCRIPT = """\
 #!/bin/bash
@@ -45,93 +55,41 @@ SCRIPT = """\
 {environment}exec {command}
 """
 
+LATER = 75  # the exit code of a sweep whose time is up, see :mod:`sda_ray.sweep.driving`
+CRAWL = 100.0  # seconds that a driver may take to stop, if the end of the job is not known
+SLACK = 20.0  # seconds before the end of the job at which it is requeued, whatever the driver does
 
-def slurm_command(args: argparse.Namespace) -> None:
-    r"""Writes the script of a job, shows it, and submits it if that is wanted.
+# What belongs to the whole allocation, and would be asked of a part of it
+WHOLE = (
+    "SLURM_NTASKS",
+    "SLURM_NPROCS",
+    "SLURM_GPUS",
+    "SLURM_GPUS_PER_TASK",
+    "SLURM_TRES_PER_TASK",
+)
 
-    Raises:
-        UserError: If anything is wrong with the sweep, or with what is asked of Slurm.
+
+def job_script(
+    name: str, directory: Path, file: Path, words: Sequence[str], given: Sequence[str]
+) -> str:
+    r"""Returns the script of a job that carries out a sweep.
+
+    Arguments:
+        name: The name of the sweep.
+        directory: The directory of the sweep.
+        file: Where the script will be.
+        words: The arguments of `sda-ray sweep`.
+        given: The options of sbatch.
     """
 
-    _check(args)
-    sweep, options = chosen_sweep(args, None, launch_options(args))
-    slots = Slots(options.cpus, options.gpus or 0, options.parallel)
-    start = check_start(sweep, args.runs, options.data, slots, options.wandb, "slurm")
-    name = start.sweep.name
-    directory = sweep_directory(args.runs, name)
-    file = Path(os.path.abspath(args.output)) if args.output else directory / "slurm.sh"
-    text = _script(args, name, directory, file)
-    directory.mkdir(parents=True, exist_ok=True)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(file, text.encode())
-    file.chmod(0o755)
-    print(f"\n{text}\nwritten to {file}")
-
-    if not _names(args.sbatch) & set(CPUS.split()):
-        print("Note: no CPUs are asked for, so the job gets one per node: -- --cpus-per-task=N")
-
-    if args.submit:
-        if subprocess.run(["sbatch", str(file)]).returncode:
-            raise UserError("sbatch has refused the job; it says why above.")
-    else:
-        print(f"Submit it with: sbatch {shlex.quote(str(file))}")
-
-
-def _check(args: argparse.Namespace) -> None:
-    if args.address is not None:
-        raise UserError("--address goes without Slurm: the job starts a Ray of its own.")
-
-    if args.fork and args.name is None:
-        raise UserError("--fork needs --name NEW here, so that the job knows what it carries on.")
-
-    if args.sbatch and not args.sbatch[0].startswith("-"):
-        raise UserError(
-            f"'{args.sbatch[0]}' is no option of sbatch. After -- come those alone: "
-            "-- --nodes=2 --time=24:00:00"
-        )
-
-    for word in args.sbatch:
-        if re.search(r"[\n\r]", word):
-            raise UserError(f"{word!r} has a line break: a line of the script has one option.")
-
-    for path in filter(None, (args.root, args.runs, args.data, args.output, args.sweep)):
-        if re.search(r"[\n\r]", word := os.path.abspath(path)):  # the rest would be a command
-            raise UserError(f"{word!r} has a line break: the script of a job cannot name it.")
-
-    signal = [word for word in args.sbatch if word.startswith("--signal")]
-
-    if signal and "B:USR1@" not in " ".join(args.sbatch):
-        raise UserError(
-            f"{signal[0]}: the job understands --signal=B:USR1@SECONDS, and that is 120 seconds "
-            "before its end unless you say otherwise."
-        )
-
-    if args.submit and shutil.which("sbatch") is None:
-        raise UserError("there is no sbatch here: submit on a machine of the Slurm cluster.")
-
-
-def _script(args: argparse.Namespace, name: str, directory: Path, file: Path) -> str:
-    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    own.add_argument(OURS[0], action="store_true")
-
-    for option in OURS[1:]:
-        own.add_argument(option)
-
-    words = own.parse_known_args(args.words)[1]
-
-    if args.sweep.endswith(".py"):
-        words[words.index(args.sweep)] = os.path.abspath(args.sweep)
-
-    words += [f"--root={args.root}", f"--runs={args.runs}"]
-    words += [f"--data={args.data}"] if args.data_given else []
-    command = [sys.executable, "-m", "sda_ray.cluster.allocation", f"--job={name}", *words]
+    command = [sys.executable, "-m", "sda_ray.cluster.slurm", f"--job={name}", *words]
     package = Path(__file__).parents[2]
     environment = f"export PYTHONPATH={shlex.quote(str(package))}${{PYTHONPATH:+:$PYTHONPATH}}\n"
 
     return SCRIPT.format(
         name=name,
         file=shlex.quote(str(file)),
-        options="\n".join(f"#SBATCH {line}" for line in _options(name, directory, args.sbatch)),
+        options="\n".join(f"#SBATCH {line}" for line in _options(name, directory, given)),
         environment="" if package.name == "site-packages" else environment,
         command=shlex.join(command),
     )
@@ -143,7 +101,7 @@ def _options(name: str, directory: Path, given: Sequence[str]) -> list[str]:
     lines = [
         _quote(option.format(name=f"sda-ray-{name}", directory=directory))
         for option, spellings in ASKED.items()
-        if not _names(given) & set(spellings.split())
+        if not names(given) & set(spellings.split())
     ]
 
     for word in given:
@@ -155,7 +113,7 @@ def _options(name: str, directory: Path, given: Sequence[str]) -> list[str]:
     return lines
 
 
-def _names(given: Sequence[str]) -> set[str]:
+def names(given: Sequence[str]) -> set[str]:
     r"""Returns the names of options: `-c` of `-c4`, `--time` of `--time=1:00`."""
 
     return {
@@ -169,3 +127,193 @@ def _quote(word: str) -> str:
     return (
         word if re.fullmatch(r"[\w@%+=:,./\[\]-]+", word) else '"' + word.replace('"', '\\"') + '"'
     )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    r"""Carries out a sweep in this allocation, or is one more node of it.
+
+    Arguments:
+        argv: `--node`, or the arguments of `sda-ray sweep`; by default those of the process.
+    """
+
+    words = list(sys.argv[1:] if argv is None else argv)
+
+    try:
+        sys.exit(_node() if words == ["--node"] else _run(words))
+    except UserError as error:
+        print(f"sda-ray: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _run(words: Sequence[str]) -> int:
+    r"""Runs Ray and the driver in this allocation, and returns the exit code of the job."""
+
+    job = os.environ.get("SLURM_JOB_ID")
+
+    if job is None:
+        raise UserError("this runs in a job of Slurm: submit the script by sbatch.")
+
+    heard: list[int] = []
+
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: heard.append(number))
+
+    end, token = deadline(None, os.environ), secrets.token_hex(32)
+    others = _others(os.environ.get("SLURM_JOB_NODELIST", ""))
+    restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
+    print(f"job {job}, start {int(restarts) + 1 if restarts.isdigit() else '?'}", flush=True)
+
+    with member(token, ip=own_ip(others[0]) if others else None) as head:
+        print(f"Ray at {head.address}: {own_cpus(os.environ)} CPUs here", flush=True)
+
+        with _workers(others, head.address, token):
+            code = _drive(words, head, heard, end)
+
+            # First: to let go of nodes may take longer than what is left
+            if code == LATER or (code != 0 and signal.SIGUSR1 in heard):
+                code = _requeue(job)
+
+    return code
+
+
+def _others(nodes: str) -> list[str]:
+    r"""Returns the nodes of the allocation beside this one, the first."""
+
+    if not set(nodes) & set("[,"):
+        return []
+
+    said = subprocess.run(
+        ["scontrol", "show", "hostnames", nodes], stdout=subprocess.PIPE, text=True, check=True
+    )
+
+    return said.stdout.split()[1:]
+
+
+@contextmanager
+def _workers(nodes: list[str], address: str, token: str) -> Iterator[None]:
+    r"""Starts a node of Ray on each of the others; they end when their standard input does."""
+
+    if not nodes:
+        yield
+        return
+
+    n = len(nodes)
+    environment = {key: x for key, x in os.environ.items() if key not in WHOLE}
+    command = [
+        *["srun", f"--nodes={n}", f"--ntasks={n}", "--ntasks-per-node=1", "--cpu-bind=none"],
+        *[f"--nodelist={','.join(nodes)}", "--kill-on-bad-exit=0", "--wait=0", "--unbuffered"],
+        *[sys.executable, "-m", "sda_ray.cluster.slurm", "--node"],
+    ]
+    step = subprocess.Popen(
+        command, env=environment, stdin=subprocess.PIPE, start_new_session=True
+    )
+    assert step.stdin is not None
+
+    try:
+        with suppress(BrokenPipeError):
+            step.stdin.write((json.dumps({"address": address, "token": token}) + "\n").encode())
+            step.stdin.flush()
+
+        yield
+    finally:
+        with suppress(BrokenPipeError):
+            step.stdin.close()
+
+        with suppress(subprocess.TimeoutExpired):
+            step.wait(30)
+
+        step.kill()
+        step.wait()
+
+
+def _node() -> int:
+    r"""Is a node of Ray until standard input ends, or until Slurm asks it to leave."""
+
+    heard: list[int] = []
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: heard.append(number))
+
+    known = json.loads(sys.stdin.readline())
+    ip = own_ip(known["address"].rpartition(":")[0])
+    os.set_blocking(sys.stdin.fileno(), False)
+
+    def over() -> str:
+        with suppress(BlockingIOError):
+            if os.read(sys.stdin.fileno(), 1) == b"":
+                return "the sweep has ended, or stopped"
+
+        return "Slurm asks for it" if heard else ""
+
+    with member(known["token"], known["address"], ip) as node:
+        print(f"{os.uname().nodename}: {own_cpus(os.environ)} CPUs here", flush=True)
+        why = stay(node, over)
+
+    print(f"{os.uname().nodename}: left: {why}", flush=True)
+
+    return 0
+
+
+def _drive(words: Sequence[str], head: Member, heard: list[int], end: float | None) -> int:
+    r"""Runs the driver to its end, and passes on what Slurm says. Returns its exit code."""
+
+    command = [sys.executable, "-m", "sda_ray", "sweep", *words, f"--address={head.address}"]
+    environment = {
+        **{
+            key: x for key, x in os.environ.items() if key not in ("RAY_ADDRESS", "RAY_AUTH_TOKEN")
+        },
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(head.directory / "token"),
+    }
+    driver = subprocess.Popen(command, env=environment, start_new_session=True)
+    told, last = False, None if end is None else end + 90 - SLACK
+
+    try:
+        while True:
+            with suppress(subprocess.TimeoutExpired):
+                return driver.wait(0.2)
+
+            if heard and not told:
+                print("Slurm asks the sweep to stop", flush=True)
+                driver.send_signal(signal.SIGTERM)
+                told = True
+                last = time.monotonic() + CRAWL if last is None else last
+
+            if last is not None and time.monotonic() > last:
+                print("the driver takes too long to stop: it is left behind", flush=True)
+                return LATER
+    finally:
+        with suppress(ProcessLookupError):
+            driver.kill()
+
+
+def _requeue(job: str) -> int:
+    r"""Puts the job back into the queue, unless it is about to end for another reason."""
+
+    state = _said("squeue", "--noheader", f"--jobs={job}", "--format=%T")
+
+    if state not in ("RUNNING", ""):  # cancelled, for one
+        print(f"the job is {state}: it is not put back into the queue", flush=True)
+        return LATER
+
+    print("there is more to do: the job goes back into the queue", flush=True)
+    done = subprocess.run(["scontrol", "requeue", job])
+
+    if done.returncode:
+        print("it does not: submit the script again, and the sweep goes on", flush=True)
+
+    return LATER
+
+
+def _said(*command: str) -> str:
+    with suppress(OSError, subprocess.TimeoutExpired):
+        said: Any = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=30)
+        return str(said.stdout).strip()
+
+    return ""
+
+
+if __name__ == "__main__":
+    main()

@@ -6,8 +6,11 @@ most memory that is in use at a time.
 """
 
 import io
+import math
+import time
 import weakref
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,12 +22,22 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from ..core.config import Config
+from ..core.config import Config, count_weights
+from ..data.dataset import DataInfo
 from ..nn.diffusion import VPSDE
 from ..nn.score import MCScoreNet, make_score
 from ..training.validation import Validation
 
-__all__ = ["Cost", "Meter", "file_size", "measure", "shape_of", "tensors_of"]
+__all__ = [
+    "Cost",
+    "Meter",
+    "Shape",
+    "distinct_shapes",
+    "file_size",
+    "measure",
+    "shape_of",
+    "tensors_of",
+]
 
 # The settings that a step's cost depends on
 SHAPE = (
@@ -40,6 +53,7 @@ SHAPE = (
 )
 SWITCHES = ("dropout", "ema", "grad_clip")  # of which it only matters whether they are 0
 
+PATIENCE = 10.0  # seconds for all shapes; those that are left cost what the one most alike does
 UNIT = 64  # bytes, at multiples of which torch's files align the content of tensors
 
 
@@ -262,3 +276,68 @@ def _inputs(sde: VPSDE, items: int) -> tuple[Tensor, Tensor, Tensor]:
         torch.empty(items, device="meta"),
         torch.empty(shape, device="meta"),
     )
+
+
+@dataclass(frozen=True)
+class Shape:
+    r"""Creates a shape of network and batch that a sweep draws.
+
+    Arguments:
+        config: A configuration of the shape.
+        draws: The number of draws that have it.
+        cost: What it costs.
+        assumed: Whether that is the cost of another shape, much like this one.
+    """
+
+    config: Config
+    draws: int
+    cost: Cost
+    assumed: bool = False
+
+
+def distinct_shapes(
+    draws: Sequence[Config], info: DataInfo, say: Callable[[str], None]
+) -> tuple[list[Shape], list[int]]:
+    r"""Returns the distinct shapes of draws, from small to large, and the shape of each draw."""
+
+    most = info.trajectories["train"]
+    configs = [c | {"batch_size": min(c["batch_size"], most)} for c in draws]
+    keys = [shape_of(config) for config in configs]
+    distinct = dict(zip(keys, configs, strict=True))
+    rough = {key: count_weights(c) * c["batch_size"] for key, c in distinct.items()}
+    ranked = sorted(distinct, key=rough.__getitem__)
+    count = Counter(keys)
+    costs: dict[tuple[object, ...], Cost] = {}
+    start = time.monotonic()
+    say(f"going through {len(ranked)} shape{'s' * (len(ranked) != 1)} of networks")
+
+    for i in _spread(len(ranked)):
+        if len(costs) >= 3 and time.monotonic() - start > PATIENCE:
+            break
+
+        costs[ranked[i]] = measure(distinct[ranked[i]], info.size)
+
+    def nearest(key: tuple[object, ...]) -> Cost:
+        alike = min(costs, key=lambda other: abs(math.log(rough[other] / rough[key])))
+        return costs[alike]
+
+    shapes = {
+        key: Shape(distinct[key], count[key], nearest(key), key not in costs) for key in ranked
+    }
+    final = sorted(shapes, key=lambda key: shapes[key].cost.flops)
+    place = {key: i for i, key in enumerate(final)}
+
+    return [shapes[key] for key in final], [place[key] for key in keys]
+
+
+def _spread(count: int) -> list[int]:
+    r"""Returns the numbers below a count: the last, the first, and then what is between."""
+
+    order = [count - 1, 0]
+    step = count
+
+    while step > 1:
+        step = -(-step // 2)
+        order += range(0, count, step)
+
+    return list(dict.fromkeys(order))

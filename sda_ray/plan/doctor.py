@@ -1,108 +1,41 @@
-r"""The command `sda-ray doctor`: is this machine, or this cluster, fit for sweeps?"""
+r"""`sda-ray doctor`: is this machine, or this cluster, fit for sweeps?"""
 
-import argparse
-import json
 import os
+import re
 import secrets
 import shutil
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..cluster.checkup import examine
-from ..core.errors import UserError
-from .diagnosis import Finding, judge
+from ..cluster.nodes import examine
 
-__all__ = ["add_doctor_parser", "doctor_command", "look"]
+__all__ = ["Finding", "judge", "look"]
 
-DOCTOR = """
-Looks whether this machine, or a cluster, is fit for sweeps: equal versions on all nodes, clocks,
-disk, files that nodes see or get through the head, GPUs, W&B, open ports, Ray's token, limits.
-Exits with 1 if something is at fault; every fault comes with what to do.
-
-  sda-ray doctor                    this machine
-  sda-ray doctor --address auto     all nodes of the Ray that this machine is a node of
-  sda-ray doctor cluster.yaml       the file, and then the cluster that it has started
-"""
-
+SKEW = (2.0, 60.0)  # seconds between clocks: worth a warning, and a fault
+FREE = (5e9, 1e9)  # bytes, likewise
+SLOW = 10e6  # bytes a second through the head, below which a warning
+DASHBOARD, TRIES = 8265, 50  # its port, and how many it tries from there on
+RAY = ("gcs_server", "raylet", "ray::", "/ray/", "ray.util", "ray start")  # in Ray's commands
 TRIED = 16 * 2**20  # bytes that are sent to measure this
 START = 90.0  # seconds that a node may take to answer
 
-
-def add_doctor_parser(command: Callable[[str, str, str], argparse.ArgumentParser]) -> None:
-    r"""Adds `doctor` to the command line, see :func:`sda_ray.cli.runs.add_runs_parser`."""
-
-    parser = command("doctor", "is this machine, or a cluster, fit for sweeps?", DOCTOR)
-    parser.add_argument("file", nargs="?", metavar="cluster.yaml", help="the file of a cluster")
-    parser.add_argument("--address", help="a Ray cluster, as `auto` (default: this machine alone)")
-    parser.add_argument("--wandb", choices=("online",), help="look whether W&B can be reached")
-    parser.add_argument("--json", action="store_true", help="for programs")
+Judged = Iterator[tuple[str, str, str, str]]
+Facts = dict[str, Any]
 
 
-def doctor_command(args: argparse.Namespace, _: Any = None) -> None:
-    r"""Looks, prints a table, and exits with 1 if something is at fault."""
+@dataclass(frozen=True)
+class Finding:
+    r"""Creates what was found: on which node, about what, `ok`, `warning` or `fault`."""
 
-    if args.file:
-        findings = list(_check_file(Path(args.file)))
-
-        if not any(x.state == "fault" for x in findings):
-            if not args.json:
-                _show(findings, args.json)
-
-            sys.exit(_on_cluster(args))
-    else:
-        findings = look(args.runs, args.address, _server(args.wandb))
-
-    _show(findings, args.json)
-    sys.exit(any(x.state == "fault" for x in findings))
-
-
-def _check_file(file: Path) -> Iterator[Finding]:
-    r"""Yields what is wrong with a cluster file."""
-
-    from ..cluster.clusterfile import check_cluster
-
-    faults = check_cluster(file)
-
-    for fault in faults:
-        yield Finding(file.name, "file", "fault", fault, "Mend the file.")
-
-    if not faults:
-        yield Finding(file.name, "file", "ok", "valid")
-
-
-def _on_cluster(args: argparse.Namespace) -> int:
-    r"""Runs the command on the head of a cluster, and returns its exit code."""
-
-    ray = shutil.which("ray", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
-
-    if ray is None:
-        raise UserError("there is no command `ray` here. Install it: pip install 'ray[default]'")
-
-    more = " --json" * args.json + (" --wandb online" if args.wandb else "")
-    command = f"sda-ray doctor --address auto{more}"
-
-    return subprocess.run([ray, "exec", args.file, command]).returncode
-
-
-def _server(asked: str | None) -> str | None:
-    r"""Returns the address of W&B's server, if it is wanted, or there is a key for it."""
-
-    from ..runs.tracking import Wandb
-    from ..sweep.places import check_wandb, wandb_server
-
-    if asked != "online":
-        try:
-            check_wandb(Wandb(mode="online"))
-        except UserError:
-            return None
-
-    return wandb_server()
+    node: str
+    what: str
+    state: str
+    found: str
+    do: str = ""
 
 
 def look(runs: Path, address: str | None, url: str | None) -> list[Finding]:
@@ -208,22 +141,154 @@ def _left(runs: Path) -> Iterator[str]:
         file.unlink(missing_ok=True)
 
 
-def _show(findings: list[Finding], as_json: bool) -> None:
-    if as_json:
-        faults = sum(x.state == "fault" for x in findings)
-        print(json.dumps({"faults": faults, "findings": [asdict(x) for x in findings]}, indent=2))
+def judge(
+    node: str, facts: dict[str, Any], driver: dict[str, Any], shared: bool
+) -> Iterator[Finding]:
+    r"""Yields what is to be thought of a node.
+
+    Arguments:
+        node: Its name.
+        facts: What it says, see :func:`sda_ray.cluster.nodes.examine`.
+        driver: What the driver's node says; nothing for itself.
+        shared: Whether it is a node of a cluster.
+    """
+
+    for check in (_versions, _clock, _disk, _storage, _gpus, _wandb, _ports, _token, _limits):
+        for what, state, found, do in check(facts, driver, shared):
+            yield Finding(node, what, state, found, do)
+
+
+def _versions(facts: Facts, driver: Facts, shared: bool) -> Judged:
+    versions, wanted = facts["versions"], driver.get("versions", {})
+    missing = [name for name, x in versions.items() if x == "none"]
+    differ = [
+        f"{name} {versions[name]}, not {x}" for name, x in wanted.items() if versions[name] != x
+    ]
+
+    if missing:
+        yield "versions", "fault", f"without {', '.join(missing)}", "pip install sda-ray there."
+    elif differ:
+        do = "Install the driver's versions there: pip install -c constraints.txt"
+        yield "versions", "fault", "; ".join(differ), do
+    else:
+        yield "versions", "ok", " ".join(f"{name} {x}" for name, x in versions.items()), ""
+
+
+def _clock(facts: Facts, driver: Facts, shared: bool) -> Judged:
+    if not driver:
         return
 
-    from rich.console import Console
-    from rich.table import Table
+    skew = facts["skew"]
+    state = "ok" if abs(skew) < SKEW[0] else "warning" if abs(skew) < SKEW[1] else "fault"
+    do = "" if state == "ok" else "Let the clocks be set by NTP: timedatectl set-ntp true"
+    yield "clock", state, f"{skew:+.2f} s from the driver's", do
 
-    console = Console(
-        width=None if sys.stdout.isatty() else 160, highlight=False, markup=False, emoji=False
-    )
-    table = Table("node", "what", "", "found", "what to do", box=None, pad_edge=False)
-    colours = {"ok": "green", "warning": "yellow", "fault": "red"}
 
-    for x in findings:
-        table.add_row(x.node, x.what, x.state, x.found, x.do, style=colours[x.state])
+def _disk(facts: Facts, driver: Facts, shared: bool) -> Judged:
+    for place, free in sorted(facts["free"].items()):
+        state = "ok" if free > FREE[0] else "warning" if free > FREE[1] else "fault"
+        do = "" if state == "ok" else "Make room, or give another place: --root, SDA_RAY_LOCAL."
+        yield "disk", state, f"{free / 1e9:.1f} GB free in {place}", do
 
-    console.print(table)
+
+def _storage(facts: Facts, driver: Facts, shared: bool) -> Judged:
+    if not driver:
+        if facts["writes"]:
+            yield "storage", "ok", "the directory of runs can be written", ""
+        else:
+            do = "Give another place with --root or --runs, or mend its permissions."
+            yield "storage", "fault", "the directory of runs cannot be written", do
+    elif facts["sees"]:
+        yield "storage", "ok", "sees the directory of runs", ""
+    else:
+        rate, slow = facts["rate"], facts["rate"] < SLOW
+        do = "Share the root, or take a faster network: checkpoints take long." if slow else ""
+        found = f"files go through the head, at {rate / 1e6:.0f} MB/s"
+        yield "storage", "warning" if slow else "ok", found, do
+
+
+def _gpus(facts: Facts, driver: Facts, shared: bool) -> Judged:
+    seen, wanted = facts["gpus"], facts.get("wanted")
+
+    if seen is None:
+        return
+
+    if isinstance(seen, str) or seen < (1 if wanted is None else wanted):
+        told = seen if isinstance(seen, str) else f"torch sees {seen} of {wanted or 'its'}"
+        do = "Is it torch for CUDA, and does the driver fit? nvidia-smi says which it is."
+        yield "GPU", "fault", told, do
+    else:
+        yield "GPU", "ok", f"torch sees {seen}", ""
+
+
+def _wandb(facts: Facts, driver: Facts, shared: bool) -> Judged:
+    if facts["unreached"]:
+        do = "Open the way, or take --wandb offline and `sda-ray sync` later."
+        yield "W&B", "warning", f"cannot be reached: {facts['unreached']}", do
+
+
+def _ports(facts: Facts, driver: Facts, shared: bool) -> Judged:
+    safe, others = facts["auth"] == "token", []
+
+    for port, address, command in facts["listening"]:
+        if port == 22 or "sshd" in command.partition(" ")[0]:
+            continue
+
+        if _is_dashboard(port, command):
+            do = "Start the head with --dashboard-host=127.0.0.1."
+            yield "ports", "fault", f"Ray's dashboard listens on {address}:{port}", do
+        elif any(word in command for word in RAY):
+            if not safe and shared:
+                do = "Whoever reaches it runs what they like: RAY_AUTH_MODE=token on all nodes."
+                yield "ports", "fault", f"Ray listens on {address}:{port} without a token", do
+                safe = True  # once is enough
+        else:
+            others.append(f"{port} ({Path(command.split()[0]).name if command else 'unknown'})")
+
+    if others:
+        do = "Are they meant to be open to other machines?"
+        yield "ports", "warning", f"others listen, too: {', '.join(sorted(set(others)))}", do
+    else:
+        yield "ports", "ok", "nothing but SSH and Ray listens for other machines", ""
+
+
+def _is_dashboard(port: int, command: str) -> bool:
+    r"""Tells whether a port is the dashboard's own, not one of its metrics (44227 as a rule)."""
+
+    if "dashboard/dashboard.py" not in command:
+        return port == DASHBOARD
+
+    given = re.search(r"--port=(\d+)", command)
+    first = int(given[1]) if given else DASHBOARD
+
+    return first <= port < first + TRIES
+
+
+def _token(facts: Facts, driver: Facts, shared: bool) -> Judged:
+    mode = facts["token"]
+
+    if mode is not None and mode & 0o077:
+        yield "token", "fault", f"others may read it: mode {mode:o}", "chmod 600 ~/.ray/auth_token"
+    elif shared and facts["auth"] != "token":
+        do = "Export RAY_AUTH_MODE=token in every start command, with one token for all nodes."
+        yield "token", "fault", f"RAY_AUTH_MODE is '{facts['auth']}'", do
+    elif shared:
+        yield "token", "ok", "RAY_AUTH_MODE is token", ""
+
+    if facts["address"] and not shared:
+        found = f"RAY_ADDRESS is {facts['address']}"
+        yield "Ray", "ok", f"{found}, which sweeps without --address leave alone", ""
+
+
+def _limits(facts: Facts, driver: Facts, shared: bool) -> Judged:
+    hard, least = facts["files"][1], 64 + 8 * facts["cpus"]
+
+    if 0 <= hard < least:
+        yield "files", "fault", f"{hard} may be open, Ray takes {least}", "Raise `ulimit -Hn`."
+    else:
+        yield "files", "ok", f"{'any number' if hard < 0 else hard} may be open", ""
+
+    if facts["ray"]:
+        do = "Start it with --temp-dir of your own; sweeps without --address need nothing."
+        state = "fault" if shared else "warning"
+        yield "/tmp/ray", state, f"belongs to {facts['ray']}: `ray start` fails here", do

@@ -7,11 +7,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..cluster.nodes import Node
 from ..core.config import format_value
-from .forecast import Forecast
-from .plan import Plan, at_a_time, memory_of
-from .shapes import Shape, epoch_seconds
+from .cost import Shape
+from .plan import Forecast, Plan, at_a_time, memory_of
+from .probe import Node, epoch_seconds
 
 __all__ = ["plan_to_json", "print_plan", "show_time"]
 

@@ -27,7 +27,6 @@ __all__ = [
     "DATA",
     "FileServer",
     "UnknownAttempt",
-    "bandwidth",
     "on_node",
     "serve_files",
 ]
@@ -35,7 +34,6 @@ __all__ = [
 START = 300.0  # seconds that a server may take to start
 PULSE = 20.0  # seconds without a heartbeat of a trial after which its lease has none either
 SILENCE = 900.0  # seconds after which its lease is released
-SAMPLE = 16 * 2**20  # bytes that measure the bandwidth
 TIMEOUT = 60.0  # seconds for a node to answer
 LOOK = 0.2  # seconds for which one look for stop requests serves all trials
 
@@ -474,28 +472,6 @@ def on_node(id: str) -> dict[str, Any]:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     return {"scheduling_strategy": NodeAffinitySchedulingStrategy(id, soft=False)}
-
-
-def bandwidth(node: str) -> float:
-    r"""Returns the bytes a second that come here from a node, given Ray's id of it.
-
-    Raises:
-        Exception: If it does not answer within a minute.
-    """
-
-    import ray
-
-    task = ray.remote(num_cpus=0, max_retries=0)(_some_bytes)
-    ref = task.options(**on_node(node)).remote()
-    ray.wait([ref], timeout=TIMEOUT, fetch_local=False)
-    start = time.monotonic()
-    ray.get(ref, timeout=TIMEOUT)
-
-    return SAMPLE / (time.monotonic() - start)
-
-
-def _some_bytes() -> bytes:
-    return bytes(SAMPLE)
 
 
 def take_piece(file: Path, offset: int, size: int) -> tuple[bytes, str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..cli.table import LiveTable
 from ..cluster.connect import connect, gate, local_cpus
-from ..cluster.head import announced
+from ..cluster.join import announced
 from ..cluster.slots import Slots
 from ..cluster.trial import imports
 from ..core.errors import UserError
@@ -51,7 +51,7 @@ class Options:
         keep: The number of best runs that keep their checkpoints, beside those under way.
         limit: The bytes that all checkpoints of the sweep may take together.
         ask_above: The GPU-hours above which a first start asks.
-        job: The Slurm job that carries it out, see :mod:`sda_ray.cluster.allocation`.
+        job: The Slurm job that carries it out, see :mod:`sda_ray.cluster.slurm`.
         code: `recorded`, or `current` if a sweep shall go on with other code than recorded.
         bucket: Where the runs are copied to, `s3://bucket/prefix`, if anywhere.
         replica: What does that, see :mod:`sda_ray.storage.bucket`.

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..cli.table import announce, conclude
 from ..cluster.connect import local_gpus
-from ..cluster.head import is_again
+from ..cluster.join import is_again
 from ..cluster.slots import Slots
 from ..core.errors import UserError
 from ..core.files import remove_leftovers

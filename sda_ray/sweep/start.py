@@ -18,7 +18,6 @@ from ..cluster.slots import Slots
 from ..core.errors import UserError
 from ..core.files import read_json, write_json
 from ..data.dataset import DataInfo
-from ..plan.forecast import forecast
 from ..runs.path import sweep_directory
 from ..runs.tracking import Wandb
 from .definition import Sweep
@@ -97,6 +96,8 @@ def check_start(
     hours = finish = None
 
     if known.get("key") == key and known.get("seconds"):
+        from ..plan.plan import forecast  # and with it torch, which a start does without
+
         rules = found.sweep.rules
         n = min(known["slots"], slots.most or known["slots"])
         expected = forecast(rules, n, known["seconds"], known["end"], found.sweep.stops())
@@ -117,7 +118,7 @@ def remember(made: Plan, runs: Path, data: Path, address: str | None = None) -> 
     if made.sweep is None or made.info is None or made.faults:
         return
 
-    from ..plan.plan import times_of  # and with it torch, which a start does without
+    from ..plan.plan import times_of
 
     seconds, end = times_of(made)
     content: dict[str, Any] = {"files": _files(data), "info": asdict(made.info)}

@@ -1,4 +1,4 @@
-r"""Tests for sda_ray.cluster.join and sda_ray.cluster.head: machines that come to a sweep, and go again."""
+r"""Tests for sda_ray.cluster.join: machines that come to a sweep, and go again."""
 
 import json
 import os
@@ -16,8 +16,14 @@ from typing import Any
 
 import pytest
 
-from sda_ray.cluster.head import announced, find_token, is_again, read_head
-from sda_ray.cluster.join import _await_head, join
+from sda_ray.cluster.join import (
+    _await_head,
+    announced,
+    find_token,
+    is_again,
+    join,
+    read_head,
+)
 from sda_ray.core.errors import UserError
 from sda_ray.core.lease import Lease
 from sda_ray.runs.path import sweep_directory
@@ -138,9 +144,9 @@ def test_job_knows_its_own_sweep_again_and_no_other(tmp_path: Path) -> None:
     lease.release()
 
 
-def test_machine_is_told_when_there_is_nothing_to_join(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="there is no sweep 'shared'"):
-        join(tmp_path, "shared")
+def test_machine_is_told_when_there_is_nothing_to_join(cli: Any, tmp_path: Path) -> None:
+    done = cli("join", "shared")
+    assert done.returncode == 2 and "there is no sweep 'shared'" in done.stderr
 
     keys = ("name", "trials", "definition", "fingerprint", "options")
     directory = sweep_directory(tmp_path, "shared")
@@ -148,13 +154,13 @@ def test_machine_is_told_when_there_is_nothing_to_join(tmp_path: Path) -> None:
     write_sweep(directory, {key: {} for key in keys}, None)
 
     with pytest.raises(UserError, match="nobody drives sweep 'shared' now"):
-        join(tmp_path, "shared")
+        join(directory)
 
     with pytest.raises(UserError, match="--cpus is 0, but must be at least 1"):
-        join(tmp_path, "shared", cpus=0)
+        join(directory, cpus=0)
 
     with pytest.raises(UserError, match="--gpus is -1, but must be at least 0"):
-        join(tmp_path, "shared", gpus=-1)
+        join(directory, gpus=-1)
 
 
 def test_who_waits_passes_over_an_address_where_nobody_answers(
@@ -170,7 +176,7 @@ def test_who_waits_passes_over_an_address_where_nobody_answers(
 
     # A driver whose machine was lost leaves its notice
     with ThreadPoolExecutor() as pool, here, announced(directory, old, stale, None):
-        waiting = pool.submit(_await_head, tmp_path, "shared", 0, 60.0, lambda: "")
+        waiting = pool.submit(_await_head, directory, 0, 60.0, lambda: "")
         time.sleep(1)
         assert not waiting.done()
 
@@ -193,7 +199,7 @@ def test_ray_that_only_its_own_host_reaches_is_not_waited_for(tmp_path: Path) ->
     (directory / "head.json").write_text(json.dumps(head))
 
     with pytest.raises(UserError, match=r"runs on elsewhere, whose Ray listens on 127\.0\.0\.1"):
-        join(tmp_path, "shared", wait=0.05)
+        join(directory, wait=0.05)
 
 
 def wait(condition: Callable[[], Any], *processes: "subprocess.Popen[str]") -> None:

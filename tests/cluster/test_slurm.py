@@ -1,4 +1,4 @@
-r"""Tests for sda_ray.cluster.slurm and sda_ray.cluster.allocation: jobs that carry out sweeps."""
+r"""Tests for sda_ray.cluster.slurm: jobs that carry out sweeps."""
 
 import json
 import os
@@ -248,7 +248,7 @@ def test_job_is_requeued_before_its_nodes_are_let_go_of(
 
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_CPUS_ON_NODE": "1"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "sda_ray.cluster.allocation", "missing"],
+        [sys.executable, "-m", "sda_ray.cluster.slurm", "missing"],
         env=env | slurm | job | {"TMPDIR": str(short), "SDA_RAY_ROOT": str(tmp_path)},
         stdout=subprocess.PIPE,
         text=True,

@@ -12,7 +12,7 @@ import torch
 from sda_ray.core.config import CONFIG, Config
 from sda_ray.nn.precision import lowered
 from sda_ray.plan.cost import Meter, measure, shape_of
-from sda_ray.plan.forecast import forecast
+from sda_ray.plan.plan import forecast
 from sda_ray.plan.probe import Sample, fit, speed_of, take_steps
 from sda_ray.runs.checkpoint import save_checkpoint, save_state
 from sda_ray.runs.path import RunPath

@@ -1,4 +1,4 @@
-r"""Tests for `sda_ray.plan.doctor`, and what it rests on: `checkup` and `diagnosis`."""
+r"""Tests for sda_ray.plan.doctor, and the facts that it judges."""
 
 import json
 import os
@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from conftest import Cli
 
-from sda_ray.cluster.checkup import examine, listening, owner_of, reaches
-from sda_ray.plan.diagnosis import judge
+from sda_ray.cluster.nodes import examine, listening, owner_of, reaches
+from sda_ray.plan.doctor import judge
 
 
 @pytest.fixture
@@ -158,8 +158,8 @@ def test_command_looks_at_this_machine_without_ray(cli: Cli, home: Path) -> None
 
 DRIVER = """
 import json, sys
-from sda_ray.cluster.checkup import listening
 from sda_ray.cluster.connect import connect
+from sda_ray.cluster.nodes import listening
 with connect(sys.argv[1]):
     print(json.dumps([command for _, _, command in listening() if "sys.argv[1]" in command]))
 """

@@ -1,4 +1,4 @@
-r"""Tests for sda_ray.cluster.status, and for sweeps as jobs of a cluster, on a real one of one node."""
+r"""Tests for sda_ray.cluster.nodes, and for sweeps as jobs of a cluster, on a real one of one node."""
 
 import json
 import os
@@ -17,8 +17,8 @@ from conftest import PERSONAL
 from recorded_code import SCRIPT, spoil
 
 import sda_ray
-from sda_ray.cli.overview import overview
-from sda_ray.cluster.status import why_waiting
+from sda_ray.cli.cluster import overview
+from sda_ray.cluster.nodes import why_waiting
 
 PACKAGE = Path(sda_ray.__file__).parent
 
@@ -27,7 +27,7 @@ WANTING = """
 import json, sys, time
 from pathlib import Path
 from sda_ray.cluster.connect import connect
-from sda_ray.cluster.status import ACTOR, gather
+from sda_ray.cluster.nodes import ACTOR, gather
 
 with connect(sys.argv[1]):
     import ray

@@ -1,0 +1,351 @@
+r"""The commands about machines: `sda-ray slurm | join | cluster | doctor`.
+
+Names come from files and hosts: they are shown as plain text.
+"""
+
+import argparse
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from ..core.errors import UserError
+from ..core.files import write_atomic
+from .chosen import chosen_sweep
+from .render import clean, size
+from .sweep import launch_options
+
+__all__ = [
+    "add_doctor_parser",
+    "doctor_command",
+    "join_command",
+    "overview",
+    "slurm_command",
+    "status_command",
+]
+
+CPUS = "-c --cpus-per-task --cpus-per-gpu --exclusive"
+OURS = ("--submit", "--output", "--root", "--runs", "--data")
+STYLES = {"alive": "green", "draining": "yellow", "dead": "red", "starting": "cyan"}
+
+DOCTOR = """
+Looks whether this machine, or a cluster, is fit for sweeps: equal versions on all nodes, clocks,
+disk, files that nodes see or get through the head, GPUs, W&B, open ports, Ray's token, limits.
+Exits with 1 if something is at fault; every fault comes with what to do.
+
+  sda-ray doctor                    this machine
+  sda-ray doctor --address auto     all nodes of the Ray that this machine is a node of
+  sda-ray doctor cluster.yaml       the file, and then the cluster that it has started
+"""
+
+
+def slurm_command(args: argparse.Namespace, _: Any = None) -> None:
+    r"""Writes the script of a job, shows it, and submits it if that is wanted.
+
+    Raises:
+        UserError: If anything is wrong with the sweep, or with what is asked of Slurm.
+    """
+
+    from ..cluster.slots import Slots
+    from ..cluster.slurm import job_script, names
+    from ..runs.path import sweep_directory
+    from ..sweep.start import check_start
+
+    _check_slurm(args)
+    sweep, options = chosen_sweep(args, None, launch_options(args))
+    slots = Slots(options.cpus, options.gpus or 0, options.parallel)
+    start = check_start(sweep, args.runs, options.data, slots, options.wandb, "slurm")
+    name = start.sweep.name
+    directory = sweep_directory(args.runs, name)
+    file = Path(os.path.abspath(args.output)) if args.output else directory / "slurm.sh"
+    text = job_script(name, directory, file, _words(args), args.sbatch)
+    directory.mkdir(parents=True, exist_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(file, text.encode())
+    file.chmod(0o755)
+    print(f"\n{text}\nwritten to {file}")
+
+    if not names(args.sbatch) & set(CPUS.split()):
+        print("Note: no CPUs are asked for, so the job gets one per node: -- --cpus-per-task=N")
+
+    if args.submit:
+        if subprocess.run(["sbatch", str(file)]).returncode:
+            raise UserError("sbatch has refused the job; it says why above.")
+    else:
+        print(f"Submit it with: sbatch {shlex.quote(str(file))}")
+
+
+def _check_slurm(args: argparse.Namespace) -> None:
+    if args.address is not None:
+        raise UserError("--address goes without Slurm: the job starts a Ray of its own.")
+
+    if args.fork and args.name is None:
+        raise UserError("--fork needs --name NEW here, so that the job knows what it carries on.")
+
+    if args.sbatch and not args.sbatch[0].startswith("-"):
+        raise UserError(
+            f"'{args.sbatch[0]}' is no option of sbatch. After -- come those alone: "
+            "-- --nodes=2 --time=24:00:00"
+        )
+
+    for word in args.sbatch:
+        if re.search(r"[\n\r]", word):
+            raise UserError(f"{word!r} has a line break: a line of the script has one option.")
+
+    for path in filter(None, (args.root, args.runs, args.data, args.output, args.sweep)):
+        if re.search(r"[\n\r]", word := os.path.abspath(path)):  # the rest would be a command
+            raise UserError(f"{word!r} has a line break: the script of a job cannot name it.")
+
+    signal = [word for word in args.sbatch if word.startswith("--signal")]
+
+    if signal and "B:USR1@" not in " ".join(args.sbatch):
+        raise UserError(
+            f"{signal[0]}: the job understands --signal=B:USR1@SECONDS, and that is 120 seconds "
+            "before its end unless you say otherwise."
+        )
+
+    if args.submit and shutil.which("sbatch") is None:
+        raise UserError("there is no sbatch here: submit on a machine of the Slurm cluster.")
+
+
+def _words(args: argparse.Namespace) -> list[str]:
+    r"""Returns the arguments of `sda-ray sweep` in a job, wherever that starts."""
+
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument(OURS[0], action="store_true")
+
+    for option in OURS[1:]:
+        own.add_argument(option)
+
+    words: list[str] = own.parse_known_args(args.words)[1]
+
+    if args.sweep.endswith(".py"):
+        words[words.index(args.sweep)] = os.path.abspath(args.sweep)
+
+    words += [f"--root={args.root}", f"--runs={args.runs}"]
+
+    return words + [f"--data={args.data}"] * args.data_given
+
+
+def join_command(args: argparse.Namespace, _: Any = None) -> None:
+    r"""Adds this machine to a sweep that runs."""
+
+    from ..cluster.join import join
+    from ..runs.path import sweep_directory
+    from ..sweep.record import read_sweep
+
+    if not args.wait:
+        read_sweep(args.runs, args.sweep)
+
+    join(sweep_directory(args.runs, args.sweep), args.cpus, args.gpus, args.wait)
+
+
+def status_command(args: argparse.Namespace, _: Any = None) -> None:
+    r"""Shows the nodes of a cluster, what runs there, and what waits for what."""
+
+    from ..cluster.connect import connect
+    from ..cluster.nodes import gather
+
+    try:
+        with connect(args.address):
+            found = gather(args.runs)
+    except UserError as error:
+        raise UserError(
+            f"{error} Give --address to look at another cluster. A sweep that runs on one machine "
+            "alone has a Ray of its own: sda-ray attach SWEEP"
+        ) from error
+
+    if args.json:
+        print(json.dumps(found, indent=2))
+    else:
+        Console(width=None if sys.stdout.isatty() else 160).print(overview(found))
+
+
+def overview(found: Mapping[str, Any]) -> RenderableType:
+    r"""Returns what a cluster is at, for a terminal.
+
+    Arguments:
+        found: What :func:`sda_ray.cluster.nodes.gather` has found.
+    """
+
+    parts: list[RenderableType] = [_nodes(found["nodes"])]
+
+    if runs := [(run, node["name"]) for node in found["nodes"] for run in node["runs"]]:
+        parts += ["", _runs(runs + [(run, run["host"]) for run in found["elsewhere"]])]
+    elif found["elsewhere"]:
+        parts += ["", _runs([(run, run["host"]) for run in found["elsewhere"]])]
+
+    notes = [
+        f"waiting: {item['count']} × {_resources(item['resources'])}: {item['why']}"
+        for item in found["waiting"]
+    ]
+    notes += [
+        f"{item['state']}: {item['count']} × {item['type']}"
+        + f" ({item['why']})" * bool(item["why"])
+        for item in found["coming"]
+    ]
+    notes += [
+        f"sweep '{sweep}' starts nothing on {node['name']}: {why}"
+        for node in found["nodes"]
+        for sweep, why in node["avoided"].items()
+    ]
+    parts += ["", *(Text(clean(note, 400)) for note in notes or ["Nothing waits."])]
+
+    return Group(*parts)
+
+
+def _table(*columns: str, right: Sequence[str] = ()) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+
+    for name in columns:  # names of hosts may need two lines, so that all numbers can be read
+        wraps = name in ("node", "address")
+        table.add_column(name, justify="right" if name in right else "left", no_wrap=not wraps)
+
+    return table
+
+
+def _nodes(nodes: Sequence[Mapping[str, Any]]) -> Table:
+    right = ("CPUs", "GPUs", "memory", "disk free", "trials")
+    table = _table("node", "address", "state", *right, right=right)
+
+    for node in nodes:
+        memory, disk = node["memory"], node["disk"]
+        table.add_row(
+            Text(clean(node["name"], 40)),
+            Text(clean(node["ip"], 40)),
+            Text(node["state"], style=STYLES[node["state"]]).append(
+                " (head)" if node["role"] == "head" else "", style="none"
+            ),
+            f"{node['cpus']['used']:g}/{node['cpus']['total']:g}",
+            f"{node['gpus']['used']:g}/{node['gpus']['total']:g}",
+            "–"
+            if memory is None
+            else f"{memory['used'] / memory['total']:.0%} of {size(memory['total'])}",
+            "–" if disk is None else size(disk["free"]),
+            str(node["trials"]),
+        )
+
+    return table
+
+
+def _runs(runs: Sequence[tuple[Mapping[str, Any], Any]]) -> Table:
+    table = _table("run", "sweep", "#", "epoch", "node", right=("#", "epoch"))
+
+    for run, node in runs:
+        trial = run["trial"]
+        table.add_row(
+            Text(clean(run["run"], 60)),
+            Text(clean(run["sweep"] or "–", 40)),
+            Text("–" if trial is None else clean(trial, 10)),
+            f"{run['epoch']}/{run['epochs'] or '?'}",
+            Text(clean(node or "–", 40)),
+        )
+
+    return table
+
+
+def _resources(wanted: Mapping[str, float]) -> str:
+    return " ".join(f"{key}={x:g}" for key, x in wanted.items())
+
+
+def add_doctor_parser(command: Callable[[str, str, str], argparse.ArgumentParser]) -> None:
+    r"""Adds `doctor` to the command line, see :func:`sda_ray.cli.runs.add_runs_parser`."""
+
+    parser = command("doctor", "is this machine, or a cluster, fit for sweeps?", DOCTOR)
+    parser.add_argument("file", nargs="?", metavar="cluster.yaml", help="the file of a cluster")
+    parser.add_argument("--address", help="a Ray cluster, as `auto` (default: this machine alone)")
+    parser.add_argument("--wandb", choices=("online",), help="look whether W&B can be reached")
+    parser.add_argument("--json", action="store_true", help="for programs")
+
+
+def doctor_command(args: argparse.Namespace, _: Any = None) -> None:
+    r"""Looks, prints a table, and exits with 1 if something is at fault."""
+
+    if args.file:
+        findings = list(_check_file(Path(args.file)))
+
+        if not any(x.state == "fault" for x in findings):
+            if not args.json:
+                _show_findings(findings, args.json)
+
+            sys.exit(_on_cluster(args))
+    else:
+        from ..plan.doctor import look
+
+        findings = look(args.runs, args.address, _server(args.wandb))
+
+    _show_findings(findings, args.json)
+    sys.exit(any(x.state == "fault" for x in findings))
+
+
+def _check_file(file: Path) -> Iterator[Any]:
+    r"""Yields what is wrong with a cluster file."""
+
+    from ..cluster.clusterfile import check_cluster
+    from ..plan.doctor import Finding
+
+    faults = check_cluster(file)
+
+    for fault in faults:
+        yield Finding(file.name, "file", "fault", fault, "Mend the file.")
+
+    if not faults:
+        yield Finding(file.name, "file", "ok", "valid")
+
+
+def _on_cluster(args: argparse.Namespace) -> int:
+    r"""Runs the command on the head of a cluster, and returns its exit code."""
+
+    ray = shutil.which("ray", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
+
+    if ray is None:
+        raise UserError("there is no command `ray` here. Install it: pip install 'ray[default]'")
+
+    more = " --json" * args.json + (" --wandb online" if args.wandb else "")
+    command = f"sda-ray doctor --address auto{more}"
+
+    return subprocess.run([ray, "exec", args.file, command]).returncode
+
+
+def _server(asked: str | None) -> str | None:
+    r"""Returns the address of W&B's server, if it is wanted, or there is a key for it."""
+
+    from ..runs.tracking import Wandb
+    from ..sweep.places import check_wandb, wandb_server
+
+    if asked != "online":
+        try:
+            check_wandb(Wandb(mode="online"))
+        except UserError:
+            return None
+
+    return wandb_server()
+
+
+def _show_findings(findings: list[Any], as_json: bool) -> None:
+    if as_json:
+        faults = sum(x.state == "fault" for x in findings)
+        print(json.dumps({"faults": faults, "findings": [asdict(x) for x in findings]}, indent=2))
+        return
+
+    console = Console(
+        width=None if sys.stdout.isatty() else 160, highlight=False, markup=False, emoji=False
+    )
+    table = Table("node", "what", "", "found", "what to do", box=None, pad_edge=False)
+    colours = {"ok": "green", "warning": "yellow", "fault": "red"}
+
+    for x in findings:
+        table.add_row(x.node, x.what, x.state, x.found, x.do, style=colours[x.state])
+
+    console.print(table)
