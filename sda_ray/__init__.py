@@ -26,13 +26,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'sda_ray' has no attribute {name!r}")
 
-    try:
-        return getattr(import_module(f"sda_ray.{_HOMES[name]}"), name)
-    except Exception:
-        from .sweep.entry import rescue
-
-        rescue()  # returns if there is no sweep to go on with
-        raise
+    return getattr(import_module(f"sda_ray.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:

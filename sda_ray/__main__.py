@@ -1,6 +1,6 @@
 r"""Runs the command line as `python -m sda_ray`."""
 
-from .sweep.entry import main
+from .cli.main import main
 
 __all__: list[str] = []
 

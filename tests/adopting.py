@@ -16,9 +16,8 @@ from sda_ray.runs.tracking import Wandb
 from sda_ray.runs.train import train
 from sda_ray.search.promotion import TrialRecord
 from sda_ray.search.study import Study
-from sda_ray.sweep.coverage import Refusal, collect
 from sda_ray.sweep.definition import Sweep
-from sda_ray.sweep.priors import Prior
+from sda_ray.sweep.prior_runs import Prior, Refusal, collect
 
 __all__ = [
     "OFF",

@@ -7,7 +7,7 @@ import pytest
 import scene
 
 import sda_ray
-from sda_ray.sweep.entry import code_of, digests
+from sda_ray.sweep.code import Code, code_of, digests
 
 __all__ = ["FAKE", "PACKAGE", "SCRIPT", "fake", "record", "spoil", "sweep"]
 
@@ -15,12 +15,11 @@ PACKAGE = Path(sda_ray.__file__).parent
 
 SCRIPT = scene.SCRIPT.replace('"epochs": 9', '"epochs": 27').replace("trials=8", "trials=4")
 
-# A package that says that it runs, and with what
+# A package that prints that it runs, and with which arguments
 FAKE = """
 import os, sys
 
-def main():
-    print("recorded code runs", sys.argv, os.path.dirname(os.path.dirname(__file__)))
+print("recorded code runs", sys.argv, os.path.dirname(os.path.dirname(__file__)))
 """
 FAKE_SCRIPT_SIDE = """
 CONFIG = {}
@@ -44,22 +43,25 @@ def record(directory: Path, code: str) -> None:
     (directory / "sweep.json").write_text(json.dumps({"code": code}))
 
 
-def fake(directory: Path) -> Path:
-    r"""Records code that is none of ours, and returns where it is."""
+def fake(directory: Path) -> Code:
+    r"""Records code that is not ours, of the flat layout of earlier versions."""
 
     aside = directory / "aside" / "sda_ray"
     aside.mkdir(parents=True)
     (aside / "__init__.py").write_text(FAKE_SCRIPT_SIDE)
-    (aside / "entry.py").write_text(FAKE)
-    code = code_of(digests(aside))
+    (aside / "__main__.py").write_text(FAKE)
+    hash = code_of(digests(aside))
+    code = Code(hash, directory / "code" / hash[:16])
     (directory / "code").mkdir()
-    aside.parent.rename(directory / "code" / code[:16])
-    record(directory, code)
+    aside.parent.rename(code.place)
+    record(directory, code.hash)
 
-    return directory / "code" / code[:16]
+    return code
 
 
 def spoil(checkout: Path, *modules: str) -> None:
+    r"""Writes a syntax error into modules of a package."""
+
     for module in modules:
         with open(checkout / "sda_ray" / f"{module}.py", "a") as f:
             f.write("\ndef (\n")

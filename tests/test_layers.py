@@ -34,10 +34,8 @@ UPWARD = {
     "runs.provenance": {"sweep"},
     "runs.sync": {"sweep"},
     "runs.tracking": {"cluster"},
-    "sweep.driving": {"cli"},
     "sweep.launch": {"cli"},
     "sweep.retention": {"cli"},
-    "sweep.start": {"plan"},
 }
 
 # Which packages may import the libraries that are heavy, or whose behaviour we work around.

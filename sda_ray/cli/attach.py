@@ -11,7 +11,7 @@ from ..runs.path import RunPath, sweep_directory
 from ..search.sampler import importances
 from ..search.study import Study
 from ..sweep.record import read_sweep
-from ..sweep.steering import watch
+from ..sweep.requests import watch
 from .table import LiveTable, conclude, leaderboard
 
 __all__ = ["attach"]

@@ -60,7 +60,7 @@ def slurm_command(args: argparse.Namespace, _: Any = None) -> None:
     from ..cluster.slots import Slots
     from ..cluster.slurm import job_script, names
     from ..runs.path import sweep_directory
-    from ..sweep.start import check_start
+    from ..sweep.preflight import check_start
 
     _check_slurm(args)
     sweep, options = chosen_sweep(args, None, launch_options(args))
@@ -322,7 +322,7 @@ def _server(asked: str | None) -> str | None:
     r"""Returns the address of W&B's server, if it is wanted, or there is a key for it."""
 
     from ..runs.tracking import Wandb
-    from ..sweep.places import check_wandb, wandb_server
+    from ..sweep.preflight import check_wandb, wandb_server
 
     if asked != "online":
         try:

@@ -16,10 +16,10 @@ from ..cluster.slots import Slots
 from ..core.errors import UserError
 from ..core.lease import holder
 from ..runs.path import sweep_directory
+from ..sweep.code import recorded_code
 from ..sweep.definition import Sweep
-from ..sweep.driving import Options
-from ..sweep.entry import recorded
-from ..sweep.start import check_start, confirm
+from ..sweep.launch import Options
+from ..sweep.preflight import check_start
 
 __all__ = ["detach"]
 
@@ -36,7 +36,7 @@ SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
 def detach(sweep: Sweep, options: Options, words: Sequence[str], gpus: int) -> None:
     r"""Starts a sweep, or carries it on, in another process than this one, and returns.
 
-    It is checked here first, and the question whether it shall start is asked here.
+    The sweep is checked here first.
 
     Arguments:
         sweep: The sweep.
@@ -50,7 +50,6 @@ def detach(sweep: Sweep, options: Options, words: Sequence[str], gpus: int) -> N
 
     slots = Slots(options.cpus, gpus if options.gpus is None else options.gpus, options.parallel)
     start = check_start(sweep, options.runs, options.data, slots, options.wandb, options.address)
-    confirm(start, options.ask_above)
     name, words = start.sweep.name, [word for word in words if word != "--detach"]
     directory = sweep_directory(options.runs, name)
     directory.mkdir(parents=True, exist_ok=True)
@@ -94,7 +93,7 @@ def _background(directory: Path, words: Sequence[str]) -> str:
 
     def runs() -> bool:
         mine = (holder(lease) or {}).get("pid") == process.pid
-        return mine and recorded(directory) is not None  # from then on edits change nothing
+        return mine and recorded_code(directory) is not None  # from then on edits change nothing
 
     _await(runs, ended, process.wait)
 
@@ -132,7 +131,7 @@ def _submit(directory: Path, words: Sequence[str], address: str) -> str:
     def runs() -> bool:
         found = holder(lease) or {"attempt": 0, "pid": None}
         mine = found["attempt"] > before and found["pid"] is not None
-        return mine and recorded(directory) is not None
+        return mine and recorded_code(directory) is not None
 
     _await(runs, ended, lambda: int(client.get_job_status(id).name != "SUCCEEDED"))
 

@@ -17,7 +17,7 @@ from .. import __version__
 from ..core.config import CONFIG, Config, check_config, load_config, parse_overrides
 from ..core.errors import UserError
 from ..runs.sync import sync_command
-from ..sweep.entry import execute
+from ..sweep.code import OtherCode, execute
 from .cluster import doctor_command, join_command, slurm_command, status_command
 from .options import parse
 from .runs import runs_command
@@ -87,10 +87,10 @@ def main(sweep: Any = None, argv: Sequence[str] | None = None) -> None:
         _check_bucket(args)
         commands[args.command](args, sweep)
     except UserError as error:
-        if started and (place := getattr(error, "place", None)):  # the code is another's
+        if started and isinstance(error, OtherCode):
             print(error, flush=True)
             what = "sda-ray" if sweep is None else str(sweep.script)
-            execute(place, what, sys.argv[1:])
+            execute(error.place, what, sys.argv[1:])
 
         print(f"sda-ray: {error}", file=sys.stderr)
         sys.exit(2)

@@ -9,13 +9,12 @@ from .. import __version__
 from ..core.config import format_value
 from ..core.keys import KEYS
 from ..runs.sync import add_sync_parser
-from ..sweep.entry import find_root
 from .cluster import add_doctor_parser
 from .jobs import add_job_parsers, split_words
 from .runs import add_runs_parser, with_action
 from .views import add_view_parsers
 
-__all__ = ["parse"]
+__all__ = ["find_root", "parse"]
 
 # Options whose empty text would pass for none: of a shell, it is a variable that was not set
 FILLED = ("resume", "init", "extend", "config", "device", "name", "root", "data", "runs")
@@ -230,13 +229,6 @@ def _add_sweep(parser: argparse.ArgumentParser) -> None:
         help="of runs under way, paused and the best N",
     )
     limits.add_argument("--disk", metavar="SIZE", help="of all checkpoints together, as 50GB")
-    limits.add_argument(
-        "--ask-above",
-        type=float,
-        default=1.0,
-        metavar="HOURS",
-        help="ask before a first start that needs more GPU-hours (default: 1)",
-    )
     parser.add_argument(
         "--detach",
         action="store_true",
@@ -294,6 +286,23 @@ def _add_wandb(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--project", help="default: sda-kolmogorov")
     group.add_argument("--entity")
     group.add_argument("--tags", metavar="A,B")
+
+
+def find_root(given: str | None) -> Path:
+    r"""Returns the root as an absolute path: an option, $SDA_RAY_ROOT, the current directory, or $SCRATCH."""
+
+    current = Path.cwd()
+
+    if given or os.environ.get("SDA_RAY_ROOT"):
+        root = Path(given or os.environ["SDA_RAY_ROOT"])
+    elif (current / "runs").is_dir() or (current / "data").is_dir():
+        root = current
+    elif os.environ.get("SCRATCH"):
+        root = Path(os.environ["SCRATCH"]) / "sda" / "kolmogorov"
+    else:
+        root = current
+
+    return Path(os.path.abspath(root.expanduser()))
 
 
 def _locate(args: argparse.Namespace) -> None:

@@ -106,7 +106,6 @@ def _sweep(args: argparse.Namespace, sweep: Any, replica: Any) -> None:
         launch_options(args),
         hours=args.hours,
         stall=args.stall,
-        ask_above=args.ask_above,
         job=args.job and os.environ.get("SLURM_JOB_ID"),
         code=args.code,
         bucket=args.bucket,
@@ -163,7 +162,7 @@ def _taken_up(args: argparse.Namespace) -> bool:
     r"""Asks a running sweep for what needs no checks here, and tells whether that was all."""
 
     from ..runs.path import sweep_directory
-    from ..sweep.steering import Absent, ask_for
+    from ..sweep.requests import Absent, ask_for
 
     if args.sweep.endswith(".py") or args.enqueue or args.warm_start:
         return False
@@ -184,7 +183,7 @@ def _taken_up(args: argparse.Namespace) -> bool:
 def stop_command(args: argparse.Namespace, _: Any) -> None:
     r"""Stops a sweep that runs somewhere, or one of its trials."""
 
-    from ..sweep.steering import stop_sweep
+    from ..sweep.requests import stop_sweep
 
     stop_sweep(args.runs, args.sweep, args.trial)
 
@@ -194,7 +193,6 @@ def plan_command(args: argparse.Namespace, _: Any) -> None:
 
     from ..plan.plan import plan
     from ..plan.report import plan_to_json, print_plan
-    from ..sweep.start import remember
 
     options = launch_options(args)
     source: Any = Path(args.sweep)
@@ -215,8 +213,6 @@ def plan_command(args: argparse.Namespace, _: Any) -> None:
             lambda sweep: adjusted(sweep, args),
             say,
         )
-
-    remember(made, options.runs, options.data, options.address)
 
     if args.json:
         print(json.dumps(plan_to_json(made), indent=2))

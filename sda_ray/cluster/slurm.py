@@ -55,7 +55,7 @@ SCRIPT = """\
 {environment}exec {command}
 """
 
-LATER = 75  # the exit code of a sweep whose time is up, see :mod:`sda_ray.sweep.driving`
+LATER = 75  # the exit code of a sweep whose time is up, see :mod:`sda_ray.sweep.launch`
 CRAWL = 100.0  # seconds that a driver may take to stop, if the end of the job is not known
 SLACK = 20.0  # seconds before the end of the job at which it is requeued, whatever the driver does
 

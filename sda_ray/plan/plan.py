@@ -34,8 +34,7 @@ from ..data.dataset import DataInfo
 from ..runs.tracking import Wandb
 from ..search.promotion import PruneRule, Rules, TrialRecord, decide
 from ..sweep.definition import Sweep, load_script
-from ..sweep.places import free_disk, machine_memory
-from ..sweep.preflight import find_faults
+from ..sweep.preflight import find_faults, free_disk, machine_memory
 from .cost import Cost, Shape, distinct_shapes
 from .probe import Node, Speed, epoch_seconds, look
 

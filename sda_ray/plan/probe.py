@@ -20,7 +20,7 @@ from ..cluster.nodes import bandwidth
 from ..cluster.slots import Slots, fitting
 from ..core.config import Config
 from ..data.dataset import DataInfo, TrajectoryDataset
-from ..sweep.places import look_here
+from ..sweep.preflight import look_here
 from .cost import Cost, measure
 
 __all__ = [

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..core.files import write_atomic
-from ..sweep.entry import code_of, digests
+from ..sweep.code import code_of, digests
 
 if TYPE_CHECKING:
     import torch

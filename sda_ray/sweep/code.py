@@ -1,46 +1,71 @@
-r"""The code that a sweep runs: what it was started with, kept in its record.
+r"""The code that a sweep runs: a copy of the package, kept in the record of the sweep.
 
-`runs/sweeps/{name}/code/` holds the package as it was, in a directory that is called after the hash
-over names and contents, which `sweep.json` has. Driver and trials run from there, so that an edit
-meanwhile changes nothing by accident. Whoever goes on does so with it, see :mod:`sda_ray.sweep.entry`;
-code that is taken up later is kept beside it.
+`runs/sweeps/{name}/code/{hash}/sda_ray` is the package as it was when the sweep started. The
+directory is named after the hash over names and contents that `sweep.json` has. Driver and trials
+run from the copy, so that editing the package does not change a sweep that is running. A sweep is
+resumed with its recorded code unless the user asks for the current code, which is then recorded
+beside the older one.
 """
 
+import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from ..core.errors import UserError
 from ..core.files import sync_directory
-from .entry import (
-    PACKAGE,
-    Refused,
-    code_of,
-    differing,
-    digests,
-    goes_on,
-    point_at,
-    recorded,
-    redirect,
-    verify,
-)
 
-__all__ = ["Code", "OtherCode", "check_code", "keep_code", "running"]
+__all__ = [
+    "PACKAGE",
+    "Code",
+    "CodeDamaged",
+    "OtherCode",
+    "check_code",
+    "code_of",
+    "differing",
+    "digests",
+    "execute",
+    "keep_code",
+    "recorded_code",
+    "running",
+    "verify",
+]
 
-CHOICES = ("recorded", "current")
+PACKAGE = Path(__file__).resolve().parents[1]
+LARGEST = 2**22  # bytes of a file of the package, at most
+NAMED = 5  # files that are named where some differ
+
+# The program of a process that runs recorded code: sys.path is right before anything is imported
+PROGRAM = """\
+import os, runpy, sys
+_, sys.path[0], command, *arguments = sys.argv
+sys.argv = [command, *arguments]
+if command.endswith(".py"):
+    sys.path.insert(1, os.path.dirname(command))
+    runpy.run_path(command, run_name="__main__")
+else:
+    runpy.run_module("sda_ray", run_name="__main__")
+"""
+
+
+class CodeDamaged(Exception):
+    r"""Raised if recorded code must not be run. The message says why."""
 
 
 class OtherCode(UserError):
-    r"""Signals that a sweep goes on with other code than this process runs.
+    r"""Raised if a sweep has to be resumed with other code than this process runs.
 
     Arguments:
         text: What differs.
-        place: Where the recorded code is, checked.
+        place: The directory with the recorded code, verified.
     """
 
     def __init__(self, text: str, place: Path) -> None:
@@ -50,11 +75,11 @@ class OtherCode(UserError):
 
 @dataclass(frozen=True)
 class Code:
-    r"""Creates the description of recorded code.
+    r"""A recorded copy of the package.
 
     Arguments:
         hash: The SHA-256 over names and contents.
-        place: The directory that has the package.
+        place: The directory that contains the package.
     """
 
     hash: str
@@ -65,63 +90,167 @@ class Code:
         return self.place / "sda_ray"
 
 
+def digests(package: Path) -> dict[str, str]:
+    r"""Returns the SHA-256 of each file of a package, by its name relative to the package.
+
+    Caches, hidden files and the files that describe the origin of a copy are left out.
+    """
+
+    files = {}
+
+    for directory, folders, names in os.walk(package):
+        folders[:] = sorted(x for x in folders if x != "__pycache__" and not x.startswith("."))
+
+        for name in names:
+            if not name.startswith((".", "origin.")) and not name.endswith(".pyc"):
+                file = Path(directory, name)
+
+                with open(file, "rb") as f:
+                    data = f.read(LARGEST)
+
+                files[file.relative_to(package).as_posix()] = hashlib.sha256(data).hexdigest()
+
+    return dict(sorted(files.items()))
+
+
+def code_of(files: Mapping[str, str]) -> str:
+    r"""Returns the hash of code: a SHA-256 over the names and contents of its files."""
+
+    lines = (f"{digest} {name}\n" for name, digest in sorted(files.items()))
+
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def recorded_code(directory: Path) -> Code | None:
+    r"""Returns the code that a sweep has recorded, not verified, or None if there is none."""
+
+    try:
+        code = json.loads((directory / "sweep.json").read_bytes()).get("code")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+    if not isinstance(code, str) or not re.fullmatch("[0-9a-f]{64}", code):
+        return None
+
+    return Code(code, directory / "code" / code[:16])
+
+
+def verify(code: Code) -> dict[str, str]:
+    r"""Returns the digests of recorded code.
+
+    Raises:
+        CodeDamaged: If the copy is incomplete or changed, or another user owns a part of it.
+    """
+
+    if not code.package.is_dir():
+        raise CodeDamaged(f"{code.package} is missing")
+
+    inside = [
+        Path(where, x) for where, *kinds in os.walk(code.package) for names in kinds for x in names
+    ]
+
+    for part in (code.place.parent, code.place, code.package, *inside):
+        status = os.lstat(part)
+
+        if status.st_uid not in (0, os.geteuid()):
+            raise CodeDamaged(f"{part} belongs to another user (number {status.st_uid})")
+
+        if os.path.islink(part):
+            raise CodeDamaged(f"{part} is a link")
+
+    if code_of(files := digests(code.package)) != code.hash:
+        raise CodeDamaged(
+            f"{code.package} is not what was recorded: files in it are changed or damaged"
+        )
+
+    return files
+
+
+def differing(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    r"""Returns the names of the files that differ between two copies of the package."""
+
+    return sorted(name for name in {**before, **now} if before.get(name) != now.get(name))
+
+
 def check_code(directory: Path, choice: str = "recorded") -> None:
-    r"""Checks that this process runs the code that a sweep shall go on with.
+    r"""Checks that this process runs the code that a sweep is to be resumed with.
 
     Arguments:
         directory: The directory of the sweep, which may be new.
-        choice: `recorded`, or `current` if other code than the recorded one is wanted.
+        choice: `recorded`, or `current` to resume with the code of this process.
 
     Raises:
         OtherCode: If the recorded code has to be run instead.
-        UserError: If that cannot be.
+        UserError: If the recorded code cannot be run.
     """
 
-    if (found := recorded(directory)) is None:
+    if (code := recorded_code(directory)) is None:
         return
 
-    place, code = found
-    now = digests(PACKAGE)
+    name, before, now = directory.name, {}, digests(PACKAGE)
 
-    if code_of(now) == code:
+    if code_of(now) == code.hash:
         return
-
-    before = {}
 
     try:
-        before = verify(place, code)
-    except (Refused, OSError) as error:
+        before = verify(code)
+    except (CodeDamaged, OSError) as error:
         if choice != "current":
             raise UserError(
-                f"sweep '{directory.name}' cannot go on with the code that it was started with: "
-                f"{error}. Restore it, or go on with the code of {PACKAGE}: --code current"
+                f"sweep '{name}' cannot be resumed with the code that it was started with: "
+                f"{error}. Restore it, or resume with the code of {PACKAGE}: --code current"
             ) from error
 
-    if choice != "current":
-        raise OtherCode(goes_on(directory.name, differing(before, now)), place)
-
     files = differing(before, now)
+    count = f"{len(files)} file{'s' * (len(files) != 1)} of {PACKAGE}"
+    differ = f"differ{'s' * (len(files) == 1)} from it: {_listed(files)}"
+
+    if choice != "current":
+        raise OtherCode(
+            f"sweep '{name}' resumes with its recorded code. {count} {differ} "
+            "(--code current resumes with those)",
+            code.place,
+        )
+
     print(
-        f"sweep '{directory.name}' goes on with the code of {PACKAGE}: {len(files)} of its files "
-        f"are not as recorded ({', '.join(files[:5])}{', …' * (len(files) > 5)}). What it was "
-        f"started with is kept in {place}",
+        f"sweep '{name}' resumes with the code of {PACKAGE}. Its recorded code stays in "
+        f"{code.place}; {count} {differ}",
         flush=True,
     )
 
 
-def keep_code(directory: Path) -> Code:
-    r"""Keeps the code of this process in the record of a sweep, whole or not at all.
+def _listed(files: Sequence[str]) -> str:
+    return ", ".join(files[:NAMED]) + ", …" * (len(files) > NAMED)
 
-    To be called with the lease of the sweep in hand.
+
+def execute(place: Path, command: str, arguments: Sequence[str]) -> NoReturn:
+    r"""Replaces this process by one that runs recorded code, of this or an earlier version.
+
+    Arguments:
+        place: The directory that contains the package.
+        command: `sda-ray`, or the path of a sweep script.
+        arguments: Its arguments.
+    """
+
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(sys.executable, [sys.executable, "-c", PROGRAM, str(place), command, *arguments])
+
+
+def keep_code(directory: Path) -> Code:
+    r"""Copies the code of this process into the record of a sweep, as a whole or not at all.
+
+    The caller holds the lease of the sweep.
     """
 
     contents = {name: (PACKAGE / name).read_bytes() for name in digests(PACKAGE)}
-    code = _hash(contents)
-    place = directory / "code" / code[:16]
+    hash = code_of({name: hashlib.sha256(data).hexdigest() for name, data in contents.items()})
+    code = Code(hash, directory / "code" / hash[:16])
+    place = code.place
 
-    with suppress(Refused, OSError):
-        verify(place, code)
-        return Code(code, place)
+    with suppress(CodeDamaged, OSError):
+        verify(code)
+        return code
 
     place.parent.mkdir(exist_ok=True)
 
@@ -135,7 +264,7 @@ def keep_code(directory: Path) -> Code:
             _write(aside / "sda_ray" / name, content)
 
         sync_directory(aside / "sda_ray")
-        shutil.rmtree(place, ignore_errors=True)  # what was refused
+        shutil.rmtree(place, ignore_errors=True)  # a damaged copy
         os.rename(aside, place)
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
@@ -143,17 +272,11 @@ def keep_code(directory: Path) -> Code:
 
     sync_directory(place.parent)
 
-    return Code(code, place)
-
-
-def _hash(contents: dict[str, bytes]) -> str:
-    from hashlib import sha256
-
-    return code_of({name: sha256(content).hexdigest() for name, content in contents.items()})
+    return code
 
 
 def _origin() -> dict[str, bytes]:
-    r"""Returns files on where the code is from, which the copy itself could not tell."""
+    r"""Returns files that describe the commit of the code and its uncommitted changes."""
 
     from ..runs.provenance import origin
 
@@ -175,11 +298,20 @@ def _write(file: Path, content: bytes) -> None:
 
 @contextmanager
 def running(code: Code) -> Iterator[None]:
-    r"""Lets what is imported of the package in the block come from the recorded code."""
+    r"""Imports modules of the package from recorded code for as long as the block lasts."""
 
-    before = redirect(code.place)
+    before = Path(next(iter(sys.modules["sda_ray"].__path__)))
+    _import_from(code.package)
 
     try:
         yield
     finally:
-        point_at(Path(before[0]))
+        _import_from(before)
+
+
+def _import_from(package: Path) -> None:
+    r"""Points the search paths of the package and its subpackages to a directory."""
+
+    for name, module in list(sys.modules.items()):
+        if name.split(".")[0] == "sda_ray" and hasattr(module, "__path__"):
+            module.__path__[:] = [str(package.joinpath(*name.split(".")[1:]))]

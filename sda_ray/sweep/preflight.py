@@ -4,28 +4,303 @@ What other modules check by raising an error is checked here again and again: wh
 about is replaced by something harmless, until there are no more.
 """
 
+import configparser
 import math
+import netrc
+import os
+import platform
+import resource
+import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
+from ..cluster.connect import local_cpus
 from ..cluster.slots import Slots
 from ..core.config import CONFIG, Config, check_config, check_value, format_value
 from ..core.errors import UserError
+from ..core.files import read_json, write_json
 from ..core.keys import KEYS
 from ..core.lease import is_alive
 from ..core.space import Choice, loguniform
-from ..data.dataset import DataInfo, check_data, check_file
+from ..data.dataset import DataInfo, check_data, check_file, fingerprint
 from ..runs.path import sweep_directory
 from ..runs.tracking import Wandb
+from ..storage.scratch import local_directory
 from .definition import Sweep
-from .places import check_machine, check_runs, check_wandb
 from .record import compare, read_sweep
 
-__all__ = ["Findings", "find_faults"]
+__all__ = [
+    "Findings",
+    "Start",
+    "check_machine",
+    "check_runs",
+    "check_start",
+    "check_wandb",
+    "find_faults",
+    "free_disk",
+    "look_here",
+    "machine_memory",
+    "processor",
+    "wandb_server",
+]
+
+FILES = 8  # that Ray opens for each CPU, beside the first 64, or fewer
+
+
+def check_runs(runs: Path) -> None:
+    r"""Raises a UserError if nothing can be written where the runs will be."""
+
+    place = next(part for part in (runs, *runs.parents) if os.path.lexists(part))
+
+    try:
+        with tempfile.NamedTemporaryFile(prefix=".sda-ray-", dir=place) as file:
+            file.write(bytes(4096))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(
+            f"runs cannot be written to {runs}: {error.strerror or error}. Make room, or give "
+            "another directory with --runs."
+        ) from error
+
+
+def free_disk(place: Path) -> int:
+    r"""Returns the bytes that are free where a directory is, or will be."""
+
+    return shutil.disk_usage(next(p for p in (place, *place.parents) if p.is_dir())).free
+
+
+def check_machine() -> None:
+    r"""Raises a UserError if Ray cannot run on this machine."""
+
+    _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # Ray goes up to the hard limit itself
+    least = 64 + FILES * local_cpus()
+
+    if limit != resource.RLIM_INFINITY and limit < least:
+        raise UserError(
+            f"processes may open {limit} files here, but Ray on {local_cpus()} CPUs needs about "
+            f"{least}. Raise the hard limit (`ulimit -Hn`)."
+        )
+
+    temporary = tempfile.gettempdir()
+
+    if not os.access(temporary, os.W_OK):
+        raise UserError(f"{temporary} cannot be written, but Ray keeps its files there.")
+
+
+def check_wandb(wandb: Wandb) -> None:
+    r"""Raises a UserError if W&B needs a key and there is none."""
+
+    if wandb.mode != "online":
+        return
+
+    if any(os.environ.get(f"WANDB_{x}") for x in ("API_KEY", "IDENTITY_TOKEN_FILE")):
+        return
+
+    host = urlparse(wandb_server()).netloc  # with the port, as `wandb login` writes it
+    file = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
+
+    with suppress(OSError, netrc.NetrcParseError):
+        if netrc.netrc(str(file)).authenticators(host):
+            return
+
+    raise UserError(
+        f"W&B is to be used online, but there is no key for {host}, neither in WANDB_API_KEY nor "
+        f"in {file}. Do `wandb login`, or leave --wandb online out and `sda-ray sync` later."
+    )
+
+
+def wandb_server() -> str:
+    r"""Returns the address of W&B's server: $WANDB_BASE_URL, or what `wandb login --host` noted."""
+
+    directory = Path(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb").expanduser()
+    settings = configparser.ConfigParser(interpolation=None)
+
+    with suppress(configparser.Error, OSError, UnicodeDecodeError):
+        settings.read(directory / "settings")
+
+    noted = settings.get("default", "base_url", fallback="https://api.wandb.ai")
+
+    return os.environ.get("WANDB_BASE_URL") or noted
+
+
+def look_here(
+    runs: Path, data: Path, expected: str | None, token: str, away: bool = False
+) -> tuple[str, int, list[str], list[str]]:
+    r"""Looks at the node that it is called on.
+
+    Arguments:
+        runs: The directory of all runs.
+        data: The directory of the data.
+        expected: The fingerprint of the data, if they are known.
+        token: A file in the directory of all runs.
+        away: Whether trials may do without these directories, see :mod:`sda_ray.storage.client`.
+
+    Returns:
+        The model of its CPU, its memory, what is wrong there, and what is missing there that the
+        head has.
+    """
+
+    faults: list[str] = []
+    missing: dict[str, str] = {}
+
+    try:
+        if not (runs / token).is_file():
+            shared = "is not the one of the sweep, but must be shared by all nodes"
+            missing[str(runs)] = f"{runs} {shared}"
+        else:
+            with tempfile.NamedTemporaryFile(prefix=".sda-ray-", dir=runs) as file:
+                file.write(token.encode())
+    except OSError as error:
+        faults.append(f"runs cannot be written to {runs}: {error.strerror or error}")
+
+    if expected is not None:
+        try:
+            if fingerprint(data) != expected:
+                others = f"the data in {data} are others than those of the sweep"
+                missing[str(data)] = others
+        except (UserError, OSError) as error:
+            missing[str(data)] = str(error)
+
+    if not away:
+        faults += missing.values()
+    elif missing:
+        try:
+            local_directory("runs")
+        except UserError as error:
+            faults.append(str(error))
+
+    return processor(), machine_memory(), faults, list(missing)
+
+
+def processor() -> str:
+    r"""Returns the model of this machine's CPU."""
+
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+
+    return platform.processor() or platform.machine()
+
+
+def machine_memory() -> int:
+    r"""Returns the bytes of memory that processes may use here, by the machine and its cgroup."""
+
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):  # `max` is no number
+            found.append(int(Path(file).read_text()))
+
+    return min(found)
+
+
+DRAWS = 32
+
+
+@dataclass(frozen=True)
+class Start:
+    r"""Creates what a sweep may start with.
+
+    Arguments:
+        sweep: The sweep in its normal form.
+        info: The data.
+        warnings: Whatever is probably not meant.
+        first: Whether the sweep starts for the first time.
+    """
+
+    sweep: Sweep
+    info: DataInfo
+    warnings: tuple[str, ...] = ()
+    first: bool = True
+
+
+def check_start(
+    sweep: Sweep,
+    runs: Path,
+    data: Path,
+    slots: Slots,
+    wandb: Wandb,
+    address: str | None = None,
+) -> Start:
+    r"""Checks a sweep before its start, within 2 s if the data were checked before.
+
+    Arguments:
+        sweep: The sweep.
+        runs: The directory of all runs.
+        data: The directory of the data.
+        slots: The resources of a trial.
+        wandb: How trials log to W&B.
+        address: The address of a Ray cluster, or None for this machine.
+
+    Raises:
+        UserError: If anything is wrong. The message has all of it.
+    """
+
+    file = sweep_directory(runs, str(sweep.name)) / "plan.json"
+    known = _read(file)
+    files = _files(data)
+    info = None
+
+    if known.get("files") == files and files:
+        info = DataInfo(**known["info"])
+
+    found = find_faults(sweep, runs, data, slots, wandb, address is None, info, DRAWS)
+
+    if found.sweep is None or found.info is None:
+        raise UserError("\n".join(found.faults))
+
+    if info is None:
+        _write(file, {"files": files, "info": asdict(found.info)})
+
+    first = not (file.parent / "sweep.json").exists()
+
+    return Start(found.sweep, found.info, tuple(found.warnings), first)
+
+
+def _files(data: Path) -> dict[str, list[int]]:
+    r"""Returns what tells that files of data have not changed, or nothing if there are none."""
+
+    found = {}
+
+    for name in ("train.h5", "valid.h5"):
+        try:
+            status = (data / name).stat()
+        except OSError:
+            return {}
+
+        found[str(data / name)] = [status.st_size, status.st_mtime_ns, status.st_ino]
+
+    return found
+
+
+def _read(file: Path) -> dict[str, Any]:
+    r"""Returns what was remembered; nothing, if it cannot be made out."""
+
+    try:
+        known = read_json(file)
+        DataInfo(**known["info"])
+        assert isinstance(known["files"], dict)
+
+        return dict(known)
+    except (UserError, KeyError, TypeError, AttributeError, AssertionError):
+        return {}
+
+
+def _write(file: Path, content: dict[str, Any]) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, content)
+    except OSError as error:
+        raise UserError(f"{file} cannot be written: {error}.") from error
+
 
 HARMLESS = {"learning_rate": loguniform(1e-4, 1e-3)}
 

@@ -11,7 +11,7 @@ from recorded_code import SCRIPT
 
 from sda_ray.cli.detach import _words_of_job
 from sda_ray.storage.store import Bucket
-from sda_ray.sweep.driving import Options
+from sda_ray.sweep.launch import Options
 
 __all__ = ["account", "bucket", "server"]  # fixtures
 

@@ -32,7 +32,7 @@ from sda_ray.runs.path import RunPath
 from sda_ray.runs.run import Run
 from sda_ray.runs.tracking import Wandb
 from sda_ray.runs.train import train
-from sda_ray.sweep.steering import watch
+from sda_ray.sweep.requests import watch
 
 HOLD = """
 import sys, time

@@ -1,26 +1,19 @@
-r"""Tests for sda_ray.plan.plan and sda_ray.sweep.start: what a sweep will take, and whether it may start."""
+r"""Tests for sda_ray.plan.plan: what a sweep will take."""
 
 import io
 import json
-import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from planned import script, spoil, told, write
+from planned import script, told, write
 from rich.console import Console
 
 from sda_ray.cluster.connect import local_cpus
-from sda_ray.cluster.slots import Slots
-from sda_ray.core.errors import UserError
 from sda_ray.data.dataset import check_data
 from sda_ray.plan.plan import Plan, at_a_time, check_memory, memory_of, plan
 from sda_ray.plan.report import plan_to_json, print_plan
-from sda_ray.runs.tracking import Wandb
-from sda_ray.sweep.definition import load_script
-from sda_ray.sweep.places import look_here
-from sda_ray.sweep.start import Start, check_start, confirm, remember
+from sda_ray.sweep.preflight import look_here
 
 __all__ = ["script"]  # fixtures
 
@@ -109,40 +102,6 @@ def test_share_of_a_gpu_that_is_too_small_is_caught(made: Plan) -> None:
     assert tight.faults[0].endswith("or give --gpus-per-trial 0.6.")
 
 
-def test_start_is_checked_and_knows_what_the_plan_found(
-    made: Plan, place: Path, data: Path
-) -> None:
-    sweep, runs, slots = load_script(place / "script.py"), place / "started", Slots(1, 0)
-    unplanned = check_start(sweep, runs, data, slots, Wandb())
-    assert unplanned.first and unplanned.hours is None
-
-    remember(made, runs, data)
-    start = check_start(sweep, runs, data, slots, Wandb())
-    assert start.hours == pytest.approx(made.hours(made.pruned), rel=0.2)
-
-    longer = check_start(replace(sweep, trials=64), runs, data, slots, Wandb())
-    assert longer.hours is not None and start.hours is not None
-    assert longer.hours > 8 * start.hours
-
-    other = replace(sweep, config=sweep.config | {"batch_size": 4})
-    assert check_start(other, runs, data, slots, Wandb()).hours is None
-
-    with pytest.raises(UserError, match=r"(?s)name is 'a b'.*--cpus-per-trial"):
-        check_start(replace(sweep, name="a b"), runs, data, Slots(999, 0), Wandb())
-
-
-def test_remembered_data_are_checked_again_when_they_change(
-    script: Path, tmp_path: Path, data: Path
-) -> None:
-    shutil.copytree(data, tmp_path / "data")
-    sweep, runs = load_script(script), tmp_path / "runs"
-    check_start(sweep, runs, tmp_path / "data", Slots(1, 0), Wandb())
-    spoil(tmp_path / "data" / "train.h5")
-
-    with pytest.raises(UserError, match="is not finite"):
-        check_start(sweep, runs, tmp_path / "data", Slots(1, 0), Wandb())
-
-
 def test_node_that_reaches_other_files_is_told_of(tmp_path: Path, data: Path) -> None:
     fingerprint = check_data(data).fingerprint
     (tmp_path / "token").write_text("token")
@@ -171,33 +130,3 @@ def test_node_of_a_cluster_need_not_have_the_files(
     monkeypatch.setenv("SDA_RAY_LOCAL", str(tmp_path / "file"))
     _, _, faults, _ = look_here(tmp_path / "runs", data, None, "token", away=True)
     assert "Set SDA_RAY_LOCAL on this node" in faults[0]
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def test_only_a_long_first_start_on_a_terminal_is_asked_about(
-    script: Path, data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sweep = load_script(script).check()
-    start = Start(sweep, check_data(data), hours=2.0, finish=7200.0, unit="GPU")
-    confirm(start)  # without a terminal
-
-    monkeypatch.setattr(sys, "stdin", Terminal("yes\nno\n"))
-    monkeypatch.setattr(sys, "stdout", Terminal())
-    confirm(start)
-
-    with pytest.raises(UserError, match="was not started"):
-        confirm(start)
-
-    for other in (
-        replace(start, first=False),
-        replace(start, hours=None),
-        replace(start, hours=0.9),
-        replace(start, unit="CPU"),
-    ):
-        confirm(other)  # would read on, and find nothing
-
-    confirm(start, ask_above=3.0)

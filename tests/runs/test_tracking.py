@@ -14,7 +14,7 @@ from sda_ray.core.errors import UserError
 from sda_ray.runs.path import RunPath
 from sda_ray.runs.record import logged_config
 from sda_ray.runs.tracking import Wandb
-from sda_ray.sweep.places import check_wandb, wandb_server
+from sda_ray.sweep.preflight import check_wandb, wandb_server
 
 
 @pytest.fixture

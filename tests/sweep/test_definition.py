@@ -1,4 +1,4 @@
-r"""Tests for the sda_ray.sweep.definition and sda_ray.sweep.settings modules: what a sweep may be."""
+r"""Tests for the sda_ray.sweep.definition and sda_ray.sweep.definition modules: what a sweep may be."""
 
 import json
 from typing import Any

@@ -1,4 +1,4 @@
-r"""Tests for sda_ray.sweep.enqueue and sda_ray.sweep.fitting: known configurations that a sweep shall try."""
+r"""Tests for sda_ray.sweep.enqueue and sda_ray.sweep.enqueue: known configurations that a sweep shall try."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +11,7 @@ from sda_ray.core.errors import UserError
 from sda_ray.core.space import choice, integer, loguniform, uniform
 from sda_ray.search.sampler import propose
 from sda_ray.sweep.definition import Sweep
-from sda_ray.sweep.enqueue import parse_item
-from sda_ray.sweep.fitting import fit
+from sda_ray.sweep.enqueue import fit, parse_item
 
 GROUP = "hidden_channels,hidden_blocks"
 SPACE: dict[str, Any] = {

@@ -10,10 +10,13 @@ import pytest
 from planned import SCRIPT, script, spoil, told, write
 
 from sda_ray.cluster.connect import local_cpus
+from sda_ray.cluster.slots import Slots
+from sda_ray.core.errors import UserError
 from sda_ray.data.dataset import check_data
 from sda_ray.plan.plan import plan
 from sda_ray.runs.tracking import Wandb
 from sda_ray.sweep.definition import load_script
+from sda_ray.sweep.preflight import check_start
 from sda_ray.sweep.record import write_sweep
 
 __all__ = ["script"]  # fixtures
@@ -160,7 +163,7 @@ def test_low_limit_of_files_is_caught(env: dict[str, str]) -> None:
     code = """
 import resource
 resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32))
-from sda_ray.sweep.places import check_machine
+from sda_ray.sweep.preflight import check_machine
 check_machine()
 """
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
@@ -227,3 +230,24 @@ def test_rare_branches_are_caught_in_which_a_name_has_another_kind(
     )
 
     assert "SPACE suggests 'rate' from" in told(plan(script, tmp_path / "runs", data, cpus=999))
+
+
+def test_start_lists_all_faults_together(script: Path, tmp_path: Path, data: Path) -> None:
+    sweep, runs = load_script(script), tmp_path / "runs"
+
+    assert check_start(sweep, runs, data, Slots(1, 0), Wandb()).first
+
+    with pytest.raises(UserError, match=r"(?s)name is 'a b'.*--cpus-per-trial"):
+        check_start(replace(sweep, name="a b"), runs, data, Slots(999, 0), Wandb())
+
+
+def test_checked_data_are_checked_again_when_they_change(
+    script: Path, tmp_path: Path, data: Path
+) -> None:
+    shutil.copytree(data, tmp_path / "data")
+    sweep, runs = load_script(script), tmp_path / "runs"
+    check_start(sweep, runs, tmp_path / "data", Slots(1, 0), Wandb())
+    spoil(tmp_path / "data" / "train.h5")
+
+    with pytest.raises(UserError, match="is not finite"):
+        check_start(sweep, runs, tmp_path / "data", Slots(1, 0), Wandb())

@@ -1,32 +1,503 @@
-r"""Tests for sda_ray.sweep.prior_runs: runs are brought in whole, once, and into a live sweep, too."""
+r"""Tests for sda_ray.sweep.prior_runs: runs are brought in whole, once, also into a running sweep."""
 
+import json
+import math
+import os
 import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import h5py
+import numpy as np
+import optuna
 import pytest
-from adopting import SPACE, by_id, bytes_of, elsewhere, record_of, records, runs, sweep
+import torch
+from adopting import (
+    OFF,
+    SPACE,
+    by_id,
+    bytes_of,
+    collected,
+    elsewhere,
+    record_of,
+    records,
+    runs,
+    sweep,
+)
 
-from sda_ray.core.config import load_config
+from sda_ray.core.config import CONFIG, load_config
 from sda_ray.core.errors import UserError
 from sda_ray.core.lease import Lease
-from sda_ray.core.space import loguniform
+from sda_ray.core.space import choice, loguniform
+from sda_ray.data.dataset import TrajectoryDataset, check_data, fingerprint
+from sda_ray.nn.diffusion import VPSDE
+from sda_ray.nn.score import load_score
 from sda_ray.runs.inventory import read_entry
 from sda_ray.runs.metrics import read_history
 from sda_ray.runs.path import RunPath, sweep_directory
 from sda_ray.runs.record import read_record
-from sda_ray.search.sampler import propose
+from sda_ray.runs.run import Run
+from sda_ray.runs.train import train
+from sda_ray.search.promotion import TrialRecord, decide
+from sda_ray.search.sampler import distributions, memory_study, propose, view
 from sda_ray.search.study import Study
 from sda_ray.sweep.definition import Sweep
 from sda_ray.sweep.driver import Driver
-from sda_ray.sweep.prior_runs import adopt
-from sda_ray.sweep.record import read_sweep
+from sda_ray.sweep.enqueue import bring_in
+from sda_ray.sweep.prior_runs import adopt, fork, warm_start
+from sda_ray.sweep.record import Changes, compare, read_sweep, write_sweep
 from sda_ray.sweep.requests import Desk
+from sda_ray.training.validation import DRAWS, Validation
 
 __all__ = ["elsewhere", "runs", "sweep"]  # fixtures
+
+REFERENCE = Path(__file__).parents[1] / "reference" / "runs" / "crimson-cloud-4_6k7cjnx7"
+
+
+# Runs by us
+
+
+def test_what_the_sweep_does_not_cover_is_refused_with_all_reasons(
+    elsewhere: Path, sweep: Sweep, runs: Path, data: Path
+) -> None:
+    space = SPACE | {"learning_rate": loguniform(2e-3, 1e-2)}
+    other = replace(
+        sweep, space=space, config=sweep.config | {"batch_size": 4, "epochs": 9}, min_epochs=1
+    ).check()
+    covered, refused = collected([by_id(elsewhere, "1" * 8)], other, runs, data)
+
+    assert covered == []
+    assert refused[0].reason == (
+        "learning_rate=0.001 is not in SPACE, which has 0.002 to 0.01 (log); it has epochs=3 "
+        "where the sweep has 9; it has batch_size=8 where the sweep has 4"
+    )
+
+
+def test_seed_in_space_is_not_another_seed(
+    elsewhere: Path, sweep: Sweep, runs: Path, data: Path
+) -> None:
+    other = replace(sweep, space=SPACE | {"seed": choice(0, 1, 2)}).check()
+    sources = [by_id(elsewhere, "1" * 8), by_id(elsewhere, "2" * 8)]
+    covered, refused = collected(sources, other, runs, data)
+
+    assert [prior.fit.values["seed"] for prior in covered] == [0]
+    assert refused[0].reason == "seed=7 is not in SPACE, which has 0, 1, 2"
+
+
+def test_run_on_other_data_is_measured_on_those_of_the_sweep(
+    elsewhere: Path, sweep: Sweep, runs: Path, data: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(data, other)
+
+    with h5py.File(other / "valid.h5", "r+") as f:
+        f["x"][...] = f["x"][...][::-1] * 1.1
+
+    source = by_id(elsewhere, "1" * 8)
+    (prior,), _ = collected([source], sweep, runs, other)
+    loss = prior.lines[0]["loss_valid"]
+    validset = TrajectoryDataset(other / "valid.h5", 3)
+    sde = VPSDE(load_score(source).kernel, validset.shape)
+
+    assert (
+        loss
+        == Validation(validset)(sde, DRAWS)[0]
+        != read_history(source / "metrics.jsonl")[3]["loss_valid"]
+    )
+    assert prior.notes == (
+        "it was trained on other data",
+        "its loss is that of its state.pth on this data",
+    )
+
+
+def test_weights_and_curve_agree(
+    elsewhere: Path, sweep: Sweep, runs: Path, data: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "just-weights"
+    source.mkdir()
+
+    for name in ("config.json", "state.pth"):
+        shutil.copy(by_id(elsewhere, "2" * 8) / name, source)
+
+    (bare,), _ = collected([source], sweep, runs, data)
+    (whole,), _ = collected([by_id(elsewhere, "2" * 8)], sweep, runs, data)
+
+    assert bare.lines[-1]["loss_valid"] == whole.lines[-1]["loss_valid"]
+    assert [line["epoch"] for line in bare.lines] == [3]
+
+
+def test_all_objectives_have_values_or_the_run_is_refused(
+    elsewhere: Path, sweep: Sweep, runs: Path, data: Path, tmp_path: Path
+) -> None:
+    names = ("loss_valid", "parameters", "seconds")
+    several = replace(sweep, objectives=names, sampler="nsga2", pruner="none", min_epochs=None)
+    source = by_id(elsewhere, "1" * 8)
+    bare = tmp_path / "bare"
+    bare.mkdir()
+
+    for name in ("config.json", "state.pth"):
+        shutil.copy(source / name, bare)
+
+    (prior,), (refusal,) = collected([source, bare], several.check(), runs, data)
+    lines = read_history(source / "metrics.jsonl").values()
+
+    assert prior.finals == pytest.approx(
+        (
+            prior.lines[-1]["loss_valid"],
+            sum(x.numel() for x in load_score(source).parameters()),
+            sum(line["seconds"] for line in lines),
+        )
+    )
+    assert refusal.reason == "it does not tell its seconds, which is an objective of the sweep"
+
+    adopt([str(source)], several, runs, data, record_of)
+    lease = Lease(tmp_path / "lease.json", "x")
+    file = sweep_directory(runs, "x") / "study.journal"
+    (record,) = Study(file, "x", lease, names).records()
+    lease.release()
+    assert record.finals == prior.finals
+
+
+# Runs by SDA
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    r"""Data of fields of 64x64, as the reference run's."""
+
+    directory = tmp_path_factory.mktemp("large")
+    rng = np.random.default_rng(0)
+
+    for split in ("train", "valid"):
+        with h5py.File(directory / f"{split}.h5", "w") as f:
+            f["x"] = rng.standard_normal((2, 4, 2, 64, 64)).astype(np.float32)
+
+    return directory
+
+
+@pytest.fixture
+def upstream() -> Sweep:
+    config = CONFIG | {
+        "window": 3,
+        "embedding": 8,
+        "hidden_channels": (8, 16),
+        "hidden_blocks": (1, 2),
+    }
+    space = {"learning_rate": loguniform(1e-5, 1e-2), "weight_decay": loguniform(1e-4, 1e-2)}
+
+    return Sweep("up", config, space, sampler="random").check()
+
+
+def test_run_by_sda_is_measured_and_brought_in(
+    upstream: Sweep, runs: Path, large: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = bytes_of(REFERENCE)
+    adopt([str(REFERENCE)], upstream, runs, large, record_of)
+    (record,) = records(runs, "up")
+    validset = TrajectoryDataset(large / "valid.h5", 3)
+    sde = VPSDE(load_score(REFERENCE).kernel, validset.shape)
+    loss, _ = Validation(validset)(sde, DRAWS)
+    copy = RunPath(by_id(runs, record.run_id))
+
+    assert "its loss is that of its state.pth on this data" in capsys.readouterr().out
+    assert bytes_of(REFERENCE) == before
+    assert record.values == {4096: loss}
+    assert record.config == {"learning_rate": 2e-4, "weight_decay": 1e-3}
+    assert load_config(copy.config) == load_config(REFERENCE / "config.json")
+    assert read_record(copy)["origin"]["id"] == "6k7cjnx7"
+
+    # Known to the sampler, without counting as one of the sweep's own
+    assert decide([record], (), replace(upstream, trials=1).rules).kind == "draw"
+    (seen,) = view([record])
+    assert (seen.state.name, seen.value) == ("COMPLETE", loss)
+
+
+def test_network_for_other_fields_is_refused(upstream: Sweep, runs: Path, data: Path) -> None:
+    covered, refused = collected([REFERENCE], upstream, runs, data)
+
+    assert not covered
+    assert "for fields of 64x64, but the data has 16x16" in refused[0].reason
+
+
+# Strangers
+
+
+def spoilt(elsewhere: Path, tmp_path: Path, what: Callable[[Path], Any]) -> Path:
+    path = tmp_path / "bad-idea-1_zzzzzzzz"
+    shutil.copytree(by_id(elsewhere, "1" * 8), path)
+    what(path)
+
+    return path
+
+
+def rewrite(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+
+    for line in lines:
+        change(line)
+
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def bare(path: Path) -> Path:
+    r"""Leaves nothing but the config of a run, and returns where its weights have been."""
+
+    for file in path.iterdir():
+        if file.name != "config.json":
+            file.unlink()
+
+    return path / "state.pth"
+
+
+def weigh(path: Path, weights: Any) -> None:
+    torch.save(weights, bare(path))
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        (lambda p: (p / "config.json").unlink(), "config.json"),
+        (lambda p: (p / "config.json").write_text("{"), "is damaged, or not JSON"),
+        (lambda p: (p / "metrics.jsonl").write_text("nonsense\nmore\n"), "is damaged"),
+        (lambda p: rewrite(p / "metrics.jsonl", lambda x: x.update(loss_valid=-1.0)), "-1.0"),
+        (lambda p: rewrite(p / "metrics.jsonl", lambda x: x.update(epoch=3)), "3 lines"),
+        (lambda p: rewrite(p / "metrics.jsonl", lambda x: x.update(loss_valid=[])), "is damaged"),
+        (lambda p: weigh(p, {"kernel.forcing": torch.zeros(1, 16, 16)}), "does not fit"),
+        (lambda p: weigh(p, os.system), "is damaged, or not a file of weights"),
+        (lambda p: os.mkfifo(bare(p)), "regular"),
+        (lambda p: bare(p).symlink_to("/etc/passwd"), "out of the run directory"),
+    ],
+)  # fmt: skip
+def test_files_of_strangers_are_refused(
+    elsewhere: Path,
+    sweep: Sweep,
+    runs: Path,
+    data: Path,
+    tmp_path: Path,
+    what: Callable[[Path], Any],
+    said: str,
+) -> None:
+    bad = spoilt(elsewhere, tmp_path, what)
+    covered, refused = collected([bad, by_id(elsewhere, "2" * 8)], sweep, runs, data)
+
+    assert len(covered) == 1
+    assert said in refused[0].reason
+    assert "\n" not in refused[0].reason
+
+
+def test_infinite_values_and_lines_beyond_the_end_are_not_taken(
+    elsewhere: Path, sweep: Sweep, runs: Path, data: Path, tmp_path: Path
+) -> None:
+    def spoil(line: dict[str, Any]) -> None:
+        if line["epoch"] == 2:
+            line["loss_valid"] = math.nan
+
+    bad = spoilt(elsewhere, tmp_path, lambda p: rewrite(p / "metrics.jsonl", spoil))
+    (prior,), _ = collected([bad], sweep, runs, data)
+
+    assert [line["epoch"] for line in prior.lines] == [1, 3]
+
+
+def test_nonsense_is_not_brought_in(sweep: Sweep, runs: Path, data: Path) -> None:
+    directory = sweep_directory(runs, "x")
+    directory.mkdir(parents=True)
+    lease = Lease(directory / "lease.json", "x")
+    study = Study(directory / "study.journal", "x", lease)
+    good = {
+        "run_id": "a" * 8,
+        "source": "there",
+        "epochs": 3,
+        "config": {"learning_rate": 1e-3},
+        "params": {"learning_rate": 1e-3},
+        "distributions": {
+            "learning_rate": '{"name": "FloatDistribution", "attributes": {"low": 1e-4, "high": 0.01, "log": true, "step": null}}'
+        },
+        "values": [[3, 0.5]],
+        "finals": [0.5],
+    }
+
+    for bad in (
+        {},
+        good | {"values": [[2, 0.5]]},
+        good | {"values": 3},
+        good | {"params": {"learning_rate": 1.0}},
+        good | {"distributions": {}},
+        good | {"finals": []},
+    ):
+        with pytest.raises(UserError, match="is no finished run"):
+            bring_in(study, bad)
+
+    assert study.records() == []
+    assert bring_in(study, good)
+    assert not bring_in(study, good)
+    lease.release()
+
+
+def test_warm_start_brings_in_what_both_sweeps_have_in_common(
+    elsewhere: Path, sweep: Sweep, runs: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = runs / "own-run-1_aaaaaaaa"
+    shutil.copytree(by_id(elsewhere, "1" * 8), own)
+    record = json.loads((own / "run.json").read_text())
+    (own / "run.json").write_text(json.dumps(record | {"sweep": "x"}))
+    adopt([str(by_id(elsewhere, "2" * 8))], sweep, runs, data, record_of)
+    capsys.readouterr()
+
+    # Its own finished run, and the one that it has adopted
+    wider = replace(sweep, name="y", space=SPACE | {"learning_rate": loguniform(1e-5, 1.0)})
+    items = warm_start("x", wider, runs, data)
+    assert {item["source"] for item in items} == {str(own), str(by_id(elsewhere, "2" * 8))}
+    assert "sweep 'x' has 2 finished runs" in capsys.readouterr().out
+    assert json.loads(json.dumps(items))[0]["values"]
+
+    narrow = replace(sweep, name="z", space=SPACE | {"activation": choice("ReLU", "ELU")})
+    items = warm_start("x", narrow, runs, data)
+    assert [item["params"]["activation"] for item in items] == ["ReLU"]
+    assert "left out: own-run-1_aaaaaaaa: activation=SiLU is not in" in capsys.readouterr().out
+
+    with pytest.raises(UserError, match="there is no sweep 'w'"):
+        warm_start("w", sweep, runs, data)
+
+
+def halves(trial: Any) -> dict[str, Any]:
+    return {"learning_rate": 2.0 ** -trial.suggest_int("power", 5, 12)}
+
+
+def test_parameters_of_functions_come_from_the_study_of_the_other_sweep(
+    sweep: Sweep, runs: Path, data: Path, elsewhere: Path
+) -> None:
+    first = replace(sweep, space=halves)
+    directory = sweep_directory(runs, "x")
+    directory.mkdir(parents=True)
+    write_sweep(directory, record_of(first, check_data(data)), None)
+    lease = Lease(directory / "lease.json", "x")
+    study = Study(directory / "study.journal", "x", lease)
+    drawn = propose(first.draw, [], fixed={"power": 7})
+    assert drawn is not None
+    run = Run(
+        runs,
+        first.config | drawn[0],
+        "b" * 8,
+        1,
+        OFF,
+        record={"sweep": "x", "data": fingerprint(data)},
+    )
+    list(train(run, data))
+    run.close("finished")
+    study.add(TrialRecord(1, "b" * 8, "running", 3, 3, config=drawn[0]), drawn[1])
+
+    (item,) = warm_start("x", replace(first, name="y"), runs, data)  # while it is in use
+    assert item["params"] == {"power": 7}
+    lease.release()
+
+    _, (refusal,) = collected([by_id(runs, "b" * 8)], replace(first, name="y"), runs, data)
+    assert "SPACE suggests 'power', which is no key of CONFIG" in refusal.reason
+
+
+def test_fork_takes_the_next_name_and_the_same_one_again(
+    sweep: Sweep, runs: Path, data: Path
+) -> None:
+    info = check_data(data)
+
+    def write(sweep: Sweep) -> None:
+        directory = sweep_directory(runs, sweep.name)
+        directory.mkdir(parents=True)
+        write_sweep(directory, record_of(sweep, info), None)
+
+    write(sweep)
+    changed = replace(sweep, seed=1)
+    assert fork(changed, runs, data).name == "x-2"
+    write(fork(changed, runs, data))
+    assert fork(changed, runs, data).name == "x-2"  # killed, and tried again
+    assert fork(replace(sweep, seed=2), runs, data).name == "x-3"
+
+
+def test_prior_is_not_drawn_again(sweep: Sweep, runs: Path, data: Path, elsewhere: Path) -> None:
+    space = {"activation": choice("SiLU", "ReLU"), "learning_rate": choice(1e-3, 2e-3)}
+    other = replace(sweep, space=space, sampler="random").check()
+    adopt([str(elsewhere)], other, runs, data, record_of)
+    found = records(runs, "x")
+    drawn = []
+
+    while (more := propose(other.draw, found, 0, "random")) is not None:
+        drawn.append(more[0])
+        record = TrialRecord(
+            1 + len(found), str(len(found)), "complete", 3, 3, {3: 1.0}, config=more[0]
+        )
+        found.append(replace(record, trial=more[1]))
+
+    assert {(x["activation"], x["learning_rate"]) for x in drawn} == {
+        ("SiLU", 2e-3),
+        ("ReLU", 2e-3),
+    }
+    assert len(drawn) == 2
+
+
+def test_widened_space_keeps_its_parameters_in_the_joint_space(
+    sweep: Sweep, runs: Path, data: Path, elsewhere: Path
+) -> None:
+    adopt([str(elsewhere)], sweep, runs, data, record_of)
+    wide = {"learning_rate": loguniform(1e-5, 1.0), "activation": choice("ELU", "SiLU", "ReLU")}
+    wider = replace(sweep, space=wide).check()
+    directory = sweep_directory(runs, "x")
+    lease = Lease(directory / "lease.json", "x")
+    study = Study(directory / "study.journal", "x", lease)
+
+    for number in range(3, 16):  # TPE draws its first ten at random
+        current = distributions(wider.draw)
+        drawn = propose(wider.draw, study.records(), 0, "tpe", current=current)
+        assert drawn is not None
+        record = TrialRecord(number, f"{number:08}", "running", 3, 3, config=drawn[0])
+        record = study.report(study.add(record, drawn[1]), {3: float(number)})
+        study.tell(record, "complete")
+
+    trials = view(study.records(), distributions(wider.draw))
+    sampler = optuna.samplers.TPESampler(multivariate=True)
+    space = sampler.infer_relative_search_space(memory_study(trials), trials[0])
+
+    assert len(trials) == 15
+    assert all(trial.distributions == distributions(wider.draw) for trial in trials)
+    assert space.keys() == wide.keys()
+    assert len(records_again(directory, lease)) == 15
+    lease.release()
+
+
+def records_again(directory: Path, lease: Lease) -> list[TrialRecord]:
+    return Study(directory / "study.journal", "x", lease).records()
+
+
+def test_three_sweeps_of_one_script_go_side_by_side(
+    sweep: Sweep, runs: Path, data: Path, elsewhere: Path
+) -> None:
+    info, held = check_data(data), []
+
+    for name, change in (("x", {}), ("y", {"batch_size": 4}), ("z", {"ema": 0.5})):
+        one = replace(sweep, name=name, config=sweep.config | change).check()
+        directory = sweep_directory(runs, name)
+        directory.mkdir(parents=True)
+        lease = Lease(directory / "lease.json", name)
+        write_sweep(directory, record_of(one, info), None)
+        held.append((one, lease, Study(directory / "study.journal", name, lease)))
+
+    for one, _, study in held:  # all of them open
+        drawn = propose(one.draw, [], 0, "random")
+        assert drawn is not None
+        study.add(TrialRecord(1, one.name * 8, "running", 3, 3, config=drawn[0]), drawn[1])
+        assert compare(read_sweep(runs, one.name), record_of(one, info)) == Changes()
+
+    for one, lease, study in held:
+        assert [r.run_id for r in study.records()] == [one.name * 8]
+        lease.release()
+
+    with pytest.raises(UserError, match="batch_size"):
+        changed = replace(sweep, config=sweep.config | {"batch_size": 4})
+        adopt([str(elsewhere)], changed, runs, data, record_of)
+
 
 # Runs by us
 
@@ -137,7 +608,7 @@ from sda_ray.runs.inventory import read_entry
 os.fsync = lambda handle: None  # only a power cut would miss it
 left = 0
 
-def counted(event, args):
+def count_trials(event, args):
     r"Dies before the n-th change of a file."
     global left
 
