@@ -35,7 +35,6 @@ UPWARD = {
     "runs.sync": {"sweep"},
     "runs.tracking": {"cluster"},
     "sweep.launch": {"cli"},
-    "sweep.retention": {"cli"},
 }
 
 # Which packages may import the libraries that are heavy, or whose behaviour we work around.
