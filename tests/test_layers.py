@@ -35,6 +35,7 @@ UPWARD = {
     "runs.sync": {"sweep"},
     "runs.tracking": {"cluster"},
     "sweep.launch": {"cli"},
+    "sweep.retention": {"cli"},
 }
 
 # Which packages may import the libraries that are heavy, or whose behaviour we work around.

@@ -134,10 +134,9 @@ def _print(*parts: "RenderableType") -> None:
 
 
 def _list(args: argparse.Namespace) -> None:
-    from ..core.console import format_size
     from ..runs.details import as_json, row
     from ..runs.inventory import SORTS, entries, select
-    from .render import listing
+    from .render import listing, size
 
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit is {args.limit}, but must be at least 1.")
@@ -160,7 +159,7 @@ def _list(args: argparse.Namespace) -> None:
     if args.json:
         print(as_json([row(entry) for entry in chosen]))
     elif chosen:
-        total = format_size(sum(entry.size or 0 for entry in chosen))
+        total = size(sum(entry.size or 0 for entry in chosen))
         _print(listing(chosen), f"\n{len(chosen)} of {len(every)} runs, {total}")
     elif every:
         print(f"None of {len(every)} runs is like this.")
@@ -216,10 +215,9 @@ def _compare(args: argparse.Namespace) -> None:
 
 
 def _prune(args: argparse.Namespace) -> None:
-    from ..core.console import format_size, printable
     from ..runs.details import as_json
     from ..runs.prune import prune
-    from .render import savings
+    from .render import clean, savings, size
 
     paths, spared = _prunable(args)
     files = {path.directory.name: found for path, found in paths.items()}
@@ -227,9 +225,9 @@ def _prune(args: argparse.Namespace) -> None:
     done: dict[str, int] = {}
 
     if not args.json:
-        _print(*(printable(f"{name} stays: {reason}", 500) for name, reason in spared.items()))
+        _print(*(clean(f"{name} stays: {reason}", 500) for name, reason in spared.items()))
         _print(savings(files)) if files else None
-        print(f"Resumable state of {_runs(files)} that finished: {format_size(total)}.")
+        print(f"Resumable state of {_runs(files)} that finished: {size(total)}.")
 
     errors: dict[str, str] = {}
 
@@ -249,7 +247,7 @@ def _prune(args: argparse.Namespace) -> None:
             )
         )
     elif done:
-        print(f"Freed {format_size(sum(done.values()))} in {_runs(done)}.")
+        print(f"Freed {size(sum(done.values()))} in {_runs(done)}.")
     elif files and not errors:
         print("Nothing was removed." + ("" if args.yes else " Give --yes to do it."))
 

@@ -26,7 +26,7 @@ from urllib.parse import urlparse
 from .. import __version__
 from ..core.errors import UserError
 from ..core.files import read_json
-from ..core.lease import read_holder
+from ..core.lease import holder
 from ..runs.inventory import Entry, entries
 from .connect import on_node
 from .slots import fitting
@@ -385,7 +385,7 @@ def _place_runs(
             continue
 
         attempts = entry.record.get("attempts") or [{}]
-        name, holds = attempts[-1].get("host"), read_holder(entry.path.lease) or {}
+        name, holds = attempts[-1].get("host"), holder(entry.path.lease) or {}
         fits = by_pid.get((holds.get("pid"), name)) or by_name.get(name) or []
         run = {
             "run": entry.path.directory.name,

@@ -17,7 +17,7 @@ from typing import Any
 from ..core.config import Config, load_config
 from ..core.errors import UserError
 from ..core.files import read_json
-from ..core.lease import STALE, holder_alive, read_holder
+from ..core.lease import STALE, holder, verdict
 from .curves import check_regular, last_metrics
 from .path import RunPath
 
@@ -186,10 +186,10 @@ def is_held(path: RunPath, quiet: float = STALE) -> bool:
     """
 
     with contextlib.suppress(OSError, UserError):
-        if (found := read_holder(check_regular(path.lease))) is None:
+        if (found := holder(check_regular(path.lease))) is None:
             return False
 
-        if (known := holder_alive(found)) is not None:
+        if (known := verdict(found)) is not None:
             return known
 
         return time.time() - path.lease.stat().st_mtime < quiet

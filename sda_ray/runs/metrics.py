@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import UserError
-from ..core.files import append_line, cut_torn_lines, read_lines
-from ..core.lease import LeaseGone
+from ..core.files import append_line, cut_torn_line, read_lines
 
 if TYPE_CHECKING:
     from ..training.loop import Metrics
@@ -67,7 +66,7 @@ class History:
         self._unwritten: list[Metrics] = []
 
         with hold():
-            cut_torn_lines(file)
+            cut_torn_line(file)
 
         self.lines = read_history(file)
 
@@ -79,8 +78,6 @@ class History:
 
         try:
             self.write()
-        except LeaseGone:
-            raise
         except OSError as error:
             if self._unwritten == [metrics]:  # said once, not for each epoch
                 logger.warning("%s cannot be written: %s.", self.file, error)

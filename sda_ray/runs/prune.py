@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..core.errors import UserError
 from ..core.files import write_json
-from ..core.lease import read_holder
+from ..core.lease import holder
 from .curves import check_regular
 from .inventory import Entry, is_held, read_entry
 from .path import RunPath
@@ -75,7 +75,7 @@ def _in_use(path: RunPath) -> str | None:
 
 def _tells_holder(file: Path) -> bool:
     with contextlib.suppress(OSError, UserError):
-        return read_holder(check_regular(file)) is not None
+        return holder(check_regular(file)) is not None
 
     return False
 

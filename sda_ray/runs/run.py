@@ -11,7 +11,7 @@ import torch
 from ..core.config import Config, load_config, save_config
 from ..core.errors import UserError
 from ..core.files import remove_leftovers, write_atomic
-from ..core.lease import Lease, LeaseLost, check_present, is_present
+from ..core.lease import Lease, LeaseLost, check_present, held, is_present
 from ..training.loop import Metrics, TrainState
 from ..training.samples import draw_samples
 from .checkpoint import load_checkpoint, save_checkpoint, save_state
@@ -160,7 +160,7 @@ class Run:
                 self.path, self.lease.file, self.history.file = path, path.lease, path.metrics
 
     def _hold(self) -> AbstractContextManager[None]:
-        return self.lease.hold()
+        return held(self.lease)
 
     @property
     def lines(self) -> dict[int, Metrics]:

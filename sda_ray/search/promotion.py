@@ -27,8 +27,8 @@ __all__ = [
     "unhide",
 ]
 
-STEADY = ("median", "percentile", "patience")  # rules that ask at even distances
-FINAL = (*STEADY, "hyperband")  # rules by which a run that is stopped never goes on
+GEOMETRIC = ("promotion", "hyperband", "none")  # others compare runs at even distances
+FINAL = ("median", "percentile", "patience", "hyperband")  # a run that one of them stops is over
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class Rules:
 
         while rung < self.epochs:
             rungs.append(rung)
-            rung = rung + first if self.pruner in STEADY else rung * self.eta
+            rung = rung * self.eta if self.pruner in GEOMETRIC else rung + first
 
         return (*rungs, self.epochs)
 

@@ -1,12 +1,15 @@
-r"""Verdicts by name: Optuna's own pruners, with explicit resources.
+r"""Final verdicts on runs, by Optuna's pruners.
 
-A run that such a rule stops never goes on, unless a sweep has no finished model without it. The
-rules are asked at rungs, for the runs that wait there, see :func:`sda_ray.search.promotion.decide`. Whatever
-Optuna would remember of earlier verdicts is worked out from the values of the runs.
+A run that such a pruner stops does not go on, unless the sweep would end without a finished model.
+The pruner is asked at rungs, for the runs that wait there, see
+:func:`sda_ray.search.promotion.decide`. A pruner sees a study in memory that is made anew for each
+question: what it would remember of earlier verdicts is worked out from the values of the runs.
 """
 
+import binascii
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from optuna.pruners import (
     BasePruner,
@@ -18,7 +21,7 @@ from optuna.pruners import (
 from optuna.trial import FrozenTrial, TrialState
 
 from .promotion import PruneRule, Rules, TrialRecord
-from .sampler import frozen, memory_study, quiet_optuna
+from .sampler import frozen_trial, memory_study, quiet_optuna
 
 __all__ = ["hyperband_brackets", "prune_rule"]
 
@@ -28,97 +31,122 @@ STATES = {"complete": TrialState.COMPLETE, "failed": TrialState.FAIL}
 
 
 def prune_rule(
-    rules: Rules, name: str, percentile: float = 25.0, patience: int | None = None
+    rules: Rules,
+    name: str,
+    percentile: float = 25.0,
+    patience: int | None = None,
+    pruner: BasePruner | None = None,
 ) -> PruneRule:
-    r"""Returns the verdicts of the rule that `rules.pruner` names.
-
-    They are functions of the runs alone.
+    r"""Returns the verdicts of a pruner as a function of a run and of all runs.
 
     Arguments:
-        rules: The rules of the sweep.
+        rules: The rules of the sweep. They name the pruner.
         name: The name of the sweep, which decides on the brackets of `hyperband`.
         percentile: The share of runs that `percentile` lets go on, in percent.
         patience: The epochs without a new best value after which `patience` stops a run. By
             default three times `rules.min_epochs`.
+        pruner: A pruner of the user, instead of a named one.
     """
 
-    first = rules.min_epochs or rules.epochs
-    steady = {"n_startup_trials": STARTUP, "n_warmup_steps": first, "interval_steps": first}
-    make: dict[str, Callable[[], BasePruner]] = {
-        "median": lambda: MedianPruner(**steady),
-        "percentile": lambda: PercentilePruner(percentile, **steady),
-        "patience": lambda: PatientPruner(None, patience or 3 * first),
-        "hyperband": lambda: _hyperband(rules),
-    }
-
     with quiet_optuna():
-        pruner = make[rules.pruner]()
+        method = pruner or _named(rules, percentile, patience)
 
-    marks = _marks(rules, name) if rules.pruner == "hyperband" else _no_marks
+    known: dict[tuple[int, int, float], dict[str, Any]] = {}  # notes by run, rung and value
+
+    def notes(record: TrialRecord, asked: bool) -> dict[str, Any]:
+        r"""Returns what the pruner notes in a run at the rungs that it has passed.
+
+        A run that is asked for has no note yet of the rung where it waits. One that diverged has
+        the worst value at every rung that it was bound for.
+        """
+
+        diverged, total = record.outcome == "diverged", dict[str, Any]()
+        last = rules.after(record.last) if diverged else record.last - asked
+
+        for rung in rules.rungs:
+            value = math.inf if diverged else record.visible.get(rung, math.nan)
+
+            if rung <= last and not math.isnan(value):
+                key = record.index, rung, value
+
+                if key not in known:
+                    known[key] = _note(method, name, *key, total)
+
+                total |= known[key]
+
+        return total
 
     def stops(record: TrialRecord, records: Sequence[TrialRecord]) -> bool:
-        others = [_trial(r, dict(marks(r, False))) for r in records if r.index != record.index]
-        asked = _trial(record, dict(marks(record, True)), asked=True)
-
         with quiet_optuna():
-            return pruner.prune(memory_study([*others, asked], name=name), asked)
+            others = [_trial(r, notes(r, False)) for r in records if r.index != record.index]
+            asked = _trial(record, notes(record, True), asked=True)
+
+            return method.prune(memory_study([*others, asked], name=name), asked)
 
     return stops
 
 
-def hyperband_brackets(rules: Rules, name: str) -> Callable[[int], int]:
-    r"""Returns what tells the bracket of `hyperband` that a run is in, by its index from 0.
+def _named(rules: Rules, percentile: float, patience: int | None) -> BasePruner:
+    first = rules.min_epochs or rules.epochs
+    steady = {"n_startup_trials": STARTUP, "n_warmup_steps": first, "interval_steps": first}
+    pruners: dict[str, Callable[[], BasePruner]] = {
+        "median": lambda: MedianPruner(**steady),
+        "percentile": lambda: PercentilePruner(percentile, **steady),
+        "patience": lambda: PatientPruner(None, patience or 3 * first),
+        "hyperband": lambda: HyperbandPruner(first, rules.epochs, rules.eta),
+    }
 
-    Runs are compared within their bracket alone, and so a sampler shall see them. That of
-    Optuna 5.0 is meant to, and sees all of them.
-    """
-
-    with quiet_optuna():
-        pruner, study = _hyperband(rules), memory_study([], name=name)
-        pruner.prune(study, frozen(0, TrialState.RUNNING))
-
-    return lambda number: pruner._get_bracket_id(study, frozen(number, TrialState.RUNNING))
-
-
-def _hyperband(rules: Rules) -> HyperbandPruner:
-    return HyperbandPruner(rules.min_epochs or rules.epochs, rules.epochs, rules.eta)
+    return pruners[rules.pruner]()
 
 
-def _trial(record: TrialRecord, marks: dict[str, float], asked: bool = False) -> FrozenTrial:
-    r"""Returns a run as a pruner shall see it: what is hidden is hidden from it too."""
+def _note(
+    method: BasePruner, name: str, index: int, rung: int, value: float, before: dict[str, Any]
+) -> dict[str, Any]:
+    r"""Returns what a pruner notes in a run when it reports its value at a rung, all alone."""
+
+    taken: dict[int, dict[str, Any]] = {}
+    trial = frozen_trial(
+        index - 1, TrialState.RUNNING, system_attrs=dict(before), curve={rung: value}
+    )
+    method.prune(memory_study([trial], name=name, notes=taken), trial)
+
+    return taken.get(index - 1, {})
+
+
+def _trial(record: TrialRecord, notes: dict[str, Any], asked: bool = False) -> FrozenTrial:
+    r"""Returns a run as a pruner sees it. Hidden values are hidden from it, too."""
 
     state = TrialState.RUNNING if asked else STATES.get(record.outcome, TrialState.PRUNED)
     curve = {} if record.outcome == "diverged" else record.visible
     values = [curve[max(curve)]] if curve and state == TrialState.COMPLETE else None
 
-    return frozen(record.index - 1, state, values, system_attrs=marks, curve=curve)
+    return frozen_trial(record.index - 1, state, values, system_attrs=notes, curve=curve)
 
 
-def _no_marks(record: TrialRecord, asked: bool) -> Iterator[tuple[str, float]]:
-    return iter(())
+def hyperband_brackets(rules: Rules, name: str) -> Callable[[int], int]:
+    r"""Returns the function from a run's index, from 0, to its bracket in `hyperband`.
 
+    Runs are compared within their bracket alone, and a sampler sees those of one bracket. The
+    brackets are those of :class:`optuna.pruners.HyperbandPruner`, which does not tell them.
 
-def _marks(rules: Rules, name: str) -> Callable[[TrialRecord, bool], Iterator[tuple[str, float]]]:
-    r"""Returns what gives the notes that Optuna makes when a run passes a rung of its bracket.
-
-    A run that is asked for has no note yet of the rung where it waits. One that diverged has the
-    worst value at every rung that it was bound for.
+    References:
+        | Hyperband: A Novel Bandit-Based Approach to Hyperparameter Optimization (Li et al., 2018)
+        | https://arxiv.org/abs/1603.06560
     """
 
-    bracket = hyperband_brackets(rules, name)
-    first = rules.min_epochs or rules.epochs
+    first, eta = rules.min_epochs or rules.epochs, rules.eta
+    count = math.floor(math.log(rules.epochs / first, eta)) + 1
+    budgets = [math.ceil(count * eta**s / (s + 1)) for s in reversed(range(count))]
 
-    def marks(record: TrialRecord, asked: bool) -> Iterator[tuple[str, float]]:
-        gone = record.outcome == "diverged"
-        until = rules.after(record.last) if gone else record.last - asked
-        rung = first * rules.eta ** bracket(record.index - 1)
+    def bracket(number: int) -> int:
+        place = binascii.crc32(f"{name}_{number}".encode()) % sum(budgets)
 
-        for k in range(len(rules.rungs)):
-            value = math.inf if gone else record.visible.get(rung, math.nan)
+        for i, budget in enumerate(budgets):
+            if place < budget:
+                return i
 
-            if rung <= until and not math.isnan(value):
-                yield f"completed_rung_{k}", value
+            place -= budget
 
-            rung *= rules.eta
+        raise AssertionError
 
-    return marks
+    return bracket

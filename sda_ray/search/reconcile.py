@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ..core.errors import UserError
 from ..core.files import write_json
-from ..core.lease import Lease, LeaseLost, read_holder
+from ..core.lease import Lease, LeaseLost, holder
 from ..runs.metrics import read_history
 from ..runs.outcome import finals
 from ..runs.path import RunPath
@@ -306,7 +306,7 @@ def _read_directory(
 
 
 def _attempt(path: RunPath) -> int:
-    return int((read_holder(path.lease) or {}).get("attempt", 0))
+    return int((holder(path.lease) or {}).get("attempt", 0))
 
 
 def catch_up(study: Study, runs: Path) -> None:

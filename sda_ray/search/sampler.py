@@ -1,20 +1,19 @@
 r"""Draws: which configuration a sweep tries next.
 
-Optuna's samplers never see the study itself but a view of it, made anew for each draw: its states
-are those that a sampler makes the right thing of, see :func:`view`.
+Optuna's samplers never see the study of a sweep but a view of it in memory, which is made anew for
+each draw, see :func:`view`. A draw is thus a function of the seed and of the values of the runs so
+far, and nothing that a sampler notes in a study outlives the draw.
 """
 
 import copy
-import heapq
-import itertools
+import inspect
 import json
 import logging
-import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from itertools import islice
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,8 +23,10 @@ from optuna.distributions import (
     CategoricalDistribution,
     FloatDistribution,
     IntDistribution,
+    check_distribution_compatibility,
     distribution_to_json,
 )
+from optuna.samplers import BaseSampler
 from optuna.storages import InMemoryStorage
 from optuna.trial import FixedTrial, FrozenTrial, TrialState
 
@@ -38,12 +39,15 @@ __all__ = [
     "CallbackTrial",
     "Distributions",
     "Draw",
+    "Sampler",
     "check_kinds",
     "distributions",
     "draw_summary",
-    "frozen",
+    "frozen_trial",
+    "has_value",
     "importances",
     "memory_study",
+    "method_text",
     "propose",
     "quiet_optuna",
     "sample",
@@ -52,32 +56,38 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-Draw = Callable[[Any], dict[str, Any]]  # the values of the keys that vary, for an Optuna trial
-Attempt = Callable[[Any], dict[str, Any] | None]  # the same, or None for one that is left out
-Distributions = dict[str, BaseDistribution]
+REDRAWS = 100  # draws without a new configuration, after which the space is searched exhaustively
+SEARCHED = 1024  # draws of that search, after which the space counts as exhausted
+POPULATION = 20  # runs in a generation of NSGA-II: sweeps have tens to hundreds of runs
 
-FEASIBLE, DIVERGED = {"diverged": 0.0}, {"diverged": 1.0}  # constraints, held if not above 0
+Draw = Callable[[Any], dict[str, Any]]  # the values of the keys that vary, for an Optuna trial
+Distributions = dict[str, BaseDistribution]
+Sampler = str | Callable[[int], BaseSampler]  # a name, or a function of a seed
+Attempt = tuple[dict[str, Any] | None, "CallbackTrial"]  # no values if they are not accepted
 
 
 @contextmanager
-def quiet_optuna(least: int = optuna.logging.WARNING) -> Iterator[None]:
-    r"""Silences what Optuna says of its own experiments, and of its every step."""
+def quiet_optuna(level: int = optuna.logging.WARNING) -> Iterator[None]:
+    r"""Silences Optuna's messages below a level, and its warnings about experimental features."""
 
-    level = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(least)
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(level)
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             yield
     finally:
-        optuna.logging.set_verbosity(level)
+        optuna.logging.set_verbosity(before)
+
+
+# Views
 
 
 class CallbackTrial(FixedTrial):
     r"""Creates a trial that asks a function for the value of each parameter.
 
-    It is what a SPACE draws from; its `params` and `distributions` are those asked for so far.
+    Its `params` and `distributions` are those that were suggested so far.
 
     Arguments:
         answer: Returns the value of a parameter, given its name and distribution.
@@ -87,20 +97,51 @@ class CallbackTrial(FixedTrial):
     def __init__(self, answer: Callable[[str, BaseDistribution], Any], number: int = 0) -> None:
         super().__init__({}, number)
         self.answer = answer
+        self.suggested: dict[str, Any] = {}
+        self.asked: Distributions = {}
 
-    def _suggest(self, name: str, distribution: BaseDistribution) -> Any:
-        if name not in self.params:
-            self._params[name] = self.answer(name, distribution)
+    @property
+    def params(self) -> dict[str, Any]:
+        return self.suggested
 
-        return super()._suggest(name, distribution)
+    @property
+    def distributions(self) -> Distributions:
+        return self.asked
+
+    def suggest_float(
+        self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
+    ) -> Any:
+        return self.suggest(name, FloatDistribution(low, high, log=log, step=step))
+
+    def suggest_int(
+        self, name: str, low: int, high: int, *, step: int = 1, log: bool = False
+    ) -> Any:
+        return self.suggest(name, IntDistribution(low, high, log=log, step=step))
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        return self.suggest(name, CategoricalDistribution(choices))
+
+    def suggest(self, name: str, distribution: BaseDistribution) -> Any:
+        if name in self.asked:
+            check_distribution_compatibility(self.asked[name], distribution)
+        else:
+            self.suggested[name] = self.answer(name, distribution)
+
+        self.asked[name] = distribution
+
+        return self.suggested[name]
 
 
-class _Memory(InMemoryStorage):
-    r"""Creates a storage of given trials, which nobody changes: Optuna's copies each of them."""
+class _MemoryStorage(InMemoryStorage):
+    r"""Creates a storage of given trials that does not copy them, as Optuna's own does.
 
-    def __init__(self, trials: Sequence[FrozenTrial]) -> None:
+    What samplers and pruners note in a trial goes to `notes`, by the trial's number.
+    """
+
+    def __init__(self, trials: Sequence[FrozenTrial], notes: dict[int, dict[str, Any]]) -> None:
         super().__init__()
         self.trials = trials
+        self.notes = notes
 
     def get_all_trials(
         self,
@@ -111,29 +152,41 @@ class _Memory(InMemoryStorage):
         return [trial for trial in self.trials if states is None or trial.state in states]
 
     def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
-        r"""Forgets what Optuna notes of the trial in question, for processes that there are not."""
+        self.notes.setdefault(trial_id, {})[key] = value
 
 
 def memory_study(
-    trials: Sequence[FrozenTrial], objectives: int = 1, name: str = "view"
+    trials: Sequence[FrozenTrial],
+    objectives: int = 1,
+    name: str = "view",
+    notes: dict[int, dict[str, Any]] | None = None,
 ) -> optuna.Study:
-    r"""Returns a study of trials, for one question."""
+    r"""Returns a study of trials in memory, for one question to a sampler or pruner.
+
+    Arguments:
+        trials: The trials.
+        objectives: The number of objectives.
+        name: The name of the study.
+        notes: Is given what is noted in trials, by their numbers.
+    """
+
+    storage = _MemoryStorage(trials, {} if notes is None else notes)
 
     return optuna.create_study(
-        storage=_Memory(trials), study_name=name, directions=["minimize"] * objectives
+        storage=storage, study_name=name, directions=["minimize"] * objectives
     )
 
 
-def frozen(
+def frozen_trial(
     number: int,
     state: TrialState,
     values: Sequence[float] | None = None,
-    params: dict[str, Any] | None = None,
+    params: Mapping[str, Any] | None = None,
     distributions: Distributions | None = None,
     system_attrs: dict[str, Any] | None = None,
     curve: dict[int, float] | None = None,
 ) -> FrozenTrial:
-    r"""Returns a trial of Optuna without the checks and copies of its own constructors."""
+    r"""Returns a trial of Optuna, without the checks and copies of `create_trial`."""
 
     return FrozenTrial(
         number=number,
@@ -143,7 +196,7 @@ def frozen(
         values=values,
         datetime_start=None,
         datetime_complete=None,
-        params=params or {},
+        params=dict(params or {}),
         distributions=distributions or {},
         user_attrs={},
         system_attrs=system_attrs or {},
@@ -154,327 +207,153 @@ def frozen(
 def view(
     records: Iterable[TrialRecord], current: Distributions | None = None, objectives: int = 1
 ) -> list[FrozenTrial]:
-    r"""Returns the runs of a sweep as a sampler shall see them.
+    r"""Returns the runs of a sweep as a sampler sees them.
 
-    Complete runs are complete, paused ones pruned with their curve, those in flight running (it
-    keeps away from them), diverged ones infeasible, and failed ones absent. Absent are also those
-    with parameters that the space has not got any more, and with too few objectives.
+    Complete runs are complete, paused ones pruned with their curve, those in flight running (the
+    sampler keeps away from them) and diverged ones infeasible. Failed runs are absent, and so are
+    runs with parameters that are not in the space any more, or with too few objectives.
 
     Arguments:
         records: The runs.
-        current: The distributions of the space as it is, if it is the same for all trials. With
-            distributions that differ from trial to trial a parameter would leave the joint space.
+        current: The distributions of the space, if they are the same for all trials. A parameter
+            whose distribution differs from trial to trial would leave the joint space.
         objectives: The number of objectives.
     """
 
-    fits = [(name, _fit(d)) for name, d in (current or {}).items()]
-    seen = []
+    covers = None if current is None else _coverage(current)
+    trials = []
 
     for record in records:
-        if record.state == "failed":
+        if record.state == "failed" or (covers and not covers(record.trial.params)):
             continue
 
-        params = record.trial.params
+        distributions = record.trial.distributions if current is None else current
 
-        if current is None:
-            distributions = record.trial.distributions
-        elif len(params) == len(fits) and all(n in params and fit(params[n]) for n, fit in fits):
-            distributions = current
-        else:
-            continue
+        if (trial := _seen_by_sampler(record, distributions, objectives)) is not None:
+            trials.append(trial)
 
-        if (trial := _seen(record, distributions, objectives)) is not None:
-            seen.append(trial)
-
-    return seen
+    return trials
 
 
-class _Seen(FrozenTrial):
-    r"""Creates a trial that knows its constraints: Optuna's own looks for them in all its notes."""
+def _coverage(distributions: Distributions) -> Callable[[Mapping[str, Any]], bool]:
+    r"""Returns the test whether parameters are those of distributions; it is quick to repeat."""
 
-    @property
-    def constraints(self) -> dict[str, float]:
-        return FEASIBLE
+    tests = [(name, _membership(distribution)) for name, distribution in distributions.items()]
 
-
-class _Diverged(FrozenTrial):
-    r"""Creates a trial that no sampler wants to be near to."""
-
-    @property
-    def constraints(self) -> dict[str, float]:
-        return DIVERGED
+    return lambda params: (
+        len(params) == len(tests)
+        and all(name in params and test(params[name]) for name, test in tests)
+    )
 
 
-def _seen(
+def _seen_by_sampler(
     record: TrialRecord, distributions: Distributions, objectives: int
 ) -> FrozenTrial | None:
-    outcome = record.outcome
-    diverged = outcome == "diverged"
+    diverged = record.outcome == "diverged"
     curve = {} if diverged or objectives > 1 else record.visible
     values: tuple[float, ...] | None = (curve[max(curve)],) if curve else None
     state = TrialState.PRUNED
 
-    if outcome == "complete":
+    if record.outcome == "complete":
         state = TrialState.COMPLETE
         values = values if objectives == 1 else record.finals
 
         if values is None or len(values) != objectives:
             return None
-    elif outcome == "running" and not record.paused:
+    elif record.outcome == "running" and not record.paused:
         state, values = TrialState.RUNNING, None
 
-    return (_Diverged if diverged else _Seen)(
-        number=record.index - 1,
-        trial_id=record.index - 1,
-        state=state,
-        value=None,
-        values=values,
-        datetime_start=None,
-        datetime_complete=None,
-        params=record.trial.params,
-        distributions=distributions,
-        user_attrs={},
-        system_attrs={},
-        intermediate_values=curve,
-    )
+    params, notes = record.trial.params, {"constraints": [float(diverged)]}
+
+    return frozen_trial(record.index - 1, state, values, params, distributions, notes, curve)
 
 
-def _fit(distribution: BaseDistribution) -> Callable[[Any], bool]:
-    r"""Returns what tells whether a distribution has a value; Optuna's own takes its time."""
+def has_value(distribution: BaseDistribution, value: Any) -> bool:
+    r"""Returns whether a distribution has a value."""
 
+    return _membership(distribution)(value)
+
+
+def _membership(distribution: BaseDistribution) -> Callable[[Any], bool]:
     if isinstance(distribution, CategoricalDistribution):
-        return frozenset(distribution.choices).__contains__
+        return distribution.choices.__contains__
 
     assert isinstance(distribution, FloatDistribution | IntDistribution)
     low, high, step = distribution.low, distribution.high, distribution.step
 
-    if step is None or step == 1:
-        return lambda value: low <= value <= high
+    def has(value: Any) -> bool:
+        if type(value) not in (int, float) or not low <= value <= high:
+            return False
 
-    return lambda value: low <= value <= high and distribution._contains(value)
+        return step is None or abs((steps := (value - low) / step) - round(steps)) < 1e-8
 
-
-def combinations(
-    draw: Attempt,
-    records: Sequence[TrialRecord],
-    fixed: Mapping[str, Any],
-    current: Distributions | None,
-) -> Iterator[tuple[dict[str, Any] | None, CallbackTrial]]:
-    r"""Yields all combinations of options; the parameter that is asked for last changes first."""
-
-    tried = {frozenset(record.trial.params.items()) for record in records}
-
-    if current is not None:
-        # Those tried before are passed over without a draw
-        axes = [_options(name, current[name], fixed) for name in current]
-
-        for options in itertools.product(*axes):
-            params = dict(zip(current, options, strict=True))
-
-            if frozenset(params.items()) not in tried:
-                trial = CallbackTrial(lambda name, _, params=params: params[name])  # type: ignore[misc]
-                yield draw(trial), trial
-
-        return
-
-    given: list[int] | None = []
-
-    while given is not None:
-        done: list[tuple[int, int]] = []
-
-        def answer(name: str, distribution: BaseDistribution, at: Any = (given, done)) -> Any:
-            given, done = at
-            options = _options(name, distribution, fixed)
-            i = given[len(done)] if len(done) < len(given) else 0
-            done.append((i, len(options)))
-
-            return options[i]
-
-        values = draw(trial := CallbackTrial(answer))
-
-        if frozenset(trial.params.items()) not in tried:
-            yield values, trial
-
-        while done and done[-1][0] + 1 == done[-1][1]:
-            done.pop()
-
-        given = [*(i for i, _ in done[:-1]), done[-1][0] + 1] if done else None
+    return has
 
 
-def _options(name: str, distribution: BaseDistribution, fixed: Mapping[str, Any]) -> Sequence[Any]:
-    if name in fixed:
-        return [take(fixed, name, distribution)]
-    elif isinstance(distribution, CategoricalDistribution):
-        return distribution.choices
-    elif isinstance(distribution, IntDistribution) and not distribution.log:
-        return range(distribution.low, distribution.high + 1, distribution.step)
-
-    raise Endless(f"{name} has no finite set of options, which sampler='grid' needs")
+# Samplers
 
 
-class Endless(ValueError):
-    r"""Signals a parameter with more options than can be gone through."""
+def _is_infeasible(trial: FrozenTrial) -> bool:
+    return any(violation > 0 for violation in trial.system_attrs["constraints"])
 
 
-class Misfit(ValueError):
-    r"""Signals that parameters asked for are none of the space."""
+def _make_sampler(sampler: Sampler, seed: int) -> BaseSampler:
+    r"""Returns a sampler for one draw."""
 
+    constraints: dict[str, Any] = {}
 
-def take(fixed: Mapping[str, Any], name: str, distribution: BaseDistribution) -> Any:
-    r"""Returns a parameter that the configuration shall have."""
+    # Optuna 5 reads the constraints of trials; in Optuna 4 they count if there is a function.
+    if not hasattr(FrozenTrial, "constraints"):
+        constraints["constraints_func"] = lambda trial: trial.system_attrs["constraints"]
 
-    try:
-        contained = distribution._contains(distribution.to_internal_repr(fixed[name]))
-    except (TypeError, ValueError):
-        contained = False
+    if callable(sampler):
+        method = sampler(seed)
 
-    if not contained:
-        raise Misfit(f"{name}={fixed[name]!r} is not in SPACE: {distribution}.")
+        if not isinstance(method, BaseSampler):
+            raise UserError(
+                f"sampler returned {method!r}, but must return an optuna.samplers.BaseSampler."
+            )
 
-    return fixed[name]
+        if isinstance(method, optuna.samplers.CmaEsSampler):
+            raise UserError(
+                "sampler returned a CmaEsSampler, which keeps its state in the study as a pickle "
+                "and so cannot learn here. Return another one, such as a TPESampler."
+            )
 
-
-def first(name: str, distribution: BaseDistribution) -> Any:
-    if isinstance(distribution, CategoricalDistribution):
-        return distribution.choices[0]
-
-    return distribution.low  # type: ignore[attr-defined]
-
-
-REDRAWS = 100  # draws without a new configuration, after which combinations are gone through
-REST = 4096  # of these, if their number is finite, after which the space counts as exhausted
-CROWD = 1000  # runs above which TPE sees the best and the newest alone, so that draws stay quick
-ELITE = 100  # of these, the best: TPE takes 25 of them for good
-POPULATION = 20  # runs in a generation of NSGA-II: sweeps have tens to hundreds of runs
-
-
-def new(number: int, *params: Any) -> FrozenTrial:
-    return frozen(number, TrialState.RUNNING, None, *params)
-
-
-def draws(
-    draw: Attempt,
-    records: Sequence[TrialRecord],
-    seed: int,
-    sampler: str,
-    fixed: Mapping[str, Any],
-    current: Distributions | None,
-    objectives: int,
-    group: Callable[[int], int] | None,
-) -> Iterator[tuple[dict[str, Any] | None, CallbackTrial]]:
-    r"""Yields draws, each by a sampler with a seed of its own, up to a few; then what is left."""
-
-    number = len(records)
-    kin = [r for r in records if group is None or group(r.index - 1) == group(number)]
-    trials = [] if sampler == "random" else view(kin, current, objectives)
-
-    if sampler == "tpe" and len(trials) > CROWD:
-        newest = trials[ELITE - CROWD :]
-        trials = [*_best(trials[: -len(newest)]), *newest]
+        return method
+    elif sampler == "tpe":
+        # The defaults of Optuna 5, given to Optuna 4 too
+        return optuna.samplers.TPESampler(
+            seed=seed, multivariate=True, group=True, constant_liar=True, **constraints
+        )
     elif sampler == "gp":
-        trials = _with_diverged(trials)
-    elif sampler == "nsga2":
-        trials = _with_generations(trials)
-
-    study, kinds = memory_study(trials, objectives), _kinds(trials, objectives)
-
-    for i in range(REDRAWS):
-        # A model that is sure of itself repeats itself: that says nothing about the space
-        method = _sampler(sampler if i < REDRAWS // 2 else "random", (seed, number, i), kinds)
-        space = method.infer_relative_search_space(study, new(number))
-        joint = method.sample_relative(study, new(number), space)
-
-        def answer(name: str, distribution: BaseDistribution, at: Any = (method, joint)) -> Any:
-            method, joint = at
-
-            if name in fixed:
-                return take(fixed, name, distribution)
-            elif distribution.single():
-                return first(name, distribution)
-            elif name in joint and distribution._contains(
-                distribution.to_internal_repr(joint[name])
-            ):
-                return joint[name]
-
-            return method.sample_independent(study, new(number), name, distribution)
-
-        trial = CallbackTrial(answer, number)
-
-        yield draw(trial), trial
-
-        if trial.params.keys() <= fixed.keys():
-            return  # it would be the same again
-
-    with suppress(Endless):
-        yield from islice(combinations(draw, records, fixed, current), REST)
-
-
-def _kinds(trials: Sequence[FrozenTrial], objectives: int) -> optuna.Study:
-    r"""Returns a study with a trial for each set of parameters, in the order of their first."""
-
-    finished = (trial for trial in trials if trial.state.is_finished())
-    kinds: dict[frozenset[str], FrozenTrial] = {}
-
-    for trial in finished:
-        kinds.setdefault(frozenset(trial.distributions), trial)
-
-    return memory_study(list(kinds.values()), objectives)
-
-
-class _TPE(optuna.samplers.TPESampler):
-    r"""Creates Optuna's sampler, for a space that needs not be looked for in every trial."""
-
-    def __init__(self, seed: int, kinds: optuna.Study) -> None:
-        super().__init__(seed=seed, multivariate=True, group=True)
-        self.kinds = kinds
-
-    def infer_relative_search_space(self, study: Any, trial: Any) -> dict[str, Any]:
-        return super().infer_relative_search_space(self.kinds, trial)
-
-
-def _sampler(
-    name: str, entropy: tuple[int, int, int], kinds: optuna.Study
-) -> optuna.samplers.BaseSampler:
-    seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
-
-    if name == "tpe":
-        return _TPE(seed, kinds)
-    elif name == "gp":
         return optuna.samplers.GPSampler(seed=seed, warn_independent_sampling=False)
-    elif name == "nsga2":
-        return optuna.samplers.NSGAIISampler(population_size=POPULATION, seed=seed)
+    elif sampler == "nsga2":
+        return optuna.samplers.NSGAIISampler(population_size=POPULATION, seed=seed, **constraints)
 
     return optuna.samplers.RandomSampler(seed=seed)
 
 
-def _best(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    r"""Returns the best trials, in the order of TPE: complete ones first, then the furthest."""
+def _prepare(method: BaseSampler, trials: list[FrozenTrial], objectives: int) -> list[FrozenTrial]:
+    r"""Returns the trials with what a sampler does not work out by itself."""
 
-    def key(trial: FrozenTrial) -> tuple[bool, bool, int, float]:
-        step = max(trial.intermediate_values, default=0)
-        value = trial.values[0] if trial.values else math.inf
+    if isinstance(method, optuna.samplers.GPSampler):
+        return _with_diverged(trials)
+    elif isinstance(method, optuna.samplers.NSGAIISampler | optuna.samplers.NSGAIIISampler):
+        return _with_generations(method, trials, objectives)
 
-        return (
-            trial.constraints["diverged"] > 0,
-            trial.state != TrialState.COMPLETE,
-            0 if trial.state == TrialState.COMPLETE else -step,
-            value,
-        )
-
-    best = heapq.nsmallest(ELITE, trials, key)
-
-    return sorted(best, key=lambda trial: trial.number)
+    return trials
 
 
 def _with_diverged(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    r"""Lets a Gaussian process, which passes over pruned trials, know of those that diverged."""
+    r"""Gives diverged runs the worst values: a Gaussian process learns from complete ones alone."""
 
     complete = [trial.values for trial in trials if trial.state == TrialState.COMPLETE]
     worst = [max(values) for values in zip(*complete, strict=True)]
     known = []
 
     for trial in trials:
-        if trial.constraints["diverged"] > 0 and worst:
+        if worst and _is_infeasible(trial):
             trial = copy.copy(trial)
             trial.state, trial.values = TrialState.COMPLETE, worst
 
@@ -483,42 +362,83 @@ def _with_diverged(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     return known
 
 
-def _with_generations(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    r"""Numbers the generations of NSGA-II, in which Optuna leaves a note of its own."""
+def _with_generations(
+    method: Any, trials: Sequence[FrozenTrial], objectives: int
+) -> list[FrozenTrial]:
+    r"""Lets a genetic algorithm number the generations of complete runs, in the order of runs."""
 
-    key = optuna.samplers.NSGAIISampler._get_generation_key()
-    complete = (trial for trial in trials if trial.state == TrialState.COMPLETE)
+    known: list[FrozenTrial] = []
+    notes: dict[int, dict[str, Any]] = {}
 
-    for i, trial in enumerate(complete):
-        trial.system_attrs[key] = i // POPULATION
+    for trial in trials:
+        if trial.state == TrialState.COMPLETE:
+            newest = known[-method.population_size :]
+            method.get_trial_generation(memory_study(newest, objectives, notes=notes), trial)
+            trial.system_attrs.update(notes.pop(trial.number))
+            known.append(trial)
 
     return list(trials)
 
 
-Drawn = tuple[dict[str, Any], FrozenTrial]
+def _one_of_each_kind(trials: Sequence[FrozenTrial], objectives: int) -> optuna.Study:
+    r"""Returns a study of one trial for each set of parameters: TPE infers the same space."""
+
+    kinds: dict[frozenset[str], FrozenTrial] = {}
+
+    for trial in trials:
+        if trial.state.is_finished():
+            kinds.setdefault(frozenset(trial.distributions), trial)
+
+    return memory_study(list(kinds.values()), objectives)
+
+
+def method_text(method: Any) -> str:
+    r"""Returns the class and the parameters of a sampler or pruner, to be recorded.
+
+    Example:
+        >>> method_text(optuna.pruners.MedianPruner(n_warmup_steps=2))
+        'MedianPruner(n_startup_trials=5, n_warmup_steps=2, interval_steps=1, n_min_trials=1)'
+    """
+
+    fields = {name.lstrip("_"): value for name, value in vars(method).items()}
+    texts = []
+
+    for name in inspect.signature(type(method)).parameters:
+        value = fields.get(name)
+
+        if isinstance(value, str | int | float | tuple):
+            texts.append(f"{name}={value!r}")
+        elif isinstance(value, BaseSampler | optuna.pruners.BasePruner):
+            texts.append(f"{name}={method_text(value)}")
+
+    return f"{type(method).__name__}({', '.join(texts)})"
+
+
+# Draws
 
 
 def propose(
     draw: Draw,
     records: Sequence[TrialRecord],
     seed: int = 0,
-    sampler: str = "tpe",
+    sampler: Sampler = "tpe",
     fixed: dict[str, Any] | None = None,
     current: Distributions | None = None,
     config: Mapping[str, Any] | None = None,
     objectives: int = 1,
     group: Callable[[int], int] | None = None,
-) -> Drawn | None:
+) -> tuple[dict[str, Any], FrozenTrial] | None:
     r"""Draws a configuration that no run of a sweep has.
 
-    What is drawn is a function of the seed, the number of runs and what they have shown so far.
+    The draw is a function of the seed, the number of runs and their values so far.
 
     Arguments:
-        draw: Gives the values of the keys that vary, for an Optuna trial.
+        draw: Returns the values of the keys that vary, given an Optuna trial.
         records: All runs of the sweep.
         seed: The seed of all draws of the sweep.
-        sampler: `tpe`, `random`, `gp`, `nsga2` or `grid`.
-        fixed: Parameters, all or some, that the configuration shall have.
+        sampler: `tpe`, `random`, `gp`, `nsga2`, `grid`, or a function of a seed that returns an
+            Optuna sampler.
+        fixed: Parameters, all or some, that the configuration must have.
         current: The distributions of the space, if they are the same for all trials.
         config: The CONFIG that the values vary: two draws that only differ in keys left out are
             one configuration.
@@ -531,42 +451,232 @@ def propose(
         nothing new to draw.
     """
 
-    fixed, left_out = fixed or {}, set[str]()
+    attempts = _Attempts(draw, records, seed, sampler, fixed or {}, current, objectives, group)
 
-    def attempt(trial: CallbackTrial) -> dict[str, Any] | None:
+    with quiet_optuna(logging.ERROR):  # GPSampler warns of packages that would make it faster
         try:
-            return draw(trial)
-        except UserError as error:
-            if trial.params.keys() <= fixed.keys():  # another draw would be the same
-                raise
-
-            if (why := str(error)) not in left_out:
-                left_out.add(why)
-                logger.warning("a configuration that SPACE has drawn is left out: %s", why)
-
-            return None
-
-    with quiet_optuna(
-        logging.ERROR
-    ):  # it misses packages that would make a Gaussian process faster
-        found = (
-            combinations(attempt, records, fixed, current)
-            if sampler == "grid"
-            else draws(attempt, records, seed, sampler, fixed, current, objectives, group)
-        )
-
-        try:
-            for values, trial in found:
-                if values is None or any(
+            for values, trial in attempts:
+                if values is not None and not any(
                     _alike(values, record.config, config or {}) for record in records
                 ):
-                    continue
-
-                return values, new(len(records), trial.params, trial.distributions)
-        except Misfit as misfit:
-            logger.warning("%s", misfit)
+                    number = len(records)
+                    drawn = trial.params, trial.distributions
+                    return values, frozen_trial(number, TrialState.RUNNING, None, *drawn)
+        except _NotInSpace as error:
+            logger.warning("%s", error)
 
     return None
+
+
+class _NotInSpace(ValueError):
+    r"""Raised if fixed parameters are not in the space."""
+
+
+class _Infinite(ValueError):
+    r"""Raised if a parameter has infinitely many values, in an exhaustive search."""
+
+
+@dataclass
+class _Attempts:
+    r"""Creates the draws of one proposal, see :func:`propose` for the arguments.
+
+    First come draws of the sampler, then of the rest of the space if that is finite. Repetitions
+    of a sampler say nothing about the space: a model that is sure of itself repeats itself.
+    """
+
+    draw: Draw
+    records: Sequence[TrialRecord]
+    seed: int
+    sampler: Sampler
+    fixed: Mapping[str, Any]
+    current: Distributions | None
+    objectives: int
+    group: Callable[[int], int] | None
+    rejected: set[str] = field(default_factory=set)
+
+    def __iter__(self) -> Iterator[Attempt]:
+        if self.sampler != "grid":
+            for attempt in self._sampled():
+                yield attempt
+
+                if attempt[1].params.keys() <= self.fixed.keys():
+                    return  # another draw would be the same
+
+        try:
+            yield from self._exhaustive()
+        except _Infinite as error:
+            if self.sampler == "grid":
+                raise UserError(f"{error}, which sampler='grid' needs") from error
+
+    @property
+    def number(self) -> int:
+        return len(self.records)
+
+    def _seed(self, i: int) -> int:
+        entropy = np.random.SeedSequence((self.seed, self.number, i))
+
+        return int(entropy.generate_state(1)[0])
+
+    def _try(self, ask: Callable[[str, BaseDistribution], Any]) -> Attempt:
+        r"""Draws once. The function is asked for parameters that are neither fixed nor single."""
+
+        def answer(name: str, distribution: BaseDistribution) -> Any:
+            if name in self.fixed:
+                if not has_value(distribution, self.fixed[name]):
+                    raise _NotInSpace(
+                        f"{name}={self.fixed[name]!r} is not in SPACE: {distribution}."
+                    )
+
+                return self.fixed[name]
+            elif distribution.single():
+                return _first(name, distribution)
+
+            return ask(name, distribution)
+
+        trial = CallbackTrial(answer, self.number)
+
+        try:
+            return self.draw(trial), trial
+        except UserError as error:
+            if trial.params.keys() <= self.fixed.keys():  # another draw would be the same
+                raise
+
+            if (why := str(error)) not in self.rejected:
+                self.rejected.add(why)
+                logger.warning("a configuration that SPACE has drawn is left out: %s", why)
+
+            return None, trial
+
+    def _sampled(self) -> Iterator[Attempt]:
+        group, number = self.group, self.number
+        kin = [r for r in self.records if group is None or group(r.index - 1) == group(number)]
+        trials = [] if self.sampler == "random" else view(kin, self.current, self.objectives)
+        named = self.sampler == "tpe"
+        study: optuna.Study | None = None
+        new = frozen_trial(number, TrialState.RUNNING)
+
+        for i in range(REDRAWS):
+            method = _make_sampler(self.sampler if 2 * i < REDRAWS else "random", self._seed(i))
+
+            if study is None:
+                trials = _prepare(method, trials, self.objectives)
+                study = memory_study([*trials, new], self.objectives)
+                kinds = _one_of_each_kind(trials, self.objectives)
+
+            space = method.infer_relative_search_space(kinds if named else study, new)
+            joint = method.sample_relative(study, new, space)
+
+            def ask(
+                name: str,
+                distribution: BaseDistribution,
+                method: BaseSampler = method,
+                joint: dict[str, Any] = joint,
+                study: optuna.Study = study,
+            ) -> Any:
+                if name in joint and has_value(distribution, joint[name]):
+                    return joint[name]
+
+                return method.sample_independent(study, new, name, distribution)
+
+            yield self._try(ask)
+
+    def _exhaustive(self) -> Iterator[Attempt]:
+        r"""Yields configurations that were not tried, by :class:`optuna.samplers.BruteForceSampler`.
+
+        The sampler repeats itself once it has tried all of the space.
+        """
+
+        tried = {frozenset(record.trial.params.items()) for record in self.records}
+        history = [trial for record in self.records if (trial := self._replay(record))]
+
+        for i in range(SEARCHED):
+            method = optuna.samplers.BruteForceSampler(seed=self._seed(i))
+            suggested: dict[str, Any] = {}
+
+            def ask(
+                name: str,
+                distribution: BaseDistribution,
+                method: BaseSampler = method,
+                suggested: dict[str, Any] = suggested,
+            ) -> Any:
+                _check_finite(name, distribution)
+                asked = frozen_trial(self.number, TrialState.RUNNING, None, suggested)
+                study = memory_study([*history, asked])
+                suggested[name] = method.sample_independent(study, asked, name, distribution)
+
+                return suggested[name]
+
+            values, attempt = self._try(ask)
+            key = frozenset(attempt.params.items())
+
+            if key in tried:
+                return
+
+            yield values, attempt
+
+            tried.add(key)
+            history.append(
+                self._searched(1 + self.number + i, attempt.params, attempt.distributions)
+            )
+
+    def _replay(self, record: TrialRecord) -> FrozenTrial | None:
+        r"""Returns a run in terms of the space as it is now, or None if it is not part of it."""
+
+        params = record.trial.params
+
+        if any(params.get(name, value) != value for name, value in self.fixed.items()):
+            return None
+
+        if self.current is not None:
+            if not _coverage(self.current)(params):
+                return None
+
+            return self._searched(record.index - 1, params, self.current)
+
+        def answer(name: str, distribution: BaseDistribution) -> Any:
+            if name not in params or not has_value(distribution, params[name]):
+                raise _NotInSpace
+
+            return params[name]
+
+        trial = CallbackTrial(answer)
+
+        try:
+            self.draw(trial)
+        except _NotInSpace:
+            return None
+        except UserError:  # rejected, but part of the space
+            pass
+
+        return self._searched(record.index - 1, trial.params, trial.distributions)
+
+    def _searched(
+        self, number: int, params: Mapping[str, Any], distributions: Distributions
+    ) -> FrozenTrial:
+        free = {
+            name: distribution
+            for name, distribution in distributions.items()
+            if name not in self.fixed and not distribution.single()
+        }
+
+        for name, distribution in free.items():
+            _check_finite(name, distribution)
+
+        return frozen_trial(
+            number, TrialState.PRUNED, None, {name: params[name] for name in free}, free
+        )
+
+
+def _check_finite(name: str, distribution: BaseDistribution) -> None:
+    if isinstance(distribution, FloatDistribution) and distribution.step is None:
+        raise _Infinite(f"{name} has no finite set of options")
+
+
+def _first(name: str, distribution: BaseDistribution) -> Any:
+    if isinstance(distribution, CategoricalDistribution):
+        return distribution.choices[0]
+
+    return distribution.low  # type: ignore[attr-defined]
 
 
 def sample(draw: Draw, count: int) -> list[tuple[dict[str, Any], CallbackTrial]]:
@@ -574,9 +684,10 @@ def sample(draw: Draw, count: int) -> list[tuple[dict[str, Any], CallbackTrial]]
 
     with quiet_optuna():
         sampler, study = optuna.samplers.RandomSampler(seed=0), memory_study([])
+        new = frozen_trial(0, TrialState.RUNNING)
 
         def answer(name: str, distribution: BaseDistribution) -> Any:
-            return sampler.sample_independent(study, new(0), name, distribution)
+            return sampler.sample_independent(study, new, name, distribution)
 
         trials = [CallbackTrial(answer, number) for number in range(count)]
 
@@ -641,7 +752,7 @@ def draw_summary(draw: Draw, count: int = 32) -> list[str]:
 def distributions(draw: Draw) -> Distributions:
     r"""Returns the distributions that a space draws from, which must be the same for all trials."""
 
-    trial = CallbackTrial(first)
+    trial = CallbackTrial(_first)
     draw(trial)
 
     return trial.distributions

@@ -2,10 +2,10 @@ r"""The definition of a sweep: a name, a CONFIG, a SPACE and a few settings, mad
 
 import importlib.util
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..core.config import Config, check_config
 from ..core.errors import UserError
@@ -13,6 +13,10 @@ from ..core.space import Space, check_space, draw, split
 from ..data.dataset import DataInfo
 from ..search.promotion import FINAL, PruneRule, Rules, TrialRecord
 from .record import definition_of
+
+if TYPE_CHECKING:
+    from optuna.pruners import BasePruner
+    from optuna.samplers import BaseSampler
 
 __all__ = [
     "OBJECTIVES",
@@ -98,6 +102,9 @@ def _check_methods(sweep: Any) -> None:
     for key, options in (("sampler", SAMPLERS), ("pruner", PRUNERS)):
         value = getattr(sweep, key)
 
+        if not isinstance(value, str) and _is_method(key, value):
+            continue
+
         if value not in options:
             why = ""
 
@@ -107,13 +114,33 @@ def _check_methods(sweep: Any) -> None:
                     "and who may write a study could run code where it is read."
                 )
 
-            raise UserError(f"{key} is {value!r}, but must be one of {', '.join(options)}.{why}")
+            other = {"sampler": "a function of a seed", "pruner": "an Optuna pruner"}[key]
+            raise UserError(
+                f"{key} is {value!r}, but must be one of {', '.join(options)}, or {other}.{why}"
+            )
 
     if sweep.sampler == "gp" and sweep.pruner != "none":
         raise UserError(
             f"sampler is 'gp', which learns from complete trials alone, and pruner is "
             f"{sweep.pruner!r}. Take pruner='none', or sampler='tpe'."
         )
+
+
+def _is_method(key: str, value: Any) -> bool:
+    from optuna.pruners import BasePruner
+
+    return callable(value) if key == "sampler" else isinstance(value, BasePruner)
+
+
+def _method(method: Any) -> str:
+    r"""Returns a sampler or pruner as it is recorded: an object by its class and parameters."""
+
+    if isinstance(method, str):
+        return method
+
+    from ..search.sampler import method_text
+
+    return method_text(method(0) if callable(method) else method)
 
 
 def _check_objectives(sweep: Any) -> None:
@@ -153,14 +180,15 @@ class Sweep:
         space: The keys of CONFIG that vary, see :mod:`sda_ray.core.space`.
         trials: The number of trials wanted.
         seed: The seed of all draws. That of the trainings is CONFIG's.
-        sampler: `tpe`, `random`, `gp` (a Gaussian process), `grid` (all combinations of options, in
-            order) or `nsga2`. By default `tpe`, and `nsga2` for several objectives.
-        pruner: What stops trials early. `promotion`, see :mod:`sda_ray.search.promotion`; by verdicts that
-            are final `median`, `percentile`, `patience` or `hyperband`, see
+        sampler: `tpe`, `random`, `gp` (a Gaussian process), `grid` (all combinations of options) or
+            `nsga2`; or a function of a seed that returns an Optuna sampler, which is called for
+            each draw. By default `tpe`, and `nsga2` for several objectives.
+        pruner: What stops trials early. `promotion`, see :mod:`sda_ray.search.promotion`; by final
+            verdicts `median`, `percentile`, `patience`, `hyperband` or any Optuna pruner, see
             :mod:`sda_ray.search.pruners`; or `none`. By default `promotion`, and `none` for several
             objectives.
-        min_epochs: The first rung; for `median`, `percentile` and `patience` the distance of all
-            rungs. By default `epochs` over the third power of `eta`.
+        min_epochs: The first rung; for `median`, `percentile`, `patience` and pruners of Optuna the
+            distance of all rungs. By default `epochs` over the third power of `eta`.
         eta: One in `eta` trials goes on at each rung.
         finalists: The least number of trials that get the full number of epochs.
         objectives: What is minimised: `loss_valid` and, after it, any of `parameters`, `seconds`
@@ -176,8 +204,8 @@ class Sweep:
     space: Space
     trials: int = 16
     seed: int = 0
-    sampler: str = ""
-    pruner: str = ""
+    sampler: "str | Callable[[int], BaseSampler]" = ""
+    pruner: "str | BasePruner" = ""
     min_epochs: int | None = None
     eta: int = 3
     finalists: int = 1
@@ -221,7 +249,7 @@ class Sweep:
                 f"min_epochs is {first}, but must be at most epochs (={config['epochs']})."
             )
 
-        space = check_space(self.space, config, **known, pruner=self.pruner)
+        space = check_space(self.space, config, **known, pruner=_method(self.pruner))
         checked = replace(self, config=config, space=space, min_epochs=first)
         checked._try_draws(known)
 
@@ -230,13 +258,13 @@ class Sweep:
     def _try_draws(self, known: dict[str, int]) -> None:
         r"""Tries what only a draw can tell: what functions return, and what a grid is made of."""
 
-        if not callable(self.space) and self.sampler != "grid":
+        if not callable(self.space) and self.sampler != "grid" and isinstance(self.sampler, str):
             return
 
         from ..search.sampler import check_kinds, sample
 
         try:
-            if self.sampler == "grid":
+            if self.sampler == "grid" or callable(self.sampler):
                 self.propose(())
 
             drawn = sample(self.draw, count=32 if callable(self.space) else 0)
@@ -256,7 +284,7 @@ class Sweep:
     def draw(self, trial: Any) -> Config:
         r"""Returns values for the keys of SPACE, as an Optuna trial suggests them."""
 
-        return draw(self.space, trial, self.pruner)
+        return draw(self.space, trial, _method(self.pruner))
 
     def propose(self, records: Sequence[TrialRecord], fixed: dict[str, Any] | None = None) -> Any:
         r"""Draws a configuration that no run has, see :func:`sda_ray.search.sampler.propose`."""
@@ -285,12 +313,14 @@ class Sweep:
     def stops(self) -> PruneRule | None:
         r"""Returns the verdicts of the pruner, if they are final."""
 
-        if self.pruner not in FINAL:
+        if self.pruner in ("promotion", "none"):
             return None
 
         from ..search.pruners import prune_rule
 
-        return prune_rule(self.rules, self.name, self.percentile, self.patience)
+        pruner = None if isinstance(self.pruner, str) else self.pruner
+
+        return prune_rule(self.rules, self.name, self.percentile, self.patience, pruner)
 
     def warnings(self) -> list[str]:
         r"""Returns what is allowed and may not be what is wanted."""
@@ -326,7 +356,9 @@ class Sweep:
         first = self.min_epochs if self.pruner != "none" else None
         epochs = self.config["epochs"]
 
-        return Rules(self.trials, epochs, first, self.eta, self.finalists, pruner=self.pruner)
+        return Rules(
+            self.trials, epochs, first, self.eta, self.finalists, pruner=_method(self.pruner)
+        )
 
     def definition(self) -> dict[str, Any]:
         r"""Returns what makes the sweep this one, as JSON. The number of trials is not part."""
@@ -336,7 +368,11 @@ class Sweep:
         drawn = draw_summary(self.draw) if callable(self.space) else ()
 
         return definition_of(
-            self.config, self.space, drawn, **{key: getattr(self, key) for key in SETTINGS}
+            self.config,
+            self.space,
+            drawn,
+            **{key: getattr(self, key) for key in SETTINGS}
+            | {"sampler": _method(self.sampler), "pruner": _method(self.pruner)},
         )
 
 

@@ -23,7 +23,7 @@ from ..core.keys import KEYS, check_value, show
 from ..core.space import Choice, Range, decode, encode, split
 from ..runs.path import RunPath
 from ..search.promotion import TrialRecord
-from ..search.sampler import CallbackTrial
+from ..search.sampler import CallbackTrial, has_value
 from ..search.study import Study
 from .definition import Sweep
 
@@ -178,7 +178,7 @@ class Answers:
         try:
             value = _parse(given, distribution)
 
-            if distribution._contains(distribution.to_internal_repr(value)):
+            if has_value(distribution, value):
                 return value
         except (KeyError, TypeError, ValueError, OverflowError):
             pass

@@ -28,7 +28,7 @@ from ..search.reconcile import catch_up
 from ..search.sampler import importances
 from ..search.study import Study, queue_warning
 from .code import check_code, keep_code, running
-from .definition import SETTINGS, Sweep, load_script
+from .definition import PRUNERS, SAMPLERS, SETTINGS, Sweep, load_script
 from .driver import TIME, Driver
 from .enqueue import bring_all, parse_item
 from .preflight import check_start
@@ -296,12 +296,17 @@ def load_record(runs: Path, name: str) -> tuple[Sweep, dict[str, Any]]:
     definition = found["definition"]
     script = sweep_directory(runs, name) / "script.py"
     space = space_of(definition)
-
-    if space is None:
-        space = load_script(script).space
-
     settings = {key: definition[key] for key in SETTINGS if key in definition}
     settings["objectives"] = tuple(settings["objectives"])
+    objects = {"sampler": SAMPLERS, "pruner": PRUNERS}
+    in_script = [key for key, names in objects.items() if settings[key] not in names]
+
+    # Functions and objects are in the script alone
+    if space is None or in_script:
+        scripted = load_script(script)
+        space = scripted.space if space is None else space
+        settings |= {key: getattr(scripted, key) for key in in_script}
+
     sweep = Sweep(name, definition["config"], space, found["trials"], **settings)
 
     return replace(sweep, script=script if script.exists() else None), found["options"]

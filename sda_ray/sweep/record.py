@@ -37,7 +37,7 @@ def definition_of(
     r"""Returns the definition of a sweep as JSON.
 
     A space that is a function stands there as the digests of its source, and of what it draws from,
-    which hangs on what it refers to as well: see :func:`sda_ray.search.sampler.outline`.
+    which hangs on what it refers to as well: see :func:`sda_ray.search.sampler.draw_summary`.
 
     Raises:
         UserError: If the source of the space cannot be found.

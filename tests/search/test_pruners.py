@@ -99,15 +99,46 @@ def test_verdicts_are_those_of_optuna_on_the_same_history(pruner: str, seed: int
 
 
 def test_brackets_of_hyperband_are_those_of_optuna() -> None:
-    pruner = HyperbandPruner(2, 18, 3)
-    study = optuna.create_study(study_name="name", pruner=pruner)
-    trials = [study.ask() for _ in range(40)]
-    trials[0].should_prune()
+    study = optuna.create_study(study_name="name", pruner=HyperbandPruner(2, 18, 3))
     bracket = hyperband_brackets(rules_of("hyperband"), "name")
-    expected = [pruner._get_bracket_id(study, trial) for trial in study.trials]
 
-    assert [bracket(i) for i in range(40)] == expected
-    assert set(expected) == {0, 1, 2}
+    # Optuna notes each rung that a run passes: a bracket has one rung fewer than the one before
+    for i in range(40):
+        trial = study.ask()
+        trial.report(-float(i), 18)
+        trial.should_prune()
+
+    assert [bracket(i) for i in range(40)] == [3 - len(t.system_attrs) for t in study.trials]
+    assert {bracket(i) for i in range(40)} == {0, 1, 2}
+
+
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+@pytest.mark.parametrize("name", FINAL)
+def test_a_pruner_of_the_user_judges_as_the_one_of_that_name(name: str) -> None:
+    rng = random.Random(0)
+    records = [
+        run(i, *(rng.random() for _ in range(n)), state="complete" if n == 18 else "pruned")
+        for i, n in enumerate([18, 2, 18, 6, 18, 18, 2, 18, 18, 2, 6, 6] * 3, start=1)
+    ]
+    named = prune_rule(rules_of(name), "name", **SETTINGS.get(name, {}))
+    own = prune_rule(rules_of("Own()"), "name", pruner=OPTUNA[name]())
+    asked = [run(i, *(rng.random() for _ in range(n))) for i in range(37, 45) for n in (2, 6)]
+    verdicts = [own(r, [*records, r]) for r in asked]
+
+    assert verdicts == [named(r, [*records, r]) for r in asked]
+    assert name == "patience" or set(verdicts) == {True, False}
+
+
+def test_a_pruner_of_the_user_is_asked_at_every_min_epochs(tmp_path: Path) -> None:
+    class Odd(optuna.pruners.BasePruner):
+        def prune(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> bool:
+            return trial.last_step == 4 and trial.number % 2 == 1
+
+    rules = rules_of("Odd()", 6)
+    assert rules.rungs == (2, 4, 6, 8, 10, 12, 14, 16, 18)
+
+    records = Sweeping(tmp_path, rules, stops=prune_rule(rules, "name", pruner=Odd())).drive()
+    assert [(r.state, r.last) for r in records] == [("complete", 18), ("pruned", 4)] * 3
 
 
 # What counts

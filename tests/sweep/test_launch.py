@@ -14,11 +14,12 @@ from scene import GRID, SCRIPT, Place, lines, place
 from sda_ray.cli.main import main
 from sda_ray.core.config import load_config
 from sda_ray.core.errors import UserError
-from sda_ray.core.lease import read_holder
+from sda_ray.core.lease import holder
 from sda_ray.runs.path import RunPath
 from sda_ray.search.promotion import TrialRecord
 from sda_ray.sweep.definition import load_script
-from sda_ray.sweep.launch import Options, _again, launch
+from sda_ray.sweep.launch import Options, _again, launch, load_record
+from sda_ray.sweep.record import compare, write_sweep
 
 __all__ = ["place"]  # fixtures
 
@@ -53,7 +54,7 @@ def check_whole(place: Place, name: str, trials: int) -> list[TrialRecord]:
         assert load_config(path.config)["learning_rate"] == r.config["learning_rate"]
         assert path.state.exists() == (r.state == "complete")
         assert record["status"] == {"complete": "finished", "pruned": "paused"}[r.state]
-        assert (read_holder(path.lease) or {}).get("pid") is None
+        assert (holder(path.lease) or {}).get("pid") is None
 
     return records
 
@@ -196,7 +197,7 @@ def test_sweep_in_a_bucket_is_not_driven_without_what_copies_it(place: Place) ->
         launch(load_script(place.root / "tiny.py"), options)
 
     directory = runs / "sweeps" / "tiny"
-    assert (read_holder(directory / "lease.json") or {"pid": 1})["pid"] is None
+    assert (holder(directory / "lease.json") or {"pid": 1})["pid"] is None
     assert not (directory / "study.journal").exists()
 
 
@@ -244,10 +245,10 @@ def test_killed_worker_and_stopped_driver_cost_no_bit(place: Place) -> None:
         return None
 
     path = place.wait(at_work)
-    worker = read_holder(path.lease)
+    worker = holder(path.lease)
     assert worker is not None
     os.kill(worker["pid"], signal.SIGKILL)
-    place.wait(lambda: (read_holder(path.lease) or worker)["attempt"] == 2)
+    place.wait(lambda: (holder(path.lease) or worker)["attempt"] == 2)
     done = len(lines(path))
     place.wait(lambda: len(lines(path)) > done + 5)
 
@@ -342,3 +343,41 @@ def test_command_that_carries_on_has_all_that_matters(tmp_path: Path) -> None:
         "sda-ray sweep x --runs s3://bucket/x --address auto"
     )
     assert _again("x", tmp_path, tmp_path / "runs", None) == f"sda-ray sweep x --root {tmp_path}"
+
+
+OBJECTS = """
+import optuna
+from sda_ray import CONFIG, Sweep, loguniform
+
+sweep = Sweep(
+    "objects",
+    CONFIG,
+    {"learning_rate": loguniform(1e-5, 1e-2)},
+    sampler=lambda seed: optuna.samplers.TPESampler(seed=seed, n_startup_trials=4),
+    pruner=optuna.pruners.MedianPruner(n_warmup_steps=2),
+)
+"""
+
+
+def test_sweep_with_a_sampler_and_a_pruner_of_its_own_is_resumed_by_its_script(
+    tmp_path: Path,
+) -> None:
+    script, directory = tmp_path / "objects.py", tmp_path / "sweeps" / "objects"
+    script.write_text(OBJECTS)
+    directory.mkdir(parents=True)
+    sweep = load_script(script).check()
+    definition = sweep.definition()
+    content = {"name": "objects", "trials": 16, "definition": definition}
+    write_sweep(directory, content | {"fingerprint": "", "options": {}}, script)
+    again, _ = load_record(tmp_path, "objects")
+
+    assert definition["sampler"].startswith("TPESampler(n_startup_trials=4")
+    assert definition["pruner"].startswith("MedianPruner(n_startup_trials=5, n_warmup_steps=2")
+    assert again.definition() == definition
+    assert again.propose([])[0] == sweep.propose([])[0]
+    assert again.stops() is not None
+
+    script.write_text(OBJECTS.replace("trials=4", "trials=5"))
+    now = content | {"definition": load_script(script).check().definition(), "fingerprint": ""}
+    (refused,) = compare(content | {"fingerprint": ""}, now).refused
+    assert refused.startswith("sampler was")
