@@ -7,7 +7,8 @@ import pytest
 import scene
 
 import sda_ray
-from sda_ray.sweep.code import Code, code_of, digests
+from sda_ray.runs.record import code_of, digests
+from sda_ray.sweep.code import Code
 
 __all__ = ["FAKE", "PACKAGE", "SCRIPT", "fake", "record", "spoil", "sweep"]
 

@@ -31,9 +31,6 @@ ORDER = [
 UPWARD = {
     "cluster.executor": {"sweep"},
     "data.simulate": {"cluster"},
-    "runs.provenance": {"sweep"},
-    "runs.sync": {"sweep"},
-    "runs.tracking": {"cluster"},
     "sweep.launch": {"cli"},
     "sweep.retention": {"cli"},
 }

@@ -51,8 +51,13 @@ class ServedRun:
         }
         summary = self.rows.get("wandb-summary.json", ["{}"])[-1]
 
+        history = self.history
+        keys = {"lastStep": history[-1]["_step"], "keys": {}} if history else None
+
         return {
             "id": self.key,
+            "state": "finished",
+            "historyKeys": keys,
             "name": self.id,
             "displayName": self.name,
             "config": self.config,
@@ -96,6 +101,8 @@ class WandbServer:
 
         answers: dict[str, Callable[[Json], Json]] = {
             "Viewer": self._viewer,
+            "GetDefaultEntity": self._viewer,
+            "Run": self._run,
             "RunResumeStatus": self._resume,
             "UpsertBucket": self._upsert,
             "CreateRunFiles": self._create_files,
@@ -108,6 +115,11 @@ class WandbServer:
         viewer = {"id": "1", "entity": ENTITY, "username": ENTITY, "flags": "{}", "teams": teams}
 
         return {"viewer": viewer}
+
+    def _run(self, values: Json) -> Json:
+        run = self.runs.get(values["name"])
+
+        return {"project": {"run": run.describe() if run is not None else None}}
 
     def _resume(self, values: Json) -> Json:
         run = self.runs.get(values["name"])

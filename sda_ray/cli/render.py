@@ -15,9 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ..core.config import CONFIG, Config, format_value
-from ..runs.curves import best, chart
-from ..runs.details import attempts, differences
-from ..runs.inventory import Entry
+from ..runs.inventory import Entry, changed_settings
+from ..runs.metrics import best
 
 __all__ = ["clean", "comparison", "duration", "listing", "portrait", "savings", "size"]
 
@@ -32,7 +31,8 @@ STYLES = {
     "failed": "bold red",
     "damaged": "bold red",
 }
-CURVES = {"loss_train": "bright_black", "loss_valid": "cyan"}
+HUGE = 1e200  # plotext overflows beyond
+CURVES = {"loss_train": "gray", "loss_valid": "cyan"}
 
 
 def clean(value: Any, most: int = 200) -> str:
@@ -134,15 +134,66 @@ def portrait(
     faults = [Text(f"  {clean(fault, 500)}", style="red") for fault in entry.faults]
     parts: list[RenderableType] = [head, *faults, Text(), _pairs(origin)]
 
-    if tries := attempts(entry.record):
-        parts += [Text(), _attempts(tries)]
+    if attempts := entry.record.get("attempts"):
+        parts += [Text(), _attempts(attempts)]
 
     if entry.config is not None:
         parts += [Text(), _config(entry.config)]
 
-    parts += [Text(), chart(lines, CURVES, width=max(20, min(96, width - 12)))]
+    parts += [Text(), chart(lines, CURVES, width=max(32, min(108, width)))]
 
     return Group(*parts)
+
+
+def chart(
+    lines: Sequence[dict[str, Any]], styles: Mapping[str, str], width: int = 64, height: int = 12
+) -> Text:
+    r"""Draws curves over the epochs, in as many columns and rows.
+
+    The scale is logarithmic if the values are positive and span more than a factor of 10. Values
+    that are not finite are left out.
+
+    Arguments:
+        lines: The metrics.
+        styles: The keys to draw, with their colours.
+        width: The columns.
+        height: The rows.
+    """
+
+    import plotext
+
+    curves = {
+        key: [(x["epoch"], x[key]) for x in lines if math.isfinite(x.get(key, math.nan))]
+        for key in styles
+    }
+    values = [value for curve in curves.values() for _, value in curve]
+
+    if not values:
+        return Text("no losses yet", style="dim")
+
+    logarithmic = min(values) > 0 and max(values) / 10 > min(values)
+    plotext.clear_figure()
+    plotext.plot_size(width, height)
+    plotext.yscale("log" if logarithmic else "linear")
+
+    for key, curve in curves.items():
+        if curve:
+            x = [epoch for epoch, _ in curve]
+            y = [max(-HUGE, min(HUGE, value)) for _, value in curve]
+            plotext.plot(x, y, label=key, marker="braille", color=styles[key])
+
+    for part in (plotext.canvas_color, plotext.axes_color, plotext.ticks_color):
+        part("default")
+
+    plotext.xticks(sorted({lines[0]["epoch"], lines[-1]["epoch"]}))
+    drawn = Text.from_ansi(plotext.build())
+    drawn.append("\nlogarithmic scale" if logarithmic else "\nlinear scale", style="dim")
+    lost = sum(key in x and not math.isfinite(x[key]) for x in lines for key in styles)
+
+    if lost:
+        drawn.append(f", {lost} values are not finite", style="red")
+
+    return drawn
 
 
 def _pairs(pairs: Mapping[str, Any]) -> Table:
@@ -199,7 +250,7 @@ def _took(attempt: Mapping[str, Any]) -> str | None:
 def _config(config: Config) -> Table:
     r"""Returns the config; what differs from CONFIG stands out, beside CONFIG's value."""
 
-    differs = differences(config)
+    differs = changed_settings(config)
     table = Table(box=None, pad_edge=False, show_header=False)
 
     for key, value in config.items():
@@ -219,7 +270,7 @@ def _config(config: Config) -> Table:
 def comparison(
     entries: Sequence[Entry], found: Mapping[str, Any], most: int = 40
 ) -> RenderableType:
-    r"""Returns the table of a comparison, see :func:`sda_ray.runs.details.compare`."""
+    r"""Returns the table of a comparison, see :func:`sda_ray.runs.inventory.compare`."""
 
     names = [clean(entry.path.directory.name) for entry in entries]
     table = _table("", right=())

@@ -134,8 +134,7 @@ def _print(*parts: "RenderableType") -> None:
 
 
 def _list(args: argparse.Namespace) -> None:
-    from ..runs.details import as_json, row
-    from ..runs.inventory import SORTS, entries, select
+    from ..runs.inventory import SORTS, as_json, entries, row, select
     from .render import listing, size
 
     if args.limit is not None and args.limit < 1:
@@ -182,22 +181,22 @@ def _find(args: argparse.Namespace, run: str) -> "Entry":
 
 
 def _show(args: argparse.Namespace) -> None:
-    from ..runs.details import as_json, differences, in_full, origin, row
+    from ..runs.inventory import as_json, changed_settings, in_full, row, source
     from .render import portrait
 
     entry, lines = in_full(_find(args, args.run))
-    source = origin(entry, args.runs)
+    labels = source(entry, args.runs)
 
     if args.json:
-        differs = differences(entry.config or {})
-        more = {"origin": source, "differs": differs, "record": entry.record, "metrics": lines}
+        differs = changed_settings(entry.config or {})
+        more = {"origin": labels, "differs": differs, "record": entry.record, "metrics": lines}
         print(as_json(row(entry) | more))
     else:
-        _print(portrait(entry, lines, source, _console().width))
+        _print(portrait(entry, lines, labels, _console().width))
 
 
 def _compare(args: argparse.Namespace) -> None:
-    from ..runs.details import as_json, compare, in_full, row
+    from ..runs.inventory import as_json, compare, in_full, row
     from .render import comparison
 
     full = [in_full(_find(args, run)) for run in (args.run, *args.others)]
@@ -215,7 +214,7 @@ def _compare(args: argparse.Namespace) -> None:
 
 
 def _prune(args: argparse.Namespace) -> None:
-    from ..runs.details import as_json
+    from ..runs.inventory import as_json
     from ..runs.prune import prune
     from .render import clean, savings, size
 

@@ -38,7 +38,7 @@ class Trial:
     * `epochs`, the list of (epoch, value)
     * `event`: `running`, `complete`, `diverged`, `interrupted`, `stopped` (by the user, for good),
       `memory` (which was short) or `failed`. After all but the first the attempt has ended
-    * `error`, and for a complete run `finals`, see :func:`sda_ray.runs.outcome.finals`
+    * `error`, and for a complete run `finals`, see :func:`sda_ray.runs.metrics.finals`
     * `unreached`, why W&B's server cannot be used by this attempt, if that was wanted
     * `longest`, the seconds that it went without looking for the wish to stop
     * `node`, Ray's id of the node that it runs on
@@ -249,7 +249,7 @@ class Trial:
             self.remote.replica.tell()
 
     def _finals(self) -> list[float] | None:
-        from ..runs.outcome import finals
+        from ..runs.metrics import finals
 
         objectives = self.spec.get("objectives") or ()
 

@@ -11,14 +11,19 @@ import io
 import json
 import logging
 import os
+import pickletools
+import zipfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from ..core.config import MAX_WEIGHTS, count_weights, load_config
 from ..core.errors import UserError
-from ..core.files import open_atomic, read_regular, sync_directory, write_atomic
+from ..core.files import open_atomic, open_regular, read_regular, sync_directory, write_atomic
 from ..core.system import lacks_memory
 from .path import RunPath
 
@@ -26,6 +31,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "CheckpointInfo",
+    "checkpoint_info",
     "keep_checkpoint",
     "load_checkpoint",
     "read_checkpoint",
@@ -34,6 +41,103 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+MAX_PICKLE = 2**24  # bytes that name the tensors of a checkpoint; a thousand take 0.3 MB
+
+Hold = Callable[[], AbstractContextManager[None]]
+
+
+class CheckpointInfo(msgspec.Struct, frozen=True):
+    r"""What a checkpoint says of itself.
+
+    Arguments:
+        epoch: The epochs that are complete.
+        step: The steps of the next epoch that are complete.
+        size: The bytes of the file.
+        sha256: The digest of its tensors and its text.
+    """
+
+    epoch: int
+    step: int
+    size: int
+    sha256: str
+
+
+def save_checkpoint(
+    path: RunPath, tensors: dict[str, Tensor], info: dict[str, Any], hold: Hold = nullcontext
+) -> str:
+    r"""Saves a checkpoint, keeps the one before as `checkpoint.prev.pth`, and returns its digest.
+
+    The file is written aside, synced and renamed: at every instant there is a whole checkpoint.
+
+    Arguments:
+        path: The run.
+        tensors: All tensors by name.
+        info: Everything else, as JSON.
+        hold: Entered around the renames, see :meth:`sda_ray.core.lease.Lease.hold`.
+
+    Raises:
+        OSError: If the file cannot be written. Existing checkpoints are then untouched.
+    """
+
+    text = json.dumps(info)
+    digest = _digest(tensors, text)
+
+    def keep_previous() -> None:
+        if path.checkpoint.exists():
+            path.previous.unlink(missing_ok=True)
+
+            try:  # a link leaves the newest one in its place until the rename
+                os.link(path.checkpoint, path.previous)
+            except OSError:  # a file system without links
+                os.replace(path.checkpoint, path.previous)
+
+    content = {"tensors": tensors, "info": text, "sha256": digest}
+    _save(content, path.checkpoint, hold, keep_previous)
+
+    return digest
+
+
+def keep_checkpoint(path: RunPath, hold: Hold = nullcontext) -> None:
+    r"""Keeps the newest checkpoint as `checkpoint.decay.pth`, beside later ones.
+
+    Raises:
+        OSError: If that fails.
+    """
+
+    with hold():
+        path.decay.unlink(missing_ok=True)
+
+        try:
+            os.link(path.checkpoint, path.decay)
+            sync_directory(path.directory)
+        except OSError:  # a file system without links
+            write_atomic(path.decay, path.checkpoint.read_bytes())
+
+
+def save_state(path: RunPath, tensors: dict[str, Tensor], hold: Hold = nullcontext) -> None:
+    r"""Saves a state dict as `state.pth`, in the format of upstream: weights and nothing else.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
+
+    _save({key: x.detach().cpu().contiguous() for key, x in tensors.items()}, path.state, hold)
+
+
+def _save(content: Any, file: Path, hold: Hold, before: Callable[[], None] = lambda: None) -> None:
+    import torch
+
+    with ExitStack() as stack, open_atomic(file) as stream:
+        try:
+            torch.save(content, stream)
+            stream.flush()
+        except RuntimeError as error:  # torch 2.13 hides a full disk behind a RuntimeError
+            raise OSError(f"cannot write {file}: {error}") from error
+
+        os.fsync(stream.fileno())
+        stack.enter_context(hold())
+        before()
 
 
 def _digest(tensors: dict[str, Tensor], info: str) -> str:
@@ -50,121 +154,33 @@ def _digest(tensors: dict[str, Tensor], info: str) -> str:
     return digest.hexdigest()
 
 
-def save_checkpoint(
-    path: RunPath,
-    tensors: dict[str, Tensor],
-    info: dict[str, Any],
-    hold: Callable[[], AbstractContextManager[None]] = nullcontext,
-) -> None:
-    r"""Saves a checkpoint and keeps the one before as `checkpoint.prev.pth`.
-
-    The file is written aside, synced and renamed: at every instant there is a whole checkpoint.
-
-    Arguments:
-        path: The run.
-        tensors: All tensors by name.
-        info: Everything else, as JSON.
-        hold: Entered around the renames, see :meth:`sda_ray.core.lease.Lease.hold`.
-
-    Raises:
-        OSError: If the file cannot be written. The checkpoints that exist are then untouched.
-    """
-
-    text = json.dumps(info)
-    content = {"tensors": tensors, "info": text, "sha256": _digest(tensors, text)}
-
-    def keep_previous() -> None:
-        if path.checkpoint.exists():
-            path.previous.unlink(missing_ok=True)
-
-            try:  # a link leaves the newest one in its place until the rename
-                os.link(path.checkpoint, path.previous)
-            except OSError:  # a file system without links
-                os.replace(path.checkpoint, path.previous)
-
-    _save(content, path.checkpoint, hold, keep_previous)
-
-
-def keep_checkpoint(
-    path: RunPath, hold: Callable[[], AbstractContextManager[None]] = nullcontext
-) -> None:
-    r"""Keeps the newest checkpoint as `checkpoint.decay.pth` beside those that follow.
-
-    Raises:
-        OSError: If that cannot be done.
-    """
-
-    with hold():
-        path.decay.unlink(missing_ok=True)
-
-        try:
-            os.link(path.checkpoint, path.decay)
-            sync_directory(path.directory)
-        except OSError:  # a file system without links
-            write_atomic(path.decay, path.checkpoint.read_bytes())
-
-
-def save_state(
-    path: RunPath,
-    tensors: dict[str, Tensor],
-    hold: Callable[[], AbstractContextManager[None]] = nullcontext,
-) -> None:
-    r"""Saves a state dict as `state.pth`, in the format of upstream: weights and nothing else.
-
-    Raises:
-        OSError: If the file cannot be written.
-    """
-
-    _save({key: x.detach().cpu().contiguous() for key, x in tensors.items()}, path.state, hold)
-
-
-def _save(
-    content: Any,
-    file: Path,
-    hold: Callable[[], AbstractContextManager[None]],
-    before: Callable[[], None] = lambda: None,
-) -> None:
-    import torch
-
-    with ExitStack() as held, open_atomic(file) as stream:
-        try:
-            torch.save(content, stream)
-            stream.flush()
-        except RuntimeError as error:  # torch 2.13 hides a full disk behind a RuntimeError
-            raise OSError(f"cannot write {file}: {error}") from error
-
-        os.fsync(stream.fileno())
-        held.enter_context(hold())
-        before()
-
-
 def load_checkpoint(path: RunPath) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     r"""Loads the newest whole checkpoint of a run. Only the owner of the run may call this.
 
-    A damaged one is set aside as `checkpoint.damaged.pth`, with a warning, in favour of the one
-    before: it must not become the previous one of the next.
+    A damaged one is renamed to `checkpoint.damaged.pth`, with a warning, so that it never becomes
+    the previous one of the next; then the one before is loaded.
 
     Returns:
         The tensors, on the CPU, and the info, or None if there is no whole checkpoint.
 
     Raises:
         UserError: If a checkpoint is a link out of the directory, or far too large.
-        MemoryError: If there is too little memory for it; of torch, a RuntimeError.
+        MemoryError: If there is too little memory for it; from torch, a RuntimeError.
     """
 
     for file in (path.checkpoint, path.previous):
         if not os.path.lexists(file):
             continue
 
-        data = _read(file)  # a disk that fails to read is another matter than damage
+        data = _read(file)  # a read error of the disk is no damage
 
         try:
             return _load(data)
-        except Exception as error:  # whatever a damaged file provokes in torch
+        except Exception as error:  # a damaged file makes torch raise almost anything
             if lacks_memory(error):  # the file may well be whole
                 raise
 
-            reason = str(error).partition("\n")[0] or type(error).__name__
+            reason = _reason(error)
 
         aside = file.with_suffix(".damaged.pth")
         os.replace(file, aside)
@@ -174,7 +190,7 @@ def load_checkpoint(path: RunPath) -> tuple[dict[str, Tensor], dict[str, Any]] |
 
 
 def read_checkpoint(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    r"""Returns what is in a file of a checkpoint. Anyone may call this at any time.
+    r"""Returns the tensors and the info of a checkpoint file. May be called at any time.
 
     Raises:
         ValueError: If the file cannot be read or is damaged. The message names it.
@@ -182,9 +198,36 @@ def read_checkpoint(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     try:
         return _load(_read(file))
-    except Exception as error:  # whatever a damaged file provokes in torch
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ValueError(f"{file} is damaged ({reason})") from error
+    except Exception as error:  # a damaged file makes torch raise almost anything
+        raise ValueError(f"{file} is damaged ({_reason(error)})") from error
+
+
+def checkpoint_info(file: Path) -> CheckpointInfo | None:
+    r"""Returns what a checkpoint says of itself, or None if it is missing or damaged.
+
+    Neither tensors nor torch are loaded: the digest is read, and not checked.
+    """
+
+    try:
+        with os.fdopen(open_regular(file), "rb") as f, zipfile.ZipFile(f) as archive:
+            item = next(x for x in archive.infolist() if x.filename.endswith("/data.pkl"))
+
+            if item.compress_type != zipfile.ZIP_STORED or item.file_size > MAX_PICKLE:
+                return None
+
+            # Each string of the pickle that another one follows, with that one
+            codes = pickletools.genops(archive.read(item))
+            words = dict(pairwise(str(x) for code, x, _ in codes if code.name == "BINUNICODE"))
+            info = json.loads(words["info"])
+            fields = {"epoch": info["epoch"], "step": info["step"], "sha256": words["sha256"]}
+
+            return msgspec.convert(fields | {"size": os.fstat(f.fileno()).st_size}, CheckpointInfo)
+    except (OSError, ValueError, LookupError, StopIteration, zipfile.BadZipFile):
+        return None
+
+
+def _reason(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def _read(file: Path) -> bytes:

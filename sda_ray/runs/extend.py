@@ -17,8 +17,7 @@ from ..training.loop import Metrics, TrainState, steady_epochs
 from .checkpoint import keep_checkpoint, read_checkpoint
 from .metrics import read_history
 from .path import RunPath
-from .provenance import differences, provenance
-from .record import read_record
+from .record import differences, provenance, read_record
 from .run import Run
 
 __all__ = ["carry_over", "check_extension", "describe_extension", "find_start", "keep_start"]

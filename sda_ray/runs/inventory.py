@@ -1,59 +1,62 @@
-r"""What run directories hold, read without trusting them and without waiting.
+r"""The contents of run directories, read without trusting them and without waiting.
 
 A run may be in use, half written, damaged, or from a stranger. Reading it never raises: what is
 wrong stands in :attr:`Entry.faults`. Nothing here writes.
 """
 
 import contextlib
+import json
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from ..core.config import Config, load_config
+from ..core.config import CONFIG, Config, load_config
 from ..core.errors import UserError
-from ..core.files import read_json
 from ..core.lease import STALE, holder, verdict
-from .curves import check_regular, last_metrics
-from .path import RunPath
+from .metrics import best, last_metrics, read_metrics, seconds_per_epoch
+from .path import RESUMED, RunPath
+from .record import read_record
 
 __all__ = [
     "SORTS",
     "Entry",
+    "as_json",
+    "changed_settings",
+    "compare",
     "entries",
+    "in_full",
     "is_held",
     "measured",
     "read_entry",
+    "row",
     "select",
+    "source",
 ]
 
-OURS = (
-    "metrics.jsonl",
-    "checkpoint.pth",
-    "checkpoint.prev.pth",
-    "checkpoint.decay.pth",
-)  # no upstream run has them
+# What a run of upstream has not
+OURS = {*RESUMED, "checkpoint.decay.pth"} - {"config.json", "run.json"}
 
 
 @dataclass(frozen=True)
 class Entry:
-    r"""Creates what is known of a run at a glance.
+    r"""A run at a glance.
 
     Arguments:
         path: The run.
-        status: What `run.json` says, but `interrupted` for a run whose process is gone, `damaged`
-            for one that cannot be read, and `unknown` for one that never told.
-        created: When it began, in seconds since 1970.
+        status: That of `run.json`, but `interrupted` for a run whose process is gone, `damaged`
+            for one that cannot be read, and `unknown` for one without a record.
+        created: When it started, in seconds since 1970.
         epoch: The last epoch in `metrics.jsonl`.
-        epochs: The epochs that it is meant to have.
+        epochs: The number of epochs in its config.
         loss_valid: The loss of the last epoch.
         sweep: The sweep that it belongs to.
         config: Its config, if that can be read.
-        faults: What is wrong, in words.
+        faults: What is wrong with it, one sentence each.
         record: Its `run.json`, or an empty dict if that is missing or damaged.
         size: The bytes in its directory, see :func:`measured`.
     """
@@ -76,7 +79,7 @@ class Entry:
 
 
 def entries(runs: Path) -> Iterator[Entry]:
-    r"""Yields the runs in a directory; directories that hold nothing of a run are passed over."""
+    r"""Yields the runs in a directory; other directories are skipped."""
 
     for path in RunPath.all(runs):
         if (entry := read_entry(path)) is not None:
@@ -107,21 +110,21 @@ def read_entry(path: RunPath) -> Entry | None:
     config: Config | None = None
     line: dict[str, Any] = {}
 
-    with _noting(faults):
+    with _collecting(faults):
         record = _record(path) if "run.json" in names else {}
 
-    with _noting(faults):
+    with _collecting(faults):
         if names & {"config.json", "run.json"} or "lease.json" not in names:  # else it begins
-            config = load_config(check_regular(path.config))
+            config = load_config(path.config)
 
-    with _noting(faults):
+    with _collecting(faults):
         if "metrics.jsonl" in names:
-            line = last_metrics(path)
+            line = last_metrics(path.metrics)
 
     status = record.get("status") or _status_without_record(path, names, faults)
 
     if status == "running" and record and not is_held(path):
-        with _noting(faults):  # once more: it may have ended since it was read
+        with _collecting(faults):  # again: it may have ended meanwhile
             record = _record(path)
             status = "interrupted" if record["status"] == "running" else record["status"]
 
@@ -140,7 +143,7 @@ def read_entry(path: RunPath) -> Entry | None:
 
 
 @contextlib.contextmanager
-def _noting(faults: list[str]) -> Iterator[None]:
+def _collecting(faults: list[str]) -> Iterator[None]:
     try:
         yield
     except UserError as error:
@@ -150,25 +153,19 @@ def _noting(faults: list[str]) -> Iterator[None]:
 
 
 def _record(path: RunPath) -> dict[str, Any]:
-    record = read_json(check_regular(path.record))
+    record = read_record(path)
 
-    if not isinstance(record, dict):
-        raise UserError(f"{path.record} is damaged: it is not a JSON object.")
-
-    if not isinstance(record.get("status"), str):
+    if "status" not in record:
         raise UserError(f"{path.record} is damaged: it has no status.")
-
-    if not isinstance(record.get("sweep"), str | None):
-        raise UserError(f"{path.record} is damaged: its sweep is not a name.")
 
     return record
 
 
 def _status_without_record(path: RunPath, names: set[str], faults: list[str]) -> str:
-    if is_held(path):  # it has only just begun
+    if is_held(path):  # it has just started
         return "running"
 
-    if "run.json" not in names and names & {*OURS}:
+    if "run.json" not in names and names & OURS:
         faults.append(f"{path.record} is missing.")
 
     if "lease.json" in names:
@@ -178,19 +175,19 @@ def _status_without_record(path: RunPath, names: set[str], faults: list[str]) ->
 
 
 def is_held(path: RunPath, quiet: float = STALE) -> bool:
-    r"""Tells at once whether a process seems to be at a run.
+    r"""Returns at once whether a process seems to use a run.
 
-    Watching the heartbeat of a holder on another host would take a minute: the time of its file
-    is compared with our clock instead, which errs where clocks differ by more than `quiet`
+    Watching the heartbeat of a holder on another host would take a minute: instead, the time of
+    its file is compared with this clock, which is wrong if the two differ by more than `quiet`
     seconds.
     """
 
     with contextlib.suppress(OSError, UserError):
-        if (found := holder(check_regular(path.lease))) is None:
+        if (owner := holder(path.lease)) is None:
             return False
 
-        if (known := verdict(found)) is not None:
-            return known
+        if (alive := verdict(owner)) is not None:
+            return alive
 
         return time.time() - path.lease.stat().st_mtime < quiet
 
@@ -218,8 +215,8 @@ def measured(entry: Entry) -> Entry:
     size, todo = 0, [str(entry.path.directory)]
 
     while todo:
-        with contextlib.suppress(OSError), os.scandir(todo.pop()) as found:
-            for item in found:
+        with contextlib.suppress(OSError), os.scandir(todo.pop()) as items:
+            for item in items:
                 if item.is_dir(follow_symlinks=False):
                     todo.append(item.path)
                 else:
@@ -232,7 +229,7 @@ def _rank(x: float | None, sign: int = 1) -> float:
     return math.inf if x is None or math.isnan(x) else sign * x
 
 
-# What `sort` accepts beside the keys of CONFIG: best, newest, largest or first comes first.
+# What `sort` accepts beside the keys of CONFIG. The best, newest, largest or first comes first.
 SORTS: dict[str, Any] = {
     "age": lambda entry: -entry.created,
     "name": lambda entry: entry.path.directory.name,
@@ -245,28 +242,28 @@ SORTS: dict[str, Any] = {
 
 
 def select(
-    found: Iterable[Entry],
+    runs: Iterable[Entry],
     sweep: str | None = None,
     status: str | None = None,
     settings: Config | None = None,
     sort: str = "age",
     limit: int | None = None,
 ) -> list[Entry]:
-    r"""Returns the entries asked for, with their sizes.
+    r"""Returns the matching entries, with their sizes.
 
     Arguments:
-        found: The entries.
+        runs: The entries.
         sweep: Only the runs of this sweep.
         status: Only the runs of this status.
         settings: Only the runs whose config has these values.
         sort: A key of :data:`SORTS` or of CONFIG.
-        limit: At most so many.
+        limit: The most entries.
     """
 
     wanted = (settings or {}).items()
     chosen = [
         entry
-        for entry in found
+        for entry in runs
         if sweep in (None, entry.sweep)
         and status in (None, entry.status)
         and all(entry.config is not None and entry.config[k] == x for k, x in wanted)
@@ -282,3 +279,147 @@ def select(
     chosen.sort(key=SORTS.get(sort, by_config))
 
     return [entry if entry.size is not None else measured(entry) for entry in chosen[:limit]]
+
+
+# Runs in full
+
+
+def row(entry: Entry) -> dict[str, Any]:
+    r"""Returns an entry as the object that JSON shows."""
+
+    return {
+        "name": entry.path.name,
+        "id": entry.path.id,
+        "directory": entry.path.directory,
+        "status": entry.status,
+        "epoch": entry.epoch,
+        "epochs": entry.epochs,
+        "loss_valid": entry.loss_valid,
+        "sweep": entry.sweep,
+        "size": entry.size,
+        "age": round(entry.age),
+        "faults": entry.faults,
+        "config": entry.config,
+    }
+
+
+def as_json(obj: Any) -> str:
+    r"""Returns an object as JSON that every program can read, whatever a stranger's file holds."""
+
+    return json.dumps(_plain(obj), indent=2, allow_nan=False)
+
+
+def _plain(x: Any, depth: int = 16) -> Any:
+    r"""Returns an object without NaN (None instead), with paths as text and bounded depth."""
+
+    if isinstance(x, float):
+        return x if math.isfinite(x) else None
+    elif isinstance(x, str | int | None):
+        return x
+    elif depth == 0:
+        return "…"
+    elif isinstance(x, dict):
+        return {str(key): _plain(value, depth - 1) for key, value in x.items()}
+    elif isinstance(x, list | tuple):
+        return [_plain(value, depth - 1) for value in x]
+
+    return str(x)
+
+
+def in_full(entry: Entry) -> tuple[Entry, list[dict[str, Any]]]:
+    r"""Returns a run with its size, and its metrics; damaged ones add faults."""
+
+    entry = measured(entry)
+
+    try:
+        return entry, read_metrics(entry.path.metrics)
+    except (UserError, OSError) as error:
+        faults = dict.fromkeys((*entry.faults, *str(error).splitlines()))
+        return replace(entry, status="damaged", faults=tuple(faults)), []
+
+
+def source(entry: Entry, runs: Path) -> dict[str, Any]:
+    r"""Returns where a run comes from, by label."""
+
+    record, path = entry.record, entry.path
+    attempts = record.get("attempts", [])
+    last = attempts[-1] if attempts else {}
+    parent = RunPath.of_id(runs, record["parent"]) if "parent" in record else None
+    number = path.name.rpartition("-")[2]
+    own = entry.sweep and entry.status != "adopted"
+    copied = record.get("origin")
+    exact = {
+        True: "yes",
+        False: "no: it resumed elsewhere, or a repeated epoch came out different",
+    }
+    commit = f"{last.get('commit')}{' with changes' if last.get('dirty') else ''}"
+    labels = {
+        "directory": path.directory,
+        "started": record.get("created"),
+        "sweep": entry.sweep,
+        "trial": record.get("trial", int(number) if own and number.isdecimal() else None),
+        "parent": parent.directory.name if parent else record.get("parent"),
+        "attempts": len(attempts) or None,
+        "exact": exact.get(record["exact"]) if "exact" in record else None,
+        "commit": commit if last.get("commit") else None,
+        "data": record.get("data"),
+        "reason": record.get("reason"),
+        "weights": path.state if path.state.is_file() else None,
+        "from": None if record else "a training without records, as by upstream SDA",
+        "copy of": copied.get("path") if isinstance(copied, dict) else None,
+    }
+
+    return {label: value for label, value in labels.items() if value is not None}
+
+
+def changed_settings(config: Config) -> Config:
+    r"""Returns the values of a config that differ from CONFIG."""
+
+    return {key: value for key, value in config.items() if CONFIG.get(key) != value}
+
+
+def compare(runs: Sequence[Entry], lines: Sequence[list[dict[str, Any]]]) -> dict[str, Any]:
+    r"""Compares the configs and the metrics of runs.
+
+    Arguments:
+        runs: The runs.
+        lines: Their metrics.
+
+    Returns:
+        `metrics` and `config`, each a list of values by key; `equal`, the keys of the config that
+        all have in common; `notes`, reasons why their losses are not comparable.
+    """
+
+    rows = {key: [(entry.config or {}).get(key) for entry in runs] for key in CONFIG}
+    differ = {key: row for key, row in rows.items() if len({x for x in row if x is not None}) > 1}
+    tops = [best(x) or {} for x in lines]
+    metrics: dict[str, list[Any]] = {
+        "status": [entry.status for entry in runs],
+        "epoch": [entry.epoch for entry in runs],
+        "epochs": [entry.epochs for entry in runs],
+        "loss_valid": [entry.loss_valid for entry in runs],
+        "loss_valid_best": [top.get("loss_valid") for top in tops],
+        "epoch_best": [top.get("epoch") for top in tops],
+    }
+
+    tables = [{line["epoch"]: line.get("loss_valid") for line in x} for x in lines]
+    common = set.intersection(*(set(table) for table in tables)) if tables else set()
+
+    if common and len({max(table) for table in tables}) > 1:
+        last = max(common)
+        metrics[f"loss_valid_at_{last}"] = [table[last] for table in tables]
+
+    metrics["seconds"] = [seconds_per_epoch(x) for x in lines]
+    data = {str(entry.record["data"]) for entry in runs if entry.record.get("data")}
+    unread = [entry.path.directory.name for entry in runs if entry.config is None]
+    notes = [f"the config of {name} cannot be read." for name in unread]
+
+    if "window" in differ:
+        notes.append("the windows differ: losses of different windows are not comparable.")
+
+    if len(data) > 1:
+        notes.append("the runs were trained and validated on different data.")
+
+    equal = [key for key in CONFIG if key not in differ]
+
+    return {"metrics": metrics, "config": differ, "equal": equal, "notes": notes}

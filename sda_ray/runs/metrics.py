@@ -1,57 +1,178 @@
-r"""The history of a run: `metrics.jsonl`, one line per epoch, appended once and never changed."""
+r"""The metrics of a run: `metrics.jsonl`, one line per epoch, appended once and never changed.
+
+Lines are checked when they are read, since a directory may come from a stranger. They may have
+more keys than those of :class:`Line`.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
-import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import math
+import os
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import msgspec
+
+from ..core.config import load_config
 from ..core.errors import UserError
-from ..core.files import append_line, cut_torn_line, read_lines
+from ..core.files import append_line, cut_torn_line, open_regular, read_lines
+from .path import RunPath
+from .record import read_record
 
 if TYPE_CHECKING:
     from ..training.loop import Metrics
 
-__all__ = ["History", "read_history"]
+__all__ = [
+    "History",
+    "Line",
+    "best",
+    "finals",
+    "last_metrics",
+    "read_history",
+    "read_metrics",
+    "seconds_per_epoch",
+]
 
 logger = logging.getLogger(__name__)
 
-NUMBERS = ("loss_train", "loss_valid", "loss_valid_raw", "loss_valid_se", "lr", "seconds")
+TAIL = 2**16  # bytes at the end of metrics.jsonl that surely hold its last line
+TIMING = ("seconds",)  # differs when an epoch is repeated
 
-TIMING = ("seconds",)  # what differs when an epoch is done again
+
+class Line(msgspec.Struct):
+    r"""What every line of `metrics.jsonl` is checked for."""
+
+    epoch: Annotated[int, msgspec.Meta(ge=0, le=10**8)]
+    loss_train: float | None = None
+    loss_valid: float | None = None
+    loss_valid_raw: float | None = None
+    loss_valid_se: float | None = None
+    lr: float | None = None
+    seconds: float | None = None
+
+
+def read_metrics(file: Path) -> list[Metrics]:
+    r"""Returns the lines of `metrics.jsonl` in the order of their epochs.
+
+    Of a missing file, there are none. A last line that was cut off by a crash is ignored.
+
+    Raises:
+        UserError: If another line is damaged, or the file is unreadable or too large.
+    """
+
+    lines = [_check(line, file, f"line {n}") for n, line in enumerate(read_lines(file), start=1)]
+
+    return sorted(lines, key=lambda line: line["epoch"])
 
 
 def read_history(file: Path) -> dict[int, Metrics]:
-    r"""Returns the metrics of a run by epoch.
+    r"""Returns the metrics of a run by epoch, see :func:`read_metrics`."""
+
+    return {line["epoch"]: line for line in read_metrics(file)}
+
+
+def last_metrics(file: Path) -> Metrics:
+    r"""Returns the last line of `metrics.jsonl`, or an empty dict if there is none.
+
+    Only the end of the file is read. A last line that was cut off by a crash is ignored.
 
     Raises:
-        UserError: If a line other than the last is damaged.
+        UserError: If the end of the file is damaged.
     """
 
-    lines = read_lines(file)
+    with os.fdopen(open_regular(file), "rb") as f:
+        size = f.seek(0, os.SEEK_END)
+        f.seek(max(0, size - TAIL))
+        lines = f.read(TAIL).split(b"\n")[:-1]  # what follows the last line end is torn
 
-    for number, line in enumerate(lines, start=1):
-        if type(line.get("epoch")) is not int or not 0 <= line["epoch"] <= 10**8:
-            raise UserError(f"{file} is damaged: line {number} has no epoch.")
+    if size > TAIL:
+        lines = lines[1:]
 
-        for key in NUMBERS:
-            if not _is_number(line.get(key, 0.0)):
-                raise UserError(f"{file} is damaged: {key} of line {number} is not a number.")
+    for line in reversed(lines[-2:]):  # a power cut may leave a line its end but not its middle
+        with suppress(ValueError, RecursionError):
+            if isinstance(metrics := json.loads(line), dict):
+                return _check(metrics, file, "its last line")
 
-    return {line["epoch"]: line for line in lines}
+    if size <= TAIL and len(lines) < 2:
+        return {}
+
+    raise UserError(f"{file} is damaged: its last line is not a JSON object.")
 
 
-def _is_number(x: Any) -> bool:
-    r"""Tells whether a value is a number; integers beyond all floats are not."""
+def _check(line: dict[str, Any], file: Path, where: str) -> Metrics:
+    try:
+        msgspec.convert(line, Line)
+    except (msgspec.ValidationError, OverflowError) as error:
+        raise UserError(f"{file} is damaged: {where}: {error}.") from error
 
-    return type(x) is float or (type(x) is int and abs(x) <= sys.float_info.max)
+    return {key: x for key, x in line.items() if x is not None}
+
+
+def best(lines: Sequence[Metrics]) -> Metrics | None:
+    r"""Returns the line with the lowest validation loss, or None if none is finite."""
+
+    finite = [line for line in lines if math.isfinite(line.get("loss_valid", math.nan))]
+
+    return min(finite, key=lambda line: line["loss_valid"], default=None)
+
+
+def seconds_per_epoch(lines: Sequence[Metrics]) -> float | None:
+    r"""Returns the median of the seconds per epoch."""
+
+    seconds = sorted(line["seconds"] for line in lines if "seconds" in line)
+
+    return seconds[len(seconds) // 2] if seconds else None
+
+
+def finals(path: RunPath, objectives: Sequence[str]) -> list[float]:
+    r"""Returns the values of objectives of a complete run, from its files.
+
+    They are numbers of the last line of its metrics or of `run.json`; or `parameters`, their
+    number, and `seconds`, the time that its epochs took.
+
+    Raises:
+        UserError: If there is no such number.
+    """
+
+    lines = read_metrics(path.metrics)
+    total = {"seconds": sum(float(line.get("seconds", 0.0)) for line in lines)}
+    last = lines[-1] if lines else {}
+    known = {**read_record(path), **last, **total}
+    values = []
+
+    for name in objectives:
+        value = known.get(name)
+
+        if value is None and name == "parameters":
+            value = _parameters(path)
+
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            numbers = [key for key, x in {**last, **total}.items() if isinstance(x, int | float)]
+            raise UserError(
+                f"{path.directory.name} has no number '{name}'. Objectives may be "
+                f"{', '.join(numbers)} and parameters."
+            )
+
+        values.append(float(value))
+
+    return values
+
+
+def _parameters(path: RunPath) -> int:
+    import torch
+
+    from ..nn.score import make_score
+
+    with torch.device("meta"):
+        return sum(p.numel() for p in make_score(**load_config(path.config)).parameters())
 
 
 class History:
-    r"""Creates the history of a run, or opens it; a torn last line is cut off.
+    r"""The metrics of an open run. A torn last line is cut off.
 
     Arguments:
         file: The file, in the run's directory.
@@ -71,7 +192,7 @@ class History:
         self.lines = read_history(file)
 
     def add(self, metrics: Metrics) -> None:
-        r"""Appends an epoch. If the disk is full, it is kept for the next :meth:`write`."""
+        r"""Appends an epoch. If the disk is full, the line is kept for the next :meth:`write`."""
 
         self.lines[metrics["epoch"]] = metrics
         self._unwritten.append(metrics)
@@ -79,14 +200,14 @@ class History:
         try:
             self.write()
         except OSError as error:
-            if self._unwritten == [metrics]:  # said once, not for each epoch
+            if self._unwritten == [metrics]:  # warn once, not at each epoch
                 logger.warning("%s cannot be written: %s.", self.file, error)
 
     def write(self) -> None:
-        r"""Writes what could not be written before.
+        r"""Writes the lines that could not be written before.
 
         Raises:
-            OSError: If that is still so.
+            OSError: If they still cannot be written.
         """
 
         while self._unwritten:
@@ -96,7 +217,7 @@ class History:
             del self._unwritten[0]
 
     def differences(self, metrics: Metrics) -> str:
-        r"""Compares an epoch that was done again with its line, timing apart."""
+        r"""Compares a repeated epoch with its recorded line, timing apart."""
 
         before = self.lines[metrics["epoch"]]
         keys = (key for key in metrics if key in before and key not in TIMING)

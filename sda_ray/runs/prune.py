@@ -15,7 +15,6 @@ from pathlib import Path
 from ..core.errors import UserError
 from ..core.files import write_json
 from ..core.lease import holder
-from .curves import check_regular
 from .inventory import Entry, is_held, read_entry
 from .path import RunPath
 
@@ -59,25 +58,20 @@ def refusal(entry: Entry) -> str | None:
     if (reason := _in_use(path)) is not None:
         return reason
 
-    with contextlib.suppress(OSError, UserError):
-        if check_regular(path.state).stat().st_size > 0:
+    with contextlib.suppress(OSError):
+        status = path.state.lstat()
+
+        if stat.S_ISREG(status.st_mode) and status.st_size > 0:
             return None
 
     return f"{path.state} is missing: the checkpoint is all that is left of the weights."
 
 
 def _in_use(path: RunPath) -> str | None:
-    if os.path.lexists(path.lease) and not _tells_holder(path.lease):
+    if os.path.lexists(path.lease) and holder(path.lease) is None:
         return f"{path.lease} is damaged: a process may be at the run."
 
     return "a process is at it." if is_held(path, QUIET) else None
-
-
-def _tells_holder(file: Path) -> bool:
-    with contextlib.suppress(OSError, UserError):
-        return holder(check_regular(file)) is not None
-
-    return False
 
 
 def prune(path: RunPath) -> int:

@@ -1,69 +1,134 @@
-r"""The record of a run: `run.json`, what a run is beside its configuration and its numbers."""
+r"""The record of a run: `run.json`, all there is to know beside its config and its metrics.
 
+The bits of a run depend on versions, code, device and threads: its provenance. A process
+determines these once, for all the runs that it trains: its imports do not change.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
 import logging
 import os
-from collections.abc import Callable
+import platform
+import subprocess
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from datetime import datetime, timezone
-from typing import Any
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import msgspec
+
+from .. import __version__
 from ..core.config import Config
 from ..core.errors import UserError
-from ..core.files import read_json, write_json
-from ..core.keys import show
+from ..core.files import read_json, write_atomic, write_json
 from .path import RunPath
-from .provenance import differences
 
-__all__ = ["Record", "logged_config", "read_record"]
+if TYPE_CHECKING:
+    import torch
 
-# What is looked at again, and what it is if it is there
-KINDS: dict[str, type] = {
-    "id": str,
-    "name": str,
-    "status": str,
-    "created": str,
-    "exact": bool,
-    "data": str,
-    "parent": str,
-    "extends": str,
-    "sweep": str,
-    "wandb": dict,
-    "attempts": list,
-    "rungs": list,
-}
+__all__ = [
+    "Attempt",
+    "Fields",
+    "Record",
+    "code_of",
+    "differences",
+    "digests",
+    "logged_config",
+    "origin",
+    "provenance",
+    "read_record",
+    "save_diff",
+]
 
 logger = logging.getLogger(__name__)
 
+PACKAGES = (
+    "coolname",
+    "h5py",
+    "numpy",
+    "optuna",
+    "pillow",
+    "ray",
+    "rich",
+    "wandb",
+)
+
+DECISIVE = ("sda_ray", "numpy", "torch")  # the packages that bits depend on
+
+PACKAGE = Path(__file__).resolve().parents[1]
+ORIGIN = PACKAGE / "origin.json"  # of a copy of the package in the record of a sweep
+LARGEST_DIFF = 2**20  # bytes
+LARGEST_FILE = 2**22  # bytes of a file of the package
+
+
+class Attempt(msgspec.Struct):
+    r"""What an attempt in `run.json` is checked for. It may have more keys."""
+
+    number: int | None = None
+    started: str | None = None
+    ended: str | None = None
+    host: str | None = None
+    device: str | None = None
+    threads: int | None = None
+    code: str | None = None
+    commit: str | None = None
+    dirty: bool | None = None
+    versions: dict[str, Any] = {}
+    restarted: str | None = None
+
+
+class Fields(msgspec.Struct):
+    r"""What `run.json` is checked for. It may have more keys."""
+
+    id: str | None = None
+    name: str | None = None
+    status: str | None = None
+    created: str | None = None
+    exact: bool | None = None
+    data: str | None = None
+    parent: str | None = None
+    extends: str | None = None
+    sweep: str | None = None
+    wandb: dict[str, Any] | None = None
+    attempts: list[Attempt] | None = None
+    rungs: list[int] | None = None
+
 
 def read_record(path: RunPath) -> dict[str, Any]:
-    r"""Returns the `run.json` of a run, or an empty dict if there is none, as in SDA's runs."""
+    r"""Returns the `run.json` of a run, or an empty dict if there is none, as in SDA's runs.
+
+    Keys of :class:`Fields` that are null are left out.
+
+    Raises:
+        UserError: If the file is damaged.
+    """
 
     record = read_json(path.record) if os.path.lexists(path.record) else {}
 
     if not isinstance(record, dict):
         raise UserError(f"{path.record} is damaged: it is not a JSON object.")
 
-    for key in KINDS:
-        if not isinstance(found := record.get(key), KINDS[key] | None):
-            raise UserError(f"{path.record} is damaged: its {key} is {show(found)}.")
+    try:
+        msgspec.convert(record, Fields)
+    except msgspec.ValidationError as error:
+        raise UserError(f"{path.record} is damaged: {error}.") from error
 
-    for attempt in record.get("attempts") or []:
-        if not isinstance(attempt, dict) or not isinstance(attempt.get("versions", {}), dict):
-            raise UserError(f"{path.record} is damaged: an attempt is {show(attempt)}.")
-
-    if any(type(rung) is not int for rung in record.get("rungs") or []):
-        raise UserError(f"{path.record} is damaged: its rungs are {show(record['rungs'])}.")
-
-    return {key: x for key, x in record.items() if x is not None or key not in KINDS}
+    return {k: x for k, x in record.items() if x is not None or k not in Fields.__struct_fields__}
 
 
 class Record(dict[str, Any]):
-    r"""Creates the record of a run, or opens it. It reaches the disk with each new status.
+    r"""The record of an open run. Each new status is written to the disk.
 
     Arguments:
         path: The run.
         hold: Entered around each write, see :meth:`sda_ray.core.lease.Lease.hold`.
-        more: What it shall say beside what is there.
+        more: Entries that are added to the existing ones.
+        on_saved: Called with the file after each write.
     """
 
     def __init__(
@@ -71,22 +136,24 @@ class Record(dict[str, Any]):
         path: RunPath,
         hold: Callable[[], AbstractContextManager[None]],
         more: dict[str, Any],
+        on_saved: Callable[[Path], None] = lambda file: None,
     ) -> None:
         super().__init__(id=path.id, name=path.name, created=_now(), exact=True)
         self.update(read_record(path))
         self.update(more)
         self.path = path
         self.hold = hold
+        self.on_saved = on_saved
 
     def begin(self, attempt: int, provenance: dict[str, Any]) -> None:
-        r"""Records the begin of an attempt, and whether bits may change with it."""
+        r"""Records the start of an attempt, and whether its bits may differ from the first's."""
 
         attempts = self.setdefault("attempts", [])
 
         if attempts and (differs := differences(attempts[0], provenance)):
             self["exact"] = False
             logger.warning(
-                "%s goes on with another %s than it began with: its bits may differ from those "
+                "%s resumes with another %s than it started with: its bits may differ from those "
                 "of an uninterrupted run.",
                 self.path.directory.name,
                 " and ".join(differs),
@@ -102,20 +169,22 @@ class Record(dict[str, Any]):
         self.write(status, **more)
 
     def write(self, status: str, **more: Any) -> None:
-        r"""Writes the record, with a new status."""
+        r"""Writes the record with a new status."""
 
         self.update(status=status, updated=_now(), **more)
 
         with self.hold():
             write_json(self.path.record, self)
 
+        self.on_saved(self.path.record)
+
 
 def logged_config(config: Config, record: dict[str, Any]) -> Config:
-    r"""Returns what W&B is told as the config of a run: its own, and where it comes from.
+    r"""Returns the config that W&B shows for a run: its own, and the sweep that it belongs to.
 
     Arguments:
         config: The config of the run.
-        record: What `run.json` says, of which `sweep`, `trial` and `study` are told.
+        record: Its `run.json`, of which `sweep`, `trial` and `study` are shown.
     """
 
     origin = {key: record.get(key) for key in ("sweep", "trial", "study")}
@@ -125,3 +194,185 @@ def logged_config(config: Config, record: dict[str, Any]) -> Config:
 
 def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+# Provenance
+
+
+def provenance(device: str | torch.device = "cpu") -> dict[str, Any]:
+    r"""Returns what bits depend on beside the config: versions, code, device and threads."""
+
+    import torch
+
+    cuda = torch.device(device).type == "cuda"
+
+    return {
+        "host": platform.node(),
+        "device": torch.cuda.get_device_name(device) if cuda else _processor(),
+        "threads": torch.get_num_threads(),
+        "code": _code(),
+        "versions": {**_versions(), "torch": str(torch.__version__)},  # with its build
+        **_commit(),
+    }
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    r"""Returns the decisive respects in which two provenances differ."""
+
+    def decisive(source: dict[str, Any]) -> dict[str, Any]:
+        versions = {name: source.get("versions", {}).get(name) for name in DECISIVE}
+        return {"device": source.get("device"), "threads": source.get("threads"), **versions}
+
+    then = decisive(before)
+    differ = [key for key, value in decisive(now).items() if then[key] != value]
+
+    if (was := before.get("code")) and now.get("code") not in (None, was):
+        differ.append("code")
+
+    return differ
+
+
+def digests(package: Path) -> dict[str, str]:
+    r"""Returns the SHA-256 of each file of a package by its name, relative to the package.
+
+    Caches, hidden files and the origin of a recorded copy are left out.
+    """
+
+    sums = {}
+
+    for directory, folders, files in os.walk(package):
+        folders[:] = sorted(x for x in folders if x != "__pycache__" and not x.startswith("."))
+
+        for name in files:
+            if not name.startswith((".", "origin.")) and not name.endswith(".pyc"):
+                file = Path(directory, name)
+
+                with open(file, "rb") as f:
+                    data = f.read(LARGEST_FILE)
+
+                sums[file.relative_to(package).as_posix()] = hashlib.sha256(data).hexdigest()
+
+    return dict(sorted(sums.items()))
+
+
+def code_of(files: Mapping[str, str]) -> str:
+    r"""Returns the hash of code: a SHA-256 over the names and digests of its files."""
+
+    lines = (f"{digest} {name}\n" for name, digest in sorted(files.items()))
+
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def origin() -> tuple[dict[str, Any], bytes | None]:
+    r"""Returns where the package comes from, and its diff to its commit, for a copy of it."""
+
+    return {"package": str(PACKAGE), "host": platform.node(), **_commit()}, _diff()
+
+
+def save_diff(path: RunPath, hold: Callable[[], AbstractContextManager[None]]) -> bool:
+    r"""Saves the package's difference to its commit as `diff.patch`, if there is one.
+
+    Untracked files are left out. Only its owner may read the file; that of an earlier attempt is
+    replaced only by another difference.
+
+    Arguments:
+        path: The run.
+        hold: Entered around the write, see :meth:`sda_ray.core.lease.Lease.hold`.
+
+    Returns:
+        Whether a file was written.
+    """
+
+    diff = _diff()
+
+    if not diff:
+        return False
+
+    if len(diff) > LARGEST_DIFF:
+        logger.warning(
+            "The code differs from its commit by %d bytes, but diff.patch keeps at most %d.",
+            len(diff),
+            LARGEST_DIFF,
+        )
+        return False
+
+    with hold():
+        write_atomic(path.diff, diff, mode=0o600)
+
+    return True
+
+
+@cache
+def _versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "sda_ray": __version__,
+        **{package: _version(package) for package in PACKAGES},
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except ImportError:
+        return "not installed"
+
+
+@cache
+def _code() -> str:
+    r"""Returns the hash of the package that this process has begun to import."""
+
+    return code_of(digests(PACKAGE))
+
+
+@cache
+def _commit() -> dict[str, Any]:
+    r"""Returns the commit of the package's own repository, if it runs from one or is a copy."""
+
+    if ORIGIN.is_file():
+        known = json.loads(ORIGIN.read_bytes())
+        return {key: known.get(key) for key in ("commit", "dirty")}
+
+    if not _is_tracked():
+        return {"commit": None, "dirty": None}
+
+    return {
+        "commit": (_git("rev-parse", "HEAD") or b"").decode().strip() or None,
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+    }
+
+
+@cache
+def _diff() -> bytes | None:
+    # Independent of the user's settings and of programs that the repository names
+    options = ("--no-color", "--no-ext-diff", "--no-textconv", "--no-relative", "--binary")
+
+    if ORIGIN.is_file():
+        return patch.read_bytes() if (patch := ORIGIN.with_suffix(".patch")).is_file() else None
+
+    return _git("diff", *options, "HEAD") if _is_tracked() else None
+
+
+@cache
+def _is_tracked() -> bool:
+    r"""Returns whether the package runs from its repository, and not from a venv in another."""
+
+    return _git("ls-files", "--error-unmatch", "__init__.py") is not None
+
+
+def _git(*command: str) -> bytes | None:
+    try:
+        done = subprocess.run(["git", *command], cwd=PACKAGE, capture_output=True, timeout=10)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return None
+
+    return done.stdout if done.returncode == 0 else None
+
+
+@cache
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,7 +1,8 @@
-r"""Runs: what a training leaves in its directory."""
+r"""An open run: everything that a training writes to its directory and to W&B."""
 
 import logging
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,9 @@ from ..core.lease import Lease, LeaseLost, check_present, held, is_present
 from ..training.loop import Metrics, TrainState
 from ..training.samples import draw_samples
 from .checkpoint import load_checkpoint, save_checkpoint, save_state
-from .fragments import await_end
 from .metrics import History
 from .path import RunPath, new_id, new_name
-from .provenance import provenance, save_diff
-from .record import Record, logged_config, read_record
+from .record import Record, logged_config, provenance, read_record, save_diff
 from .tracking import Tracker, Wandb, safe_name
 
 __all__ = ["Run"]
@@ -33,24 +32,28 @@ CHECKPOINT_COST = 0.03  # … this part of the time
 
 
 class Run:
-    r"""Creates a run, or opens one to go on with it.
+    r"""A run that is open for writing: a new one, or an existing one to resume.
 
     While it is open, its directory belongs to this process: see :mod:`sda_ray.core.lease`.
 
     Arguments:
         runs: The directory of all runs.
         config: The config, checked. That of an existing run is kept.
-        id: The run's id. A directory of this id is gone on with.
+        id: The id of the run. An existing directory of this id is resumed.
         number: The number at the end of the run's name.
-        wandb: How to log to W&B.
+        wandb: The settings of W&B.
         attempt: The number of this attempt, if the caller counts them.
-        takeover: Whether to take the run from a process that seems to be at it.
-        record: What `run.json` shall say beside what is found out here.
+        takeover: Whether to take the run from a process that seems to use it.
+        record: Further entries of `run.json`.
         device: Where the run trains, for the record.
         interval: The least time between two checkpoints, in seconds.
+        on_saved: Called with each file that was written, once it is on the disk, and the digest of
+            a checkpoint, see :func:`sda_ray.runs.checkpoint.save_checkpoint`; of other files, an
+            empty text. It is called in the training's thread, and outside of the lease's lock, so
+            it must return at once. May be set later, as an attribute.
 
     Raises:
-        UserError: If another process is at the run, or its directory cannot be used.
+        UserError: If another process uses the run, or its directory cannot be written.
     """
 
     def __init__(
@@ -65,8 +68,10 @@ class Run:
         record: dict[str, Any] | None = None,
         device: str | torch.device = "cpu",
         interval: float = CHECKPOINT_SECONDS,
+        on_saved: Callable[[Path, str], None] | None = None,
     ) -> None:
         self.id = id or new_id()
+        self.on_saved = on_saved
         self._least = self._interval = interval
         self._closed = False
         self._link = runs / f".{self.id}"
@@ -86,10 +91,10 @@ class Run:
         self._last_save = time.monotonic()
 
     def _make_directory(self, runs: Path, number: int | None, wandb: Wandb) -> str:
-        r"""Finds the run's directory, or makes one, and returns the run's name.
+        r"""Finds or makes the directory of the run and returns the run's name.
 
-        A run that gets its name from the W&B server starts in the provisional directory `.{id}`,
-        since W&B wants a directory before it tells the name.
+        A run that the W&B server names starts in the provisional directory `.{id}`, since W&B
+        wants a directory before it tells the name.
         """
 
         runs.mkdir(parents=True, exist_ok=True)
@@ -127,14 +132,16 @@ class Run:
         self.config = load_config(self.path.config)
         self.history = History(self.path.metrics, self._hold)
         named = self.path.directory != self._link
-        told = logged_config(self.config, read_record(self.path) | record)
-        self.tracker = Tracker(self.path.directory, self.id, name, told, wandb, named=named)
+        shown = logged_config(self.config, read_record(self.path) | record)
+        self.tracker = Tracker(self.path.directory, self.id, name, shown, wandb, named=named)
 
         try:
             self._settle(named)
-            self.record = Record(self.path, self.lease.hold, record)
+            self.record = Record(self.path, self.lease.hold, record, self.announce)
             self.record.begin(self.lease.attempt, provenance(device))
-            save_diff(self.path.directory, self.lease.hold)
+
+            if save_diff(self.path, self.lease.hold):
+                self.announce(self.path.diff)
         except BaseException:
             self.tracker.finish(good=False)
             raise
@@ -144,7 +151,7 @@ class Run:
                 self._send(self.lines[epoch])
 
     def _settle(self, named: bool) -> None:
-        r"""Gives the provisional directory its name; a link stays for as long as W&B writes."""
+        r"""Gives the provisional directory its name; a link stays while W&B writes."""
 
         with self.lease.hold():
             if self._link.is_symlink():  # of an attempt that was killed
@@ -162,25 +169,32 @@ class Run:
     def _hold(self) -> AbstractContextManager[None]:
         return held(self.lease)
 
+    def announce(self, file: Path, digest: str = "") -> None:
+        r"""Calls :attr:`on_saved`, if it is set."""
+
+        if self.on_saved is not None:
+            self.on_saved(file, digest)
+
     @property
     def lines(self) -> dict[int, Metrics]:
-        r"""The metrics of the epochs that are done, by epoch."""
+        r"""The metrics of the complete epochs, by epoch."""
 
         return self.history.lines
 
     def log(self, metrics: Metrics) -> None:
         r"""Appends an epoch to `metrics.jsonl`, then sends it to W&B.
 
-        An epoch that is there already was done again after a resume: it is compared instead.
+        An epoch that is there already was repeated after a resume: it is compared instead.
         """
 
         if metrics["epoch"] not in self.lines:
             self.history.add(metrics)
+            self.announce(self.path.metrics)
             self._send(metrics)
         elif differs := self.history.differences(metrics):
             self.record["exact"] = False
             logger.warning(
-                "epoch %d of %s came out different when it was done again: %s.",
+                "epoch %d of %s came out different when it was repeated: %s.",
                 metrics["epoch"],
                 self.path.directory.name,
                 differs,
@@ -191,41 +205,43 @@ class Run:
         self.tracker.log(values, step=metrics["epoch"])
 
     def load(self, state: TrainState) -> None:
-        r"""Brings a state to the newest checkpoint of the run, if there is one.
+        r"""Loads the newest checkpoint of the run into a state, if there is one.
 
-        A run that has epochs and no checkpoint starts again, to the same bits. The entry of this
-        attempt in `run.json` says so, and why, as `restarted`.
+        A run that has epochs and no checkpoint restarts, to the same bits. The entry of this
+        attempt in `run.json` then says why, as `restarted`.
         """
 
-        some = self.path.checkpoint.exists() or self.path.previous.exists()
+        saved = self.path.checkpoint.exists() or self.path.previous.exists()
 
         with self.lease.hold():
-            found = load_checkpoint(self.path)
+            checkpoint = load_checkpoint(self.path)
 
         given_back = self.record.pop("given_back", None)
 
-        if found is not None:
+        if checkpoint is not None:
             try:
-                state.load(*found)
+                state.load(*checkpoint)
             except ValueError as error:
                 raise UserError(f"{self.path.checkpoint} does not fit config.json: {error}.")
-        elif some:
+        elif saved:
             self._restart("it has no whole checkpoint")
         elif self.lines and "parent" not in self.record:
-            early = "it was ended before its first checkpoint"
-            level = logging.WARNING if given_back else logging.INFO  # what was to be expected
-            self._restart("it gave its checkpoint back" if given_back else early, level)
+            early = "it ended before its first checkpoint"
+            level = logging.WARNING if given_back else logging.INFO  # the latter is expected
+            self._restart(
+                "its checkpoint was removed to free space" if given_back else early, level
+            )
 
     def _restart(self, why: str, level: int = logging.WARNING) -> None:
         name = self.path.directory.name
-        logger.log(level, "%s: %s: it starts again at epoch 0, to the same bits.", name, why)
+        logger.log(level, "%s: %s: it restarts at epoch 0, to the same bits.", name, why)
         self.record["attempts"][-1]["restarted"] = why
         self.record.write("running")
 
     def save(self, state: TrainState) -> None:
         r"""Saves a checkpoint, unless the newest one is at this very step.
 
-        A disk that is full does not stop the training: the old checkpoint stays.
+        A full disk does not stop the training: the old checkpoint stays.
         """
 
         if state.saved == state.position:
@@ -235,7 +251,7 @@ class Run:
 
         try:
             self.history.write()
-            save_checkpoint(self.path, state.tensors(), state.info(), self._hold)
+            digest = save_checkpoint(self.path, state.tensors(), state.info(), self._hold)
             state.saved = state.position
         except OSError as error:
             check_present(self.path.lease)
@@ -244,13 +260,15 @@ class Run:
                 self.path.directory.name,
                 error,
             )
+        else:
+            self.announce(self.path.checkpoint, digest)
 
         self._last_save = time.monotonic()
         self._interval = max(self._least, (self._last_save - start) / CHECKPOINT_COST)
 
     @property
     def due(self) -> bool:
-        r"""Whether it is time for a checkpoint."""
+        r"""Whether the next checkpoint is due."""
 
         return time.monotonic() - self._last_save >= self._interval
 
@@ -266,21 +284,23 @@ class Run:
         try:
             self.history.write()
             save_state(self.path, state.result.state_dict(), self.lease.hold)
+            self.announce(self.path.state)
             image = draw_samples(state.result_sde, self.config["seed"])
 
             with self.lease.hold():
                 write_atomic(self.path.samples, image)
                 self.path.previous.unlink(missing_ok=True)
 
+            self.announce(self.path.samples)
             self.tracker.log_image("samples", self.path.samples, state.epoch + 1)
             self.record.write("finished", epoch=state.epoch)
         except OSError as error:
             check_present(self.path.lease)
             sweep = self.record.get("sweep")
-            again = f"sweep {sweep}" if sweep else f"train --resume {self.id}"
+            command = f"sweep {sweep}" if sweep else f"train --resume {self.id}"
             raise UserError(
                 f"{self.path.directory.name} is trained to its end, but its files cannot be "
-                f"written: {error}. Make room and finish it by `sda-ray {again}`."
+                f"written: {error}. Make room and finish it with `sda-ray {command}`."
             ) from error
 
     def close(self, status: str, **more: Any) -> None:
@@ -297,10 +317,7 @@ class Run:
             if is_present(self.path.lease):
                 logger.warning("run.json keeps its status: %s.", error)
 
-        if fragment := self.tracker.finish(good=status != "failed"):
-            with suppress(UserError, OSError):
-                await_end(fragment)
-
+        self.tracker.finish(good=status != "failed")
         hold = self.lease.hold if is_present(self.path.lease) else nullcontext
 
         with suppress(LeaseLost, OSError), hold():

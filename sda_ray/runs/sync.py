@@ -1,37 +1,62 @@
-r"""The command `sda-ray sync`: brings runs that are on this disk to W&B's server.
+r"""Uploads runs to W&B's server after their training: the command `sda-ray sync`.
 
-`metrics.jsonl` is the truth, and the server is asked what it has: nothing is marked in a run's
-directory, so that the command may be repeated, interrupted, or used with another server.
+`metrics.jsonl` is the truth, and the server is asked how much of it it has. Nothing is marked in a
+run's directory, so the command may be repeated, interrupted, or used with another server.
+
+W&B's steps only increase. So every step is on the server once if its number of rows and its last
+step are right.
 """
 
 import argparse
 import fcntl
 import os
 import sys
+import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..core.config import Config
 from ..core.errors import UserError
+from ..core.files import open_regular, read_json
+from .metrics import read_history
+from .path import RunPath, sweep_directory
+from .record import logged_config
+from .tracking import Wandb, own_environment, summary, wandb_settings
 
 if TYPE_CHECKING:
     from .inventory import Entry
-    from .tracking import Wandb
-    from .upload import Server, Target
 
-__all__ = ["add_sync_parser", "sync_command", "target_of"]
+__all__ = [
+    "Server",
+    "Target",
+    "Unreachable",
+    "add_sync_parser",
+    "sync_command",
+    "target_of",
+    "upload",
+]
 
 SYNC = """
-Uploads runs that were trained offline, or whose server was away, to W&B: with --all the finished
-ones. RUN is a path, a name, an id or an unambiguous beginning of one. Each run keeps its name, id,
-group and steps. What is on the server already is not sent again; a run that is in use is left out.
-The server and the account are those of `wandb login`, or of the variables WANDB_BASE_URL and
+Uploads runs that were trained offline, or without reaching the server, to W&B: with --all the
+finished ones. RUN is a path, a name, an id or an unambiguous prefix of one. Each run keeps its
+name, id, group and steps. Rows that are on the server are not sent again; a run in use is left
+out. The server and the account are those of `wandb login`, or of the variables WANDB_BASE_URL and
 WANDB_API_KEY.
 """
 
 ENDED = ("finished", "diverged")
+
+PATIENCE = 6.0  # seconds that the server may take for an answer
+LAG = (0.0, 0.2, 0.5, 1.0, 2.0, 4.0)  # seconds between two looks at what has arrived
+
+
+class Unreachable(RuntimeError):
+    r"""Signals that the server is absent, does not answer or refuses."""
 
 
 def add_sync_parser(command: Callable[[str, str, str], argparse.ArgumentParser]) -> None:
@@ -50,25 +75,25 @@ def add_sync_parser(command: Callable[[str, str, str], argparse.ArgumentParser])
 def sync_command(args: argparse.Namespace, _: Any = None) -> None:
     r"""Runs `sda-ray sync`, with `args.runs` made absolute. Exits with 1 if a run is missing."""
 
-    from .upload import Server, Unreachable
-
     if args.all == bool(args.run):
         raise UserError("give the runs to upload, or --all for the finished ones, and not both.")
 
-    chosen = _named(args.runs, args.run) if args.run else _finished(args.runs)
-    targets = {entry.path.directory.name: entry for entry in chosen}
+    entries = _named(args.runs, args.run) if args.run else _finished(args.runs)
+    chosen = {entry.path.directory.name: entry for entry in entries}
     done, failed = 0, 0
 
-    if not targets:
+    if not chosen:
         print("There is nothing to upload.")
         return
 
     try:
         server = Server()
 
-        for name, entry in targets.items():
+        for name, entry in chosen.items():
             try:
-                print(f"{name}: {_sync(server, entry, args.runs)}", flush=True)
+                with _locked(entry.path.directory):
+                    print(f"{name}: {upload(server, target_of(entry, args.runs))}", flush=True)
+
                 done += 1
             except (UserError, OSError) as error:
                 print(f"{name}: {error}", file=sys.stderr, flush=True)
@@ -76,34 +101,33 @@ def sync_command(args: argparse.Namespace, _: Any = None) -> None:
     except Unreachable as error:
         place = os.environ.get("WANDB_BASE_URL") or "its server"
         print(
-            f"sda-ray: W&B at {place} cannot be used: {error}. {done} of {len(targets)} runs are "
-            "there. The others are as they were: the same command goes on.",
+            f"sda-ray: W&B at {place} cannot be used: {error}. {done} of {len(chosen)} runs are "
+            "uploaded. The others are unchanged: repeat the command to continue.",
             file=sys.stderr,
         )
         sys.exit(1)
 
-    print(f"{done} of {len(targets)} runs are at {server.url}.")
+    print(f"{done} of {len(chosen)} runs are at {server.url}.")
     sys.exit(1 if failed else 0)
 
 
 def _named(runs: Path, names: list[str]) -> "list[Entry]":
     from .inventory import read_entry
-    from .path import RunPath
 
-    found = {path: read_entry(path) for path in (RunPath.find(runs, name) for name in names)}
-    return [entry for entry in found.values() if entry is not None and _is_free(entry)]
+    entries = {path: read_entry(path) for path in (RunPath.find(runs, name) for name in names)}
+    return [entry for entry in entries.values() if entry is not None and _is_free(entry)]
 
 
 def _finished(runs: Path) -> "list[Entry]":
-    r"""Returns the runs that have ended, and says which are left out."""
+    r"""Returns the runs that have ended, and prints which ones are left out."""
 
     from .inventory import entries
 
-    every = list(entries(runs))
-    other = (*ENDED, "adopted")  # copies of runs, which W&B knows or does not
-    unfinished = Counter(entry.status for entry in every if entry.status not in other)
-    mine = [entry for entry in every if entry.status in ENDED and entry.epoch is not None]
-    private = [entry for entry in mine if _settings(entry, runs).get("mode") == "disabled"]
+    known = list(entries(runs))
+    other = (*ENDED, "adopted")  # an adopted run is a copy of one that has its own place on W&B
+    unfinished = Counter(entry.status for entry in known if entry.status not in other)
+    ended = [entry for entry in known if entry.status in ENDED and entry.epoch is not None]
+    private = [entry for entry in ended if _settings(entry, runs).get("mode") == "disabled"]
 
     if unfinished:
         statuses = ", ".join(f"{n} {status}" for status, n in sorted(unfinished.items()))
@@ -112,46 +136,88 @@ def _finished(runs: Path) -> "list[Entry]":
     if private:
         print(f"Trained with --wandb disabled, and left out unless named: {len(private)}.")
 
-    return [entry for entry in mine if entry not in private and _is_free(entry)]
+    return [entry for entry in ended if entry not in private and _is_free(entry)]
 
 
 def _is_free(entry: "Entry") -> bool:
     from .inventory import is_held
 
     if held := is_held(entry.path):
-        print(f"{entry.path.directory.name} is left out: a process is at it.")
+        print(f"{entry.path.directory.name} is left out: a process is using it.")
 
     return not held
 
 
-def _sync(server: "Server", entry: "Entry", runs: Path) -> str:
-    from .fragments import read_fragments
-    from .upload import upload
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    r"""Keeps another `sda-ray sync` off the same run, where the file system has such locks."""
 
-    target = target_of(entry, runs)
+    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
-    with _alone(entry.path.directory):
+    try:
         try:
-            fragments = read_fragments(entry.path)
-        except (UserError, OSError):  # the metrics hold all that is in them
-            fragments = []
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError("another `sda-ray sync` is uploading it.")
+        except OSError:  # NFS locks no directories
+            pass
 
-        return upload(server, target, fragments)
+        yield
+    finally:
+        os.close(handle)
 
 
-def target_of(entry: "Entry", runs: Path) -> "Target":
-    r"""Returns what a run shall be on the server.
+# What a run is on the server
 
-    Raises:
-        UserError: If its files do not tell.
+
+@dataclass(frozen=True)
+class Target:
+    r"""A run as it is on a server that has all of it.
+
+    Arguments:
+        id: Its id.
+        name: Its name.
+        wandb: Its project, entity, tags, group and job type.
+        config: Its config, see :func:`sda_ray.runs.record.logged_config`.
+        rows: Its metrics by step.
+        image: Its picture, if it has one, which comes one step after the metrics.
+        good: Whether its training did not fail.
     """
 
-    from .curves import check_regular, read_metrics
-    from .record import logged_config
-    from .upload import Target
+    id: str
+    name: str
+    wandb: Wandb
+    config: Config
+    rows: dict[int, dict[str, float]]
+    image: Path | None = None
+    good: bool = True
+
+    @property
+    def steps(self) -> list[int]:
+        steps = sorted(self.rows)
+        return [*steps, steps[-1] + 1] if self.image is not None else steps
+
+    @property
+    def whole(self) -> tuple[int, int]:
+        r"""The number of rows and the last step on a server that has all of the run."""
+
+        return len(self.steps), self.steps[-1]
+
+    def has_prefix(self, count: int, last: int) -> bool:
+        r"""Returns whether a number of rows and a last step are those of the run's beginning."""
+
+        return count <= len(self.steps) and (count == 0 or self.steps[count - 1] == last)
+
+
+def target_of(entry: "Entry", runs: Path) -> Target:
+    r"""Returns a run as it is to be on the server.
+
+    Raises:
+        UserError: If its files are damaged or have no epochs.
+    """
 
     path = entry.path
-    lines = {line["epoch"]: line for line in read_metrics(path)}
+    lines = read_history(path.metrics)
 
     if entry.config is None or not lines:
         faults = "; ".join(entry.faults) or f"{path.metrics} has no epochs"
@@ -161,56 +227,206 @@ def target_of(entry: "Entry", runs: Path) -> "Target":
         epoch: {k: x for k, x in line.items() if k != "epoch" and type(x) in (int, float)}
         for epoch, line in lines.items()
     }
-    pictured = os.path.lexists(path.samples) and entry.status == "finished"
+    image = path.samples if entry.status == "finished" and os.path.lexists(path.samples) else None
+
+    if image is not None:
+        os.close(open_regular(image))
 
     return Target(
         path.id,
         path.name,
-        _wandb(entry, runs),
+        Wandb.from_record(_settings(entry, runs), path.record),
         logged_config(entry.config, entry.record),
         rows,
-        check_regular(path.samples) if pictured else None,
+        image,
         entry.status != "failed",
     )
 
 
 def _settings(entry: "Entry", runs: Path) -> dict[str, Any]:
-    r"""Returns how a run was to be logged to W&B: what it says, or what its sweep says."""
+    r"""Returns the W&B settings of a run, from its record or from that of its sweep."""
 
-    from ..sweep.record import read_sweep
+    settings, sweep = entry.record.get("wandb"), entry.record.get("sweep")
 
-    kept, sweep = entry.record.get("wandb"), entry.record.get("sweep")
+    if settings is None and sweep is not None:
+        settings = {"group": sweep, "job_type": "trial"}  # if it was moved away from its sweep
 
-    if kept is None and sweep is not None:
-        try:
-            kept = read_sweep(runs, sweep)["options"]["wandb"]
-        except (UserError, KeyError, TypeError):  # moved away from its sweep
-            kept = {"group": sweep, "job_type": "trial"}
+        with suppress(UserError, KeyError, TypeError):
+            settings = read_json(sweep_directory(runs, sweep) / "sweep.json")["options"]["wandb"]
 
-    return kept if isinstance(kept, dict) else {}
+    return settings if isinstance(settings, dict) else {}
 
 
-def _wandb(entry: "Entry", runs: Path) -> "Wandb":
-    from .tracking import Wandb
+# The server
 
-    return Wandb.from_record(_settings(entry, runs), entry.path.record)
+
+class Server:
+    r"""A connection to the W&B server of this user's account.
+
+    Raises:
+        Unreachable: If there is no server, no account, or no answer within seconds.
+    """
+
+    def __init__(self) -> None:
+        import wandb
+
+        with _reaching(), own_environment():
+            wandb.setup(wandb.Settings(silent=True))
+            self.api = wandb.Api(timeout=int(PATIENCE))
+
+    @property
+    def url(self) -> str:
+        return str(self.api.settings["base_url"])
+
+    def progress(self, target: Target) -> tuple[int, int]:
+        r"""Returns the number of rows that the server has of a run, and its last step.
+
+        Of a run that the server does not know, both are 0.
+
+        Raises:
+            Unreachable: If the server does not answer.
+        """
+
+        import wandb
+
+        with _reaching():
+            entity = target.wandb.entity or self.api.default_entity
+
+            try:
+                run = self.api.run(f"{entity}/{target.wandb.project}/{target.id}")
+                data = run.load(force=True)
+            except (wandb.errors.CommError, ValueError) as error:
+                if isinstance(getattr(error, "exc", error), ValueError):  # no such run
+                    return 0, 0
+
+                raise
+
+            return data["historyLineCount"] or 0, (data["historyKeys"] or {}).get("lastStep", 0)
+
+    def has(self, target: Target) -> bool:
+        r"""Returns whether the server has all of a run, once what is in transit has arrived."""
+
+        for seconds in LAG:
+            time.sleep(seconds)
+
+            if (rows := self.progress(target)) == target.whole or rows[0] > target.whole[0]:
+                return rows == target.whole
+
+        return False
 
 
 @contextmanager
-def _alone(directory: Path) -> Iterator[None]:
-    r"""Keeps another `sda-ray sync` from the same run; where a file system cannot, goes on."""
+def _reaching() -> Iterator[None]:
+    r"""Raises any error but a UserError as :class:`Unreachable`."""
 
-    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise UserError("another `sda-ray sync` is at it.")
-    except OSError:  # NFS locks no directories
-        pass
+    start = time.monotonic()
 
     try:
         yield
-    finally:
-        os.close(handle)
+    except UserError:
+        raise
+    except Exception as error:
+        late = time.monotonic() - start > 0.9 * PATIENCE
+        reason = f"it does not answer within {PATIENCE:g} s" if late else summary(error)
+        raise Unreachable(reason.rstrip(".")) from error
+
+
+def upload(server: Server, target: Target) -> str:
+    r"""Uploads a run, each step once. Safe to repeat, and to interrupt.
+
+    The rows that the server lacks are sent. If those it has are not the run's beginning, as after
+    `wandb sync` of overlapping attempts, the run is rewound there and sent anew.
+
+    Returns:
+        What was done, in words.
+
+    Raises:
+        Unreachable: If the server does not answer, or lacks a part of the run afterwards.
+        UserError: If the server refuses the run.
+    """
+
+    count, last = server.progress(target)
+
+    if (count, last) == target.whole:
+        return "there already"
+
+    fits = target.has_prefix(count, last)
+    keep = last if fits else 0
+    _replay(target, keep, rewind=not fits)
+
+    if not server.has(target):
+        rows, end = server.progress(target)
+        raise Unreachable(
+            f"it has {rows} rows to step {end} of {target.name}_{target.id}, but should have "
+            f"{target.whole[0]} to step {target.whole[1]}"
+        )
+
+    if not fits:
+        return f"uploaded, {len(target.steps)} rows, instead of {count} that were not its own"
+
+    return f"completed, from step {keep + 1} on" if keep else f"uploaded, {len(target.steps)} rows"
+
+
+def _replay(target: Target, keep: int, rewind: bool) -> None:
+    r"""Sends the rows and the picture of a run, as its training does.
+
+    Arguments:
+        target: The run.
+        keep: The last step that the server has and keeps.
+        rewind: Whether the server has to forget later ones.
+    """
+
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch, own_environment():
+        image = None if target.image is None else _open_image(target.image)
+        past = f"{target.id}?_step={keep}"
+        run = _start(target, scratch, **{"resume_from": past} if rewind else {"resume": "allow"})
+
+        if (
+            run.starting_step > keep + 1
+        ):  # the summary, which W&B resumes from, is ahead of the rows
+            run.finish()
+            run = _start(target, scratch, resume_from=past)
+
+        for step in target.steps:
+            if step > keep:
+                values: dict[str, Any] = {**target.rows.get(step, {"samples": image})}
+                run.log(values, step=step, commit=True)
+
+        run.finish(exit_code=0 if target.good else 1)
+
+
+def _open_image(file: Path) -> Any:
+    from wandb import Image
+
+    try:
+        return Image(str(file))
+    except Exception as error:  # a strange file makes PIL raise almost anything
+        raise UserError(f"{file} is not a picture to upload: {error}.") from error
+
+
+def _start(target: Target, directory: str, **resume: str) -> Any:
+    import wandb
+
+    settings = wandb_settings(
+        PATIENCE + len(target.rows) / 100,
+        x_disable_stats=True,  # those of this machine say nothing about the training
+    )
+
+    with _reaching():
+        try:
+            return wandb.init(
+                mode="online",
+                dir=directory,
+                project=target.wandb.project,
+                entity=target.wandb.entity,
+                id=target.id,
+                name=target.name,
+                config=target.config,
+                tags=target.wandb.tags,
+                group=target.wandb.group,
+                job_type=target.wandb.job_type,
+                settings=settings,
+                **resume,  # type: ignore[arg-type]
+            )
+        except wandb.errors.UsageError as error:  # such as a project that takes no runs
+            raise UserError(f"W&B refuses it: {summary(error).rstrip('.')}.") from error

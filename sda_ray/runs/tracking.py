@@ -1,33 +1,34 @@
-r"""What W&B is told of a run. Nothing else that trains imports wandb.
+r"""The W&B client of a run. No other module that trains imports wandb.
 
-W&B never stands in the way: whatever fails here is a warning, and the training goes on.
-`metrics.jsonl` is the truth.
+W&B never stops a training: any failure here is a warning. `metrics.jsonl` is the truth, and is
+replayed above the server's last step.
 """
 
 import atexit
 import logging
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..cluster.patches import replaced
+import msgspec
+
 from ..core.config import Config
 from ..core.errors import UserError
 
-__all__ = ["PRIVATE", "Tracker", "Wandb", "own_environment", "safe_name"]
+__all__ = ["Tracker", "Wandb", "own_environment", "safe_name", "wandb_settings"]
 
 logger = logging.getLogger(__name__)
 
-PATIENCE = 7.5  # seconds that W&B may take to begin, and to end
+PATIENCE = 7.5  # seconds that W&B may take to start, and to finish
 
-# Where W&B's server is, and who asks. What a run is called and where it goes, we say ourselves.
+# The variables that locate W&B's server and the account. The name of a run, and where it goes, are
+# given by its own settings.
 CONNECTION = (
     "WANDB_API_KEY",
     "WANDB_APP_URL",
@@ -36,25 +37,16 @@ CONNECTION = (
     "WANDB_CONFIG_DIR",
     "WANDB_CREDENTIALS_FILE",
     "WANDB_DATA_DIR",
+    "WANDB_ERROR_REPORTING",
     "WANDB_HTTP_TIMEOUT",
     "WANDB_IDENTITY_TOKEN_FILE",
     "WANDB_INSECURE_DISABLE_SSL",
 )
 
 
-# What W&B is not told: code, what is installed, command lines, variables of Slurm
-PRIVATE: dict[str, Any] = {
-    "disable_git": True,
-    "disable_code": True,
-    "save_code": False,  # else the account's setting decides
-    "x_disable_meta": True,
-    "x_save_requirements": False,
-}
-
-
 @dataclass(frozen=True)
 class Wandb:
-    r"""Creates the W&B settings of a run. Offline needs no account and no network."""
+    r"""The W&B settings of a run. Offline needs no account and no network."""
 
     mode: str = "offline"
     project: str = "sda-kolmogorov"
@@ -70,7 +62,7 @@ class Wandb:
         entity: str | None = None,
         tags: str | None = None,
     ) -> "Wandb":
-        r"""Returns settings: options first, then the variables `WANDB_*`, then the defaults."""
+        r"""Returns settings from options, else the variables `WANDB_*`, else the defaults."""
 
         env = os.environ.get
         mode = mode or env("WANDB_MODE") or "offline"
@@ -92,31 +84,30 @@ class Wandb:
         )
 
     @staticmethod
-    def from_record(kept: Any, file: Path) -> "Wandb":
-        r"""Returns the settings that a file, which may be damaged, says that a run has."""
+    def from_record(entry: Any, file: Path) -> "Wandb":
+        r"""Returns the settings in the entry `wandb` of a file, which may be damaged."""
 
-        kept = kept if isinstance(kept, dict) else {}
+        entry = entry if isinstance(entry, dict) else {}
 
         try:
-            made = Wandb(**kept | {"tags": tuple(kept.get("tags") or ())})
-            words = (made.mode, made.project, made.job_type, made.entity or "", made.group or "")
-            "".join([*words, *made.tags])
-            return made
-        except TypeError:
-            raise UserError(f"{file} is damaged: its entry 'wandb' makes no sense.")
+            wandb = Wandb(**entry | {"tags": tuple(entry.get("tags") or ())})
+            return msgspec.convert(asdict(wandb), Wandb)
+        except (TypeError, msgspec.ValidationError) as error:
+            raise UserError(f"{file} is damaged: its entry 'wandb': {error}.") from error
 
 
 def safe_name(name: str) -> str:
-    r"""Returns a name given by a server as it may stand in a path."""
+    r"""Returns a name that a server chose, reduced to what may stand in a path."""
 
     allowed = (c if (c.isascii() and c.isalnum()) or c in "-." else "-" for c in name)
     return "".join(allowed).lstrip(".")[:128] or "run"
 
 
 class Tracker:
-    r"""Creates a W&B run, or goes on with it; offline, if the server does not answer.
+    r"""The W&B run of a training: a new one, or one that is resumed.
 
-    Its `failed` tells why the server, if it was wanted, could not be used, or not to the end.
+    If the server does not answer, it is offline. Its `failed` says why a server that was asked for
+    could not be used, or not to the end.
 
     Arguments:
         directory: Where W&B puts its own files, in `wandb/`.
@@ -124,7 +115,7 @@ class Tracker:
         name: The name of the run.
         config: The config of the run, see :func:`sda_ray.runs.record.logged_config`.
         wandb: The settings.
-        named: Whether the run has its name already. Otherwise the server gives it one.
+        named: Whether the run has its name already. Otherwise the server names it.
     """
 
     def __init__(
@@ -145,16 +136,16 @@ class Tracker:
             logger.warning("W&B cannot be used: %s", error)
 
             if wandb.mode == "online":
-                self.failed = _words(error)
-                self._retreat(directory, id, config, wandb)
+                self.failed = summary(error)
+                self._go_offline(directory, id, config, wandb)
 
-    def _retreat(self, directory: Path, id: str, config: Config, wandb: Wandb) -> None:
+    def _go_offline(self, directory: Path, id: str, config: Config, wandb: Wandb) -> None:
         import wandb as client
 
         try:
-            client.teardown()  # else the next one waits for the dead server, too
+            client.teardown()  # otherwise the next run waits for the dead server, too
             self._run = _init(directory, id, self.name, config, wandb, "offline")
-            logger.warning("The run goes on offline.")
+            logger.warning("The run continues offline.")
         except Exception as error:
             logger.warning("W&B cannot be used offline either: %s", error)
 
@@ -166,13 +157,13 @@ class Tracker:
 
     @property
     def next_step(self) -> float:
-        r"""The first step that the server has not got; without a server, none is missing."""
+        r"""The first step that the server lacks; infinity without a server."""
 
         online = self._run is not None and not self._run.offline
         return self._run.starting_step if online else float("inf")
 
     def log(self, values: dict[str, Any], step: int) -> None:
-        r"""Sends the values of a step. Steps must grow."""
+        r"""Sends the values of a step. Steps must increase."""
 
         if self._run is None:
             return
@@ -180,31 +171,25 @@ class Tracker:
         try:
             self._run.log(values, step=step, commit=True)
         except Exception as error:
-            logger.warning("W&B has failed (%s). The run goes on without it.", error)
-            self.failed = self.failed or ("" if self._run.offline else _words(error))
+            logger.warning("W&B has failed (%s). The run continues without it.", error)
+            self.failed = self.failed or ("" if self._run.offline else summary(error))
             self._run = None
 
     def log_image(self, key: str, file: Path, step: int) -> None:
         r"""Sends a picture."""
 
         if self._run is not None:
-            import wandb
+            from wandb import Image
 
-            # Else it loads pandas, to find that the picture is no table
-            with _spared(sys.modules.get("wandb.util"), pd_available=False):
-                self.log({key: wandb.Image(str(file))}, step)
+            self.log({key: Image(str(file))}, step)
 
-    def finish(self, good: bool = True) -> Path | None:
-        r"""Ends the W&B run, within seconds. Safe to repeat.
-
-        Returns:
-            The log whose end is on its way to the disk, see :func:`sda_ray.runs.fragments.await_end`.
-        """
+    def finish(self, good: bool = True) -> None:
+        r"""Finishes the W&B run within seconds. Safe to repeat."""
 
         run, self._run = self._run, None
 
         if run is None:
-            return None
+            return
 
         online, start = not run.offline, time.monotonic()
 
@@ -215,17 +200,37 @@ class Tracker:
             if online and time.monotonic() - start > 0.9 * PATIENCE:
                 self.failed = self.failed or "it does not take the end of a run"
         except Exception as error:
-            logger.warning("W&B has not ended well: %s", error)
-            self.failed = self.failed or (_words(error) if online else "")
-            return None
-
-        return None if online else Path(run.settings.sync_file)
+            logger.warning("W&B has not finished cleanly: %s", error)
+            self.failed = self.failed or (summary(error) if online else "")
 
 
-def _words(error: Exception) -> str:
-    r"""Returns an error in one line that is not too long."""
+def summary(error: Exception) -> str:
+    r"""Returns an error as one line of limited length."""
 
     return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def wandb_settings(patience: float = PATIENCE, **more: Any) -> Any:
+    r"""Returns settings that keep W&B silent and within a time, and what is private, private.
+
+    Neither code nor installed packages, command lines or the variables of Slurm are sent.
+    """
+
+    from wandb import Settings
+
+    return Settings(
+        init_timeout=PATIENCE,
+        finish_timeout=patience,
+        silent=True,
+        console="off",
+        disable_git=True,
+        disable_code=True,
+        save_code=False,  # otherwise the account's setting decides
+        x_disable_meta=True,
+        x_save_requirements=False,
+        reinit="create_new",  # the default returns a run that was not finished
+        **more,
+    )
 
 
 def _init(
@@ -233,20 +238,10 @@ def _init(
 ) -> Any:
     import wandb as client
 
-    settings = client.Settings(
-        init_timeout=PATIENCE,
-        finish_timeout=PATIENCE,
-        silent=True,
-        console="off",
-        **PRIVATE,
-        reinit="create_new",  # the default returns a run that was not finished
-        x_transaction_log_flush_interval=1.0,  # a kill loses 1 s of rows, not 15
-    )
+    # A kill loses 1 s of rows, not 15
+    settings = wandb_settings(x_transaction_log_flush_interval=1.0)
 
-    # Else it looks for another config of W&B Launch, and loads a third of wandb for that
-    spared = _spared(client.Run, _detect_and_apply_job_inputs=lambda run: None)
-
-    with own_environment(), spared:
+    with own_environment():
         return client.init(
             mode=mode,  # type: ignore[arg-type]
             dir=directory,
@@ -263,12 +258,6 @@ def _init(
         )
 
 
-def _spared(owner: Any, **attributes: Any) -> AbstractContextManager[None]:
-    r"""Replaces what costs seconds in wandb 0.31 and is of no use, as far as wandb has it."""
-
-    return replaced(owner, **{name: x for name, x in attributes.items() if hasattr(owner, name)})
-
-
 @contextmanager
 def own_environment() -> Iterator[None]:
     r"""Hides the variables by which W&B would give this run another id, name, group or sweep."""
@@ -278,8 +267,8 @@ def own_environment() -> Iterator[None]:
     for key in hidden.keys() - set(CONNECTION):
         del os.environ[key]
 
-    # wandb 0.31 reports on itself when a process ends, for up to 22 s if the server is ill
-    os.environ["WANDB_ERROR_REPORTING"] = "false"
+    # wandb 0.31 reports its errors when a process ends, for up to 22 s if the server hangs
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
 
     try:
         yield
@@ -287,13 +276,13 @@ def own_environment() -> Iterator[None]:
         for key, value in hidden.items():
             os.environ.setdefault(key, value)
 
-        atexit.register(_limit_ending)  # after wandb's own, and so called before it
+        atexit.register(_limit_exit)  # after wandb's own handler, and so called before it
 
 
-def _limit_ending() -> None:
-    r"""Lets wandb's service end within seconds: wandb 0.31 waits for it for ever.
+def _limit_exit() -> None:
+    r"""Makes wandb's service end within seconds: wandb 0.31 waits for it without a limit.
 
-    With a server that accepts and never answers, a service now and then does not end.
+    With a server that accepts and never answers, the service sometimes does not end.
     """
 
     timer = threading.Timer(PATIENCE, _kill_services)

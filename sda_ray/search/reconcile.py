@@ -17,8 +17,7 @@ from pathlib import Path
 from ..core.errors import UserError
 from ..core.files import write_json
 from ..core.lease import Lease, LeaseLost, holder
-from ..runs.metrics import read_history
-from ..runs.outcome import finals
+from ..runs.metrics import finals, read_history
 from ..runs.path import RunPath
 from ..runs.record import read_record
 from .promotion import Action, PruneRule, Rules, TrialRecord, decide

@@ -22,16 +22,14 @@ from typing import NoReturn
 
 from ..core.errors import UserError
 from ..core.files import sync_directory
+from ..runs.record import PACKAGE, code_of, digests, origin
 
 __all__ = [
-    "PACKAGE",
     "Code",
     "CodeDamaged",
     "OtherCode",
     "check_code",
-    "code_of",
     "differing",
-    "digests",
     "execute",
     "keep_code",
     "recorded_code",
@@ -39,8 +37,6 @@ __all__ = [
     "verify",
 ]
 
-PACKAGE = Path(__file__).resolve().parents[1]
-LARGEST = 2**22  # bytes of a file of the package, at most
 NAMED = 5  # files that are named where some differ
 
 # The program of a process that runs recorded code: sys.path is right before anything is imported
@@ -88,37 +84,6 @@ class Code:
     @property
     def package(self) -> Path:
         return self.place / "sda_ray"
-
-
-def digests(package: Path) -> dict[str, str]:
-    r"""Returns the SHA-256 of each file of a package, by its name relative to the package.
-
-    Caches, hidden files and the files that describe the origin of a copy are left out.
-    """
-
-    files = {}
-
-    for directory, folders, names in os.walk(package):
-        folders[:] = sorted(x for x in folders if x != "__pycache__" and not x.startswith("."))
-
-        for name in names:
-            if not name.startswith((".", "origin.")) and not name.endswith(".pyc"):
-                file = Path(directory, name)
-
-                with open(file, "rb") as f:
-                    data = f.read(LARGEST)
-
-                files[file.relative_to(package).as_posix()] = hashlib.sha256(data).hexdigest()
-
-    return dict(sorted(files.items()))
-
-
-def code_of(files: Mapping[str, str]) -> str:
-    r"""Returns the hash of code: a SHA-256 over the names and contents of its files."""
-
-    lines = (f"{digest} {name}\n" for name, digest in sorted(files.items()))
-
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def recorded_code(directory: Path) -> Code | None:
@@ -277,8 +242,6 @@ def keep_code(directory: Path) -> Code:
 
 def _origin() -> dict[str, bytes]:
     r"""Returns files that describe the commit of the code and its uncommitted changes."""
-
-    from ..runs.provenance import origin
 
     described, diff = origin()
     files = {"origin.json": json.dumps(described, indent=2).encode() + b"\n"}

@@ -27,8 +27,8 @@ from ..core.errors import UserError
 from ..core.files import cut_torn_line, remove_leftovers, sync_directory, write_atomic, write_json
 from ..core.lease import Lease
 from ..data.dataset import check_data, fingerprint
-from ..runs.curves import read_metrics
 from ..runs.inventory import Entry, entries, read_entry
+from ..runs.metrics import read_metrics
 from ..runs.path import RunPath, new_name, sweep_directory
 from ..search.study import Study
 from .definition import Sweep
@@ -345,7 +345,7 @@ def _with_curve(prior: Prior, sweep: Sweep, digest: str, copies: dict[str, RunPa
 
     path = copies.get(prior.run_id, prior.path)
     record = entry.record if (entry := read_entry(path)) is not None else {}
-    lines = [x for x in read_metrics(path) if math.isfinite(x.get("loss_valid", math.nan))]
+    lines = [x for x in read_metrics(path.metrics) if math.isfinite(x.get("loss_valid", math.nan))]
     ended = bool(lines) and lines[-1]["epoch"] == prior.config["epochs"]
 
     if ended and record.get("data") == digest:

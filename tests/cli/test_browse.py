@@ -19,8 +19,8 @@ from listing import SMALL, a, entry_of, lease_of, made, rewrite, runs, sda
 from sda_ray.core.config import CONFIG
 from sda_ray.core.errors import UserError
 from sda_ray.core.lease import Lease
-from sda_ray.runs.curves import read_metrics
-from sda_ray.runs.details import compare
+from sda_ray.runs.inventory import compare
+from sda_ray.runs.metrics import read_metrics
 from sda_ray.runs.path import RunPath
 from sda_ray.runs.prune import prune, refusal, resumable
 
@@ -105,7 +105,7 @@ def test_compare_warns_of_losses_that_cannot_be_compared(runs: Path) -> None:
     b.config.write_text(json.dumps(SMALL | {"window": 5}))
     rewrite(a, data="x")
     rewrite(b, data="y")
-    found = compare([entry_of(a), entry_of(b)], [read_metrics(a), read_metrics(b)])
+    found = compare([entry_of(a), entry_of(b)], [read_metrics(a.metrics), read_metrics(b.metrics)])
 
     assert [note.split()[1] for note in found["notes"]] == ["windows", "runs"]
 

@@ -2,7 +2,6 @@ r"""Tests for the upload of runs to W&B, by its own client, to a server on this 
 
 import argparse
 import json
-import shutil
 import socket
 import struct
 import subprocess
@@ -11,7 +10,6 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -24,10 +22,8 @@ from sda_ray.core.config import CONFIG
 from sda_ray.core.errors import UserError
 from sda_ray.core.files import write_json
 from sda_ray.core.lease import Lease
-from sda_ray.runs.fragments import read_fragments
-from sda_ray.runs.inventory import read_entry
 from sda_ray.runs.path import RunPath
-from sda_ray.runs.sync import sync_command, target_of
+from sda_ray.runs.sync import sync_command
 
 __all__ = ["attempted", "run"]  # fixtures
 
@@ -101,16 +97,9 @@ def check(server: WandbServer, id: str = ID, name: str = NAME) -> None:
     assert found.exit_code == 0
 
 
-def test_fragments_of_killed_attempts_become_one_history(
+def test_run_of_killed_attempts_is_uploaded_once(
     run: RunPath, sync: Sync, server: WandbServer
 ) -> None:
-    first, second = (f.file for f in read_fragments(run))
-    moved = first.parent.with_name(f"{first.parent.name}-1")  # as if in the same second
-    second = second.parent.rename(moved) / second.name
-    empty = second.parent.with_name(f"offline-run-20380101_000000-{ID}")
-    empty.mkdir()
-    (empty / second.name).write_bytes(second.read_bytes()[:7])
-    first.write_bytes(first.read_bytes() + b"torn by a kill"[:3])
     before = files(run.directory)
 
     done = sync(server.env, "--all")
@@ -141,7 +130,7 @@ def test_run_that_cannot_be_uploaded_does_not_keep_others_back(
     done = sync(server.env, "--all")
 
     assert done.returncode == 1
-    assert f"{NAME}_refused1: W&B does not take it: " in done.stderr
+    assert f"{NAME}_refused1: W&B refuses it: " in done.stderr
     assert f"{bomb} is not a picture to upload: " in done.stderr
     check(server)
 
@@ -160,11 +149,10 @@ def test_what_the_server_lacks_is_replayed(
     def rows() -> list[str]:
         return rewinding.runs[ID].rows[HISTORY]
 
-    shutil.rmtree(read_fragments(run)[0].file.parent)
     origin = {"sweep": "width", "trial": 3, "study": "sweeps/width/study.journal"}
     write_json(run.record, json.loads(run.record.read_text()) | origin)
 
-    assert f"replayed, {len(STEPS)} rows" in sync(rewinding.env, NAME).stdout
+    assert f"uploaded, {len(STEPS)} rows" in sync(rewinding.env, NAME).stdout
     check(rewinding)
     told = json.loads(rewinding.runs[ID].config)
     assert {key: told[key]["value"] for key in origin} == origin
@@ -185,26 +173,6 @@ def test_what_the_server_lacks_is_replayed(
     check(rewinding)
 
 
-def test_fragments_are_taken_only_if_they_hold_each_epoch_once(
-    run: RunPath, tmp_path: Path
-) -> None:
-    first, second = read_fragments(run)
-    entry = read_entry(run)
-    assert entry is not None
-    target = target_of(entry, tmp_path)
-
-    assert target.is_held_by([first, second])
-    assert not target.is_held_by([first])
-    assert not target.is_held_by([second])
-    assert not target.is_held_by([first, first, second])
-    assert not target.is_held_by([second, first])
-    assert not target.is_held_by([first, replace(second, ended=False)])
-    assert not target.is_held_by([first, replace(second, run=second.run | {"id": "other123"})])
-
-    rows = ((1, first.rows[0][1] | {"loss_valid": "2"}), *first.rows[1:])
-    assert not target.is_held_by([replace(first, rows=rows), second])
-
-
 def test_server_that_dies_leaves_the_rest_for_later(
     run: RunPath, sync: Sync, server: WandbServer
 ) -> None:
@@ -216,7 +184,7 @@ def test_server_that_dies_leaves_the_rest_for_later(
 
     assert time.monotonic() - start < 60
     assert done.returncode == 1
-    assert "0 of 1 runs are there" in done.stderr
+    assert "0 of 1 runs are uploaded" in done.stderr
     assert files(run.directory) == before
     server.runs = dying.runs
 
@@ -259,7 +227,7 @@ def test_server_that_is_absent_refuses_or_hangs_is_an_error_soon(run: RunPath, s
     for code, errors, seconds in done.values():
         assert code == 1
         assert "Traceback" not in errors
-        assert "the same command goes on" in errors
+        assert "repeat the command to continue" in errors
         assert seconds < 45, done  # alone 10; but tests may run on a busy machine
 
     assert "does not answer within 6 s" in done["silent"][1]
@@ -293,7 +261,7 @@ def test_only_finished_runs_that_nobody_is_at_are_uploaded(
     assert done.returncode == 1
     assert f"{damaged} is damaged" in done.stderr
     assert set(server.runs) == {"finished"}
-    assert f"{NAME}_inuse123 is left out: a process is at it" in done.stdout
+    assert f"{NAME}_inuse123 is left out: a process is using it" in done.stdout
     assert "left out unless they are named: 1 paused" in done.stdout
     assert "Trained with --wandb disabled, and left out unless named: 1" in done.stdout
 

@@ -1,4 +1,5 @@
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from wandb_server import WandbServer
 from sda_ray.core.errors import UserError
 from sda_ray.runs.path import RunPath
 from sda_ray.runs.record import logged_config
-from sda_ray.runs.tracking import Wandb
+from sda_ray.runs.tracking import Wandb, own_environment
 from sda_ray.sweep.preflight import check_wandb, wandb_server
 
 
@@ -74,7 +75,7 @@ def test_settings_are_read_from_a_record_that_may_be_damaged(tmp_path: Path) -> 
     assert Wandb.from_record({"tags": None}, tmp_path) == Wandb()
 
     for damaged in ({"modus": "online"}, {"tags": 3}, {"project": None}, {"tags": [1]}):
-        with pytest.raises(UserError, match="is damaged: its entry 'wandb' makes no sense"):
+        with pytest.raises(UserError, match="is damaged: its entry 'wandb': "):
             Wandb.from_record(damaged, tmp_path / "run.json")
 
 
@@ -167,7 +168,7 @@ def test_dead_server_costs_seconds_and_the_run_goes_on_offline(
     done = cli("train", "epochs=2", *settings, **env)
     assert done.returncode == 0, done.stderr
     assert time.monotonic() - start < 40
-    assert "W&B cannot be used" in done.stderr and "goes on offline" in done.stderr
+    assert "W&B cannot be used" in done.stderr and "continues offline" in done.stderr
     path = only_run(tmp_path)
     assert path.state.exists()
     fragments = list(path.directory.glob("wandb/offline-run-*/run-*.wandb"))
@@ -263,6 +264,22 @@ def test_tracker_tells_whether_the_server_has_failed(
         timeout=60,
     )
     assert done.stdout.strip() == str(mode == "online"), done.stderr
+
+
+@pytest.mark.parametrize("value", ["true", "false", None])
+def test_error_reporting_of_wandb_is_off_unless_the_user_wants_it(
+    value: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "")  # restored after the test
+    monkeypatch.delenv("WANDB_ERROR_REPORTING")
+
+    if value is not None:
+        monkeypatch.setenv("WANDB_ERROR_REPORTING", value)
+
+    with own_environment():
+        assert os.environ["WANDB_ERROR_REPORTING"] == (value or "false")
+
+    assert os.environ["WANDB_ERROR_REPORTING"] == (value or "false")
 
 
 # The end of a process

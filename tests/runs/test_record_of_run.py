@@ -1,4 +1,4 @@
-r"""Tests for sda_ray.runs.provenance: what is recorded of the code that a run is trained by."""
+r"""Tests for sda_ray.runs.record: `run.json`, and what it says about the code of a run."""
 
 import json
 import os
@@ -17,8 +17,9 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 import json
-from sda_ray.runs.provenance import provenance, save_diff
-save_diff(Path(sys.argv[1]), nullcontext)
+from sda_ray.runs.path import RunPath
+from sda_ray.runs.record import provenance, save_diff
+save_diff(RunPath(Path(sys.argv[1])), nullcontext)
 print(json.dumps(provenance()))
 """
 
@@ -66,7 +67,7 @@ def test_diff_of_tracked_files_is_saved_for_its_owner_alone(
     assert not (tmp_path / "run" / "diff.patch").exists()
 
     (checkout / "README.md").write_text("after\n")
-    errors = checkout / "sda_ray" / "errors.py"
+    errors = checkout / "sda_ray" / "core" / "errors.py"
     errors.write_text(errors.read_text() + "# more\n")
     subprocess.run(["git", "config", "diff.external", "/bin/false"], cwd=checkout, check=True)
     assert record()["dirty"] is True
@@ -86,7 +87,7 @@ def test_diff_of_tracked_files_is_saved_for_its_owner_alone(
 def test_large_diff_is_not_kept(checkout: Path, tmp_path: Path, record: Record) -> None:
     (checkout / "README.md").write_text("x" * 2**20)
     found = record()
-    assert found["dirty"] is True and "at most 1048576 are kept" in str(found["errors"])
+    assert found["dirty"] is True and "keeps at most 1048576" in str(found["errors"])
     assert not (tmp_path / "run" / "diff.patch").exists()
 
 

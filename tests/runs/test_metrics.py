@@ -1,4 +1,4 @@
-r"""Tests for sda_ray.runs.outcome: the values of all objectives come from a run's files."""
+r"""Tests for sda_ray.runs.metrics: what a run is judged by is read from its files."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from sda_ray.core.config import Config, save_config
 from sda_ray.core.errors import UserError
 from sda_ray.nn.score import make_score
-from sda_ray.runs.outcome import finals
+from sda_ray.runs.metrics import finals
 from sda_ray.runs.path import RunPath
 
 
@@ -32,5 +32,5 @@ def test_values_come_in_the_order_of_the_objectives(path: RunPath, small: Config
 
 
 def test_objective_that_is_no_number_is_named(path: RunPath) -> None:
-    with pytest.raises(UserError, match=r"status is no number .*loss_valid.* and parameters"):
+    with pytest.raises(UserError, match=r"has no number 'status'.*loss_valid.* and parameters"):
         finals(path, ("loss_valid", "status"))
