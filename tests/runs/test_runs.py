@@ -205,7 +205,7 @@ def test_resume_with_other_threads_is_marked_inexact(
     finally:
         torch.set_num_threads(before)
 
-    assert "goes on with another threads than it began with" in caplog.text
+    assert "resumes with another threads than it started with" in caplog.text
     assert json.loads(run.path.record.read_text())["exact"] is False
     assert [attempt["number"] for attempt in run.record["attempts"]] == [1, 2]
 
