@@ -12,6 +12,7 @@ import torch
 from ..core.config import Config, check_config, load_config
 from ..core.console import Progress
 from ..core.errors import UserError
+from ..core.keys import NETWORK
 from ..core.lease import LeaseLost, Vanished
 from ..data.dataset import check_data
 from ..nn.score import load_network
@@ -24,17 +25,6 @@ from ..runs.train import Interrupted, OutOfMemory, Stop, default_device, train
 from ..training.loop import Diverged
 
 __all__ = ["extend_run", "resume_run", "start_replicas", "start_run"]
-
-# The settings that make the network
-NETWORK = (
-    "window",
-    "embedding",
-    "hidden_channels",
-    "hidden_blocks",
-    "kernel_size",
-    "activation",
-    "alpha",
-)
 
 
 def start_run(

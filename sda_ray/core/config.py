@@ -23,7 +23,7 @@ from .keys import (
     did_you_mean,
     format_value,
     parse_value,
-    show,
+    short_repr,
 )
 
 __all__ = [
@@ -64,14 +64,14 @@ def check_config(config: Any, size: int | None = None, length: int | None = None
 
     if not isinstance(config, Mapping):
         raise UserError(
-            f"The configuration is {show(config)}, but must be a dict of CONFIG's keys."
+            f"The configuration is {short_repr(config)}, but must be a dict of CONFIG's keys."
         )
 
     faults, checked = [], {}
 
     for name in config:
         if name not in KEYS:
-            faults.append(f"CONFIG has no key {show(name)}.{did_you_mean(name, KEYS)}")
+            faults.append(f"CONFIG has no key {short_repr(name)}.{did_you_mean(name, KEYS)}")
 
     for name, key in KEYS.items():
         if name not in config:

@@ -14,6 +14,7 @@ __all__ = [
     "ALPHAS",
     "COMPILATIONS",
     "KEYS",
+    "NETWORK",
     "OPTIMIZERS",
     "PRECISIONS",
     "SCHEDULERS",
@@ -22,7 +23,7 @@ __all__ = [
     "did_you_mean",
     "format_value",
     "parse_value",
-    "show",
+    "short_repr",
 ]
 
 ACTIVATIONS: tuple[str, ...] = ("ELU", "GELU", "ReLU", "SELU", "SiLU")
@@ -52,6 +53,7 @@ class Key:
         ours: Whether SDA does not know the key, so that a file may lack it.
         item: The kind of the items of a tuple, `int` or `float`.
         count: The number of items of a tuple, if it is fixed.
+        network: Whether the key shapes the network, or its weights' meaning.
     """
 
     default: Any
@@ -66,6 +68,7 @@ class Key:
     ours: bool = False
     item: type = int
     count: int | None = None
+    network: bool = False
 
     @property
     def accepts(self) -> str:
@@ -94,12 +97,14 @@ class Key:
 
 # Upper bounds are far from sensible values: they keep a stranger's file from exhausting memory.
 KEYS: dict[str, Key] = {
-    "window": Key(5, "consecutive snapshots that the network sees", int, 3, 1023, odd=True),
-    "embedding": Key(64, "features of the time embedding", int, 1, 4096),
-    "hidden_channels": Key((96, 192, 384), "channels at each level", tuple, 2, 4096),
-    "hidden_blocks": Key((3, 3, 3), "residual blocks at each level", tuple, 1, 256),
-    "kernel_size": Key(3, "size of the convolutions' kernels", int, 1, 63, odd=True),
-    "activation": Key("SiLU", "activation function", str, options=ACTIVATIONS),
+    "window": Key(
+        5, "consecutive snapshots that the network sees", int, 3, 1023, odd=True, network=True
+    ),
+    "embedding": Key(64, "features of the time embedding", int, 1, 4096, network=True),
+    "hidden_channels": Key((96, 192, 384), "channels at each level", tuple, 2, 4096, network=True),
+    "hidden_blocks": Key((3, 3, 3), "residual blocks at each level", tuple, 1, 256, network=True),
+    "kernel_size": Key(3, "size of the convolutions' kernels", int, 1, 63, odd=True, network=True),
+    "activation": Key("SiLU", "activation function", str, options=ACTIVATIONS, network=True),
     "epochs": Key(4096, "passes over the training trajectories", int, 1, 10**8),
     "batch_size": Key(32, "windows per training step", int, 1, 2**20),
     "optimizer": Key("AdamW", "optimizer", str, options=OPTIMIZERS),
@@ -107,7 +112,9 @@ KEYS: dict[str, Key] = {
     "weight_decay": Key(1e-3, "weight decay, on all parameters", float, 0, 100),
     "scheduler": Key("linear", "decay of the learning rate", str, options=SCHEDULERS),
     "seed": Key(0, "seed of weights, batches and noise", int, 0, 2**63 - 1, ours=True),
-    "alpha": Key("cos", "decay of the signal in the noise", str, options=ALPHAS, ours=True),
+    "alpha": Key(
+        "cos", "decay of the signal in the noise", str, options=ALPHAS, ours=True, network=True
+    ),
     "dropout": Key(0.0, "rate of dropout", float, 0, 1, below=True, ours=True),
     "betas": Key(
         (0.9, 0.999), "AdamW's betas", tuple, 0, 1, below=True, ours=True, item=float, count=2
@@ -118,6 +125,9 @@ KEYS: dict[str, Key] = {
     "precision": Key("fp32", "arithmetic of training", str, options=PRECISIONS, ours=True),
     "compile": Key("off", "torch.compile of the network", str, options=COMPILATIONS, ours=True),
 }
+
+
+NETWORK: tuple[str, ...] = tuple(name for name, key in KEYS.items() if key.network)
 
 
 def did_you_mean(word: Any, words: Iterable[str]) -> str:
@@ -139,7 +149,7 @@ def check_value(name: str, value: Any) -> Any:
     """
 
     key = _key(name)
-    fault = UserError(f"{name} is {show(value)}, but must be {key.accepts}.")
+    fault = UserError(f"{name} is {short_repr(value)}, but must be {key.accepts}.")
 
     if key.kind is str:
         if not isinstance(value, str) or value not in key.options:
@@ -191,7 +201,7 @@ def parse_value(name: str, text: str) -> Any:
         else:
             return float(text)
     except ValueError as e:
-        raise UserError(f"{name} is {show(text)}, but must be {key.accepts}.") from e
+        raise UserError(f"{name} is {short_repr(text)}, but must be {key.accepts}.") from e
 
 
 def format_value(value: Any) -> str:
@@ -203,7 +213,7 @@ def format_value(value: Any) -> str:
     return value if isinstance(value, str) else repr(value)
 
 
-def show(value: Any) -> str:
+def short_repr(value: Any) -> str:
     r"""Returns a value as it is shown in messages: never longer than a line."""
 
     text = repr(value)
@@ -212,7 +222,7 @@ def show(value: Any) -> str:
 
 def _key(name: str) -> Key:
     if name not in KEYS:
-        raise UserError(f"CONFIG has no key {show(name)}.{did_you_mean(name, KEYS)}")
+        raise UserError(f"CONFIG has no key {short_repr(name)}.{did_you_mean(name, KEYS)}")
 
     return KEYS[name]
 

@@ -1,15 +1,16 @@
-r"""SPACE: which keys of CONFIG a sweep varies, and over what."""
+r"""SPACE: which keys of CONFIG a sweep varies, and the domain of each: a choice or a range."""
 
 import itertools
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
-from .config import Config, check_config, check_value, did_you_mean, format_value, parse_value
+from .config import Config, check_config
 from .errors import UserError
-from .keys import KEYS, show
+from .keys import KEYS, check_value, did_you_mean, format_value, parse_value, short_repr
 
 __all__ = [
     "Choice",
@@ -17,17 +18,23 @@ __all__ = [
     "Space",
     "check_space",
     "choice",
-    "decode",
-    "describe",
-    "draw",
-    "encode",
+    "contains",
+    "covers",
+    "decode_params",
+    "describe_space",
+    "domain_from_json",
+    "domain_of",
+    "draw_values",
+    "encode_option",
     "integer",
     "loguniform",
     "space_from_json",
     "space_to_json",
-    "split",
+    "split_group",
     "uniform",
 ]
+
+MAX_COMBINATIONS = 4096
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,7 @@ class Choice:
     options: tuple[Any, ...]
 
     def __str__(self) -> str:
-        return ", ".join(show(o) for o in self.options)
+        return ", ".join(short_repr(o) for o in self.options)
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,7 @@ class Range:
         low: The lower bound.
         high: The upper bound.
         log: Whether values are drawn uniformly in the logarithm.
-        step: The distance of two values; `None` for real numbers.
+        step: The distance between two values; `None` for real numbers.
     """
 
     low: Any
@@ -65,9 +72,11 @@ class Range:
 # Values are Choice or Range; a dict of both would have to be annotated to pass as such.
 Space = Mapping[str, Any] | Callable[[Any], Mapping[str, Any]]
 
+# Domains
+
 
 def choice(*options: Any) -> Choice:
-    r"""Returns the choice between options, given one by one, which have no order."""
+    r"""Returns a choice between options without an order, given one by one."""
 
     return Choice(tuple(_freeze(o) for o in options))
 
@@ -79,7 +88,7 @@ def uniform(low: float, high: float) -> Range:
 
 
 def loguniform(low: float, high: float) -> Range:
-    r"""Returns the real numbers between two positive bounds, by their logarithm."""
+    r"""Returns the real numbers between two positive bounds, drawn by their logarithm."""
 
     return Range(low, high, log=True)
 
@@ -91,20 +100,84 @@ def integer(low: int, high: int, log: bool = False, step: int = 1) -> Range:
         low: The lowest integer.
         high: The highest integer.
         log: Whether they are drawn by their logarithm.
-        step: The distance of two integers.
+        step: The distance between two integers.
     """
 
     return Range(low, high, log=log, step=step)
 
 
-def split(name: str) -> list[str]:
+def domain_of(distribution: Any) -> Choice | Range:
+    r"""Returns the domain of a distribution of Optuna."""
+
+    if hasattr(distribution, "choices"):
+        return Choice(tuple(distribution.choices))
+
+    return Range(distribution.low, distribution.high, distribution.log, distribution.step)
+
+
+def contains(domain: Choice | Range, value: Any) -> bool:
+    r"""Tells whether a value is in a domain.
+
+    Example:
+        >>> contains(integer(3, 7, step=2), 5), contains(integer(3, 7, step=2), 4)
+        (True, False)
+        >>> contains(choice("GELU", "SiLU"), "ReLU")
+        False
+    """
+
+    if isinstance(domain, Choice):
+        return value in domain.options
+
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return False
+
+    x: Any = value
+
+    if domain.step is None or not domain.low <= x <= domain.high:
+        return bool(domain.low <= x <= domain.high)
+
+    steps = (x - domain.low) / domain.step
+    return bool(abs(steps - round(steps)) < 1e-8)
+
+
+def covers(domain: Choice | Range, other: Choice | Range) -> bool:
+    r"""Tells whether a domain is another one with wider bounds or more options."""
+
+    if isinstance(domain, Choice) and isinstance(other, Choice):
+        return all(option in domain.options for option in other.options)
+
+    if isinstance(domain, Choice) or isinstance(other, Choice):
+        return False
+
+    alike = (domain.log, domain.step) == (other.log, other.step)
+    return alike and contains(domain, other.low) and contains(domain, other.high)
+
+
+def domain_from_json(obj: Any) -> Choice | Range:
+    r"""Returns the domain in an object that :func:`space_to_json` wrote."""
+
+    if "choice" in obj:
+        return choice(*obj["choice"])
+
+    low, high = obj["range"]
+    return Range(low, high, log=obj["log"], step=obj["step"])
+
+
+def _freeze(value: Any) -> Any:
+    return tuple(map(_freeze, value)) if isinstance(value, list | tuple) else value
+
+
+# Options as parameters of a trial
+
+
+def split_group(name: str) -> list[str]:
     r"""Returns the keys in a name of a space: one, or a group joined by commas."""
 
     return [key.strip() for key in name.split(",")]
 
 
-def encode(name: str, option: Any) -> Any:
-    r"""Returns an option as a scalar, which :func:`decode` turns back: tuples become text.
+def encode_option(name: str, option: Any) -> Any:
+    r"""Returns an option as a scalar that :func:`decode_params` turns back: tuples become text.
 
     Tuples do not survive in a study's storage (Optuna 5.0 compares them with the lists that JSON
     makes of them).
@@ -116,11 +189,11 @@ def encode(name: str, option: Any) -> Any:
     return format_value(option) if isinstance(option, tuple) else option
 
 
-def decode(params: Mapping[str, Any]) -> Config:
+def decode_params(params: Mapping[str, Any]) -> Config:
     r"""Returns the values that parameters of a trial stand for, typed by the keys of CONFIG.
 
     Example:
-        >>> decode({"hidden_channels,hidden_blocks": "8,16;1,2", "learning_rate": 1e-3})
+        >>> decode_params({"hidden_channels,hidden_blocks": "8,16;1,2", "learning_rate": 1e-3})
         {'hidden_channels': (8, 16), 'hidden_blocks': (1, 2), 'learning_rate': 0.001}
 
     Raises:
@@ -130,11 +203,11 @@ def decode(params: Mapping[str, Any]) -> Config:
     values: Config = {}
 
     for name, param in params.items():
-        keys = split(name)
+        keys = split_group(name)
         parts = str(param).split(";") if len(keys) > 1 else [param]
 
         if len(parts) != len(keys):
-            raise UserError(f"{name} is {show(param)}, but must have {len(keys)} parts.")
+            raise UserError(f"{name} is {short_repr(param)}, but must have {len(keys)} parts.")
 
         for key, part in zip(keys, parts, strict=True):
             value = parse_value(key, part) if isinstance(part, str) else part
@@ -143,7 +216,10 @@ def decode(params: Mapping[str, Any]) -> Config:
     return values
 
 
-def describe(space: Space) -> dict[str, str]:
+# Spaces
+
+
+def describe_space(space: Space) -> dict[str, str]:
     r"""Returns a short text for each key or group of a space; for a function, its docstring's."""
 
     if callable(space):
@@ -154,7 +230,7 @@ def describe(space: Space) -> dict[str, str]:
 
 
 def space_to_json(space: Space) -> dict[str, Any] | None:
-    r"""Returns a space as an object of JSON; `None` if it is a function, which JSON cannot hold."""
+    r"""Returns a space as an object for JSON, or `None` if it is a function."""
 
     if callable(space):
         return None
@@ -170,9 +246,9 @@ def space_from_json(obj: dict[str, Any]) -> Space:
     """
 
     try:
-        return {name: _from_json(domain) for name, domain in obj.items()}
+        return {name: domain_from_json(domain) for name, domain in obj.items()}
     except (AttributeError, KeyError, TypeError, ValueError) as e:
-        raise UserError(f"{show(obj)} is not a recorded SPACE.") from e
+        raise UserError(f"{short_repr(obj)} is not a recorded SPACE.") from e
 
 
 def _to_json(domain: Choice | Range) -> dict[str, Any]:
@@ -182,21 +258,6 @@ def _to_json(domain: Choice | Range) -> dict[str, Any]:
     return {"range": [domain.low, domain.high], "log": domain.log, "step": domain.step}
 
 
-def _from_json(obj: dict[str, Any]) -> Choice | Range:
-    if "choice" in obj:
-        return choice(*obj["choice"])
-
-    low, high = obj["range"]
-    return Range(low, high, log=obj["log"], step=obj["step"])
-
-
-def _freeze(value: Any) -> Any:
-    return tuple(map(_freeze, value)) if isinstance(value, list | tuple) else value
-
-
-MAX_COMBINATIONS = 4096
-
-
 def check_space(
     space: Any,
     config: Config,
@@ -204,10 +265,10 @@ def check_space(
     length: int | None = None,
     pruner: str = "",
 ) -> Space:
-    r"""Returns a space whose values are in normal form, if a sweep can draw from all of it.
+    r"""Returns a space with values in normal form, if a sweep can draw from all of it.
 
-    Every combination of the options (of a range, of its bounds) is tried in CONFIG; if there are
-    more than 4096, as many at random. What a function will return is only known in :func:`draw`.
+    Every combination of options (and bounds of ranges) is checked in CONFIG; of more than 4096,
+    a random sample. The values that a function returns are checked in :func:`draw_values`.
 
     Arguments:
         space: A dict of keys of CONFIG, or of groups as `"hidden_channels,hidden_blocks"` whose
@@ -216,7 +277,7 @@ def check_space(
         config: The configuration that the space varies.
         size: The number of grid cells along each axis of the data, if known.
         length: The number of snapshots in a trajectory of the data, if known.
-        pruner: What stops trials early. Only with `none` may `epochs` vary.
+        pruner: The name of the pruner. `epochs` may vary only with `none`.
 
     Raises:
         UserError: If anything is wrong. The message has one line for each fault.
@@ -227,13 +288,13 @@ def check_space(
 
     if not isinstance(space, Mapping) or not space:
         raise UserError(
-            f"SPACE is {show(space)}, but must be a dict of keys of CONFIG and their ranges, as "
+            f"SPACE is {short_repr(space)}, but must be a dict of keys of CONFIG and their ranges, as "
             "{'learning_rate': loguniform(1e-4, 1e-3)}, or a function of a trial."
         )
 
     checked: dict[str, Choice | Range] = {}
-    names = {",".join(split(str(name))): domain for name, domain in space.items()}
-    faults = list(_misplaced([key for name in space for key in split(str(name))], pruner))
+    names = {",".join(split_group(str(name))): domain for name, domain in space.items()}
+    faults = list(_misplaced([key for name in space for key in split_group(str(name))], pruner))
 
     for name, domain in names.items():
         try:
@@ -247,36 +308,40 @@ def check_space(
     return checked
 
 
-def draw(space: Space, trial: Any, pruner: str = "") -> Config:
+def draw_values(space: Space, trial: Any, pruner: str = "") -> Config:
     r"""Returns values for keys of CONFIG, as a trial suggests them.
 
-    Options that are not scalars are suggested as text, see :func:`encode`.
+    Options that are not scalars are suggested as text, see :func:`encode_option`.
 
     Arguments:
         space: A space, as :func:`check_space` returns it.
-        trial: A trial of Optuna, or whatever has its `suggest_*` methods.
-        pruner: What stops trials early, see :func:`check_space`.
+        trial: A trial of Optuna, or an object with its `suggest_*` methods.
+        pruner: The name of the pruner, see :func:`check_space`.
 
     Raises:
         UserError: If a function returns anything but keys of CONFIG and accepted values.
     """
 
     if not callable(space):
-        return decode({name: _suggest(trial, name, domain) for name, domain in space.items()})
+        return decode_params(
+            {name: _suggest(trial, name, domain) for name, domain in space.items()}
+        )
 
     values = space(_Trial(trial))
 
     if not isinstance(values, Mapping):
-        raise UserError(f"SPACE returned {show(values)}, but must return a dict of CONFIG's keys.")
+        raise UserError(
+            f"SPACE returned {short_repr(values)}, but must return a dict of CONFIG's keys."
+        )
 
     if faults := list(_misplaced(list(values), pruner)):
         raise UserError("\n".join(faults))
 
-    return decode(values)
+    return decode_params(values)
 
 
 class _Trial:
-    r"""Wraps a trial so that a function may suggest options that are not scalars."""
+    r"""A trial from which a function may also suggest options that are not scalars."""
 
     def __init__(self, trial: Any) -> None:
         self._trial = trial
@@ -295,7 +360,7 @@ def _label(option: Any) -> Any:
 
 def _suggest(trial: Any, name: str, domain: Choice | Range) -> Any:
     if isinstance(domain, Choice):
-        return trial.suggest_categorical(name, [encode(name, o) for o in domain.options])
+        return trial.suggest_categorical(name, [encode_option(name, o) for o in domain.options])
 
     if domain.step is None:
         return trial.suggest_float(name, domain.low, domain.high, log=domain.log)
@@ -304,11 +369,11 @@ def _suggest(trial: Any, name: str, domain: Choice | Range) -> Any:
 
 
 def _misplaced(keys: list[Any], pruner: str) -> Iterator[str]:
-    r"""Yields what is wrong with the keys of a space, whatever their values."""
+    r"""Yields the errors of the keys of a space, independent of their values."""
 
     for key in dict.fromkeys(keys):
         if key not in KEYS:
-            yield f"SPACE has {show(key)}, which CONFIG has not.{did_you_mean(key, KEYS)}"
+            yield f"SPACE has {short_repr(key)}, which CONFIG has not.{did_you_mean(key, KEYS)}"
         elif keys.count(key) > 1:
             yield f"SPACE has {key!r} {keys.count(key)} times, but may have it once."
         elif key in ("window", "alpha"):
@@ -326,14 +391,14 @@ def _misplaced(keys: list[Any], pruner: str) -> Iterator[str]:
 def _check_domain(name: str, domain: Any) -> Choice | Range:
     if not isinstance(domain, Choice | Range):
         raise UserError(
-            f"SPACE[{name!r}] is {show(domain)}, but must be choice(…), uniform(…), "
+            f"SPACE[{name!r}] is {short_repr(domain)}, but must be choice(…), uniform(…), "
             "loguniform(…) or integer(…)."
         )
 
-    keys = split(name)
+    keys = split_group(name)
 
     if any(key not in KEYS for key in keys):
-        return domain  # said by _misplaced
+        return domain  # reported by _misplaced
 
     try:
         if isinstance(domain, Choice):
@@ -362,7 +427,7 @@ def _check_choice(keys: list[str], domain: Choice) -> Choice:
 
     for option in dict.fromkeys(options):
         if (n := options.count(option)) > 1:
-            faults.append(f"the choice has {show(option)} {n} times, but may have it once.")
+            faults.append(f"the choice has {short_repr(option)} {n} times, but may have it once.")
 
     if faults:
         raise UserError("\n".join(faults))
@@ -375,7 +440,9 @@ def _check_option(keys: list[str], option: Any) -> Any:
         return check_value(keys[0], option)
 
     if not isinstance(option, tuple) or len(option) != len(keys):
-        raise UserError(f"{show(option)} must be a tuple of {len(keys)} values, one for each key.")
+        raise UserError(
+            f"{short_repr(option)} must be a tuple of {len(keys)} values, one for each key."
+        )
 
     return tuple(check_value(key, value) for key, value in zip(keys, option, strict=True))
 
@@ -384,7 +451,7 @@ def _check_range(keys: list[str], domain: Range) -> Range:
     kind = KEYS[keys[0]].kind if len(keys) == 1 else tuple
 
     if kind not in (int, float):
-        raise UserError("values that are no numbers, and groups of keys, take choice(…).")
+        raise UserError("values other than numbers, and groups of keys, take choice(…).")
 
     if (kind is int) != (domain.step is not None):
         raise UserError(
@@ -410,7 +477,9 @@ def _check_step(key: str, domain: Range, width: int) -> None:
     step = domain.step
 
     if isinstance(step, bool) or not isinstance(step, int) or step < 1 or width % step:
-        raise UserError(f"step is {show(step)}, but must be a divisor of {width}, high - low.")
+        raise UserError(
+            f"step is {short_repr(step)}, but must be a divisor of {width}, high - low."
+        )
 
     if domain.log and step != 1:
         raise UserError(f"step is {step}, but must be 1 with log=True.")
@@ -422,7 +491,7 @@ def _check_step(key: str, domain: Range, width: int) -> None:
 def _conflicts(
     space: Mapping[str, Choice | Range], config: Config, size: int | None, length: int | None
 ) -> Iterator[str]:
-    r"""Yields what is wrong with combinations of values that are right by themselves."""
+    r"""Yields the errors of combinations of values that are valid by themselves."""
 
     combinations = list(_combinations(space))
     found: dict[str, list[Config]] = {}
@@ -464,7 +533,7 @@ def _combinations(space: Mapping[str, Choice | Range]) -> Iterator[Config]:
         combination: Config = {}
 
         for name, value in zip(space, values, strict=True):
-            keys = split(name)
+            keys = split_group(name)
             combination |= zip(keys, value if len(keys) > 1 else (value,), strict=True)
 
         yield combination

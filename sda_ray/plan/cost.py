@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from ..core.config import Config, count_weights
+from ..core.keys import NETWORK
 from ..data.dataset import DataInfo
 from ..nn.diffusion import VPSDE
 from ..nn.score import MCScoreNet, make_score
@@ -40,17 +41,7 @@ __all__ = [
 ]
 
 # The settings that a step's cost depends on
-SHAPE = (
-    "window",
-    "embedding",
-    "hidden_channels",
-    "hidden_blocks",
-    "kernel_size",
-    "activation",
-    "batch_size",
-    "alpha",
-    "precision",
-)
+SHAPE = (*NETWORK, "batch_size", "precision")
 SWITCHES = ("dropout", "ema", "grad_clip")  # of which it only matters whether they are 0
 
 PATIENCE = 10.0  # seconds for all shapes; those that are left cost what the one most alike does

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..core.config import format_value
+from ..core.keys import NETWORK
 from .cost import Shape
 from .plan import Forecast, Plan, at_a_time, memory_of
 from .probe import Node, epoch_seconds
@@ -84,16 +85,7 @@ def _table(made: Plan, node: Node | None, count: int, width: int) -> Table:
     return table
 
 
-SHOWN = (
-    "window",
-    "embedding",
-    "hidden_channels",
-    "hidden_blocks",
-    "kernel_size",
-    "activation",
-    "batch_size",
-    "precision",
-)
+SHOWN = tuple(key for key in (*NETWORK, "batch_size", "precision") if key != "alpha")
 
 
 def _values(made: Plan, key: str) -> set[Any]:

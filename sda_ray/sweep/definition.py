@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.config import Config, check_config
 from ..core.errors import UserError
-from ..core.space import Space, check_space, draw, split
+from ..core.space import Space, check_space, draw_values, split_group
 from ..data.dataset import DataInfo
 from ..search.promotion import FINAL, PruneRule, Rules, TrialRecord
 from .record import definition_of
@@ -284,7 +284,7 @@ class Sweep:
     def draw(self, trial: Any) -> Config:
         r"""Returns values for the keys of SPACE, as an Optuna trial suggests them."""
 
-        return draw(self.space, trial, _method(self.pruner))
+        return draw_values(self.space, trial, _method(self.pruner))
 
     def propose(self, records: Sequence[TrialRecord], fixed: dict[str, Any] | None = None) -> Any:
         r"""Draws a configuration that no run has, see :func:`sda_ray.search.sampler.propose`."""
@@ -345,7 +345,7 @@ class Sweep:
         r"""Returns the keys of CONFIG that vary; of a function, those of its first draws."""
 
         if not callable(self.space):
-            return {key for name in self.space for key in split(name)}
+            return {key for name in self.space for key in split_group(name)}
 
         from ..search.sampler import sample
 

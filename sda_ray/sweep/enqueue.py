@@ -19,8 +19,8 @@ from ..core.config import (
     parse_value,
 )
 from ..core.errors import UserError
-from ..core.keys import KEYS, check_value, show
-from ..core.space import Choice, Range, decode, encode, split
+from ..core.keys import KEYS, check_value, short_repr
+from ..core.space import Choice, Range, decode_params, encode_option, split_group
 from ..runs.path import RunPath
 from ..search.promotion import TrialRecord
 from ..search.sampler import CallbackTrial, has_value
@@ -90,7 +90,9 @@ def fit(sweep: Sweep, config: Config, known: Mapping[str, Any] | None = None) ->
             if config[key] != x
         ]
 
-    inside = set(values) if callable(sweep.space) else {k for n in sweep.space for k in split(n)}
+    inside = (
+        set(values) if callable(sweep.space) else {k for n in sweep.space for k in split_group(n)}
+    )
     differences = {
         key: f"{key}={format_value(x)} where the sweep has {format_value(sweep.config[key])}"
         for key, x in config.items()
@@ -114,11 +116,11 @@ def _lacking(sweep: Sweep, config: Config) -> list[str]:
 def _encoded(sweep: Sweep, config: Config) -> dict[str, Any]:
     assert not callable(sweep.space)
 
-    return {name: encode(name, _value(name, config)) for name in sweep.space}
+    return {name: encode_option(name, _value(name, config)) for name in sweep.space}
 
 
 def _value(name: str, config: Config) -> Any:
-    keys = split(name)
+    keys = split_group(name)
 
     return tuple(config[key] for key in keys) if len(keys) > 1 else config[name]
 
@@ -126,7 +128,9 @@ def _value(name: str, config: Config) -> Any:
 def words(name: str, config: Config) -> str:
     r"""Returns the values of a key of SPACE, or of a group of keys, as words."""
 
-    return " ".join(f"{key}={format_value(config[key])}" for key in split(name) if key in config)
+    return " ".join(
+        f"{key}={format_value(config[key])}" for key in split_group(name) if key in config
+    )
 
 
 def has(domain: Choice | Range, value: Any) -> bool:
@@ -268,7 +272,7 @@ def parse_item(
         faults += more
 
     if not faults and not callable(sweep.space) and params.keys() == sweep.space.keys():
-        faults = _conflicts(sweep.config | decode(params))
+        faults = _conflicts(sweep.config | decode_params(params))
 
     if faults:
         raise UserError("\n".join(f"--enqueue {text}: {_sentence(fault)}" for fault in faults))
@@ -316,7 +320,7 @@ def _parsed(sweep: Sweep, given: dict[str, str]) -> tuple[dict[str, Any], list[s
     r"""Returns parameters of a SPACE that is a dict, and what is wrong."""
 
     assert not callable(sweep.space)
-    known = [key for name in sweep.space for key in split(name)]
+    known = [key for name in sweep.space for key in split_group(name)]
     faults = [_unknown(key, known, sweep) for key in given if key not in known]
     values: Config = {}
     params = {}
@@ -328,7 +332,7 @@ def _parsed(sweep: Sweep, given: dict[str, str]) -> tuple[dict[str, Any], list[s
             faults.append(str(error))
 
     for name, domain in sweep.space.items():
-        asked = [key for key in split(name) if key in given]
+        asked = [key for key in split_group(name) if key in given]
 
         if not asked or any(key not in values for key in asked):
             continue
@@ -336,9 +340,9 @@ def _parsed(sweep: Sweep, given: dict[str, str]) -> tuple[dict[str, Any], list[s
         found = _matching(name, domain, values)
 
         if len(found) == 1:
-            params[name] = encode(name, found[0])
+            params[name] = encode_option(name, found[0])
         elif found:
-            others = ", ".join(key for key in split(name) if key not in given)
+            others = ", ".join(key for key in split_group(name) if key not in given)
             faults.append(f"{words(name, values)} is of several options. Give {others} as well")
         else:
             faults.append(f"{words(name, values)} is not in SPACE, which has {domain}")
@@ -349,7 +353,7 @@ def _parsed(sweep: Sweep, given: dict[str, str]) -> tuple[dict[str, Any], list[s
 def _matching(name: str, domain: Choice | Range, values: Config) -> list[Any]:
     r"""Returns the options of a key, or of a group of keys, that have the given values."""
 
-    keys = split(name)
+    keys = split_group(name)
 
     if len(keys) == 1:
         return [values[name]] if has(domain, values[name]) else []
@@ -370,7 +374,7 @@ def _unknown(key: str, known: Iterable[str], sweep: Sweep) -> str:
         value = format_value(sweep.config[key])
         return f"{key} is not in SPACE, which has {names}. All trials have {key}={value}"
 
-    return f"SPACE has no key {show(key)}, but {names}.{did_you_mean(key, known)}"
+    return f"SPACE has no key {short_repr(key)}, but {names}.{did_you_mean(key, known)}"
 
 
 def _drawn(sweep: Sweep, given: dict[str, str]) -> tuple[dict[str, Any], list[str]]:
@@ -440,7 +444,7 @@ def bring_in(study: Study, item: Mapping[str, Any]) -> bool:
         if record.last != record.epochs or len(record.finals) != len(study.objectives):
             raise ValueError("its values are not those of a run that is complete")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{show(item)} is no finished run: {error}.") from error
+        raise UserError(f"{short_repr(item)} is no finished run: {error}.") from error
 
     if new := all(record.run_id != other.run_id for other in records):
         study.bring(record, drawn)

@@ -15,7 +15,14 @@ from typing import Any
 from ..core.config import CONFIG
 from ..core.errors import UserError
 from ..core.files import read_json, write_atomic, write_json
-from ..core.space import Space, space_from_json, space_to_json, split
+from ..core.space import (
+    Space,
+    covers,
+    domain_from_json,
+    space_from_json,
+    space_to_json,
+    split_group,
+)
 from ..runs.path import sweep_directory
 
 __all__ = [
@@ -210,7 +217,7 @@ def _settings(old: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[str, A
 
 
 def _keys(space: dict[str, Any]) -> set[str]:
-    return {key for name in space for key in split(name)}
+    return {key for name in space for key in split_group(name)}
 
 
 def _spaces(old: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[bool, str]]:
@@ -232,40 +239,16 @@ def _spaces(old: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[bool, st
         was, value = old.get(name), new.get(name)
 
         if value is None:
-            yield False, f"SPACE['{name}'] was {_span(was)} and is gone"
+            yield False, f"SPACE['{name}'] was {domain_from_json(was)} and is gone"
         elif was is None:
-            yield False, f"SPACE['{name}'] was not there and is {_span(value)}"
+            yield False, f"SPACE['{name}'] was not there and is {domain_from_json(value)}"
         elif was != value:
-            grown = _contains(value, was)
-            said = "widened from {} to {}" if grown else "was {} and is {}"
-            yield grown, f"SPACE['{name}'] {said.format(_span(was), _span(value))}"
-
-
-def _contains(new: dict[str, Any], old: dict[str, Any]) -> bool:
-    r"""Tells whether a domain, as JSON, is another one with wider bounds or more options."""
-
-    if "choice" in new and "choice" in old:
-        return all(option in new["choice"] for option in old["choice"])
-
-    if "choice" in new or "choice" in old:
-        return False
-
-    (low, high), (least, most), step = old["range"], new["range"], new["step"]
-    aligned = step is None or (low - least) % step == 0
-    alike = (old["log"], old["step"]) == (new["log"], new["step"])
-
-    return alike and aligned and least <= low and high <= most
-
-
-def _span(domain: Any) -> str:
-    if "choice" in domain:
-        return _show(domain["choice"])
-
-    (low, high), step = domain["range"], domain["step"]
-    more = [f"steps of {step}"] if step not in (None, 1) else []
-    more += ["log"] if domain["log"] else []
-
-    return f"{low}…{high}" + (f" ({', '.join(more)})" if more else "")
+            grown = covers(domain_from_json(value), domain_from_json(was))
+            said = "widened: {} → {}" if grown else "was {} and is {}"
+            yield (
+                grown,
+                f"SPACE['{name}'] {said.format(domain_from_json(was), domain_from_json(value))}",
+            )
 
 
 def _digest(fingerprint: Any) -> str:

@@ -19,7 +19,7 @@ from torch.optim.adamw import adamw
 
 from ..core.config import Config
 from ..core.errors import UserError
-from ..core.keys import KEYS, show
+from ..core.keys import KEYS, short_repr
 from ..data.dataset import TrajectoryDataset
 from ..nn.diffusion import VPSDE
 from ..nn.precision import allowing_tf32, lowered
@@ -327,7 +327,7 @@ def schedule(name: str, s: float) -> float:
     elif name == "wsd":
         return 1.0 if s <= 0.9 else min(1.0, 10 * (1 - s))
 
-    raise UserError(f"scheduler is {show(name)}, but must be {KEYS['scheduler'].accepts}.")
+    raise UserError(f"scheduler is {short_repr(name)}, but must be {KEYS['scheduler'].accepts}.")
 
 
 def learning_rate(config: Config, epoch: int) -> float:

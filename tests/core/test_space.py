@@ -1,9 +1,11 @@
 r"""Tests for sda_ray.core.space: what is wrong with a SPACE, and what is drawn from it."""
 
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import optuna
 import pytest
 from hypothesis import given
@@ -20,10 +22,13 @@ from sda_ray.core.space import (
     Range,
     check_space,
     choice,
-    decode,
-    describe,
-    draw,
-    encode,
+    contains,
+    covers,
+    decode_params,
+    describe_space,
+    domain_of,
+    draw_values,
+    encode_option,
     integer,
     loguniform,
     space_from_json,
@@ -173,7 +178,7 @@ def test_checked_space_is_in_normal_form() -> None:
 def test_draws_are_typed_and_accepted() -> None:
     space = check_space(SPACE, CONFIG)
 
-    for values in sample(lambda trial: draw(space, trial)):
+    for values in sample(lambda trial: draw_values(space, trial)):
         assert check_config(CONFIG | values) == CONFIG | values
         assert {type(values[key]) for key in ("kernel_size", "batch_size", "embedding")} == {int}
         assert type(values["hidden_channels"]) is tuple
@@ -181,7 +186,7 @@ def test_draws_are_typed_and_accepted() -> None:
 
 
 def test_draws_cover_the_space() -> None:
-    drawn = sample(lambda trial: draw(SPACE, trial), trials=64)
+    drawn = sample(lambda trial: draw_values(SPACE, trial), trials=64)
 
     assert {d["hidden_channels"] for d in drawn} == {(64, 128), (64, 96, 128)}
     assert {d["kernel_size"] for d in drawn} == {3, 5, 7}
@@ -193,10 +198,10 @@ def test_drawn_parameters_survive_in_a_journal(tmp_path: Any) -> None:
         return JournalStorage(JournalFileBackend(str(tmp_path / "study.journal")))
 
     study = optuna.create_study(storage=storage(), study_name="space")
-    drawn = [draw(SPACE, study.ask()) for _ in range(8)]
+    drawn = [draw_values(SPACE, study.ask()) for _ in range(8)]
     study = optuna.load_study(storage=storage(), study_name="space")
 
-    assert [decode(t.params) for t in study.trials] == drawn
+    assert [decode_params(t.params) for t in study.trials] == drawn
 
 
 def conditional(trial: Any) -> dict[str, Any]:
@@ -217,7 +222,7 @@ def conditional(trial: Any) -> dict[str, Any]:
 def test_function_makes_a_conditional_space() -> None:
     assert check_space(conditional, CONFIG) is conditional
 
-    drawn = sample(lambda trial: draw(conditional, trial))
+    drawn = sample(lambda trial: draw_values(conditional, trial))
 
     assert {len(d) for d in drawn} == {2, 3}
     assert {d["hidden_channels"] for d in drawn} == {(8, 8), (8, 8, 8)}
@@ -230,7 +235,7 @@ def test_function_may_suggest_tuples() -> None:
         assert trial.number >= 0
         return {"hidden_channels": widths}
 
-    drawn = sample(lambda trial: draw(space, trial))
+    drawn = sample(lambda trial: draw_values(space, trial))
     assert {d["hidden_channels"] for d in drawn} == {(8, 16, 32), (16, 32, 64)}
 
 
@@ -247,7 +252,7 @@ def test_function_may_suggest_tuples() -> None:
 )
 def test_what_a_function_returns_is_checked(values: Any, message: str) -> None:
     with pytest.raises(UserError) as e:
-        sample(lambda trial: draw(lambda _: values, trial, pruner="asha"), trials=1)
+        sample(lambda trial: draw_values(lambda _: values, trial, pruner="asha"), trials=1)
 
     assert message in str(e.value)
 
@@ -263,10 +268,60 @@ def domains(name: str) -> st.SearchStrategy[Any]:
     return choices
 
 
+@given(low=st.integers(-9, 9), width=st.integers(1, 9), step=st.integers(1, 4))
+def test_range_contains_its_steps_and_nothing_else(low: int, width: int, step: int) -> None:
+    values = range(low, low + width * step + 1, step)
+    domain = integer(low, values[-1], step=step)
+
+    for value in range(low - 3, values[-1] + 4):
+        assert contains(domain, value) is contains(domain, float(value)) is (value in values)
+
+    assert not contains(domain, low + 0.5)
+
+
+def test_range_of_numbers_contains_its_bounds() -> None:
+    domain = loguniform(1e-4, 1e-3)
+
+    assert all(contains(domain, x) for x in (1e-4, np.float64(5e-4), 1e-3))
+    assert not any(contains(domain, x) for x in (0.0, 1.1e-3, math.nan, True, "1e-4", None))
+    assert contains(choice("GELU", (8, 16)), (8, 16))
+    assert not contains(choice("GELU", (8, 16)), "SiLU")
+
+
+def test_domain_of_a_distribution_contains_what_is_drawn_from_it() -> None:
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+
+    for trial in (study.ask() for _ in range(32)):
+        draw_values(SPACE, trial)
+
+        for name, distribution in trial.distributions.items():
+            assert contains(domain_of(distribution), trial.params[name])
+            assert str(domain_of(distribution))
+
+
+@pytest.mark.parametrize(
+    ("wide", "narrow", "expected"),
+    [
+        (uniform(0, 2), uniform(1, 2), True),
+        (uniform(1, 2), uniform(0, 2), False),
+        (loguniform(1, 3), uniform(1, 2), False),
+        (integer(3, 9, step=2), integer(5, 7, step=2), True),
+        (integer(2, 10, step=2), integer(3, 7, step=2), False),
+        (choice("a", "b"), choice("b"), True),
+        (choice("a"), choice("a", "b"), False),
+        (choice(1, 2), integer(1, 2), False),
+    ],
+)
+def test_domain_covers_those_that_it_was_widened_from(
+    wide: Any, narrow: Any, expected: bool
+) -> None:
+    assert covers(wide, narrow) is expected
+
+
 @pytest.mark.parametrize("params", [{"a": 1}, {"hidden_channels,hidden_blocks": "8,16"}])
 def test_foreign_parameters_are_refused(params: dict[str, Any]) -> None:
     with pytest.raises(UserError):
-        decode(params)
+        decode_params(params)
 
 
 @pytest.mark.parametrize("name", [*KEYS, "hidden_channels,hidden_blocks", "seed,activation"])
@@ -274,10 +329,10 @@ def test_foreign_parameters_are_refused(params: dict[str, Any]) -> None:
 def test_decode_inverts_encode(name: str, data: st.DataObject) -> None:
     keys = name.split(",")
     values = tuple(data.draw(fixed(key)) for key in keys)
-    option = encode(name, values if len(keys) > 1 else values[0])
+    option = encode_option(name, values if len(keys) > 1 else values[0])
 
     assert isinstance(option, str | int | float)
-    assert decode({name: option}) == dict(zip(keys, values, strict=True))
+    assert decode_params({name: option}) == dict(zip(keys, values, strict=True))
 
 
 @given(
@@ -307,7 +362,7 @@ def test_other_json_is_refused(obj: Any) -> None:
 
 
 def test_description_is_short() -> None:
-    assert describe(SPACE)["learning_rate"] == "0.0001 to 0.001 (log)"
-    assert describe(SPACE)["kernel_size"] == "3 to 7 in steps of 2"
-    assert describe(SPACE)["activation"] == "'GELU', 'SiLU'"
-    assert describe(conditional) == {"conditional": "Wide or deep."}
+    assert describe_space(SPACE)["learning_rate"] == "0.0001 to 0.001 (log)"
+    assert describe_space(SPACE)["kernel_size"] == "3 to 7 in steps of 2"
+    assert describe_space(SPACE)["activation"] == "'GELU', 'SiLU'"
+    assert describe_space(conditional) == {"conditional": "Wide or deep."}

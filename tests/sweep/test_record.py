@@ -53,14 +53,14 @@ def test_the_same_definition_has_no_changes(sweep: Sweep) -> None:
 @pytest.mark.parametrize(
     ("key", "domain", "said"),
     [
-        ("learning_rate", loguniform(1e-5, 1e-2), "from 0.0001…0.001 (log) to 1e-05…0.01 (log)"),
-        ("learning_rate", loguniform(1e-4, 1e-2), "to 0.0001…0.01 (log)"),
+        ("learning_rate", loguniform(1e-5, 1e-2), ": 0.0001 to 0.001 (log) → 1e-05 to 0.01 (log)"),
+        ("learning_rate", loguniform(1e-4, 1e-2), "→ 0.0001 to 0.01 (log)"),
         (
             "activation",
             choice("ELU", "ReLU", "SiLU"),
-            '["SiLU", "ReLU"] to ["ELU", "ReLU", "SiLU"]',
+            "'SiLU', 'ReLU' → 'ELU', 'ReLU', 'SiLU'",
         ),
-        ("embedding", integer(4, 24, step=4), "from 8…16 (steps of 4) to 4…24 (steps of 4)"),
+        ("embedding", integer(4, 24, step=4), ": 8 to 16 in steps of 4 → 4 to 24 in steps of 4"),
     ],
 )
 def test_wider_spaces_are_carried_on(sweep: Sweep, key: str, domain: Any, said: str) -> None:
