@@ -37,12 +37,12 @@ __all__ = [
 
 CPUS = "-c --cpus-per-task --cpus-per-gpu --exclusive"
 OURS = ("--submit", "--output", "--root", "--runs", "--data")
-STYLES = {"alive": "green", "draining": "yellow", "dead": "red", "starting": "cyan"}
+STYLES = {"alive": "green", "draining": "yellow", "dead": "red"}
 
 DOCTOR = """
-Looks whether this machine, or a cluster, is fit for sweeps: equal versions on all nodes, clocks,
+Checks whether this machine, or a cluster, is fit for sweeps: equal versions on all nodes, clocks,
 disk, files that nodes see or get through the head, GPUs, W&B, open ports, Ray's token, limits.
-Exits with 1 if something is at fault; every fault comes with what to do.
+Exits with 1 if there is a fault; every fault comes with a remedy.
 
   sda-ray doctor                    this machine
   sda-ray doctor --address auto     all nodes of the Ray that this machine is a node of
@@ -51,10 +51,10 @@ Exits with 1 if something is at fault; every fault comes with what to do.
 
 
 def slurm_command(args: argparse.Namespace, _: Any = None) -> None:
-    r"""Writes the script of a job, shows it, and submits it if that is wanted.
+    r"""Writes the script of a job, shows it, and submits it with --submit.
 
     Raises:
-        UserError: If anything is wrong with the sweep, or with what is asked of Slurm.
+        UserError: If anything is wrong with the sweep, or with the options of sbatch.
     """
 
     from ..cluster.slots import Slots
@@ -77,21 +77,23 @@ def slurm_command(args: argparse.Namespace, _: Any = None) -> None:
     print(f"\n{text}\nwritten to {file}")
 
     if not names(args.sbatch) & set(CPUS.split()):
-        print("Note: no CPUs are asked for, so the job gets one per node: -- --cpus-per-task=N")
+        print("Note: no CPUs are requested, so the job gets one per node: -- --cpus-per-task=N")
 
     if args.submit:
         if subprocess.run(["sbatch", str(file)]).returncode:
-            raise UserError("sbatch has refused the job; it says why above.")
+            raise UserError("sbatch has rejected the job, see its message above.")
     else:
         print(f"Submit it with: sbatch {shlex.quote(str(file))}")
 
 
 def _check_slurm(args: argparse.Namespace) -> None:
     if args.address is not None:
-        raise UserError("--address goes without Slurm: the job starts a Ray of its own.")
+        raise UserError("--address does not go with Slurm: the job starts a Ray of its own.")
 
     if args.fork and args.name is None:
-        raise UserError("--fork needs --name NEW here, so that the job knows what it carries on.")
+        raise UserError(
+            "--fork needs --name NEW here, so that the job knows which sweep to resume."
+        )
 
     if args.sbatch and not args.sbatch[0].startswith("-"):
         raise UserError(
@@ -152,55 +154,53 @@ def join_command(args: argparse.Namespace, _: Any = None) -> None:
 
 
 def status_command(args: argparse.Namespace, _: Any = None) -> None:
-    r"""Shows the nodes of a cluster, what runs there, and what waits for what."""
+    r"""Shows the nodes of a cluster and the runs on them."""
 
     from ..cluster.connect import connect
-    from ..cluster.nodes import gather
+    from ..cluster.nodes import cluster_status
 
     try:
         with connect(args.address):
-            found = gather(args.runs)
+            status = cluster_status(args.runs)
     except UserError as error:
         raise UserError(
-            f"{error} Give --address to look at another cluster. A sweep that runs on one machine "
-            "alone has a Ray of its own: sda-ray attach SWEEP"
+            f"{error} Use --address for another cluster. A sweep on one machine alone has a Ray of "
+            "its own: sda-ray attach SWEEP"
         ) from error
 
     if args.json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(status, indent=2))
     else:
-        Console(width=None if sys.stdout.isatty() else 160).print(overview(found))
+        Console(width=None if sys.stdout.isatty() else 160).print(overview(status))
 
 
-def overview(found: Mapping[str, Any]) -> RenderableType:
-    r"""Returns what a cluster is at, for a terminal.
+def overview(status: Mapping[str, Any]) -> RenderableType:
+    r"""Returns the status of a cluster for a terminal.
 
     Arguments:
-        found: What :func:`sda_ray.cluster.nodes.gather` has found.
+        status: See :func:`sda_ray.cluster.nodes.cluster_status`.
     """
 
-    parts: list[RenderableType] = [_nodes(found["nodes"])]
+    parts: list[RenderableType] = [_nodes(status["nodes"])]
+    runs = [(run, node["name"]) for node in status["nodes"] for run in node["runs"]]
+    runs += [(run, run["host"]) for run in status["elsewhere"]]
 
-    if runs := [(run, node["name"]) for node in found["nodes"] for run in node["runs"]]:
-        parts += ["", _runs(runs + [(run, run["host"]) for run in found["elsewhere"]])]
-    elif found["elsewhere"]:
-        parts += ["", _runs([(run, run["host"]) for run in found["elsewhere"]])]
+    if runs:
+        parts += ["", _runs(runs)]
 
+    used = [
+        f"{status[key]['used']:g} of {status[key]['total']:g} {key.upper()[:-1]}s"
+        for key in ("cpus", "gpus")
+    ]
     notes = [
-        f"waiting: {item['count']} × {_resources(item['resources'])}: {item['why']}"
-        for item in found["waiting"]
+        f"{' and '.join(used)} are in use. `ray status` lists pending requests and launches.",
+        *(
+            f"sweep '{sweep}' starts nothing on {node['name']}: {why}"
+            for node in status["nodes"]
+            for sweep, why in node["avoided"].items()
+        ),
     ]
-    notes += [
-        f"{item['state']}: {item['count']} × {item['type']}"
-        + f" ({item['why']})" * bool(item["why"])
-        for item in found["coming"]
-    ]
-    notes += [
-        f"sweep '{sweep}' starts nothing on {node['name']}: {why}"
-        for node in found["nodes"]
-        for sweep, why in node["avoided"].items()
-    ]
-    parts += ["", *(Text(clean(note, 400)) for note in notes or ["Nothing waits."])]
+    parts += ["", *(Text(clean(note, 400)) for note in notes)]
 
     return Group(*parts)
 
@@ -216,7 +216,7 @@ def _table(*columns: str, right: Sequence[str] = ()) -> Table:
 
 
 def _nodes(nodes: Sequence[Mapping[str, Any]]) -> Table:
-    right = ("CPUs", "GPUs", "memory", "disk free", "trials")
+    right = ("CPUs", "GPUs", "memory", "disk free", "runs")
     table = _table("node", "address", "state", *right, right=right)
 
     for node in nodes:
@@ -227,13 +227,13 @@ def _nodes(nodes: Sequence[Mapping[str, Any]]) -> Table:
             Text(node["state"], style=STYLES[node["state"]]).append(
                 " (head)" if node["role"] == "head" else "", style="none"
             ),
-            f"{node['cpus']['used']:g}/{node['cpus']['total']:g}",
-            f"{node['gpus']['used']:g}/{node['gpus']['total']:g}",
+            f"{node['cpus']:g}",
+            f"{node['gpus']:g}",
             "–"
             if memory is None
             else f"{memory['used'] / memory['total']:.0%} of {size(memory['total'])}",
             "–" if disk is None else size(disk["free"]),
-            str(node["trials"]),
+            str(len(node["runs"])),
         )
 
     return table
@@ -255,22 +255,18 @@ def _runs(runs: Sequence[tuple[Mapping[str, Any], Any]]) -> Table:
     return table
 
 
-def _resources(wanted: Mapping[str, float]) -> str:
-    return " ".join(f"{key}={x:g}" for key, x in wanted.items())
-
-
 def add_doctor_parser(command: Callable[[str, str, str], argparse.ArgumentParser]) -> None:
     r"""Adds `doctor` to the command line, see :func:`sda_ray.cli.runs.add_runs_parser`."""
 
     parser = command("doctor", "is this machine, or a cluster, fit for sweeps?", DOCTOR)
     parser.add_argument("file", nargs="?", metavar="cluster.yaml", help="the file of a cluster")
     parser.add_argument("--address", help="a Ray cluster, as `auto` (default: this machine alone)")
-    parser.add_argument("--wandb", choices=("online",), help="look whether W&B can be reached")
+    parser.add_argument("--wandb", choices=("online",), help="check whether W&B can be reached")
     parser.add_argument("--json", action="store_true", help="for programs")
 
 
 def doctor_command(args: argparse.Namespace, _: Any = None) -> None:
-    r"""Looks, prints a table, and exits with 1 if something is at fault."""
+    r"""Prints findings about machines, and exits with 1 if there is a fault."""
 
     if args.file:
         findings = list(_check_file(Path(args.file)))
@@ -281,16 +277,16 @@ def doctor_command(args: argparse.Namespace, _: Any = None) -> None:
 
             sys.exit(_on_cluster(args))
     else:
-        from ..plan.doctor import look
+        from ..plan.doctor import diagnose
 
-        findings = look(args.runs, args.address, _server(args.wandb))
+        findings = diagnose(args.runs, args.address, _server(args.wandb))
 
     _show_findings(findings, args.json)
     sys.exit(any(x.state == "fault" for x in findings))
 
 
 def _check_file(file: Path) -> Iterator[Any]:
-    r"""Yields what is wrong with a cluster file."""
+    r"""Yields the findings about a cluster file."""
 
     from ..cluster.clusterfile import check_cluster
     from ..plan.doctor import Finding
@@ -298,7 +294,7 @@ def _check_file(file: Path) -> Iterator[Any]:
     faults = check_cluster(file)
 
     for fault in faults:
-        yield Finding(file.name, "file", "fault", fault, "Mend the file.")
+        yield Finding(file.name, "file", "fault", fault, "Correct the file.")
 
     if not faults:
         yield Finding(file.name, "file", "ok", "valid")
@@ -319,7 +315,7 @@ def _on_cluster(args: argparse.Namespace) -> int:
 
 
 def _server(asked: str | None) -> str | None:
-    r"""Returns the address of W&B's server, if it is wanted, or there is a key for it."""
+    r"""Returns the address of W&B's server if it was asked for, or there is a key for it."""
 
     from ..runs.tracking import Wandb
     from ..sweep.preflight import check_wandb, wandb_server

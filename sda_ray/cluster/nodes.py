@@ -1,7 +1,8 @@
-r"""What the nodes of a cluster, and the machines they are on, say of themselves.
+r"""Facts about the nodes of a Ray cluster and the machines behind them.
 
-Facts only; :mod:`sda_ray.plan.doctor` judges them. Nodes and what waits are what Ray says; which run
-is where is what the run directories say.
+:func:`survey` calls a function on all nodes at once. :func:`examine` is such a function: it gathers
+the facts of one machine within seconds and without Ray. Nothing here judges them; see
+:mod:`sda_ray.plan.doctor` and :mod:`sda_ray.plan.plan`.
 """
 
 import ipaddress
@@ -9,73 +10,235 @@ import os
 import platform
 import pwd
 import resource
+import secrets
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+import psutil
+
 from .. import __version__
 from ..core.errors import UserError
-from ..core.files import read_json
-from ..core.lease import holder
+from ..data.dataset import fingerprint
 from ..runs.inventory import Entry, entries
+from ..storage.scratch import local_directory
 from .connect import on_node
-from .slots import fitting
+from .join import read_head
+from .slots import HEAD, leaving_nodes
 
 __all__ = [
     "PACKAGES",
+    "Facts",
     "bandwidth",
+    "check_files",
+    "clock_skew",
+    "cluster_status",
+    "cpu_model",
     "examine",
-    "gather",
     "listening",
+    "live_nodes",
+    "marker",
+    "memory_limit",
     "owner_of",
     "reaches",
-    "why_waiting",
+    "survey",
 ]
 
 PACKAGES = ("ray", "torch", "optuna", "wandb")
-GPUS = 60.0  # seconds that torch may take to find GPUs
-REACH = 5.0  # seconds that a server may take to answer
-LISTEN = "0A"  # what the kernel calls the state of a socket that waits for connections
-COUNT = "import torch; print(torch.cuda.device_count())"
-ANSWER = 20.0  # seconds in which a node tells its memory and disk
-HEAD = "node:__internal_head__"
-ACTOR = "Trial"  # the class of those that train
-SOME = 16 * 2**20  # bytes that measure the way here
-PATIENCE = 60.0  # seconds that a node may take to send them
+COUNT_GPUS = "import torch; print(torch.cuda.device_count())"
+TORCH_TIMEOUT = 60.0  # seconds to count GPUs with torch
+SERVER_TIMEOUT = 5.0  # seconds to connect to a server
+STATUS_TIMEOUT = 20.0  # seconds for a node to report its memory and disk
+TIMEOUT = 60.0  # seconds for any other answer of a node
+SAMPLE = 16 * 2**20  # bytes sent to measure the bandwidth
+
+Facts = dict[str, Any]
 
 
-def examine(runs: Path, token: str, gpus: bool, url: str | None) -> dict[str, Any]:
-    r"""Returns what this machine, and this user on it, are like.
+def live_nodes() -> dict[str, dict[str, Any]]:
+    r"""Returns Ray's record of each live node, by id."""
+
+    import ray
+
+    return {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
+
+
+def survey(
+    look: Callable[..., Facts],
+    *arguments: Any,
+    nodes: Iterable[str],
+    timeout: float = TIMEOUT,
+) -> dict[str, Facts]:
+    r"""Calls a function on several nodes at once.
+
+    Arguments:
+        look: The function.
+        arguments: Its arguments, the same on all nodes.
+        nodes: Ray's ids of the nodes.
+        timeout: The seconds to wait for all answers together.
+
+    Returns:
+        The facts from each node, by id. A node that gives none has `error` alone, the reason.
+    """
+
+    import ray
+
+    task = ray.remote(num_cpus=0, max_retries=0)(look)
+    answers = {id: task.options(**on_node(id)).remote(*arguments) for id in nodes}
+
+    if answers:
+        ray.wait(list(answers.values()), num_returns=len(answers), timeout=timeout)
+
+    facts: dict[str, Facts] = {}
+
+    for id, answer in answers.items():
+        try:
+            facts[id] = ray.get(answer, timeout=0.1)
+        except ray.exceptions.GetTimeoutError:
+            facts[id] = {"error": f"it has not answered within {timeout:g} s"}
+        except Exception as error:  # anything that keeps a worker from starting
+            facts[id] = {"error": str(error).strip().split("\n")[-1]}
+
+    return facts
+
+
+def bandwidth(node: str) -> float:
+    r"""Returns the bytes per second from a node to this one.
+
+    Raises:
+        Exception: If the node does not answer within a minute.
+    """
+
+    import ray
+
+    answer = ray.remote(num_cpus=0, max_retries=0)(_sample).options(**on_node(node)).remote()
+    ray.wait([answer], timeout=TIMEOUT, fetch_local=False)
+    start = time.monotonic()
+    ray.get(answer, timeout=TIMEOUT)
+
+    return SAMPLE / (time.monotonic() - start)
+
+
+def clock_skew(node: str, tries: int = 5) -> float:
+    r"""Returns the seconds by which the clock of a node is ahead of this machine's.
+
+    Raises:
+        Exception: If the node does not answer within a minute.
+    """
+
+    import ray
+
+    task = ray.remote(num_cpus=0, max_retries=0)(_clock).options(**on_node(node))
+    samples = []
+
+    for _ in range(tries):
+        sent = time.time()
+        clock = ray.get(task.remote(), timeout=TIMEOUT)
+        received = time.time()
+        samples.append((received - sent, clock - (sent + received) / 2))
+
+    return min(samples)[1]
+
+
+def _sample() -> bytes:
+    return bytes(SAMPLE)
+
+
+def _clock() -> float:
+    return time.time()
+
+
+@contextmanager
+def marker(runs: Path) -> Iterator[str]:
+    r"""Keeps a file in the directory of runs within the block, and yields its name.
+
+    A node that finds the file has this very directory. Directories made for it are removed again.
+    """
+
+    made = []
+
+    for part in (runs, *runs.parents):
+        if part.is_dir():
+            break
+
+        made.append(part)
+
+    file = runs / f".sda-ray-{secrets.token_hex(8)}"
+
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+        file.write_text(file.name)
+        yield file.name
+    finally:
+        file.unlink(missing_ok=True)
+
+        with suppress(OSError):  # others have begun to use them
+            for part in made:
+                part.rmdir()
+
+
+def machine() -> Facts:
+    r"""Returns the memory of this machine and the disk that trials use, in bytes."""
+
+    memory = psutil.virtual_memory()
+    disk = shutil.disk_usage(os.environ.get("SDA_RAY_LOCAL") or tempfile.gettempdir())
+
+    return {
+        "memory": {"used": memory.total - memory.available, "total": memory.total},
+        "disk": {"free": disk.free, "total": disk.total},
+    }
+
+
+def examine(
+    runs: Path,
+    token: str = "",
+    data: Path | None = None,
+    expected: str | None = None,
+    remote: bool = False,
+    gpus: bool = False,
+    url: str | None = None,
+) -> Facts:
+    r"""Returns facts about this machine and this user on it.
 
     Arguments:
         runs: The directory of all runs, as the driver calls it.
-        token: The name of a file that the driver has left there.
-        gpus: Whether to look for GPUs.
-        url: The server that shall be reached from here, if any.
+        token: The name of a file that the driver has put there.
+        data: The directory of the data.
+        expected: The fingerprint of the data, or None to leave them alone.
+        remote: Whether trials can do without these directories, by fetching files from the head.
+        gpus: Whether to count GPUs.
+        url: A server to connect to.
     """
 
     local = Path(os.environ.get("SDA_RAY_LOCAL") or tempfile.gettempdir())
+    faults, missing = check_files(runs, token, data, expected, remote) if token else ([], [])
 
     return {
         "host": socket.gethostname(),
+        "cpu": cpu_model(),
+        "limit": memory_limit(),
+        "faults": faults,
+        "missing": missing,
         "versions": _versions(),
         "sees": bool(token) and (runs / token).is_file(),
-        "writes": os.access(runs if runs.is_dir() else _parent(runs), os.W_OK),
-        "free": {str(place): _free(place) for place in {_parent(runs), _parent(local)}},
+        "writes": os.access(_existing(runs), os.W_OK),
+        "free": {
+            str(place): shutil.disk_usage(place).free
+            for place in {_existing(runs), _existing(local)}
+        },
         "gpus": _count_gpus() if gpus else None,
-        "listening": [list(found) for found in listening()],
+        "listening": [list(port) for port in listening()],
         "auth": os.environ.get("RAY_AUTH_MODE", ""),
-        "token": _token(),
+        "token": _token_mode(),
         "files": resource.getrlimit(resource.RLIMIT_NOFILE),
         "cpus": os.cpu_count() or 1,
         "ray": owner_of(Path("/tmp/ray")),
@@ -84,38 +247,99 @@ def examine(runs: Path, token: str, gpus: bool, url: str | None) -> dict[str, An
     }
 
 
+def check_files(
+    runs: Path, token: str, data: Path | None, expected: str | None, remote: bool = False
+) -> tuple[list[str], list[str]]:
+    r"""Checks the directories of a sweep as this machine sees them, see :func:`examine`.
+
+    Returns:
+        The faults, and the directories of the head that are missing here.
+    """
+
+    faults: list[str] = []
+    missing: dict[str, str] = {}
+
+    try:
+        if not (runs / token).is_file():
+            missing[str(runs)] = (
+                f"{runs} is not the one of the sweep, but must be shared by all nodes"
+            )
+        else:
+            with tempfile.NamedTemporaryFile(prefix=".sda-ray-", dir=runs) as file:
+                file.write(token.encode())
+    except OSError as error:
+        faults.append(f"runs cannot be written to {runs}: {error.strerror or error}")
+
+    if data is not None and expected is not None:
+        try:
+            if fingerprint(data) != expected:
+                missing[str(data)] = f"the data in {data} differ from those of the sweep"
+        except (UserError, OSError) as error:
+            missing[str(data)] = str(error)
+
+    if not remote:
+        faults += missing.values()
+    elif missing:
+        try:
+            local_directory("runs")
+        except UserError as error:
+            faults.append(str(error))
+
+    return faults, list(missing)
+
+
+def cpu_model() -> str:
+    r"""Returns the model of this machine's CPU."""
+
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+
+    return platform.processor() or platform.machine()
+
+
+def memory_limit() -> int:
+    r"""Returns the bytes of memory that processes can use here, by the machine and its cgroup."""
+
+    limits = [psutil.virtual_memory().total]
+
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):  # `max` is no number
+            limits.append(int(Path(file).read_text()))
+
+    return min(limits)
+
+
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "sda_ray": __version__}
+    versions = {"python": platform.python_version(), "sda_ray": __version__}
 
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "none"
+            versions[package] = "none"
 
-    return found
+    return versions
 
 
-def _parent(place: Path) -> Path:
+def _existing(place: Path) -> Path:
     return next(part for part in (place, *place.parents) if part.is_dir())
 
 
-def _free(place: Path) -> int:
-    return shutil.disk_usage(place).free
-
-
 def _count_gpus() -> int | str:
-    r"""Returns how many GPUs torch sees, or why it cannot tell."""
+    r"""Returns the number of GPUs that torch sees, or why it cannot tell."""
 
-    # Ray hides them from a process that has not asked for any.
+    # Ray hides GPUs from a process that has not requested any
     env = {key: x for key, x in os.environ.items() if key != "CUDA_VISIBLE_DEVICES"}
+    command = [sys.executable, "-c", COUNT_GPUS]
 
     try:
         done = subprocess.run(
-            [sys.executable, "-c", COUNT], env=env, capture_output=True, text=True, timeout=GPUS
+            command, env=env, capture_output=True, text=True, timeout=TORCH_TIMEOUT
         )
     except subprocess.TimeoutExpired:
-        return f"torch has not answered within {GPUS:g} s"
+        return f"torch has not answered within {TORCH_TIMEOUT:g} s"
 
     if done.returncode:
         return (done.stderr.strip().splitlines() or ["torch cannot be imported"])[-1]
@@ -123,25 +347,25 @@ def _count_gpus() -> int | str:
     return int(done.stdout)
 
 
-def _token() -> int | None:
+def _token_mode() -> int | None:
     r"""Returns the permissions of the file with Ray's token, or None if there is none.
 
-    In a directory that others cannot enter they count for nothing.
+    In a directory that other users cannot enter, those of others do not count.
     """
 
     file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
 
     with suppress(OSError):
         mode = file.stat().st_mode & 0o777
-        open_to = [part.stat().st_mode & 0o011 for part in file.absolute().parents]
+        entered = [part.stat().st_mode & 0o011 for part in file.absolute().parents]
 
-        return mode if all(open_to) else mode & 0o700
+        return mode if all(entered) else mode & 0o700
 
     return None
 
 
 def owner_of(directory: Path) -> str:
-    r"""Returns whom a directory belongs to that we cannot write to, else nothing."""
+    r"""Returns the owner of a directory that this user cannot write to, else an empty string."""
 
     if not directory.exists() or os.access(directory, os.W_OK | os.X_OK):
         return ""
@@ -153,13 +377,13 @@ def owner_of(directory: Path) -> str:
 
 
 def reaches(url: str) -> str:
-    r"""Returns why a server cannot be reached from here, or nothing if it can."""
+    r"""Returns why a server cannot be reached from here, or an empty string if it can."""
 
     parsed = urlparse(url)
     port = parsed.port or (80 if parsed.scheme == "http" else 443)
 
     try:
-        socket.create_connection((parsed.hostname or "", port), timeout=REACH).close()
+        socket.create_connection((parsed.hostname or "", port), timeout=SERVER_TIMEOUT).close()
     except OSError as error:
         return f"{parsed.hostname}:{port}: {error}"
 
@@ -167,320 +391,140 @@ def reaches(url: str) -> str:
 
 
 def listening() -> Iterator[tuple[int, str, str]]:
-    r"""Yields ports that other machines may connect to, with address and command of who listens.
+    r"""Yields the ports open to other machines: port, address, and command of the listener.
 
-    The command is empty if the process is another user's. That of a driver of Ray begins with
+    The command is empty if the process belongs to another user. That of a driver of Ray begins with
     `ray::`, as those of Ray's workers do.
     """
 
-    seen, commands = set(), _sockets()
+    seen = set()
 
-    for file in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")):
-        with suppress(OSError):
-            for line in file.read_text().splitlines()[1:]:
-                fields = line.split()
-                place, _, port = fields[1].partition(":")
-                address = _address(place)
+    try:
+        sockets = psutil.net_connections("tcp")
+    except psutil.AccessDenied:  # macOS shows them to root alone
+        return
 
-                if fields[3] != LISTEN or address.is_loopback or (port, fields[9]) in seen:
-                    continue
+    for each in sockets:
+        if each.status != psutil.CONN_LISTEN:
+            continue
 
-                seen.add((port, fields[9]))
-                yield int(port, 16), str(address), commands.get(fields[9], "")
+        address = ipaddress.ip_address(each.laddr.ip)
+        address = getattr(address, "ipv4_mapped", None) or address
 
-
-def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    r"""Returns the address that the kernel prints as words of 32 bits in its own byte order."""
-
-    words = [bytes.fromhex(text[i : i + 8]) for i in range(0, len(text), 8)]
-    packed = b"".join(word[::-1] if sys.byteorder == "little" else word for word in words)
-    address = ipaddress.ip_address(packed)
-    mapped = getattr(address, "ipv4_mapped", None)
-
-    return mapped or address
+        if (
+            not address.is_loopback
+            and (key := (each.laddr.port, str(address), each.pid)) not in seen
+        ):
+            seen.add(key)
+            yield each.laddr.port, str(address), _command(each.pid)
 
 
-def _sockets() -> dict[str, str]:
-    r"""Returns the commands of the processes that have sockets open, by the sockets' numbers."""
+def _command(pid: int | None) -> str:
+    r"""Returns the command of a process, or an empty string for one of another user."""
 
-    found = {}
+    with suppress(psutil.Error, OSError):
+        process = psutil.Process(pid) if pid else None
 
-    for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # gone, or another user's
-            command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+        if process is not None:
+            command = " ".join(process.cmdline()).strip()
+            loaded = [library.path for library in process.memory_maps()]
 
-            if "/ray/_raylet" in (process / "maps").read_text():  # a driver opens a port, too
-                command = f"ray:: {command}"
+            # A driver opens a port, too
+            return f"ray:: {command}" if any("/ray/_raylet" in x for x in loaded) else command
 
-            for handle in (process / "fd").iterdir():
-                with suppress(OSError):
-                    target = os.readlink(handle)
-
-                    if target.startswith("socket:["):
-                        found[target[8:-1]] = command
-
-    return found
+    return ""
 
 
-def bandwidth(node: str) -> float:
-    r"""Returns the bytes a second that come here from a node, given Ray's id of it.
+def cluster_status(runs: Path) -> dict[str, Any]:
+    r"""Returns the nodes of the cluster that this process is attached to, and the runs on them.
 
-    Raises:
-        Exception: If it does not answer within a minute.
-    """
-
-    import ray
-
-    task = ray.remote(num_cpus=0, max_retries=0)(_some_bytes)
-    ref = task.options(**on_node(node)).remote()
-    ray.wait([ref], timeout=PATIENCE, fetch_local=False)
-    start = time.monotonic()
-    ray.get(ref, timeout=PATIENCE)
-
-    return SOME / (time.monotonic() - start)
-
-
-def _some_bytes() -> bytes:
-    return bytes(SOME)
-
-
-def gather(runs: Path) -> dict[str, Any]:
-    r"""Returns what the cluster that this process is attached to is at.
+    Ray knows the nodes; run directories know which run is where.
 
     Arguments:
         runs: The directory of all runs.
 
     Returns:
-        `nodes`, those that live first: `id`, `name`, `ip`, `role` (`head` or `worker`), `state`
-        (`alive`, `draining` or `dead`), `cpus` and `gpus` (`used` and `total`), `memory` (`used`
-        and `total`) and `disk` (`free` and `total`) in bytes, None for nodes that do not answer,
-        `trials`, the number of processes that train, `runs` and `avoided`, which sweeps start
-        nothing there and why. `elsewhere`, the runs under way that are on none of them.
-        `waiting`: `resources`, `count` and `why`. `coming`: nodes that the cluster starts or could
-        not start, with `type`, `count`, `state` and `why`.
+        `address`, `cpus` and `gpus` of the cluster (`used` and `total`), and `nodes`, live ones
+        first: `id`, `name`, `ip`, `role` (`head` or `worker`), `state` (`alive`, `draining` or
+        `dead`), `cpus`, `gpus`, `memory` (`used` and `total`) and `disk` (`free` and `total`) in
+        bytes, None for nodes that do not answer, `runs`, and `avoided`: the sweeps that start
+        nothing there, and why. `elsewhere` has the runs that are running on none of these nodes.
     """
 
     import ray
-    from ray._private.state import state
 
-    draining, free = state.get_draining_nodes(), state.available_resources_per_node()
     nodes = sorted(ray.nodes(), key=lambda n: (not n["Alive"], HEAD not in n["Resources"]))
-    asked = _ask([n["NodeID"] for n in nodes if n["Alive"]])
-    found = [
-        _node(n, draining, free.get(n["NodeID"], {}), asked.get(n["NodeID"], {})) for n in nodes
-    ]
-    elsewhere = _place_runs(found, entries(runs) if runs.is_dir() else (), _actors())
+    draining = leaving_nodes()
+    facts = survey(machine, nodes=live_nodes(), timeout=STATUS_TIMEOUT)
+    total, free = ray.cluster_resources(), ray.available_resources()
+    known = [_node(node, draining, facts.get(node["NodeID"], {})) for node in nodes]
+    elsewhere = _place_runs(known, entries(runs) if runs.is_dir() else ())
 
     for sweep, avoided in _avoided(runs):
-        for node in found:
+        for node in known:
             if node["id"] in avoided:
                 node["avoided"][sweep] = str(avoided[node["id"]])
 
-    status = _autoscaler(ray.get_runtime_context().gcs_address)
-    coming = _coming(status)
-    whole = [n["Resources"] for n in nodes if n["Alive"]]
-
     return {
         "address": str(ray.get_runtime_context().gcs_address),
-        "nodes": found,
+        **{
+            f"{key.lower()}s": {
+                "used": total.get(key, 0.0) - free.get(key, 0.0),
+                "total": total.get(key, 0.0),
+            }
+            for key in ("CPU", "GPU")
+        },
+        "nodes": known,
         "elsewhere": elsewhere,
-        "waiting": [
-            {"resources": wanted, "count": count, "why": why_waiting(wanted, whole, coming)}
-            for wanted, count in _demands(status)
-        ],
-        "coming": coming,
     }
 
 
-def _node(
-    node: dict[str, Any], draining: Iterable[str], free: dict[str, float], told: dict[str, Any]
-) -> dict[str, Any]:
-    total = node["Resources"] if node["Alive"] else {}
-    used = {key: total.get(key, 0.0) - free.get(key, 0.0) for key in ("CPU", "GPU")}
-    leaves = "draining" if node["NodeID"] in draining else "alive"
+def _node(node: dict[str, Any], draining: Iterable[str], facts: Facts) -> dict[str, Any]:
+    resources = node["Resources"] if node["Alive"] else {}
+    state = "draining" if node["NodeID"] in draining else "alive"
 
     return {
         "id": node["NodeID"],
         "name": node["NodeManagerHostname"],
         "ip": node["NodeManagerAddress"],
         "role": "head" if HEAD in node["Resources"] else "worker",
-        "state": leaves if node["Alive"] else "dead",
-        "cpus": {"used": used["CPU"], "total": total.get("CPU", 0.0)},
-        "gpus": {"used": used["GPU"], "total": total.get("GPU", 0.0)},
-        "memory": told.get("memory"),
-        "disk": told.get("disk"),
-        "trials": 0,
+        "state": state if node["Alive"] else "dead",
+        "cpus": resources.get("CPU", 0.0),
+        "gpus": resources.get("GPU", 0.0),
+        "memory": facts.get("memory"),
+        "disk": facts.get("disk"),
         "runs": [],
         "avoided": {},
     }
 
 
-def _ask(ids: Sequence[str]) -> dict[str, dict[str, Any]]:
-    r"""Returns what nodes say of their memory and disk; those that do not answer are left out."""
+def _place_runs(nodes: Sequence[dict[str, Any]], found: Iterable[Entry]) -> list[dict[str, Any]]:
+    r"""Adds the running runs to their nodes, by host name, and returns those of no live node."""
 
-    import ray
-
-    def tell() -> dict[str, Any]:  # needs nothing of ours on the node
-        import os
-        import shutil
-        import tempfile
-
-        disk = shutil.disk_usage(os.environ.get("SDA_RAY_LOCAL") or tempfile.gettempdir())
-        told: dict[str, Any] = {"disk": {"free": disk.free, "total": disk.total}}
-
-        with open("/proc/meminfo") as f:
-            memory = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in f}
-
-        total = memory["MemTotal"]
-        told["memory"] = {"used": total - memory["MemAvailable"], "total": total}
-
-        return told
-
-    task = ray.remote(num_cpus=0, max_retries=0)(tell)
-    asked = {task.options(**on_node(id)).remote(): id for id in ids}
-    done = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER)[0] if asked else []
-    told = {}
-
-    for answer in done:
-        with suppress(Exception):  # it died meanwhile, or is no Linux
-            told[asked[answer]] = ray.get(answer)
-
-    return told
-
-
-def _actors() -> list[tuple[str, int]]:
-    r"""Returns the node and process number of each process that trains."""
-
-    from ray._private.state import state
-
-    alive = state.actor_table(None, actor_state_name="ALIVE").values()
-
-    return [
-        (actor["Address"]["NodeID"], actor["Pid"])
-        for actor in alive
-        if actor["ActorClassName"].split(".")[-1] == ACTOR
-    ]
-
-
-def _place_runs(
-    nodes: Sequence[dict[str, Any]], found: Iterable[Entry], actors: Sequence[tuple[str, int]]
-) -> list[dict[str, Any]]:
-    r"""Notes on nodes what runs there, and returns the runs whose node is not among them."""
-
-    here = {node["id"]: node for node in nodes if node["state"] != "dead"}
-    by_pid: dict[Any, list[Any]] = defaultdict(list)
-    by_name: dict[Any, list[Any]] = defaultdict(list)
+    by_name = {node["name"]: node["runs"] for node in nodes if node["state"] != "dead"}
     elsewhere: list[dict[str, Any]] = []
 
-    for id, pid in actors:
-        if id in here:
-            here[id]["trials"] += 1
-            by_pid[pid, here[id]["name"]].append(here[id])
-
-    for node in here.values():
-        by_name[node["name"]].append(node)
-
     for entry in found:
-        if entry.status != "running":
-            continue
-
-        attempts = entry.record.get("attempts") or [{}]
-        name, holds = attempts[-1].get("host"), holder(entry.path.lease) or {}
-        fits = by_pid.get((holds.get("pid"), name)) or by_name.get(name) or []
-        run = {
-            "run": entry.path.directory.name,
-            "sweep": entry.sweep,
-            "trial": entry.record.get("trial"),
-            "epoch": entry.epoch or 0,
-            "epochs": entry.epochs,
-            "host": name,
-        }
-        (fits[0]["runs"] if fits else elsewhere).append(run)
+        if entry.status == "running":
+            host = (entry.record.get("attempts") or [{}])[-1].get("host")
+            run = {
+                "run": entry.path.directory.name,
+                "sweep": entry.sweep,
+                "trial": entry.record.get("trial"),
+                "epoch": entry.epoch or 0,
+                "epochs": entry.epochs,
+                "host": host,
+            }
+            by_name.get(host, elsewhere).append(run)
 
     return elsewhere
 
 
-def _avoided(runs: Path) -> Iterable[tuple[str, dict[str, str]]]:
+def _avoided(runs: Path) -> Iterator[tuple[str, dict[str, str]]]:
     r"""Yields sweeps and the ids of the nodes that their drivers avoid, with the reasons."""
 
     for file in sorted(runs.glob("sweeps/*/head.json")):
-        with suppress(UserError, AttributeError):
-            if isinstance(avoided := read_json(file).get("avoided"), dict) and avoided:
-                yield file.parent.name, avoided
+        avoided = (read_head(file.parent) or {}).get("avoided")
 
-
-def _autoscaler(address: str) -> Any:
-    r"""Returns what the cluster says of its growth, which it does without an autoscaler, too."""
-
-    from ray.autoscaler.v2.sdk import get_cluster_status
-
-    with suppress(Exception):  # a part of Ray 2.60 that it calls experimental
-        return get_cluster_status(address)
-
-    return None
-
-
-def _demands(status: Any) -> list[tuple[dict[str, float], int]]:
-    r"""Returns what is asked for and not there, and how often."""
-
-    if status is None:
-        return []
-
-    demands = status.resource_demands
-    counts: dict[tuple[tuple[str, float], ...], int] = defaultdict(int)
-
-    for demand in [*demands.placement_group_demand, *demands.ray_task_actor_demand]:
-        for request in demand.bundles_by_count:
-            wanted = {k: x for k, x in request.bundle.items() if x and not k.startswith("node:")}
-            wanted = {k: x for k, x in wanted.items() if "_group_" not in k}  # of Ray's own
-
-            if wanted:
-                counts[tuple(sorted(wanted.items()))] += request.count
-
-    return [(dict(key), count) for key, count in counts.items()]
-
-
-def _coming(status: Any) -> list[dict[str, Any]]:
-    if status is None:
-        return []
-
-    found = [
-        {"type": n.ray_node_type_name, "count": 1, "state": "starting", "why": n.details or ""}
-        for n in status.pending_nodes
-    ]
-    found += [
-        {"type": x.ray_node_type_name, "count": x.count, "state": state, "why": x.details or ""}
-        for launches, state in (
-            (status.pending_launches, "asked for"),
-            (status.failed_launches, "failed"),
-        )
-        for x in launches
-    ]
-
-    return found
-
-
-def why_waiting(
-    wanted: dict[str, float], nodes: Sequence[dict[str, float]], coming: Sequence[dict[str, Any]]
-) -> str:
-    r"""Returns why a demand is not met.
-
-    Arguments:
-        wanted: The resources of the demand.
-        nodes: All resources of each node.
-        coming: The nodes that the cluster starts, see :func:`gather`.
-    """
-
-    if any(fitting(wanted, resources) for resources in nodes):
-        return "the nodes that could hold it are busy"
-
-    started = sum(node["count"] for node in coming if node["state"] != "failed")
-
-    if started:
-        return f"no node that is up can hold it; {started} more {'is' if started == 1 else 'are'} coming"
-
-    largest = {key: max((n.get(key, 0.0) for n in nodes), default=0.0) for key in wanted}
-    most = " ".join(f"{key}={x:g}" for key, x in largest.items())
-    why = "; ".join(dict.fromkeys(x["why"] for x in coming if x["why"]))
-
-    return f"no node can ever hold it: the most on one is {most}" + f" ({why})" * bool(why)
+        if isinstance(avoided, dict) and avoided:
+            yield file.parent.name, avoided

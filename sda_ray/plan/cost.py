@@ -1,8 +1,8 @@
-r"""What a network costs, found on the meta device: nothing is computed and no memory is taken.
+r"""The cost of training a network: operations, memory and files, counted on the meta device.
 
-A training step is gone through on tensors that have shapes but no content. Everything is counted
-on the way: floating point operations, what the forward pass keeps for the backward pass, and the
-most memory that is in use at a time.
+A training step runs on tensors that have shapes but no content, so nothing is computed and no memory
+is taken. Counted are floating point operations, the activations that the forward pass saves for the
+backward pass, and the peak memory.
 """
 
 import io
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import FlopCounterMode
 
 from ..core.config import Config, count_weights
 from ..core.keys import NETWORK
@@ -31,7 +31,7 @@ from ..training.validation import Validation
 
 __all__ = [
     "Cost",
-    "Meter",
+    "MemoryMeter",
     "Shape",
     "distinct_shapes",
     "file_size",
@@ -40,25 +40,23 @@ __all__ = [
     "tensors_of",
 ]
 
-# The settings that a step's cost depends on
+# Settings that the cost of a step depends on
 SHAPE = (*NETWORK, "batch_size", "precision")
-SWITCHES = ("dropout", "ema", "grad_clip")  # of which it only matters whether they are 0
+SWITCHES = ("dropout", "ema", "grad_clip")  # it only matters whether these are 0
 
-PATIENCE = 10.0  # seconds for all shapes; those that are left cost what the one most alike does
-UNIT = 64  # bytes, at multiples of which torch's files align the content of tensors
+PATIENCE = 10.0  # seconds for all shapes; each of the others costs what the nearest one does
+UNIT = 64  # bytes to which torch aligns tensors in files
 
 
 @dataclass(frozen=True)
 class Cost:
-    r"""Creates the cost of a shape of network and batch.
+    r"""The cost of a shape of network and batch.
 
     Arguments:
         parameters: The number of parameters.
         flops: The floating point operations of a training step: convolutions and matrix products.
         forward: Those of the forward pass of a single item.
-        operations: The number of operations on tensors in a step: each takes its time, however
-            small the tensors.
-        activations: The bytes that the forward pass keeps for the backward pass.
+        activations: The bytes that the forward pass saves for the backward pass.
         state: The bytes of weights, moments and averages.
         peak: The most bytes of tensors in use at a time, in training or validation.
         checkpoint: The bytes of `checkpoint.pth`.
@@ -68,7 +66,6 @@ class Cost:
     parameters: int
     flops: float
     forward: float
-    operations: int
     activations: int
     state: int
     peak: int
@@ -77,7 +74,7 @@ class Cost:
 
 
 def shape_of(config: Config) -> tuple[Any, ...]:
-    r"""Returns what the cost of a config depends on. Equal shapes cost the same."""
+    r"""Returns the settings that determine the cost of a config: equal shapes cost the same."""
 
     return (*(config[key] for key in SHAPE), *(bool(config[key]) for key in SWITCHES))
 
@@ -95,28 +92,27 @@ def measure(config: Config, size: int) -> Cost:
         sde = VPSDE(score.kernel, (2 * config["window"], size, size), config["alpha"])
 
     score.train()
-    step, activations = _step(sde, score, config)
-    check = _forward(sde, Validation.chunk)
+    step, step_peak, activations = _step(sde, score, config)
+    forward, forward_peak = _forward(sde, Validation.chunk)
     tensors = tensors_of(score, config)
     weights = {key: x for key, x in tensors.items() if key.startswith("score.")}
     state = sum(x.nbytes for x in tensors.values())
-    state += state_of_average(score) if config["ema"] else 0
+    state += sum(x.nbytes for x in score.buffers()) if config["ema"] else 0  # of the average
 
     return Cost(
         parameters=sum(p.numel() for p in score.parameters()),
-        flops=step.flops,
-        forward=check.flops / Validation.chunk,
-        operations=step.operations,
+        flops=step,
+        forward=forward / Validation.chunk,
         activations=activations,
         state=state,
-        peak=state + max(step.peak, check.peak),
+        peak=state + max(step_peak, forward_peak),
         checkpoint=file_size(tensors),
         weights=file_size({key.removeprefix("score."): x for key, x in weights.items()}),
     )
 
 
 def tensors_of(score: MCScoreNet, config: Config) -> dict[str, Tensor]:
-    r"""Returns the tensors of a checkpoint, by name, as of :class:`TrainState`, of any content."""
+    r"""Returns the tensors of a checkpoint of :class:`TrainState`, by name, of any content."""
 
     named = {f"score.{key}": x for key, x in score.state_dict().items()}
 
@@ -130,17 +126,11 @@ def tensors_of(score: MCScoreNet, config: Config) -> dict[str, Tensor]:
     return {**named, "losses": torch.empty(0, device="meta")}
 
 
-def state_of_average(score: MCScoreNet) -> int:
-    r"""Returns the bytes of the averaged network that are in no checkpoint: its buffers."""
-
-    return sum(x.nbytes for x in score.buffers())
-
-
 def file_size(tensors: dict[str, Tensor]) -> int:
     r"""Returns the bytes that a file of tensors takes, to a few hundred.
 
-    A small stand-in is written in memory: as many tensors of the same names, whose content ends
-    as far from a multiple of 64 bytes as theirs.
+    A small stand-in is written to memory: as many tensors with the same names, each as far from a
+    multiple of 64 bytes as the original.
     """
 
     stand_in, more = {}, 0
@@ -156,18 +146,12 @@ def file_size(tensors: dict[str, Tensor]) -> int:
         return len(stream.getbuffer()) + more
 
 
-class Meter(TorchDispatchMode):
-    r"""Creates a meter of the operations on tensors for as long as it is entered.
-
-    It counts operations, those of floating point numbers, and the bytes of all tensors made within
-    that are alive: now and at the most.
-    """
+class MemoryMeter(TorchDispatchMode):
+    r"""Meters the bytes of the tensors that are made within it and alive: now and at the peak."""
 
     def __init__(self) -> None:
         super().__init__()
 
-        self.flops = 0.0
-        self.operations = 0
         self.live = 0
         self.peak = 0
         self._sizes: dict[int, int] = {}
@@ -175,12 +159,7 @@ class Meter(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        self.operations += 1
-
-        if (count := flop_registry.get(func.overloadpacket)) is not None:
-            self.flops += count(*args, **kwargs, out_val=out)
+        out = func(*args, **kwargs or {})
 
         for x in out if isinstance(out, tuple | list) else (out,):
             if isinstance(x, Tensor):
@@ -202,7 +181,7 @@ class Meter(TorchDispatchMode):
 
 
 class _Autocast(TorchFunctionMode):
-    r"""Does on the meta device what autocast does on others, for the operations that we use."""
+    r"""Casts on the meta device as autocast does on others, for the operations that we use."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -224,8 +203,8 @@ def _lowered(precision: str) -> Iterator[None]:
         yield
 
 
-def _step(sde: VPSDE, score: MCScoreNet, config: Config) -> tuple[Meter, int]:
-    r"""Goes through a training step. Returns the meter and the bytes of saved activations."""
+def _step(sde: VPSDE, score: MCScoreNet, config: Config) -> tuple[int, int, int]:
+    r"""Runs a training step. Returns its FLOPs, peak memory, and bytes of saved activations."""
 
     own = {x.untyped_storage()._cdata for x in (*score.parameters(), *score.buffers())}
     saved: dict[int, int] = {}
@@ -238,9 +217,8 @@ def _step(sde: VPSDE, score: MCScoreNet, config: Config) -> tuple[Meter, int]:
 
         return x
 
-    with Meter() as meter:
+    with FlopCounterMode(display=False) as counter, MemoryMeter() as meter:
         x, t, noise = _inputs(sde, config["batch_size"])
-
         hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
 
         with _lowered(config["precision"]), hooks:
@@ -248,15 +226,17 @@ def _step(sde: VPSDE, score: MCScoreNet, config: Config) -> tuple[Meter, int]:
 
         loss.backward()
 
-    return meter, sum(saved.values())
+    return counter.get_total_flops(), meter.peak, sum(saved.values())
 
 
 @torch.no_grad()
-def _forward(sde: VPSDE, items: int) -> Meter:
-    with Meter() as meter:
+def _forward(sde: VPSDE, items: int) -> tuple[int, int]:
+    r"""Runs a forward pass of the validation. Returns its FLOPs and peak memory."""
+
+    with FlopCounterMode(display=False) as counter, MemoryMeter() as meter:
         sde.errors(*_inputs(sde.eval(), items))
 
-    return meter
+    return counter.get_total_flops(), meter.peak
 
 
 def _inputs(sde: VPSDE, items: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -271,13 +251,13 @@ def _inputs(sde: VPSDE, items: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Shape:
-    r"""Creates a shape of network and batch that a sweep draws.
+    r"""A shape of network and batch that a sweep draws.
 
     Arguments:
         config: A configuration of the shape.
         draws: The number of draws that have it.
-        cost: What it costs.
-        assumed: Whether that is the cost of another shape, much like this one.
+        cost: Its cost.
+        assumed: Whether that is the cost of another shape, the nearest one.
     """
 
     config: Config
@@ -287,7 +267,7 @@ class Shape:
 
 
 def distinct_shapes(
-    draws: Sequence[Config], info: DataInfo, say: Callable[[str], None]
+    draws: Sequence[Config], info: DataInfo, report: Callable[[str], None]
 ) -> tuple[list[Shape], list[int]]:
     r"""Returns the distinct shapes of draws, from small to large, and the shape of each draw."""
 
@@ -300,7 +280,7 @@ def distinct_shapes(
     count = Counter(keys)
     costs: dict[tuple[object, ...], Cost] = {}
     start = time.monotonic()
-    say(f"going through {len(ranked)} shape{'s' * (len(ranked) != 1)} of networks")
+    report(f"counting the operations of {len(ranked)} network{'s' * (len(ranked) != 1)}")
 
     for i in _spread(len(ranked)):
         if len(costs) >= 3 and time.monotonic() - start > PATIENCE:
@@ -309,8 +289,7 @@ def distinct_shapes(
         costs[ranked[i]] = measure(distinct[ranked[i]], info.size)
 
     def nearest(key: tuple[object, ...]) -> Cost:
-        alike = min(costs, key=lambda other: abs(math.log(rough[other] / rough[key])))
-        return costs[alike]
+        return costs[min(costs, key=lambda other: abs(math.log(rough[other] / rough[key])))]
 
     shapes = {
         key: Shape(distinct[key], count[key], nearest(key), key not in costs) for key in ranked
@@ -322,7 +301,7 @@ def distinct_shapes(
 
 
 def _spread(count: int) -> list[int]:
-    r"""Returns the numbers below a count: the last, the first, and then what is between."""
+    r"""Returns the numbers below a count: the last, the first, and then evenly in between."""
 
     order = [count - 1, 0]
     step = count

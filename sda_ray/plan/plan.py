@@ -28,15 +28,16 @@ from pathlib import Path
 from typing import Any
 
 from ..cluster.connect import local_gpus
+from ..cluster.nodes import memory_limit
 from ..cluster.slots import Slots
 from ..core.errors import UserError
 from ..data.dataset import DataInfo
 from ..runs.tracking import Wandb
 from ..search.promotion import PruneRule, Rules, TrialRecord, decide
 from ..sweep.definition import Sweep, load_script
-from ..sweep.preflight import find_faults, free_disk, machine_memory
+from ..sweep.preflight import find_faults, free_disk
 from .cost import Cost, Shape, distinct_shapes
-from .probe import Node, Speed, epoch_seconds, look
+from .probe import Node, Speed, epoch_seconds, probe_nodes
 
 __all__ = [
     "Forecast",
@@ -179,7 +180,7 @@ def plan(
         _check_disk(made, runs)
 
         if local and slots.wanted.keys() == {"CPU"}:
-            here = Node("this machine", "", slots.most or 1, machine_memory())
+            here = Node("this machine", "", slots.most or 1, memory_limit())
             check_memory(replace(made, nodes=[here], warnings=[]), 0)
 
     if not local or not made.faults:
@@ -192,13 +193,14 @@ def plan(
 
 
 def _look(made: Plan, slots: Slots, *args: Any) -> None:
-    r"""Looks at the nodes, and measures the smallest and the median shape there."""
+    r"""Surveys the nodes, and measures the smallest, the median and the largest shape there."""
 
     last = len(made.shapes) - 1
-    configs = [made.shapes[i].config for i in sorted({0, max(0, last) // 2}) if i <= last]
+    chosen = sorted({0, last // 2, last}) if made.shapes else []
+    configs = [made.shapes[i].config for i in chosen]
 
     try:
-        made.nodes = look(slots, configs, made.info, *args)
+        made.nodes = probe_nodes(slots, configs, made.info, *args)
     except (UserError, OSError) as error:  # nothing can be written where the runs shall be
         made.faults += [str(error)] if isinstance(error, UserError) or not made.faults else []
         return

@@ -1,59 +1,58 @@
-r"""How fast and how large a training is on some hardware, measured by a few steps of it.
+r"""How fast the nodes of a cluster train and how much memory that takes, measured by a few steps.
 
-Small networks take a time for each operation on tensors, large ones for each floating point
-operation. Both are fitted to what was measured, and so tell the time of networks that were not.
+Nodes of the same hardware are of one kind. On one node of each kind, as many trials as fit at a time
+take training steps at once, each with a trial's own resources. The smallest, the median and the
+largest network are measured; the times of others are interpolated by floating point operations.
 """
 
 import itertools
 import math
 import resource
-import secrets
+import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import psutil
+
 from ..cluster.connect import connect, on_node
-from ..cluster.nodes import bandwidth
+from ..cluster.nodes import Facts, bandwidth, examine, live_nodes, marker, survey
 from ..cluster.slots import Slots, fitting
 from ..core.config import Config
 from ..data.dataset import DataInfo, TrajectoryDataset
-from ..sweep.preflight import look_here
 from .cost import Cost, measure
 
 __all__ = [
     "MORE",
-    "SECONDS",
     "Node",
     "Sample",
     "Speed",
     "epoch_seconds",
-    "fit",
-    "look",
+    "probe_nodes",
     "speed_of",
     "take_steps",
 ]
 
 SECONDS = 6.0  # of training steps, for all networks on a node together
-START = 60.0  # seconds that a process may take to start
 LIMIT = SECONDS + 4  # seconds after which a probe is ended
-REACH = 60.0  # seconds that a node may take to look at the files
+START = 60.0  # seconds that a process may take to start
 COPIES = 8  # probes at a time on a node, at most
-OPERATION = 1e-4  # seconds for an operation on tensors, at most: they take 5 to 20 µs
-GRID = 1000
 REPEATS = 3  # steps of the same size, at least, of which the median counts
 MORE = 2**27  # bytes that a trial takes beside its training: W&B's client, the picture at the end
 SLACK = {False: 1.5, True: 1.1}  # bytes for each byte of tensors, at least: scratch, fragments
-LARGE = 2**28  # bytes of tensors from which on the rest grows with them
-FORWARD = 0.3  # of a step's operations on tensors are in the forward pass
+LARGE = 2**28  # bytes of tensors from which on the process grows in proportion to them
 SAMPLES = 64, 2  # steps of the sampler and items, at the end of a run
+CHUNK = 32  # items in a forward pass of the validation
 
 
 @dataclass(frozen=True)
 class Sample:
-    r"""Creates the measurement of one size of step.
+    r"""The measurement of one size of step.
 
     Arguments:
         which: The number of the network.
@@ -70,95 +69,76 @@ class Sample:
 
 @dataclass(frozen=True)
 class Speed:
-    r"""Creates what a trial takes on a kind of node.
+    r"""What a trial takes on a kind of node.
 
     Arguments:
-        operation: The seconds for each operation on tensors.
-        flop: The seconds for each floating point operation.
+        points: Floating point operations and seconds of the steps that were measured, in order.
         base: The bytes of a process that trains nothing yet.
         factor: The bytes taken for each byte of tensors beside weights and moments.
     """
 
-    operation: float
-    flop: float
+    points: tuple[tuple[float, float], ...]
     base: int
     factor: float
 
-    def seconds(self, flops: float, operations: float) -> float:
-        r"""Returns the seconds that so many operations take."""
+    def seconds(self, flops: float) -> float:
+        r"""Returns the seconds of a step, given its floating point operations.
 
-        return self.flop * flops + self.operation * operations
+        Between two measurements the time is a power of the operations. A step smaller than all of
+        them takes as long as the smallest; a larger one takes its time in proportion.
+        """
+
+        xs, ys = np.log(np.array(self.points)).T
+        beyond = max(0.0, math.log(flops) - xs[-1])
+
+        return math.exp(np.interp(math.log(flops), xs, ys) + beyond)
 
     def memory(self, cost: Cost) -> int:
-        r"""Returns the bytes that a trial takes at the most."""
+        r"""Returns the most bytes that a trial takes."""
 
         return round(self.base + cost.state + self.factor * (cost.peak - cost.state))
 
 
 def epoch_seconds(config: Config, cost: Cost, speed: Speed, info: DataInfo) -> tuple[float, float]:
-    r"""Returns the seconds that an epoch takes, and those after the last one, for the samples."""
+    r"""Returns the seconds of an epoch, and those after the last one, for the samples."""
 
     n, valid = info.trajectories["train"], info.trajectories["valid"]
-    steps = math.ceil(n / config["batch_size"])
-    items = math.ceil(32 / valid) * valid * (2 if config["ema"] else 1)
-    calls = math.ceil(items / 32)
-    step, item = cost.flops / config["batch_size"], cost.forward
-    forward = FORWARD * cost.operations
+    batch = config["batch_size"]
+    items = math.ceil(CHUNK / valid) * valid * (2 if config["ema"] else 1)
+    step = n // batch * speed.seconds(cost.flops)
+    step += speed.seconds(cost.flops * (n % batch) / batch) if n % batch else 0.0
+    check = speed.seconds(CHUNK * cost.forward) * math.ceil(items / CHUNK)
 
-    return (
-        speed.seconds(step * n + item * items, cost.operations * steps + forward * calls),
-        speed.seconds(item * math.prod(SAMPLES), forward * SAMPLES[0]),
-    )
-
-
-def fit(points: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
-    r"""Fits times by a sum of two parts, none of them negative, in relative terms.
-
-    Arguments:
-        points: Floating point operations, operations on tensors and seconds.
-
-    Returns:
-        The seconds for each floating point operation, and for each operation on tensors.
-    """
-
-    def error(flop: float, operation: float) -> float:
-        return sum(((flop * f + operation * n) / s - 1) ** 2 for f, n, s in points)
-
-    def rest(operation: float) -> float:
-        r"""Returns the best seconds for each floating point operation, given the other ones."""
-
-        part = sum(f / s * (1 - operation * n / s) for f, n, s in points)
-        return max(0.0, part / sum((f / s) ** 2 for f, _, s in points))
-
-    # The error is convex: a fine grid from 0 finds its least value.
-    grid = [OPERATION * (i / GRID) ** 2 for i in range(GRID + 1)]
-    operation = min(grid, key=lambda x: error(rest(x), x))
-
-    return rest(operation), operation
+    return step + check, SAMPLES[0] * speed.seconds(SAMPLES[1] * cost.forward)
 
 
 def speed_of(
     samples: Sequence[Sample], costs: Sequence[Cost], base: int, gpu: bool = False
 ) -> Speed:
-    r"""Returns what samples say of the hardware.
+    r"""Returns the speed that samples show.
 
     Arguments:
-        samples: What was measured.
+        samples: The measurements.
         costs: The cost of the step of each.
         base: The bytes of the process before.
         gpu: Whether it was measured on a GPU.
     """
 
     both = list(zip(samples, costs, strict=True))
-    flop, operation = fit([(c.flops, c.operations, x.seconds) for x, c in both])
-    rest, cost = max(((x.memory - base - c.state, c) for x, c in both), key=lambda x: x[1].peak)
+    times: dict[float, list[float]] = defaultdict(list)
+
+    for sample, cost in both:
+        times[cost.flops].append(sample.seconds)
+
+    points = tuple(sorted((flops, statistics.median(x)) for flops, x in times.items()))
+    excess, cost = max(((x.memory - base - c.state, c) for x, c in both), key=lambda x: x[1].peak)
     tensors, least = cost.peak - cost.state, SLACK[gpu]
     base += 0 if gpu else MORE
 
     if cost.peak > LARGE:
-        return Speed(operation, flop, base, max(least, rest / tensors))
+        return Speed(points, base, max(least, excess / tensors))
 
-    return Speed(operation, flop, base + max(0, round(rest - least * tensors)), least)
+    return Speed(points, base + max(0, round(excess - least * tensors)), least)
 
 
 def take_steps(
@@ -256,7 +236,7 @@ def _batches(state: Any, dataset: Any, until: float) -> Iterator[tuple[int, floa
 
 
 def _memory(device: str) -> tuple[int, Callable[[], int]]:
-    r"""Returns the bytes that are taken now, and what returns the most bytes from now on."""
+    r"""Returns the bytes that are taken now, and a function for the most bytes from now on."""
 
     import torch
 
@@ -271,15 +251,13 @@ def _memory(device: str) -> tuple[int, Callable[[], int]]:
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # the peak is that from now on
 
-    return _status("VmRSS"), lambda: _status("VmHWM")
+    return psutil.Process().memory_info().rss, _peak_memory
 
 
-def _status(key: str) -> int:
-    r"""Returns the bytes of this process now (`VmRSS`) or at the most (`VmHWM`)."""
-
+def _peak_memory() -> int:
     with suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(f"{key}:"):
+            if line.startswith("VmHWM:"):
                 return 1024 * int(line.split()[1])
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes, on macOS
@@ -287,7 +265,7 @@ def _status(key: str) -> int:
 
 @dataclass(frozen=True)
 class Node:
-    r"""Creates the description of a node that can hold trials.
+    r"""A node that can hold trials.
 
     Arguments:
         name: Its host name.
@@ -298,8 +276,8 @@ class Node:
         id: Ray's id.
         faults: What keeps trials from running there.
         missing: Directories of the head that it does not see, and need not.
-        speed: What was measured on a node of this kind.
-        note: Why nothing was, and how files get to the head.
+        speed: The measurements from a node of this kind.
+        note: Why there are none, and how files get to the head.
     """
 
     name: str
@@ -314,25 +292,25 @@ class Node:
     note: str = ""
 
 
-def look(
+def probe_nodes(
     slots: Slots,
     configs: Sequence[Config],
     info: DataInfo | None,
     runs: Path,
     data: Path,
     address: str | None = None,
-    say: Callable[[str], None] = lambda text: None,
+    report: Callable[[str], None] = lambda text: None,
 ) -> list[Node]:
-    r"""Looks at all nodes that can hold a trial, and takes training steps on one of each kind.
+    r"""Surveys all nodes that can hold a trial, and takes training steps on one of each kind.
 
     Arguments:
         slots: The resources of a trial.
-        configs: What to train, from small to large; nothing if empty.
-        info: What the data should be, if they can be used.
+        configs: The networks to train, from small to large; nothing is trained if empty.
+        info: The expected data, if they can be used.
         runs: The directory of all runs.
         data: The directory of the data.
         address: The address of a Ray cluster, or None for this machine.
-        say: Told what goes on.
+        report: Called with a text at each step.
 
     Returns:
         The nodes; none, if there are none yet and the cluster may start some.
@@ -341,48 +319,49 @@ def look(
         UserError: If no node can ever hold a trial.
     """
 
-    say("starting Ray" if address is None else f"attaching to the Ray at {address}")
+    report("starting Ray" if address is None else f"attaching to the Ray at {address}")
 
-    with connect(address), _token(runs) as token:
-        import ray
-
-        found = {n["NodeID"]: n for n in ray.nodes() if n["Alive"]}
-        able = {id: n for id, n in found.items() if fitting(slots.wanted, n["Resources"])}
+    with connect(address), marker(runs) as token:
+        able = {
+            id: record
+            for id, record in live_nodes().items()
+            if fitting(slots.wanted, record["Resources"])
+        }
 
         if not able:
             slots.check()
 
-        say(f"looking at {len(able)} node{'s' * (len(able) != 1)}")
-        nodes = _inspect(able, slots, runs, data, info, token, address is not None)
+        report(f"surveying {len(able)} node{'s' * (len(able) != 1)}")
+        expected = None if info is None else info.fingerprint
+        facts = survey(examine, runs, token, data, expected, address is not None, nodes=able)
+        nodes = [_node(record, facts[id], slots) for id, record in able.items()]
 
         for kind in dict.fromkeys(node.kind for node in nodes if not node.faults):
             usable = [node for node in nodes if node.kind == kind and not node.faults]
-            which = min(usable, key=lambda node: str(data) in node.missing)
+            chosen = min(usable, key=lambda node: str(data) in node.missing)
 
-            if str(data) in which.missing:  # the first trial fetches them, which may take long
+            if str(data) in chosen.missing:  # the first trial fetches them, which may take long
                 known: dict[str, Any] = {
-                    "note": f"unknown: {which.name} has not got the data yet."
+                    "note": f"unknown: {chosen.name} does not have the data yet."
                 }
-                nodes = [replace(x, **known) if x.kind == kind else x for x in nodes]
-                continue
+            else:
+                report(f"measuring on {kind}")
+                known = _measure(chosen, slots, configs, data) if configs else {}
 
-            say(f"measuring on {kind}")
-            known = _probe(which, slots, configs, data) if configs else {}
             nodes = [replace(x, **known) if x.kind == kind else x for x in nodes]
 
-        for i, node in enumerate(nodes):
-            if node.missing and not node.faults:
-                nodes[i] = replace(node, note=f"{_seen_from(node)} {node.note}".strip())
+        return [
+            replace(x, note=f"{_route(x)} {x.note}".strip()) if x.missing and not x.faults else x
+            for x in nodes
+        ]
 
-    return nodes
 
-
-def _seen_from(node: Node) -> str:
-    r"""Returns what it means for trials that a node does not see all files."""
+def _route(node: Node) -> str:
+    r"""Returns how the files of trials get to the head from a node that does not see it."""
 
     try:
         speed = f" at {bandwidth(node.id) / 1e6:.3g} MB/s"
-    except Exception:  # busy, or lost meanwhile: a trial will tell
+    except Exception:  # busy, or lost meanwhile: a trial will show
         speed = ""
 
     missing = " and ".join(node.missing)
@@ -390,80 +369,21 @@ def _seen_from(node: Node) -> str:
     return f"{node.name} does not see {missing}: files go through the head{speed}."
 
 
-@contextmanager
-def _token(runs: Path) -> Iterator[str]:
-    r"""Leaves a file in the directory of runs for as long as it is entered, and yields its name.
+def _node(record: dict[str, Any], facts: Facts, slots: Slots) -> Node:
+    name, resources = record["NodeManagerHostname"], record["Resources"]
+    error = facts.get("error")
+    faults = facts["faults"] if error is None else [f"no trial can start there: {error}"]
 
-    Directories that had to be made are removed again.
-    """
-
-    made = []
-
-    for part in (runs, *runs.parents):
-        if part.is_dir():
-            break
-
-        made.append(part)
-
-    file = runs / f".sda-ray-{secrets.token_hex(8)}"
-
-    try:
-        runs.mkdir(parents=True, exist_ok=True)
-        file.write_text(file.name)
-        yield file.name
-    finally:
-        file.unlink(missing_ok=True)
-
-        with suppress(OSError):  # someone else has begun to use them
-            for part in made:
-                part.rmdir()
-
-
-def _inspect(
-    found: dict[str, dict[str, Any]],
-    slots: Slots,
-    runs: Path,
-    data: Path,
-    info: DataInfo | None,
-    token: str,
-    away: bool,
-) -> list[Node]:
-    import ray
-
-    task = ray.remote(num_cpus=0, max_retries=0)(look_here)
-    expected = None if info is None else info.fingerprint
-    asked = {
-        id: task.options(**on_node(id)).remote(runs, data, expected, token, away) for id in found
-    }
-    ray.wait(list(asked.values()), num_returns=len(asked), timeout=REACH) if asked else None
-    nodes = []
-
-    for id, n in found.items():
-        name, resources = n["NodeManagerHostname"], n["Resources"]
-        model, memory, missing = "", 0, []
-
-        try:
-            model, memory, faults, missing = ray.get(asked[id], timeout=0.1)
-        except ray.exceptions.GetTimeoutError:
-            faults = [f"it has not answered within {REACH:g} s"]
-        except Exception as error:  # whatever keeps a worker from starting
-            told = str(error).strip().split("\n")[-1]
-            faults = [f"no trial can start there: {told}"]
-
-        nodes.append(
-            Node(
-                name=name,
-                kind=_kind(model, resources, "GPU" in slots.wanted),
-                fit=fitting(slots.wanted, resources),
-                memory=memory,
-                gpus=int(resources.get("GPU", 0)),
-                id=id,
-                faults=tuple(f"node {name}: {fault}" for fault in faults),
-                missing=tuple(missing),
-            )
-        )
-
-    return nodes
+    return Node(
+        name=name,
+        kind=_kind(facts.get("cpu", ""), resources, "GPU" in slots.wanted),
+        fit=fitting(slots.wanted, resources),
+        memory=facts.get("limit", 0),
+        gpus=int(resources.get("GPU", 0)),
+        id=record["NodeID"],
+        faults=tuple(f"node {name}: {fault}" for fault in faults),
+        missing=tuple(facts.get("missing", ())),
+    )
 
 
 def _kind(model: str, resources: dict[str, float], gpu: bool) -> str:
@@ -476,8 +396,8 @@ def _kind(model: str, resources: dict[str, float], gpu: bool) -> str:
     return f"{cpus} ({model})" if model else cpus
 
 
-def _probe(node: Node, slots: Slots, configs: Sequence[Config], data: Path) -> dict[str, Any]:
-    r"""Takes training steps on a node. Returns what is known of nodes of its kind then."""
+def _measure(node: Node, slots: Slots, configs: Sequence[Config], data: Path) -> dict[str, Any]:
+    r"""Takes training steps on a node. Returns `speed`, `memory` and `note` of nodes of its kind."""
 
     import ray
 
@@ -490,10 +410,10 @@ def _probe(node: Node, slots: Slots, configs: Sequence[Config], data: Path) -> d
         started = {probe.start.remote(): probe for probe in probes}
         ready, _ = ray.wait(list(started), num_returns=copies, timeout=START)
         ray.get(ready)
-        found = _found([started[x] for x in ready], configs, data, cpus, gpus > 0)
+        samples = _run_probes([started[x] for x in ready], configs, data, cpus, gpus > 0)
     except Exception as error:  # out of memory, a driver that does not fit, …
-        told = str(error).strip().split("\n")[-1]
-        return {"note": f"unknown: training steps on {node.name} have failed: {told}"}
+        reason = str(error).strip().split("\n")[-1]
+        return {"note": f"unknown: training steps on {node.name} have failed: {reason}"}
     finally:
         for probe in probes:
             ray.kill(probe)
@@ -501,33 +421,31 @@ def _probe(node: Node, slots: Slots, configs: Sequence[Config], data: Path) -> d
     if not ready:
         return {"note": f"unknown: {node.name} is busy, and starts no trial within {START:g} s."}
 
-    if not found:
+    if not samples:
         return {"note": f"unknown: a step of a single item takes more than {LIMIT:g} s."}
 
     dataset = TrajectoryDataset(data / "train.h5", 1)
-    size, trajectories = dataset.shape[-1], len(dataset)
-    steps = {(x.which, x.batch) for _, x, _ in found}
-    costs = {(i, n): measure(configs[i] | {"batch_size": n}, size) for i, n in steps}
+    steps = {(x.which, x.batch) for _, x, _ in samples}
+    costs = {(i, n): measure(configs[i] | {"batch_size": n}, dataset.shape[-1]) for i, n in steps}
     speed = speed_of(
-        [sample for _, sample, _ in found],
-        [costs[x.which, x.batch] for _, x, _ in found],
-        base=max(base for base, _, _ in found),
+        [sample for _, sample, _ in samples],
+        [costs[x.which, x.batch] for _, x, _ in samples],
+        base=max(base for base, _, _ in samples),
         gpu=gpus > 0,
     )
-
-    most, wanted_most = max(n for _, n in steps), max(c["batch_size"] for c in configs)
+    most, wanted = max(n for _, n in steps), max(c["batch_size"] for c in configs)
     note = (
-        f"times are extrapolated from batches of {most}, and may be shorter: those of "
-        f"{wanted_most} are too slow here for a probe of {LIMIT:g} s."
-        if most < min(wanted_most, trajectories)
+        f"times are extrapolated from batches of {most}, and may be shorter: those of {wanted} "
+        f"are too slow here for a probe of {LIMIT:g} s."
+        if most < min(wanted, len(dataset))
         else ""
     )
 
-    return {"speed": speed, "memory": found[0][2] or node.memory, "note": note}
+    return {"speed": speed, "memory": samples[0][2] or node.memory, "note": note}
 
 
 class _Probe:
-    r"""Creates a process that takes training steps, and can be asked meanwhile for what it has."""
+    r"""An actor that takes training steps, and returns the samples so far at any time."""
 
     def __init__(self) -> None:
         self.samples: list[tuple[int, Sample, int]] = []
@@ -539,19 +457,19 @@ class _Probe:
         for sample in take_steps(*args):
             self.samples.append(sample)
 
-    def found(self) -> list[tuple[int, Sample, int]]:
+    def results(self) -> list[tuple[int, Sample, int]]:
         return self.samples
 
 
-def _found(probes: Sequence[Any], *args: Any) -> list[tuple[int, Sample, int]]:
-    r"""Returns what processes measure at the same time, to the end or within the limit."""
+def _run_probes(probes: Sequence[Any], *args: Any) -> list[tuple[int, Sample, int]]:
+    r"""Returns the samples of probes that run at the same time, to their end or within the limit."""
 
     import ray
 
-    asked = [probe.take_steps.remote(*args) for probe in probes]
-    done = ray.wait(asked, num_returns=len(asked), timeout=LIMIT)[0] if asked else []
+    steps = [probe.take_steps.remote(*args) for probe in probes]
+    done = ray.wait(steps, num_returns=len(steps), timeout=LIMIT)[0] if steps else []
     ray.get(done)  # raises what they raised
-    told = [probe.found.remote() for probe in probes]
-    told = ray.wait(told, num_returns=len(told), timeout=1)[0] if told else []
+    results = [probe.results.remote() for probe in probes]
+    results = ray.wait(results, num_returns=len(results), timeout=1)[0] if results else []
 
-    return [sample for samples in ray.get(told) for sample in samples]
+    return [sample for samples in ray.get(results) for sample in samples]

@@ -8,7 +8,6 @@ import configparser
 import math
 import netrc
 import os
-import platform
 import resource
 import shutil
 import tempfile
@@ -28,10 +27,9 @@ from ..core.files import read_json, write_json
 from ..core.keys import KEYS
 from ..core.lease import is_alive
 from ..core.space import Choice, loguniform
-from ..data.dataset import DataInfo, check_data, check_file, fingerprint
+from ..data.dataset import DataInfo, check_data, check_file
 from ..runs.path import sweep_directory
 from ..runs.tracking import Wandb
-from ..storage.scratch import local_directory
 from .definition import Sweep
 from .record import compare, read_sweep
 
@@ -44,9 +42,6 @@ __all__ = [
     "check_wandb",
     "find_faults",
     "free_disk",
-    "look_here",
-    "machine_memory",
-    "processor",
     "wandb_server",
 ]
 
@@ -128,78 +123,6 @@ def wandb_server() -> str:
     noted = settings.get("default", "base_url", fallback="https://api.wandb.ai")
 
     return os.environ.get("WANDB_BASE_URL") or noted
-
-
-def look_here(
-    runs: Path, data: Path, expected: str | None, token: str, away: bool = False
-) -> tuple[str, int, list[str], list[str]]:
-    r"""Looks at the node that it is called on.
-
-    Arguments:
-        runs: The directory of all runs.
-        data: The directory of the data.
-        expected: The fingerprint of the data, if they are known.
-        token: A file in the directory of all runs.
-        away: Whether trials may do without these directories, see :mod:`sda_ray.storage.client`.
-
-    Returns:
-        The model of its CPU, its memory, what is wrong there, and what is missing there that the
-        head has.
-    """
-
-    faults: list[str] = []
-    missing: dict[str, str] = {}
-
-    try:
-        if not (runs / token).is_file():
-            shared = "is not the one of the sweep, but must be shared by all nodes"
-            missing[str(runs)] = f"{runs} {shared}"
-        else:
-            with tempfile.NamedTemporaryFile(prefix=".sda-ray-", dir=runs) as file:
-                file.write(token.encode())
-    except OSError as error:
-        faults.append(f"runs cannot be written to {runs}: {error.strerror or error}")
-
-    if expected is not None:
-        try:
-            if fingerprint(data) != expected:
-                others = f"the data in {data} are others than those of the sweep"
-                missing[str(data)] = others
-        except (UserError, OSError) as error:
-            missing[str(data)] = str(error)
-
-    if not away:
-        faults += missing.values()
-    elif missing:
-        try:
-            local_directory("runs")
-        except UserError as error:
-            faults.append(str(error))
-
-    return processor(), machine_memory(), faults, list(missing)
-
-
-def processor() -> str:
-    r"""Returns the model of this machine's CPU."""
-
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-
-    return platform.processor() or platform.machine()
-
-
-def machine_memory() -> int:
-    r"""Returns the bytes of memory that processes may use here, by the machine and its cgroup."""
-
-    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-
-    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with suppress(OSError, ValueError):  # `max` is no number
-            found.append(int(Path(file).read_text()))
-
-    return min(found)
 
 
 DRAWS = 32

@@ -18,33 +18,37 @@ from recorded_code import SCRIPT, spoil
 
 import sda_ray
 from sda_ray.cli.cluster import overview
-from sda_ray.cluster.nodes import why_waiting
 
 PACKAGE = Path(sda_ray.__file__).parent
 
-# Asks for what there is not, and prints what the cluster says as soon as it has noticed
-WANTING = """
+# Holds both CPUs, and prints the status of the cluster
+BUSY = """
 import json, sys, time
 from pathlib import Path
 from sda_ray.cluster.connect import connect
-from sda_ray.cluster.nodes import ACTOR, gather
+from sda_ray.cluster.nodes import bandwidth, clock_skew, cluster_status, live_nodes, survey
+from sda_ray.cluster.nodes import examine, machine
 
 with connect(sys.argv[1]):
     import ray
 
-    trial = type(ACTOR, (), {})
-    kept = [ray.remote(num_cpus=n)(trial).remote() for n in (64, 2, 2)]
+    class Trial:
+        def ready(self):
+            pass
+
+    trial = ray.remote(num_cpus=2)(Trial).remote()
+    ray.get(trial.ready.remote())
     deadline = time.monotonic() + 60
 
-    while time.monotonic() < deadline:
-        found = gather(Path("nowhere"))
+    while (status := cluster_status(Path("nowhere")))["cpus"]["used"] < 2:
+        assert time.monotonic() < deadline, status
+        time.sleep(0.2)
 
-        if len(found["waiting"]) == 2 and found["nodes"][0]["cpus"]["used"] == 2:
-            break
-
-        time.sleep(0.5)
-
-    print(json.dumps(found))
+    (id,) = live_nodes()
+    status["skew"], status["rate"] = clock_skew(id), bandwidth(id)
+    status["answers"] = survey(machine, nodes=[id])
+    status["errors"] = survey(examine, "a text", nodes=[id])
+    print(json.dumps(status))
 """
 
 
@@ -107,20 +111,6 @@ def cluster(home: Path) -> Iterator[tuple[str, dict[str, str]]]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def test_reason_why_something_waits() -> None:
-    small, large = {"CPU": 2.0}, {"CPU": 4.0, "GPU": 1.0}
-    coming = [{"type": "gpu", "count": 2, "state": "starting", "why": ""}]
-    failed = [{"type": "gpu", "count": 1, "state": "failed", "why": "no capacity"}]
-    wanted = {"CPU": 1.0, "GPU": 1.0}
-
-    assert why_waiting(wanted, [small, large], []) == "the nodes that could hold it are busy"
-    assert "2 more are coming" in why_waiting(wanted, [small], coming)
-    assert (
-        why_waiting(wanted, [small], failed)
-    ) == "no node can ever hold it: the most on one is CPU=2 GPU=0 (no capacity)"
-    assert "no node can ever hold it" in why_waiting(wanted, [], [])
-
-
 def test_names_are_shown_as_plain_text() -> None:
     from rich.console import Console
 
@@ -130,22 +120,23 @@ def test_names_are_shown_as_plain_text() -> None:
         "ip": "::1",
         "role": "head",
         "state": "draining",
-        "cpus": {"used": 1.0, "total": 2.0},
-        "gpus": {"used": 0.0, "total": 0.0},
+        "cpus": 2.0,
+        "gpus": 0.0,
         "memory": None,
         "disk": None,
-        "trials": 1,
         "runs": [{"run": "[red]", "sweep": None, "trial": 1, "epoch": 0, "epochs": None}],
         "avoided": {"tiny": "3 workers died"},
     }
     console = Console(width=160)
+    used = {"cpus": {"used": 1.0, "total": 2.0}, "gpus": {"used": 0.0, "total": 0.0}}
 
     with console.capture() as captured:
-        console.print(overview({"nodes": [node], "elsewhere": [], "waiting": [], "coming": []}))
+        console.print(overview({"nodes": [node], "elsewhere": [], **used}))
 
     out = captured.get()
 
     assert "\x1b" not in out and "[bold]x" in out and "[red]" in out and "draining" in out
+    assert "1 of 2 CPUs and 0 of 0 GPUs are in use" in out
     assert "sweep 'tiny' starts nothing on" in out and "3 workers died" in out
 
 
@@ -164,12 +155,12 @@ def test_address_where_nobody_is_is_told_at_once(env: dict[str, str], tmp_path: 
     assert time.monotonic() - begin < 60  # Ray takes minutes
 
 
-def test_what_waits_is_told_with_the_reason(
+def test_status_and_survey_of_a_cluster(
     cluster: tuple[str, dict[str, str]], tmp_path: Path
 ) -> None:
     address, env = cluster
     done = subprocess.run(
-        [sys.executable, "-c", WANTING, address],
+        [sys.executable, "-c", BUSY, address],
         cwd=tmp_path,
         env={**env, "PYTHONPATH": str(PACKAGE.parent)},
         capture_output=True,
@@ -179,18 +170,16 @@ def test_what_waits_is_told_with_the_reason(
 
     assert done.returncode == 0, done.stderr
 
-    found = json.loads(done.stdout.splitlines()[-1])
-    whys = {item["resources"]["CPU"]: (item["count"], item["why"]) for item in found["waiting"]}
+    status = json.loads(done.stdout.splitlines()[-1])
+    (node,) = status["nodes"]
 
-    assert whys[64] == (1, "no node can ever hold it: the most on one is CPU=2")
-    assert whys[2] == (1, "the nodes that could hold it are busy")
-
-    (node,) = found["nodes"]
-
-    assert node["role"] == "head" and node["state"] == "alive" and node["trials"] == 1
-    assert node["cpus"] == {"used": 2.0, "total": 2.0}
+    assert status["cpus"] == {"used": 2.0, "total": 2.0} and status["address"] == address
+    assert (node["role"], node["state"], node["cpus"]) == ("head", "alive", 2.0)
     assert 0 < node["memory"]["used"] < node["memory"]["total"]
     assert 0 < node["disk"]["free"] <= node["disk"]["total"]
+    assert status["answers"][node["id"]].keys() == {"memory", "disk"}
+    assert "no attribute 'parents'" in status["errors"][node["id"]]["error"]
+    assert abs(status["skew"]) < 5 and status["rate"] > 0
 
 
 def test_sweep_is_a_job_and_runs_the_code_that_was_recorded(
@@ -235,10 +224,10 @@ def test_sweep_is_a_job_and_runs_the_code_that_was_recorded(
         (tmp_path / "sda_ray" / f"{name}.py").write_bytes(content)
 
     found = json.loads(run("cluster", "status", "--address", address, "--json"))
-    at_work = [x for node in found["nodes"] for x in node["runs"]]
+    running = [x for node in found["nodes"] for x in node["runs"]]
 
-    assert [x["sweep"] for x in at_work] in (["tiny"], []), found  # none between two of them
-    assert [node["trials"] for node in found["nodes"]] == [1], found
+    assert [x["sweep"] for x in running] in (["tiny"], []), found  # none between two of them
+    assert found["cpus"]["used"] == 1, found
 
     out = run("attach", "tiny", timeout=300)
 

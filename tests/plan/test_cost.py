@@ -11,9 +11,9 @@ import torch
 
 from sda_ray.core.config import CONFIG, Config
 from sda_ray.nn.precision import lowered
-from sda_ray.plan.cost import Meter, measure, shape_of
+from sda_ray.plan.cost import MemoryMeter, measure, shape_of
 from sda_ray.plan.plan import forecast
-from sda_ray.plan.probe import Sample, fit, speed_of, take_steps
+from sda_ray.plan.probe import Sample, Speed, speed_of, take_steps
 from sda_ray.runs.checkpoint import save_checkpoint, save_state
 from sda_ray.runs.path import RunPath
 from sda_ray.search.promotion import Rules
@@ -92,7 +92,7 @@ def test_memory_is_that_of_a_real_step(changes: Config, small: Config) -> None:
 
     state.sde.train()
 
-    with Meter() as meter:
+    with MemoryMeter() as meter:
         x, noise = (torch.zeros(config["batch_size"], *state.shape) for _ in range(2))
         t = torch.zeros(config["batch_size"])
         hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
@@ -131,17 +131,22 @@ def test_cost_depends_on_the_shape_alone(small: Config) -> None:
     assert measure(other, 16) == measure(small, 16)
 
 
-def test_times_of_two_parts_are_told_apart() -> None:
-    points = [(f, n, 2e-9 * f + 3e-5 * n) for f, n in ((1e6, 1e3), (1e9, 1e3), (1e9, 4e3))]
+def test_times_are_interpolated_between_networks_that_were_measured() -> None:
+    speed = Speed(((1e6, 0.01), (1e8, 0.1), (1e10, 10.0)), base=0, factor=1.0)
 
-    assert fit(points) == pytest.approx((2e-9, 3e-5), rel=0.01)
+    assert [speed.seconds(f) for f, _ in speed.points] == pytest.approx([0.01, 0.1, 10.0])
+    assert speed.seconds(1e7) == pytest.approx(10**-1.5)
+    assert speed.seconds(1e11) == pytest.approx(100.0)  # in proportion
+    assert speed.seconds(1e3) == pytest.approx(0.01)  # operations on tensors take their time
+    assert Speed(((1e6, 0.01),), 0, 1.0).seconds(1e7) == pytest.approx(0.1)
 
 
-def test_operations_are_not_blamed_for_what_large_networks_take() -> None:
-    flop, operation = fit([(8e10, 4649, 5.0), (2e11, 4649, 4.8)])  # with much noise
+def test_time_of_a_network_is_the_median_of_its_samples(small: Config) -> None:
+    cost = measure(small, 16)
+    samples = [Sample(0, 8, seconds, 10**8) for seconds in (0.2, 0.1, 9.0)]
+    speed = speed_of(samples, [cost] * 3, 10**8)
 
-    assert flop * 8e10 > 1
-    assert operation < 1e-3
+    assert speed.seconds(cost.flops) == pytest.approx(0.2)
 
 
 def test_steps_are_measured_up_to_the_batch_and_leave_nothing(

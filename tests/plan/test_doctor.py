@@ -21,7 +21,7 @@ from sda_ray.plan.doctor import judge
 def facts(tmp_path: Path) -> dict[str, Any]:
     r"""What a machine says that all is well with."""
 
-    found = examine(tmp_path, "", False, None)
+    found = examine(tmp_path)
     quiet = {"listening": [], "token": 0o600, "auth": "token", "ray": "", "address": ""}
 
     return found | quiet | {"free": {"/": 10**12}, "files": (1024, 10**6)}
@@ -44,13 +44,13 @@ def open_port() -> Iterator[int]:
 
 def test_this_machine_is_found(tmp_path: Path) -> None:
     (tmp_path / "token").touch()
-    found = examine(tmp_path, "token", False, None)
+    found = examine(tmp_path, "token")
 
     assert found["versions"]["python"] == sys.version.split()[0]
     assert found["versions"].keys() >= {"sda_ray", "ray", "torch", "optuna", "wandb"}
     assert found["sees"]
     assert found["free"][str(tmp_path)] > 0
-    assert not examine(tmp_path / "none", "token", False, None)["sees"]
+    assert not examine(tmp_path / "none", "token")["sees"]
 
 
 def test_machine_that_is_well_has_no_fault(facts: dict[str, Any]) -> None:
@@ -66,8 +66,9 @@ def test_machine_that_is_well_has_no_fault(facts: dict[str, Any]) -> None:
         ({"free": {"/": 2 * 10**9}}, "disk: warning"),
         ({"free": {"/": 10**8}}, "disk: fault"),
         ({"sees": False, "rate": 1e6}, "storage: warning"),
-        ({"gpus": 0, "wanted": 2}, "GPU: fault"),
-        ({"gpus": "no module named torch", "wanted": 2}, "GPU: fault"),
+        ({"faults": ["no room"], "sees": False}, "storage: fault"),
+        ({"gpus": 0, "expected_gpus": 2}, "GPU: fault"),
+        ({"gpus": "no module named torch", "expected_gpus": 2}, "GPU: fault"),
         ({"unreached": "api.wandb.ai:443: timed out"}, "W&B: warning"),
         ({"auth": ""}, "token: fault"),
         ({"token": 0o644}, "token: fault"),

@@ -10,10 +10,10 @@ from planned import script, told, write
 from rich.console import Console
 
 from sda_ray.cluster.connect import local_cpus
+from sda_ray.cluster.nodes import check_files, cpu_model, memory_limit
 from sda_ray.data.dataset import check_data
 from sda_ray.plan.plan import Plan, at_a_time, check_memory, memory_of, plan
 from sda_ray.plan.report import plan_to_json, print_plan
-from sda_ray.sweep.preflight import look_here
 
 __all__ = ["script"]  # fixtures
 
@@ -106,15 +106,15 @@ def test_node_that_reaches_other_files_is_told_of(tmp_path: Path, data: Path) ->
     fingerprint = check_data(data).fingerprint
     (tmp_path / "token").write_text("token")
 
-    model, memory, faults, _ = look_here(tmp_path, data, fingerprint, "token")
-    assert model and memory > 2**28 and faults == []
+    assert cpu_model() and memory_limit() > 2**28
+    assert check_files(tmp_path, "token", data, fingerprint) == ([], [])
 
-    _, _, faults, _ = look_here(tmp_path, data, "0" * 64, "other")
+    faults, _ = check_files(tmp_path, "other", data, "0" * 64)
     assert len(faults) == 2
     assert "must be shared by all nodes" in faults[0]
-    assert "are others than those of the sweep" in faults[1]
+    assert "differ from those of the sweep" in faults[1]
 
-    _, _, faults, _ = look_here(tmp_path, tmp_path, fingerprint, "token")
+    faults, _ = check_files(tmp_path, "token", tmp_path, fingerprint)
     assert "there is no file" in faults[0]
     assert [file.name for file in tmp_path.iterdir()] == ["token"]
 
@@ -123,10 +123,10 @@ def test_node_of_a_cluster_need_not_have_the_files(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SDA_RAY_LOCAL", str(tmp_path / "local"))
-    _, _, faults, missing = look_here(tmp_path / "runs", data, "0" * 64, "token", away=True)
+    faults, missing = check_files(tmp_path / "runs", "token", data, "0" * 64, remote=True)
     assert faults == [] and missing == [str(tmp_path / "runs"), str(data)]
 
     (tmp_path / "file").touch()
     monkeypatch.setenv("SDA_RAY_LOCAL", str(tmp_path / "file"))
-    _, _, faults, _ = look_here(tmp_path / "runs", data, None, "token", away=True)
+    faults, _ = check_files(tmp_path / "runs", "token", data, None, remote=True)
     assert "Set SDA_RAY_LOCAL on this node" in faults[0]
