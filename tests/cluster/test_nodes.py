@@ -173,7 +173,8 @@ def test_status_and_survey_of_a_cluster(
     status = json.loads(done.stdout.splitlines()[-1])
     (node,) = status["nodes"]
 
-    assert status["cpus"] == {"used": 2.0, "total": 2.0} and status["address"] == address
+    assert status["cpus"] == {"used": 2.0, "total": 2.0}
+    assert status["address"].endswith(address.rpartition(":")[2])
     assert (node["role"], node["state"], node["cpus"]) == ("head", "alive", 2.0)
     assert 0 < node["memory"]["used"] < node["memory"]["total"]
     assert 0 < node["disk"]["free"] <= node["disk"]["total"]
