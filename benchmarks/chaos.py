@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from sda_ray.core.lease import Lease, holder
+from sda_ray.core.lease import Lease, read_holder
 from sda_ray.search.promotion import TrialRecord
 from sda_ray.search.study import Study
 
@@ -160,7 +160,7 @@ class Sweeping:
         elif kind == "raylet":
             done = any(kill(process) for process in tree if tree[process] == "raylet")
         else:
-            leases = map(holder, (self.root / "runs").glob("*_*/lease.json"))
+            leases = map(read_holder, (self.root / "runs").glob("*_*/lease.json"))
             holders = {found["pid"] for found in leases if found and found["pid"]}
             done = any(kill(process) for process in tree if process[0] in holders)
 

@@ -30,7 +30,7 @@ from measured import Result, limit
 from rich.console import Console
 from rich.progress import track
 
-from sda_ray.core.lease import Lease, place
+from sda_ray.core.lease import Lease, this_host
 from sda_ray.search.promotion import Rules, TrialRecord, decide, unhide
 from sda_ray.search.reconcile import catch_up
 from sda_ray.search.sampler import propose
@@ -88,7 +88,7 @@ def write_run(runs: Path, record: TrialRecord, status: str) -> None:
     directory = runs / f"run-{record.index}_{record.run_id}"
     directory.mkdir(exist_ok=True)
     lines = [{"epoch": e, "loss_valid": x} for e, x in record.values.items()]
-    lease = {"attempt": record.attempt, "pid": None, "since": "", **place()}
+    lease = {"attempt": record.attempt, "pid": None, "since": "", **this_host()}
     (directory / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     (directory / "run.json").write_text(json.dumps({"status": status}))
     (directory / "lease.json").write_text(json.dumps(lease))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 from simulated import Crash, Sweeping, Training, diverges, loss
 
-from sda_ray.core.lease import Lease, holder
+from sda_ray.core.lease import Lease, read_holder
 from sda_ray.runs.path import RunPath
 from sda_ray.search.promotion import Rules, TrialRecord, decide
 from sda_ray.search.reconcile import read_directories, reconcile
@@ -292,7 +292,7 @@ class Ordeal(RuleBasedStateMachine):
     def _forget_attempts(self) -> None:
         r"""Forgets the numbers that the journal alone has: nothing has them, if it goes back."""
 
-        there = {p.id: holder(p.lease) or {} for p in RunPath.all(self.sweeping.runs)}
+        there = {p.id: read_holder(p.lease) or {} for p in RunPath.all(self.sweeping.runs)}
         begun = {id: there.get(id, {}).get("attempt", 0) for id in self.known}
         self.known = {
             id: replace(r, attempt=min(r.attempt, begun[id])) for id, r in self.known.items()

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sda_ray.core.lease import Lease, place
+from sda_ray.core.lease import Lease, this_host
 from sda_ray.runs.path import RunPath
 from sda_ray.search.promotion import PruneRule, Rules, TrialRecord
 from sda_ray.search.reconcile import catch_up
@@ -59,7 +59,7 @@ class Training:
         self.checkpoint = self.path.directory / "checkpoint.pth"
         self.opened = False
 
-        held = {"attempt": spec["attempt"], "pid": None, "since": "", **place()}
+        held = {"attempt": spec["attempt"], "pid": None, "since": "", **this_host()}
         self.path.lease.write_text(json.dumps(held))
         self.write("running")
 

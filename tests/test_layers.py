@@ -32,7 +32,6 @@ UPWARD = {
     "cluster.executor": {"sweep"},
     "data.simulate": {"cluster"},
     "sweep.launch": {"cli"},
-    "sweep.retention": {"cli"},
 }
 
 # Which packages may import the libraries that are heavy, or whose behaviour we work around.

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import UserError
-from ..core.lease import holder
+from ..core.lease import read_holder
 from ..runs.path import RunPath, sweep_directory
 from ..search.sampler import importances
 from ..search.study import Study
@@ -36,7 +36,7 @@ def attach(runs: Path, name: str) -> None:
     read_sweep(runs, name)
     directory = sweep_directory(runs, name)
     file = directory / "lease.json"
-    found = holder(file)
+    found = read_holder(file)
     runs_now = found is not None and found["pid"] is not None
     alive = watch(file, found) if found is not None and runs_now else lambda: False
 

@@ -20,10 +20,10 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ..core.console import format_size, printable
 from ..core.errors import UserError
 from ..core.files import write_atomic
 from .chosen import chosen_sweep
-from .render import clean, size
 from .sweep import launch_options
 
 __all__ = [
@@ -200,7 +200,7 @@ def overview(status: Mapping[str, Any]) -> RenderableType:
             for sweep, why in node["avoided"].items()
         ),
     ]
-    parts += ["", *(Text(clean(note, 400)) for note in notes)]
+    parts += ["", *(Text(printable(note, 400)) for note in notes)]
 
     return Group(*parts)
 
@@ -222,8 +222,8 @@ def _nodes(nodes: Sequence[Mapping[str, Any]]) -> Table:
     for node in nodes:
         memory, disk = node["memory"], node["disk"]
         table.add_row(
-            Text(clean(node["name"], 40)),
-            Text(clean(node["ip"], 40)),
+            Text(printable(node["name"], 40)),
+            Text(printable(node["ip"], 40)),
             Text(node["state"], style=STYLES[node["state"]]).append(
                 " (head)" if node["role"] == "head" else "", style="none"
             ),
@@ -231,8 +231,8 @@ def _nodes(nodes: Sequence[Mapping[str, Any]]) -> Table:
             f"{node['gpus']:g}",
             "–"
             if memory is None
-            else f"{memory['used'] / memory['total']:.0%} of {size(memory['total'])}",
-            "–" if disk is None else size(disk["free"]),
+            else f"{memory['used'] / memory['total']:.0%} of {format_size(memory['total'])}",
+            "–" if disk is None else format_size(disk["free"]),
             str(len(node["runs"])),
         )
 
@@ -245,11 +245,11 @@ def _runs(runs: Sequence[tuple[Mapping[str, Any], Any]]) -> Table:
     for run, node in runs:
         trial = run["trial"]
         table.add_row(
-            Text(clean(run["run"], 60)),
-            Text(clean(run["sweep"] or "–", 40)),
-            Text("–" if trial is None else clean(trial, 10)),
+            Text(printable(run["run"], 60)),
+            Text(printable(run["sweep"] or "–", 40)),
+            Text("–" if trial is None else printable(trial, 10)),
             f"{run['epoch']}/{run['epochs'] or '?'}",
-            Text(clean(node or "–", 40)),
+            Text(printable(node or "–", 40)),
         )
 
     return table

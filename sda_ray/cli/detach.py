@@ -14,7 +14,7 @@ from typing import Any
 
 from ..cluster.slots import Slots
 from ..core.errors import UserError
-from ..core.lease import holder
+from ..core.lease import read_holder
 from ..runs.path import sweep_directory
 from ..sweep.code import recorded_code
 from ..sweep.definition import Sweep
@@ -92,7 +92,7 @@ def _background(directory: Path, words: Sequence[str]) -> str:
     lease = directory / "lease.json"
 
     def runs() -> bool:
-        mine = (holder(lease) or {}).get("pid") == process.pid
+        mine = (read_holder(lease) or {}).get("pid") == process.pid
         return mine and recorded_code(directory) is not None  # from then on edits change nothing
 
     _await(runs, ended, process.wait)
@@ -106,7 +106,7 @@ def _submit(directory: Path, words: Sequence[str], address: str) -> str:
     id = f"sda-ray-{re.sub(r'[^A-Za-z0-9_-]', '-', directory.name)}-{secrets.token_hex(3)}"
     told = {k: x for k, x in os.environ.items() if TOLD.fullmatch(k) and not SECRET.search(k)}
     lease = directory / "lease.json"
-    before = (holder(lease) or {}).get("attempt", 0)
+    before = (read_holder(lease) or {}).get("attempt", 0)
     command = shlex.join([sys.executable, "-m", "sda_ray", *words])
 
     try:
@@ -129,7 +129,7 @@ def _submit(directory: Path, words: Sequence[str], address: str) -> str:
         return client.get_job_logs(id) if over else None
 
     def runs() -> bool:
-        found = holder(lease) or {"attempt": 0, "pid": None}
+        found = read_holder(lease) or {"attempt": 0, "pid": None}
         mine = found["attempt"] > before and found["pid"] is not None
         return mine and recorded_code(directory) is not None
 

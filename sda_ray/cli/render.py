@@ -15,10 +15,11 @@ from rich.table import Table
 from rich.text import Text
 
 from ..core.config import CONFIG, Config, format_value
+from ..core.console import format_duration, format_size, make_table, printable
 from ..runs.inventory import Entry, changed_settings
 from ..runs.metrics import best
 
-__all__ = ["clean", "comparison", "duration", "listing", "portrait", "savings", "size"]
+__all__ = ["comparison", "listing", "portrait", "savings"]
 
 STYLES = {
     "running": "cyan",
@@ -35,58 +36,16 @@ HUGE = 1e200  # plotext overflows beyond
 CURVES = {"loss_train": "gray", "loss_valid": "cyan"}
 
 
-def clean(value: Any, most: int = 200) -> str:
-    r"""Returns a value as one line of printable characters."""
-
-    text = "".join(c if c.isprintable() else "�" for c in str(value)[: most + 1])
-    return text if len(text) <= most else text[: most - 1] + "…"
-
-
-def size(count: float | None) -> str:
-    r"""Returns a number of bytes as people read it, as `1.2 MB`."""
-
-    if count is None:
-        return "–"
-
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 999.5:
-            return f"{count:.3g} {unit}"
-
-        count /= 1000
-
-    return f"{count:.3g} TB"
-
-
-def duration(seconds: float) -> str:
-    r"""Returns a time span in its largest unit, as `3 h`."""
-
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= length:
-            return f"{int(seconds // length)} {unit}"
-
-    return f"{int(seconds)} s"
-
-
 def _loss(x: float | None) -> str:
     return "–" if x is None else f"{x:.4f}" if 1e-3 <= abs(x) < 1e4 else f"{x:.3g}"
 
 
 def _status(status: str) -> Text:
-    return Text(clean(status, 20), style=STYLES.get(status, ""))
+    return Text(printable(status, 20), style=STYLES.get(status, ""))
 
 
 def _epochs(entry: Entry) -> str:
     return f"{entry.epoch or 0}/{'?' if entry.epochs is None else entry.epochs}"
-
-
-def _table(*columns: str, right: Sequence[str] = (), fold: bool = True) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-
-    for name in columns:
-        table.add_column(name, "", overflow="fold", no_wrap=not fold)
-        table.columns[-1].justify = "right" if name in right else "left"
-
-    return table
 
 
 def listing(entries: Iterable[Entry]) -> Table:
@@ -94,16 +53,16 @@ def listing(entries: Iterable[Entry]) -> Table:
 
     columns = ("run", "status", "epoch", "loss_valid", "sweep", "size", "age")
     right = ("epoch", "loss_valid", "size", "age")
-    table = _table(*columns, right=right, fold=False)
+    table = make_table(*columns, right=right, fold=False)
     rows = [
         (
-            Text(clean(entry.path.directory.name)),
+            Text(printable(entry.path.directory.name)),
             _status(entry.status),
             Text(_epochs(entry)),
             Text(_loss(entry.loss_valid)),
-            Text(clean(entry.sweep or "–", 40)),
-            Text(size(entry.size)),
-            Text(duration(entry.age)),
+            Text(printable(entry.sweep or "–", 40)),
+            Text(format_size(entry.size)),
+            Text(format_duration(entry.age)),
         )
         for entry in entries
     ]
@@ -127,11 +86,13 @@ def portrait(
     """
 
     top = best(lines)
-    head = Text.assemble((clean(entry.path.directory.name), "bold"), "  ", _status(entry.status))
+    head = Text.assemble(
+        (printable(entry.path.directory.name), "bold"), "  ", _status(entry.status)
+    )
     head.append(f"  epoch {_epochs(entry)}  loss_valid {_loss(entry.loss_valid)}")
     head.append(f", best {_loss(top['loss_valid'])} at epoch {top['epoch']}" if top else "")
-    head.append(f"  {size(entry.size)}  {duration(entry.age)} old")
-    faults = [Text(f"  {clean(fault, 500)}", style="red") for fault in entry.faults]
+    head.append(f"  {format_size(entry.size)}  {format_duration(entry.age)} old")
+    faults = [Text(f"  {printable(fault, 500)}", style="red") for fault in entry.faults]
     parts: list[RenderableType] = [head, *faults, Text(), _pairs(origin)]
 
     if attempts := entry.record.get("attempts"):
@@ -202,7 +163,7 @@ def _pairs(pairs: Mapping[str, Any]) -> Table:
     table.add_column(overflow="fold")
 
     for key, value in pairs.items():
-        table.add_row(key, Text(clean(value, 500)))
+        table.add_row(key, Text(printable(value, 500)))
 
     return table
 
@@ -210,7 +171,7 @@ def _pairs(pairs: Mapping[str, Any]) -> Table:
 def _attempts(tries: Sequence[dict[str, Any]]) -> RenderableType:
     r"""Returns the table of attempts; versions are named where they change."""
 
-    table = _table("attempt", "began", "took", "host", "device", "threads", "versions")
+    table = make_table("attempt", "began", "took", "host", "device", "threads", "versions")
     before: dict[str, Any] = {}
 
     for attempt in tries[-50:]:
@@ -221,8 +182,8 @@ def _attempts(tries: Sequence[dict[str, Any]]) -> RenderableType:
         cells = [attempt.get("number"), _minute(attempt.get("started")), _took(attempt)]
         cells += [attempt.get(key) for key in ("host", "device", "threads")]
         table.add_row(
-            *(Text("–" if x is None else clean(x, 60)) for x in cells),
-            Text(clean(", ".join(news) or "the same", 500)),
+            *(Text("–" if x is None else printable(x, 60)) for x in cells),
+            Text(printable(", ".join(news) or "the same", 500)),
         )
 
     return table
@@ -244,7 +205,11 @@ def _minute(text: Any) -> str | None:
 
 def _took(attempt: Mapping[str, Any]) -> str | None:
     began, ended = _time(attempt.get("started")), _time(attempt.get("ended"))
-    return None if began is None or ended is None else duration((ended - began).total_seconds())
+    return (
+        None
+        if began is None or ended is None
+        else format_duration((ended - began).total_seconds())
+    )
 
 
 def _config(config: Config) -> Table:
@@ -272,8 +237,8 @@ def comparison(
 ) -> RenderableType:
     r"""Returns the table of a comparison, see :func:`sda_ray.runs.inventory.compare`."""
 
-    names = [clean(entry.path.directory.name) for entry in entries]
-    table = _table("", right=())
+    names = [printable(entry.path.directory.name) for entry in entries]
+    table = make_table("", right=())
 
     for name in names:
         table.add_column(Text(name), justify="right", overflow="fold")
@@ -282,7 +247,7 @@ def comparison(
         shown = [_loss(x) if isinstance(x, float) else "–" if x is None else str(x) for x in row]
         lowest = _lowest(row) if "loss" in key and not found["notes"] else None
         cells = [
-            Text(clean(text, most), style="bold green" if x == lowest else "")
+            Text(printable(text, most), style="bold green" if x == lowest else "")
             for text, x in zip(shown, row, strict=True)
         ]
         table.add_row(Text(key, style="dim"), *cells)
@@ -319,10 +284,10 @@ def _lowest(row: Sequence[float | None]) -> float | None:
 def savings(files: Mapping[str, Mapping[Path, int]]) -> Table:
     r"""Returns the table of what pruning would free, by the name of the run."""
 
-    table = _table("run", "resumable state", "size", right=("size",))
+    table = make_table("run", "resumable state", "size", right=("size",))
 
     for name, sizes in files.items():
         what = " ".join(file.name for file in sizes)
-        table.add_row(Text(clean(name)), what, size(sum(sizes.values())))
+        table.add_row(Text(printable(name)), what, format_size(sum(sizes.values())))
 
     return table

@@ -134,8 +134,9 @@ def _print(*parts: "RenderableType") -> None:
 
 
 def _list(args: argparse.Namespace) -> None:
+    from ..core.console import format_size
     from ..runs.inventory import SORTS, as_json, entries, row, select
-    from .render import listing, size
+    from .render import listing
 
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit is {args.limit}, but must be at least 1.")
@@ -158,7 +159,7 @@ def _list(args: argparse.Namespace) -> None:
     if args.json:
         print(as_json([row(entry) for entry in chosen]))
     elif chosen:
-        total = size(sum(entry.size or 0 for entry in chosen))
+        total = format_size(sum(entry.size or 0 for entry in chosen))
         _print(listing(chosen), f"\n{len(chosen)} of {len(every)} runs, {total}")
     elif every:
         print(f"None of {len(every)} runs is like this.")
@@ -214,9 +215,10 @@ def _compare(args: argparse.Namespace) -> None:
 
 
 def _prune(args: argparse.Namespace) -> None:
+    from ..core.console import format_size, printable
     from ..runs.inventory import as_json
     from ..runs.prune import prune
-    from .render import clean, savings, size
+    from .render import savings
 
     paths, spared = _prunable(args)
     files = {path.directory.name: found for path, found in paths.items()}
@@ -224,9 +226,9 @@ def _prune(args: argparse.Namespace) -> None:
     done: dict[str, int] = {}
 
     if not args.json:
-        _print(*(clean(f"{name} stays: {reason}", 500) for name, reason in spared.items()))
+        _print(*(printable(f"{name} stays: {reason}", 500) for name, reason in spared.items()))
         _print(savings(files)) if files else None
-        print(f"Resumable state of {_runs(files)} that finished: {size(total)}.")
+        print(f"Resumable state of {_runs(files)} that finished: {format_size(total)}.")
 
     errors: dict[str, str] = {}
 
@@ -246,7 +248,7 @@ def _prune(args: argparse.Namespace) -> None:
             )
         )
     elif done:
-        print(f"Freed {size(sum(done.values()))} in {_runs(done)}.")
+        print(f"Freed {format_size(sum(done.values()))} in {_runs(done)}.")
     elif files and not errors:
         print("Nothing was removed." + ("" if args.yes else " Give --yes to do it."))
 

@@ -15,9 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from ..core.config import format_value
+from ..core.console import format_size
 from ..runs.path import RunPath
 from ..search.promotion import Rules, TrialRecord, count_trials, rank_key
-from .render import size as show_size
 
 __all__ = ["LiveTable", "announce", "conclude", "leaderboard"]
 
@@ -183,7 +183,7 @@ class LiveTable:
             (self.title, "bold cyan"),
             f"  {elapsed // 60}:{elapsed % 60:02}  {len(records)}/{self.target} runs: "
             f"{said or 'starting Ray'}",
-            f", checkpoints {show_size(self.size())}" if self.size() else "",
+            f", checkpoints {format_size(self.size())}" if self.size() else "",
             overflow="ellipsis",
             no_wrap=True,
         )

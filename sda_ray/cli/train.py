@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from ..core.config import Config, check_config, load_config
-from ..core.console import Progress
+from ..core.console import ProgressBar
 from ..core.errors import UserError
 from ..core.keys import NETWORK
-from ..core.lease import LeaseLost, Vanished
+from ..core.lease import LeaseGone, LeaseLost
 from ..data.dataset import check_data
 from ..nn.score import load_network
 from ..runs.extend import check_extension, describe_extension
@@ -252,9 +252,10 @@ def _follow(run: Run, data: Path, device: str, parent: RunPath | None) -> None:
     status, code = "failed", 1
 
     try:
-        with Stop().on_signals() as stop, Progress(total, done) as progress:
+        with Stop().on_signals() as stop, ProgressBar("epoch", total, done) as progress:
             for metrics in train(run, data, device, init=init, stop=stop):
-                progress.show(metrics["epoch"], metrics["loss_train"], metrics["loss_valid"])
+                losses = (f"{key} {metrics[key]:.4f}" for key in ("loss_train", "loss_valid"))
+                progress.update(metrics["epoch"], ", ".join(losses))
 
         status, code = "finished", 0
         print(f"finished: {os.path.relpath(path.state)}, {os.path.relpath(path.samples)}")
@@ -266,7 +267,7 @@ def _follow(run: Run, data: Path, device: str, parent: RunPath | None) -> None:
         print(f"diverged: {error}. Try a smaller learning_rate.", file=sys.stderr)
     except LeaseLost as error:
         print(f"{error}: this process stops.", file=sys.stderr)
-    except (OutOfMemory, Vanished) as error:
+    except (OutOfMemory, LeaseGone) as error:
         print(f"sda-ray: {error}", file=sys.stderr)
     except UserError:  # the disk is full at the end
         status = "interrupted"

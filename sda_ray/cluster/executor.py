@@ -21,7 +21,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from ..core.errors import UserError
-from ..core.lease import HEARTBEAT, holder, is_alive, is_here, pulse
+from ..core.lease import HEARTBEAT, is_alive, is_local, last_heartbeat, read_holder
 from ..runs.path import RunPath
 from ..search.promotion import TrialRecord
 from ..sweep.driver import Driver
@@ -375,10 +375,10 @@ class Vigil:
         r"""Returns what changes while a run's process lives, and how long it may not."""
 
         if (path := self.path(record)) is not None:
-            found = holder(path.lease)
+            found = read_holder(path.lease)
 
             if found and found["pid"] is not None and found["attempt"] >= record.attempt:
-                return (found["attempt"], pulse(path.lease)), self.limit
+                return (found["attempt"], last_heartbeat(path.lease)), self.limit
 
         return record.attempt, OTHER * self.limit  # it starts, or is done with it
 
@@ -389,13 +389,13 @@ def end(path: RunPath, record: TrialRecord, silent: float) -> str:
     The same is noted beside the stacks of processes that hung.
     """
 
-    found = holder(path.lease) or {}
+    found = read_holder(path.lease) or {}
     pid, where = found.get("pid"), found.get("host")
     state = ""
 
     agent = bool(found.get("agent"))  # which holds the leases of others, too
 
-    if pid and not agent and is_here(found) and is_alive(path.lease):
+    if pid and not agent and is_local(found) and is_alive(path.lease):
         state = ", ".join(filter(None, (_proc(pid, name) for name in ("status", "wchan"))))
 
         with suppress(OSError):

@@ -77,7 +77,7 @@ class Trial:
     def train(self) -> dict[str, Any]:
         import ray
 
-        from ..core.lease import LeaseLost, Vanished
+        from ..core.lease import LeaseGone, LeaseLost
         from ..runs.train import Interrupted, OutOfMemory
         from ..storage.replica import Disconnected
         from ..training.loop import Diverged
@@ -108,7 +108,7 @@ class Trial:
             event, error = "diverged", str(e)
         except OutOfMemory as e:
             event, error = "memory", str(e)
-        except Vanished as e:
+        except LeaseGone as e:
             event, error = "failed", str(e)
         except Exception as e:  # a bug or a bad configuration: told once, not tried again
             event, error = "failed", f"{type(e).__name__}: {e}"

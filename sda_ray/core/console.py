@@ -1,26 +1,41 @@
-r"""How a single training is shown while it goes on."""
+r"""Output in a terminal: progress bars, tables, and sizes, times and texts as people read them.
+
+Names and texts come from files that anyone may have written. They are shown as plain text, without
+control characters.
+"""
+
+from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from datetime import timedelta
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["Progress"]
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["ProgressBar", "format_duration", "format_size", "make_table", "printable"]
+
+INTERVAL = 10.0  # seconds between two lines of progress where there is no terminal
 
 
-class Progress:
-    r"""Creates a progress bar with losses and time left; off a terminal, a line now and then.
+class ProgressBar:
+    r"""Creates a progress bar with the time left; off a terminal, a line from time to time.
 
     Arguments:
-        total: The number of epochs.
-        done: The number of those that are done already.
+        unit: The name of a step, such as `epoch`.
+        total: The number of steps.
+        done: The number of steps that were done before.
     """
 
-    def __init__(self, total: int, done: int) -> None:
+    def __init__(self, unit: str, total: int, done: int = 0) -> None:
         from rich import progress
         from rich.console import Console
 
         console = Console()
-        self.total, self.done = total, done
-        self.start = self.said = time.monotonic()
+        self.unit, self.total = unit, total
+        self.done = self.first = done
+        self.start = self.last = time.monotonic()
         self.bar = None
 
         if console.is_terminal:
@@ -31,9 +46,9 @@ class Progress:
                 progress.TimeRemainingColumn(),
                 console=console,
             )
-            self.task = self.bar.add_task("epoch", total=total, completed=done)
+            self.task = self.bar.add_task(unit, total=total, completed=done)
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> ProgressBar:
         if self.bar is not None:
             self.bar.start()
 
@@ -43,13 +58,73 @@ class Progress:
         if self.bar is not None:
             self.bar.stop()
 
-    def show(self, epoch: int, loss_train: float, loss_valid: float) -> None:
-        losses = f"loss_train {loss_train:.4f}, loss_valid {loss_valid:.4f}"
+    def update(self, done: int, note: str = "") -> None:
+        r"""Shows that a number of steps are done, with a note such as the latest losses."""
+
+        self.done, now = done, time.monotonic()
 
         if self.bar is not None:
-            self.bar.update(self.task, completed=epoch, description=losses)
-        elif time.monotonic() - self.said > 10 or epoch == self.total:
-            self.said = time.monotonic()
-            left = (self.said - self.start) * (self.total - epoch) / max(1, epoch - self.done)
-            time_left = timedelta(seconds=round(left))
-            print(f"epoch {epoch}/{self.total}: {losses}, {time_left} left", flush=True)
+            self.bar.update(self.task, completed=done, description=note or self.unit)
+        elif now - self.last > INTERVAL or done == self.total:
+            self.last = now
+            left = (now - self.start) * (self.total - done) / max(1, done - self.first)
+            parts = [note] if note else []
+            parts.append(f"{timedelta(seconds=round(left))} left")
+            print(f"{self.unit} {done}/{self.total}: {', '.join(parts)}", flush=True)
+
+    def advance(self) -> None:
+        r"""Shows that one more step is done."""
+
+        self.update(self.done + 1)
+
+
+def make_table(*columns: str, right: Sequence[str] = (), fold: bool = True) -> Table:
+    r"""Returns an empty table without borders.
+
+    Arguments:
+        columns: The titles of the columns.
+        right: The columns to align to the right.
+        fold: Whether long cells are folded into several lines.
+    """
+
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+
+    for name in columns:
+        table.add_column(name, "", overflow="fold", no_wrap=not fold)
+        table.columns[-1].justify = "right" if name in right else "left"
+
+    return table
+
+
+def printable(value: Any, limit: int = 200) -> str:
+    r"""Returns a value as one line of at most `limit` printable characters."""
+
+    text = "".join(c if c.isprintable() else "�" for c in str(value)[: limit + 1])
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def format_size(count: float | None) -> str:
+    r"""Returns a number of bytes as people read it, as `1.2 MB`."""
+
+    if count is None:
+        return "–"
+
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+
+        count /= 1000
+
+    return f"{count:.3g} TB"
+
+
+def format_duration(seconds: float) -> str:
+    r"""Returns a time span in its largest unit, as `3 h`."""
+
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{int(seconds // length)} {unit}"
+
+    return f"{int(seconds)} s"

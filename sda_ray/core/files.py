@@ -1,12 +1,14 @@
-r"""Files that are whole or absent: atomic replacement, JSON, and append-only lines of JSON."""
+r"""Files that are whole or absent: atomic replacement, JSON, lines of JSON, and locks."""
 
 import contextlib
 import errno
+import fcntl
 import io
 import json
 import os
 import secrets
 import stat
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,19 +16,25 @@ from typing import Any, BinaryIO
 from .errors import UserError
 
 __all__ = [
+    "append",
     "append_line",
-    "cut_torn_line",
+    "cut_torn_lines",
+    "find_torn_lines",
+    "lock_works",
+    "locked",
     "open_atomic",
     "open_regular",
     "read_json",
     "read_lines",
     "read_regular",
     "remove_leftovers",
+    "sync_directory",
     "write_atomic",
     "write_json",
 ]
 
-MAX_JSON = 64 * 2**20  # bytes; files from strangers must not exhaust the memory
+MAX_JSON = 64 * 2**20  # bytes; files of others must not exhaust the memory
+TAIL = 2**16  # bytes in which the last whole line is searched first
 
 
 @contextlib.contextmanager
@@ -84,8 +92,8 @@ def remove_leftovers(directory: Path | str) -> None:
 def open_regular(file: Path | str, flags: int = os.O_RDONLY) -> int:
     r"""Opens a regular file and returns its descriptor.
 
-    A directory may come from a stranger: a link is followed only to where it lies, and pipes and
-    devices, which may never end, are refused.
+    Run directories may come from others: links out of the directory are refused, and so are pipes
+    and devices, which may never end.
 
     Raises:
         UserError: If the file is not regular, or a link out of its directory.
@@ -141,86 +149,6 @@ def read_json(file: Path | str) -> Any:
         raise UserError(f"{file} is damaged, or not JSON: {e}.") from e
 
 
-def append_line(file: Path | str, obj: dict[str, Any]) -> None:
-    r"""Appends an object as one line of JSON, in one write, and syncs it to the disk.
-
-    If the disk is full, the file is left as it was. A file has one writer at a time, which calls
-    :func:`cut_torn_line` before its first line.
-
-    Raises:
-        OSError: If the line could not be written whole.
-    """
-
-    line = json.dumps(obj).encode() + b"\n"
-    new = not os.path.exists(file)
-    handle = open_regular(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-
-    try:
-        end = os.fstat(handle).st_size
-
-        try:
-            if os.write(handle, line) < len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
-
-            os.fsync(handle)
-
-            if new:
-                sync_directory(Path(file).parent)
-        except OSError:
-            os.ftruncate(handle, end)
-            raise
-    finally:
-        os.close(handle)
-
-
-def read_lines(file: Path | str) -> list[dict[str, Any]]:
-    r"""Returns the objects of a file of JSON lines; of a missing file, none.
-
-    A last line that was cut off by a crash is ignored.
-
-    Raises:
-        UserError: If another line is damaged or is not an object, or the file is unreadable.
-    """
-
-    try:
-        data = read_regular(file)
-    except FileNotFoundError:
-        return []
-    except OSError as e:
-        raise UserError(f"{file} cannot be read: {e.strerror}.") from e
-
-    objects = []
-
-    for number, line in enumerate(io.BytesIO(data[: _whole(data)]), start=1):
-        if (obj := _parse(line)) is None:
-            raise UserError(f"{file} is damaged: line {number} is not a JSON object.")
-
-        objects.append(obj)
-
-    return objects
-
-
-def cut_torn_line(file: Path | str) -> bytes:
-    r"""Cuts off a last line that was not written whole, and returns it (empty if there is none).
-
-    Only the writer of the file may call this.
-    """
-
-    try:
-        data = read_regular(file)
-    except FileNotFoundError:
-        return b""
-
-    torn = data[_whole(data) :]
-
-    if torn:
-        with os.fdopen(open_regular(file, os.O_RDWR), "r+b") as f:
-            f.truncate(len(data) - len(torn))
-            os.fsync(f.fileno())
-
-    return torn
-
-
 def sync_directory(directory: Path) -> None:
     r"""Makes the names in a directory survive a power cut."""
 
@@ -235,17 +163,132 @@ def sync_directory(directory: Path) -> None:
         os.close(handle)
 
 
+def append(file: Path | str, data: bytes) -> None:
+    r"""Appends bytes to a file, in one write, and syncs them to the disk: all of them, or none.
+
+    A missing file is created. A file has one writer at a time, which calls :func:`cut_torn_lines`
+    before its first append.
+
+    Raises:
+        OSError: If the bytes could not be written, as on a full disk. The file is as it was.
+    """
+
+    new = not os.path.lexists(file)
+    handle = open_regular(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+    try:
+        end = os.fstat(handle).st_size
+
+        try:
+            if os.write(handle, data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+
+            os.fsync(handle)
+
+            if new:
+                sync_directory(Path(file).parent)
+        except OSError:
+            os.ftruncate(handle, end)
+            raise
+    finally:
+        os.close(handle)
+
+
+def append_line(file: Path | str, obj: dict[str, Any]) -> None:
+    r"""Appends an object as one line of JSON, see :func:`append`."""
+
+    append(file, json.dumps(obj).encode() + b"\n")
+
+
+def read_lines(file: Path | str) -> list[dict[str, Any]]:
+    r"""Returns the objects in a file of JSON lines; none if the file is missing.
+
+    Torn lines at the end, see :func:`find_torn_lines`, are left out.
+
+    Raises:
+        UserError: If another line is damaged or is not an object, or the file is unreadable.
+    """
+
+    try:
+        data = read_regular(file)
+    except FileNotFoundError:
+        return []
+    except OSError as e:
+        raise UserError(f"{file} cannot be read: {e.strerror}.") from e
+
+    end, objects = _whole(data), []
+    _check_kept(file, end, data)
+
+    for number, line in enumerate(io.BytesIO(data[:end]), start=1):
+        if (obj := _parse(line)) is None:
+            raise UserError(f"{file} is damaged: line {number} is not a JSON object.")
+
+        objects.append(obj)
+
+    return objects
+
+
+def find_torn_lines(file: Path | str) -> tuple[int, bytes]:
+    r"""Returns the length of a file of JSON lines up to its last whole line, and what follows.
+
+    After a crash or a power cut, lines at the end may lack their end or their middle. A large file
+    is read from its end, as far as needed.
+    """
+
+    with os.fdopen(open_regular(file), "rb") as f:
+        size = os.fstat(f.fileno()).st_size
+        tail = TAIL
+
+        while True:
+            start = f.seek(max(0, size - tail))
+            data = f.read(size - start)
+
+            if (end := _whole(data)) or not start:
+                return start + end, data[end:]
+
+            tail *= 16
+
+
+def cut_torn_lines(file: Path | str) -> bytes:
+    r"""Cuts off torn lines at the end, see :func:`find_torn_lines`, and returns them.
+
+    Only the writer of the file may call this.
+    """
+
+    try:
+        end, torn = find_torn_lines(file)
+    except FileNotFoundError:
+        return b""
+
+    _check_kept(file, end, torn)
+
+    if torn:
+        with os.fdopen(open_regular(file, os.O_RDWR), "r+b") as f:
+            f.truncate(end)
+            os.fsync(f.fileno())
+
+    return torn
+
+
+def _check_kept(file: Path | str, end: int, torn: bytes) -> None:
+    if end == 0 and torn.count(b"\n") > 1:  # another kind of file, rather than a torn one
+        raise UserError(f"{file} is damaged: none of its lines is a JSON object.")
+
+
 def _whole(data: bytes) -> int:
-    r"""Returns how many leading bytes are whole lines; only the last one may be torn."""
+    r"""Returns the length of the bytes up to the end of the last line that is a JSON object."""
 
-    end = data.rfind(b"\n") + 1
+    end = len(data)
 
-    if end < len(data) or end == 0:
-        return end
+    while end:
+        start = data.rfind(b"\n", 0, end - 1) + 1
 
-    # A power cut may leave a last line that has its end but not its middle.
-    start = data.rfind(b"\n", 0, end - 1) + 1
-    return end if _parse(data[start:end]) is not None else start
+        if data[end - 1 : end] == b"\n" and _parse(data[start:end]) is not None:
+            break
+
+        end = start
+
+    return end
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
@@ -255,3 +298,101 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         return None
 
     return obj if isinstance(obj, dict) else None
+
+
+# Locks
+
+
+@contextlib.contextmanager
+def locked(file: Path | str, *, shared: bool = False, wait: bool = True) -> Iterator[BinaryIO]:
+    r"""Holds an advisory lock on a file, which is created if it is missing.
+
+    The lock ends with the block, or with the process.
+
+    Arguments:
+        file: The lock file. A link is not followed.
+        shared: Whether other holders may share the lock.
+        wait: Whether to wait for the lock.
+
+    Yields:
+        The open file, to read and write.
+
+    Raises:
+        BlockingIOError: If another process holds the lock and `wait` is false.
+        OSError: If the file cannot be opened, or not be locked, see :func:`lock_works`.
+    """
+
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+
+    with os.fdopen(os.open(file, flags, 0o644), "r+b") as f:
+        how = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        fcntl.flock(f, how if wait else how | fcntl.LOCK_NB)
+
+        yield f
+
+
+def lock_works(directory: Path | str, mounts: Path = Path("/proc/self/mounts")) -> str | None:
+    r"""Returns what is wrong with file locks in a directory, or None if they seem to work.
+
+    Leases rely on `flock`. Some file systems refuse it (Lustre without `-o flock`, NFS without a
+    lock daemon); others grant it on each host for itself, so that two hosts may hold one lock.
+    `sda-ray doctor` reports both.
+
+    Arguments:
+        directory: The directory, which must be writable for a test of its locks.
+        mounts: The table of mounted file systems.
+
+    Example:
+        >>> lock_works("/tmp") is None
+        True
+    """
+
+    try:
+        with tempfile.NamedTemporaryFile(prefix=".lock-", dir=directory) as f:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+            with contextlib.suppress(BlockingIOError), locked(f.name, wait=False):
+                return f"two processes can lock the same file in {directory}: {_REMEDY}"
+    except OSError as e:
+        if e.errno in NO_LOCKS:
+            return f"files in {directory} cannot be locked ({e.strerror}): {_REMEDY}"
+
+        return None  # missing or not writable: the caller's error says so
+
+    kind, options = _mount_of(Path(directory), mounts)
+
+    if kind in LOCAL_LOCKS or options & LOCAL_OPTIONS:
+        how = " ".join(sorted(options & LOCAL_OPTIONS))
+        return (
+            f"{directory} is on {kind} ({how or 'as mounted'}), where a lock is seen only on its "
+            f"own host: {_REMEDY}"
+        )
+
+    return None
+
+
+# ENOLCK, ENOSYS, EOPNOTSUPP; NFS without a lock daemon also says EAGAIN
+NO_LOCKS = (errno.EAGAIN, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+LOCAL_LOCKS = {"fuse.sshfs", "fuse.s3fs", "fuse.goofys", "fuse.rclone"}
+LOCAL_OPTIONS = {"localflock", "nolock", "local_lock=all", "local_lock=flock", "nobrl"}
+_REMEDY = "mount it with working flock (Lustre: `-o flock`), or choose another place by --root."
+
+
+def _mount_of(directory: Path, mounts: Path) -> tuple[str, set[str]]:
+    r"""Returns the type and the options of the file system that a directory lies on."""
+
+    best: tuple[int, str, set[str]] = (0, "", set())
+
+    try:
+        table = mounts.read_text(errors="replace")
+    except OSError:  # not Linux
+        return best[1:]
+
+    for line in table.splitlines():
+        _, place, kind, options, *_ = line.split()
+        place = place.replace("\\040", " ")
+
+        if directory.resolve().is_relative_to(place) and len(place) >= best[0]:
+            best = len(place), kind, set(options.split(","))
+
+    return best[1:]

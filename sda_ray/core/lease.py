@@ -1,12 +1,11 @@
-r"""Leases: who may write to a run or a sweep.
+r"""Leases: who may write to a run or a sweep, and whether the holder is alive.
 
-A lease is a small JSON file that names its holder (host, boot, process) and an attempt number that
-only ever grows. Whoever writes under a lease first looks whether it is still the holder, with a
-file lock in hand: a holder that was frozen, cut off or taken for dead finds another one when it
-comes back, and writes nothing more.
+A lease is a small JSON record that names its holder (host, boot, process) and an attempt number
+that only grows. Every write under a lease first checks, with the lease locked, that the lease is
+still held. A holder that was frozen, cut off or presumed dead finds a newer attempt when it comes
+back, and writes nothing more.
 """
 
-import fcntl
 import json
 import logging
 import os
@@ -15,44 +14,399 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import datetime, timezone
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from .errors import UserError
-from .files import open_regular, read_json, write_json
+from .files import lock_works, locked, open_regular, read_regular, write_atomic
 
 __all__ = [
     "STALE",
+    "Backend",
+    "Conflict",
+    "FileBackend",
     "Lease",
+    "LeaseGone",
     "LeaseLost",
-    "Vanished",
     "check_present",
-    "described",
-    "end_holder",
-    "held",
-    "holder",
+    "holder_alive",
     "is_alive",
-    "is_here",
+    "is_local",
     "is_present",
-    "place",
-    "pulse",
-    "started",
-    "verdict",
+    "last_heartbeat",
+    "parse_holder",
+    "read_holder",
+    "this_host",
+    "this_process",
 ]
 
 logger = logging.getLogger(__name__)
 
-STALE = 60.0  # seconds without a sign of life after which a holder on another host counts as dead
-DEATH = 10.0  # seconds that a killed process may take to end
+STALE = 60.0  # seconds without a heartbeat after which a holder on another host counts as dead
+HEARTBEAT = 10.0  # seconds between two heartbeats
+KILL_TIMEOUT = 10.0  # seconds that a killed process may take to end
+
+Holder = dict[str, Any]  # attempt, pid, started, since, host, machine, boot, space, agent
 
 
-def place() -> dict[str, str]:
-    r"""Returns where process numbers have the meaning they have here: host, boot, container.
+class LeaseLost(RuntimeError):
+    r"""Raised if the lease is no longer held: nothing more may be written."""
 
-    Machines may have one name; their ids, which are not for others to know, then tell them apart.
+
+class LeaseGone(OSError):
+    r"""Raised if the directory of a lease was deleted, or unmounted, while the lease was held."""
+
+
+class Conflict(RuntimeError):
+    r"""Raised by a backend without locks if the record has another version than expected."""
+
+
+class Backend(Protocol):
+    r"""Storage of one lease record, changed only by compare and swap.
+
+    A version is a text that differs after each write and each heartbeat.
+    """
+
+    def read(self) -> tuple[bytes, str] | None:
+        r"""Returns the record and its version, or None if there is no record."""
+
+    def write(self, data: bytes, version: str | None) -> str:
+        r"""Replaces the record of a version (None: creates it) and returns the new version.
+
+        Raises:
+            Conflict: If the record has another version.
+            OSError: If the storage fails.
+        """
+
+    def beat(self, data: bytes, version: str) -> str:
+        r"""Changes the version of a record, but not its meaning, and returns the new version."""
+
+    def lock(self) -> AbstractContextManager[object]:
+        r"""Keeps other processes from changing the record meanwhile, if the storage has locks."""
+
+
+class FileBackend:
+    r"""Creates a lease record in a file, with a lock file of suffix `.lock` beside it.
+
+    The modification time is the version. It is for observers: what excludes other writers is the
+    lock, under which every write falls.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def read(self) -> tuple[bytes, str] | None:
+        try:
+            return read_regular(self.file), str(last_heartbeat(self.file))
+        except FileNotFoundError:
+            return None
+
+    def write(self, data: bytes, version: str | None) -> str:
+        write_atomic(self.file, data)
+        return str(last_heartbeat(self.file))
+
+    def beat(self, data: bytes, version: str) -> str:
+        os.utime(self.file)
+        return str(last_heartbeat(self.file))
+
+    def lock(self) -> AbstractContextManager[object]:
+        return locked(self.file.with_suffix(".lock"))
+
+    def overwrite(self, data: bytes) -> None:
+        r"""Writes a record over the present one, which takes no space on a full disk."""
+
+        with os.fdopen(open_regular(self.file, os.O_RDWR), "r+b", buffering=0) as f:
+            if len(data) <= (size := os.fstat(f.fileno()).st_size):
+                f.write(data.ljust(size))
+                os.fsync(f.fileno())
+
+
+class Lease:
+    r"""Creates a lease and takes it.
+
+    Arguments:
+        place: The lease file, or the backend that keeps the record.
+        what: What is held, for messages, such as "run crimson-cloud-4_6k7cjnx7".
+        attempt: The number of this attempt, if the caller counts them. Otherwise one more than
+            the highest before.
+        takeover: Whether to take the lease from a holder that seems alive. On this host its
+            process is killed; elsewhere the attempt number keeps it from writing.
+        patience: How long to watch for the heartbeat of a holder on another host, in seconds.
+        agent: The name of this process, if it holds leases for processes elsewhere. The same
+            agent may take a lease again with the same attempt number after a restart.
+        alive: Whether the process that the lease is held for is alive. The lease has a heartbeat
+            only as long as it is.
+
+    Raises:
+        UserError: If another process holds the lease, or the record cannot be written.
+        LeaseLost: If an attempt of this or a higher number took the lease before.
+    """
+
+    def __init__(
+        self,
+        place: Path | Backend,
+        what: str,
+        attempt: int | None = None,
+        takeover: bool = False,
+        patience: float = STALE,
+        agent: str | None = None,
+        alive: Callable[[], bool] = lambda: True,
+    ) -> None:
+        self.backend = _backend(place)
+        self.what = what
+        self.agent = agent
+        self.alive = alive
+        self._released = threading.Event()
+
+        try:
+            while not self._take(attempt, takeover, patience):
+                pass  # another process was quicker
+        except OSError as error:
+            reason = isinstance(place, Path) and lock_works(place.parent)
+            raise UserError(f"{what} cannot be taken: {reason or error}.") from error
+
+        threading.Thread(target=self._beat, name="lease", daemon=True).start()
+
+    @property
+    def file(self) -> Path:
+        r"""The lease file. If its directory is renamed under :meth:`hold`, set it at once."""
+
+        assert isinstance(self.backend, FileBackend)
+        return self.backend.file
+
+    @file.setter
+    def file(self, file: Path) -> None:
+        self.backend = FileBackend(file)
+
+    def _take(self, attempt: int | None, takeover: bool, patience: float) -> bool:
+        before = read_holder(self.backend)
+
+        if before is not None and takeover:
+            _end_process(before)
+        elif before is not None and is_alive(self.backend, patience):
+            raise UserError(
+                f"{self.what} is in use by process {before['pid']} on {before['host']} since "
+                f"{before['since']}. Wait for it to end, or stop it, and try again."
+            )
+
+        with self.backend.lock():
+            record = self._read()
+            holder = None if record is None else parse_holder(record[0])
+
+            if holder != before and not takeover:
+                return False
+
+            last = 0 if holder is None else holder["attempt"]
+            same_agent = holder is not None and self.agent and holder.get("agent") == self.agent
+
+            if attempt is not None and attempt <= last - bool(same_agent):
+                raise LeaseLost(f"attempt {attempt} at {self.what} comes after attempt {last}")
+
+            self.attempt = last + 1 if attempt is None else attempt
+            mine = this_process(self.attempt) | ({"agent": self.agent} if self.agent else {})
+
+            try:
+                self._write(mine, None if record is None else record[1])
+            except Conflict:
+                return False
+
+        return True
+
+    def _read(self) -> tuple[bytes, str] | None:
+        try:
+            return self.backend.read()
+        except UserError:  # a link out of the directory, or no regular file
+            return b"", ""
+
+    def _write(self, holder: Holder, version: str | None) -> None:
+        self._version = self.backend.write(_encode(holder), version)
+        self._mine = holder
+
+    def _beat(self) -> None:
+        while not self._released.wait(HEARTBEAT):
+            if not self.alive():
+                continue
+
+            try:
+                with self.hold():
+                    self._version = self.backend.beat(_encode(self._mine), self._version)
+            except LeaseLost:
+                return
+            except (OSError, Conflict):  # out of reach for a while; the next heartbeat tells
+                continue
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        r"""Holds the lease for the duration of one write. Cannot be nested.
+
+        Raises:
+            LeaseLost: If another attempt has taken the lease, or it was released.
+            LeaseGone: If the lease, or the write, fails because the directory is gone.
+            OSError: If the lease cannot be read, so that its holder is unknown.
+        """
+
+        try:
+            with self.backend.lock():
+                self._check()
+                yield
+        except OSError:
+            if isinstance(self.backend, FileBackend):
+                check_present(self.file)
+
+            raise
+
+    def _check(self) -> None:
+        record = self._read()
+        holder = None if record is None else parse_holder(record[0])
+
+        if self._released.is_set():
+            raise LeaseLost(f"{self.what} was released by attempt {self.attempt}")
+
+        if record is None or holder is None:
+            raise OSError(f"the lease of {self.what} cannot be read")
+
+        if holder != self._mine:
+            raise LeaseLost(
+                f"{self.what} was taken over from attempt {self.attempt} by process "
+                f"{holder['pid']} on {holder['host']}"
+            )
+
+        self._version = record[1]
+
+    def is_lost(self) -> bool:
+        r"""Tells whether another attempt is known to have taken the lease.
+
+        It takes no lock, so that a signal handler may call it.
+        """
+
+        return read_holder(self.backend) not in (None, self._mine)
+
+    def release(self) -> None:
+        r"""Releases the lease, if it is still held. The attempt number stays on record."""
+
+        with suppress(LeaseLost, OSError, Conflict), self.hold():
+            nobody = self._mine | {"pid": None, "started": None}
+
+            try:
+                self._write(nobody, self._version)
+            except OSError:  # a full disk: the process may live on, but not as the holder
+                if isinstance(self.backend, FileBackend):
+                    self.backend.overwrite(json.dumps(nobody).encode())
+
+        self._released.set()
+
+
+# Holders
+
+
+def read_holder(place: Path | Backend) -> Holder | None:
+    r"""Returns the record of the last holder of a lease, or None if there is no valid one.
+
+    Its `pid` is None if the lease was released.
+    """
+
+    try:
+        record = _backend(place).read()
+    except (UserError, OSError):
+        return None
+
+    return None if record is None else parse_holder(record[0])
+
+
+def parse_holder(data: bytes) -> Holder | None:
+    r"""Returns the holder that a lease record names, or None if the record is damaged."""
+
+    try:
+        holder = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+
+    if not isinstance(holder, dict):
+        return None
+
+    pid, attempt = holder.get("pid"), holder.get("attempt")
+    texts = all(isinstance(holder.get(key), str) for key in ("host", "boot", "space", "since"))
+    process = pid is None or (
+        type(pid) is int and 0 < pid < 2**31 and isinstance(holder.get("started"), str)
+    )
+
+    return holder if texts and process and type(attempt) is int and abs(attempt) < 2**31 else None
+
+
+def is_alive(place: Path | Backend, patience: float = STALE) -> bool:
+    r"""Tells whether the holder of a lease is alive.
+
+    On the holder's own host and boot its process decides. From elsewhere the heartbeat is watched
+    for `patience` seconds, by the observer's own clock.
+    """
+
+    backend = _backend(place)
+
+    if (holder := read_holder(backend)) is None:
+        return False
+
+    if (alive := holder_alive(holder)) is not None:
+        return alive
+
+    logger.warning(
+        "%s was last held by process %d on %s, which cannot be seen from here: watching for a "
+        "heartbeat for %.0f s.",
+        place if isinstance(place, Path) else "The lease",
+        holder["pid"],
+        holder["host"],
+        patience,
+    )
+    before, deadline = _version(backend), time.monotonic() + patience
+
+    while time.monotonic() < deadline:
+        time.sleep(min(1.0, patience / 10))
+
+        if _version(backend) != before:
+            return (read_holder(backend) or holder)["pid"] is not None
+
+    return False
+
+
+def holder_alive(holder: Holder) -> bool | None:
+    r"""Tells whether a holder is alive, or returns None if that cannot be seen from this host."""
+
+    if holder.get("pid") is None:
+        return False
+
+    if is_local(holder):
+        return _start_of(holder["pid"]) == holder.get("started")
+
+    here = this_host()
+    same = here["machine"] and all(holder.get(key) == here[key] for key in ("host", "machine"))
+
+    return False if same and holder.get("boot") != here["boot"] else None  # it was rebooted
+
+
+def is_local(holder: Holder) -> bool:
+    r"""Tells whether the process number of a holder names the same process on this host."""
+
+    return all(holder.get(key) == value for key, value in this_host().items())
+
+
+def this_process(attempt: int) -> Holder:
+    r"""Returns the record of this process as the holder of a lease."""
+
+    return {
+        "attempt": attempt,
+        "pid": os.getpid(),
+        "started": _start_of(os.getpid()),
+        "since": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **this_host(),
+    }
+
+
+def this_host() -> dict[str, str]:
+    r"""Returns the scope in which process numbers are unique: host, machine, boot, container.
+
+    Machines may share a name; a digest of their ids, which are confidential, tells them apart.
     """
 
     machine, boot = Path("/etc/machine-id"), Path("/proc/sys/kernel/random/boot_id")
@@ -67,7 +421,64 @@ def place() -> dict[str, str]:
     }
 
 
-def started(pid: int) -> str | None:
+def last_heartbeat(file: Path) -> int:
+    r"""Returns when a lease file was last written or touched, 0 if it is gone."""
+
+    try:
+        with open(file) as f:  # NFS looks at the server again when a file is opened
+            return os.fstat(f.fileno()).st_mtime_ns
+    except OSError:
+        return 0
+
+
+def is_present(lease: Path) -> bool:
+    r"""Tells whether an open run has its lease file, and so its directory.
+
+    A file system that is only out of reach for now counts as present.
+    """
+
+    try:
+        os.stat(lease)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        pass
+
+    return True
+
+
+def check_present(lease: Path) -> None:
+    r"""Checks that an open run has its lease file, and so its directory.
+
+    Raises:
+        LeaseGone: If not.
+    """
+
+    if not is_present(lease):
+        raise LeaseGone(
+            f"{lease.parent} was deleted or unmounted while it was in use: nothing more is "
+            "written there."
+        )
+
+
+def _backend(place: Path | Backend) -> Backend:
+    return FileBackend(place) if isinstance(place, Path) else place
+
+
+def _version(backend: Backend) -> str:
+    try:
+        record = backend.read()
+    except (UserError, OSError):
+        return ""
+
+    return "" if record is None else record[1]
+
+
+def _encode(holder: Holder) -> bytes:
+    return (json.dumps(holder, indent=2) + "\n").encode()
+
+
+def _start_of(pid: int) -> str | None:
     r"""Returns when a process started, in clock ticks since boot, or None if it does not run."""
 
     if not Path("/proc/self/stat").exists():  # not Linux: the time stays unknown
@@ -89,344 +500,28 @@ def started(pid: int) -> str | None:
     return None if state in "ZX" else fields[18]
 
 
-def holder(file: Path) -> dict[str, Any] | None:
-    r"""Returns what a lease file says of its last holder, or None if it says nothing of use.
+def _end_process(holder: Holder) -> None:
+    r"""Kills a holder on this host and waits for its end, so that it cannot keep the lock.
 
-    Its `pid` is None if the lease was given back.
+    An agent, which holds leases for many processes, is left to the attempt number.
     """
 
-    try:
-        found = read_json(file)
-    except UserError:  # never taken, or damaged
-        return None
+    pid = holder["pid"]
 
-    if not isinstance(found, dict):
-        return None
-
-    pid, attempt = found.get("pid"), found.get("attempt")
-    words = all(isinstance(found.get(key), str) for key in ("host", "boot", "space", "since"))
-    process = pid is None or (
-        type(pid) is int and 0 < pid < 2**31 and isinstance(found.get("started"), str)
-    )
-
-    return found if words and process and type(attempt) is int and abs(attempt) < 2**31 else None
-
-
-def is_alive(file: Path, patience: float = STALE) -> bool:
-    r"""Tells whether the holder of a lease still lives.
-
-    On the holder's own host and boot its process decides. From elsewhere the heartbeat is watched
-    for `patience` seconds, by the observer's own clock.
-    """
-
-    found = holder(file)
-
-    if found is None:
-        return False
-
-    if (known := verdict(found)) is not None:
-        return known
-
-    logger.warning(
-        "%s was last held by process %d on %s, which cannot be seen from here: watching for a "
-        "sign of life for %.0f s.",
-        file,
-        found["pid"],
-        found["host"],
-        patience,
-    )
-    before, deadline = pulse(file), time.monotonic() + patience
-
-    while time.monotonic() < deadline:
-        time.sleep(min(1.0, patience / 10))
-
-        if pulse(file) != before:
-            return (holder(file) or found)["pid"] is not None
-
-    return False
-
-
-def verdict(found: dict[str, Any]) -> bool | None:
-    r"""Tells whether a holder lives, or returns None if that cannot be seen from here."""
-
-    if found.get("pid") is None:
-        return False
-
-    if is_here(found):
-        return started(found["pid"]) == found.get("started")
-
-    here = place()
-    same = here["machine"] and all(found.get(key) == here[key] for key in ("host", "machine"))
-
-    return False if same and found.get("boot") != here["boot"] else None  # it was rebooted
-
-
-def is_here(found: dict[str, Any]) -> bool:
-    r"""Tells whether the number of a holder's process means here what it meant to the holder."""
-
-    return all(found.get(key) == value for key, value in place().items())
-
-
-def described(attempt: int) -> dict[str, Any]:
-    r"""Returns what this process says of itself when it takes a lease."""
-
-    return {
-        "attempt": attempt,
-        "pid": os.getpid(),
-        "started": started(os.getpid()),
-        "since": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        **place(),
-    }
-
-
-def pulse(file: Path) -> int:
-    r"""Returns when a lease was last written or touched, 0 if it is gone."""
-
-    try:
-        with open(file) as f:  # NFS looks at the server again when a file is opened
-            return os.fstat(f.fileno()).st_mtime_ns
-    except OSError:
-        return 0
-
-
-def end_holder(found: dict[str, Any]) -> None:
-    r"""Kills a holder on this host and waits for its end, lest it wake up with a lock in hand.
-
-    One that holds leases for many others is left to the attempt number.
-    """
-
-    pid = found["pid"]
-
-    if pid in (None, os.getpid()) or found.get("agent") or not is_here(found):
+    if pid in (None, os.getpid()) or holder.get("agent") or not is_local(holder):
         return
 
-    deadline = time.monotonic() + DEATH
+    deadline = time.monotonic() + KILL_TIMEOUT
 
-    while started(pid) == found["started"]:
+    while _start_of(pid) == holder["started"]:
         try:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
             return
         except PermissionError:
-            raise UserError(f"process {pid} belongs to another user: ask for its end.")
+            raise UserError(f"process {pid} belongs to another user: ask them to end it.")
 
         if time.monotonic() > deadline:
-            raise UserError(f"process {pid} does not end, perhaps for a disk that hangs.")
+            raise UserError(f"process {pid} does not end; a disk may hang.")
 
         time.sleep(0.01)
-
-
-HEARTBEAT = 10.0  # seconds between two signs of life
-
-
-class LeaseLost(RuntimeError):
-    r"""Signals that the lease is no longer held: nothing more may be written."""
-
-
-class Lease:
-    r"""Creates a lease and takes it.
-
-    Arguments:
-        file: The lease file. A lock file of the same name with suffix `.lock` lies beside it. If
-            the directory is renamed under :meth:`hold`, this attribute must follow at once.
-        what: What is held, for messages, such as "run crimson-cloud-4_6k7cjnx7".
-        attempt: The number of this attempt, if the caller counts them. Otherwise one more than
-            the highest before.
-        takeover: Whether to take the lease from a holder that seems to live. On this host its
-            process is killed; elsewhere the attempt number keeps it from writing.
-        patience: How long to watch for the heartbeat of a holder on another host, in seconds.
-        agent: The name of this process, if it holds leases for processes elsewhere. The same
-            agent, started again, may take a lease again with the same attempt number.
-        alive: Whether whom the lease is held for is alive: there is a heartbeat only then.
-
-    Raises:
-        UserError: If another process holds the lease, or the file cannot be written.
-        LeaseLost: If an attempt of this or a higher number took the lease before.
-    """
-
-    def __init__(
-        self,
-        file: Path,
-        what: str,
-        attempt: int | None = None,
-        takeover: bool = False,
-        patience: float = STALE,
-        agent: str | None = None,
-        alive: Callable[[], bool] = lambda: True,
-    ) -> None:
-        self.file = file
-        self.what = what
-        self.agent = agent
-        self.alive = alive
-        self._over = threading.Event()
-
-        try:
-            while not self._take(attempt, takeover, patience):
-                pass  # somebody was quicker
-        except OSError as error:
-            raise UserError(f"{what} cannot be taken: {error}.") from error
-
-        threading.Thread(target=self._beat, name="lease", daemon=True).start()
-
-    def _take(self, attempt: int | None, takeover: bool, patience: float) -> bool:
-        found = holder(self.file)
-
-        if found is not None and takeover:
-            end_holder(found)
-        elif found is not None and is_alive(self.file, patience):
-            raise UserError(
-                f"{self.what} is in use by process {found['pid']} on {found['host']} since "
-                f"{found['since']}. Wait for it to end, or stop it, and try again."
-            )
-
-        with self._lock():
-            now = holder(self.file)
-
-            if now != found and not takeover:
-                return False
-
-            last = 0 if now is None else now["attempt"]
-            again = now is not None and self.agent and now.get("agent") == self.agent
-
-            if attempt is not None and attempt <= last - bool(again):
-                raise LeaseLost(f"attempt {attempt} at {self.what} comes after attempt {last}")
-
-            self.attempt = last + 1 if attempt is None else attempt
-            self._write(os.getpid())
-
-        return True
-
-    @contextmanager
-    def _lock(self) -> Iterator[None]:
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW  # a stranger's link may lead anywhere
-        descriptor = os.open(self.file.with_suffix(".lock"), flags, 0o644)
-
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(descriptor)
-
-    def _write(self, pid: int | None) -> None:
-        mine = described(self.attempt) | ({} if pid else {"pid": None, "started": None})
-        mine |= {"agent": self.agent} if self.agent else {}
-        write_json(self.file, mine)
-        self._mine = mine
-
-    def _overwrite(self) -> None:
-        r"""Gives the lease back in the place of its file, which takes no room."""
-
-        text = json.dumps(self._mine | {"pid": None, "started": None}).encode()
-
-        with os.fdopen(open_regular(self.file, os.O_RDWR), "r+b", buffering=0) as f:
-            if len(text) <= (size := os.fstat(f.fileno()).st_size):
-                f.write(text.ljust(size))
-                os.fsync(f.fileno())
-
-    def _beat(self) -> None:
-        while not self._over.wait(HEARTBEAT):
-            if not self.alive():
-                continue
-
-            try:
-                with self.hold():
-                    os.utime(self.file)
-            except LeaseLost:
-                return
-            except OSError:  # a file system away for a while; the next beat tells
-                continue
-
-    @contextmanager
-    def hold(self) -> Iterator[None]:
-        r"""Holds the lease for the duration of one write. Not to be nested.
-
-        Raises:
-            LeaseLost: If another attempt has taken the lease, or it was given back.
-            OSError: If the lease cannot be read: who holds it is not known then.
-        """
-
-        with self._lock():
-            found = holder(self.file)
-
-            if self._over.is_set():
-                raise LeaseLost(f"{self.what} was given back by attempt {self.attempt}")
-
-            if found is None:
-                raise OSError(f"{self.file} cannot be read")
-
-            if found != self._mine:
-                raise LeaseLost(
-                    f"{self.what} was taken over from attempt {self.attempt} by process "
-                    f"{found['pid']} on {found['host']}"
-                )
-
-            yield
-
-    def is_lost(self) -> bool:
-        r"""Tells whether another attempt is known to have taken the lease.
-
-        Nothing is held meanwhile, so that it may be called at any time, by a signal handler, too.
-        """
-
-        return holder(self.file) not in (None, self._mine)
-
-    def release(self) -> None:
-        r"""Gives the lease back, if it is still held. The attempt number stays on record."""
-
-        with suppress(LeaseLost, OSError), self.hold():
-            try:
-                self._write(None)
-            except OSError:  # a full disk: this process may live on, and must not be taken for it
-                self._overwrite()
-
-        self._over.set()
-
-
-class Vanished(RuntimeError):
-    r"""Signals that the directory of a run was deleted, or unmounted, while the run was open."""
-
-
-def is_present(lease: Path) -> bool:
-    r"""Tells whether a run that is open has its lease file, and so its directory.
-
-    A file system that is only out of reach for now counts as present.
-    """
-
-    try:
-        os.stat(lease)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except OSError:
-        pass
-
-    return True
-
-
-def check_present(lease: Path) -> None:
-    r"""Checks that a run that is open has its directory, given its lease file.
-
-    Raises:
-        Vanished: If not.
-    """
-
-    if not is_present(lease):
-        raise Vanished(
-            f"{lease.parent} was deleted or unmounted while it was in use: the training stops, "
-            "and nothing more is written there."
-        )
-
-
-@contextmanager
-def held(lease: Lease) -> Iterator[None]:
-    r"""Holds the lease of a run for one write, as :meth:`sda_ray.core.lease.Lease.hold` does.
-
-    Raises:
-        Vanished: If the write fails because the directory is gone.
-    """
-
-    try:
-        with lease.hold():
-            yield
-    except OSError:
-        check_present(lease.file)
-        raise

@@ -17,7 +17,7 @@ from typing import Any
 
 from ..core.config import CONFIG, Config, load_config
 from ..core.errors import UserError
-from ..core.lease import STALE, holder, verdict
+from ..core.lease import STALE, holder_alive, read_holder
 from .metrics import best, last_metrics, read_metrics, seconds_per_epoch
 from .path import RESUMED, RunPath
 from .record import read_record
@@ -183,10 +183,10 @@ def is_held(path: RunPath, quiet: float = STALE) -> bool:
     """
 
     with contextlib.suppress(OSError, UserError):
-        if (owner := holder(path.lease)) is None:
+        if (owner := read_holder(path.lease)) is None:
             return False
 
-        if (alive := verdict(owner)) is not None:
+        if (alive := holder_alive(owner)) is not None:
             return alive
 
         return time.time() - path.lease.stat().st_mtime < quiet

@@ -19,7 +19,8 @@ import msgspec
 
 from ..core.config import load_config
 from ..core.errors import UserError
-from ..core.files import append_line, cut_torn_line, open_regular, read_lines
+from ..core.files import append_line, cut_torn_lines, open_regular, read_lines
+from ..core.lease import LeaseGone
 from .path import RunPath
 from .record import read_record
 
@@ -187,7 +188,7 @@ class History:
         self._unwritten: list[Metrics] = []
 
         with hold():
-            cut_torn_line(file)
+            cut_torn_lines(file)
 
         self.lines = read_history(file)
 
@@ -199,6 +200,8 @@ class History:
 
         try:
             self.write()
+        except LeaseGone:
+            raise
         except OSError as error:
             if self._unwritten == [metrics]:  # warn once, not at each epoch
                 logger.warning("%s cannot be written: %s.", self.file, error)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..core.errors import UserError
 from ..core.files import write_json
-from ..core.lease import holder
+from ..core.lease import read_holder
 from .inventory import Entry, is_held, read_entry
 from .path import RunPath
 
@@ -68,7 +68,7 @@ def refusal(entry: Entry) -> str | None:
 
 
 def _in_use(path: RunPath) -> str | None:
-    if os.path.lexists(path.lease) and holder(path.lease) is None:
+    if os.path.lexists(path.lease) and read_holder(path.lease) is None:
         return f"{path.lease} is damaged: a process may be at the run."
 
     return "a process is at it." if is_held(path, QUIET) else None

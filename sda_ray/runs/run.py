@@ -12,7 +12,7 @@ import torch
 from ..core.config import Config, load_config, save_config
 from ..core.errors import UserError
 from ..core.files import remove_leftovers, write_atomic
-from ..core.lease import Lease, LeaseLost, check_present, held, is_present
+from ..core.lease import Lease, LeaseLost, check_present, is_present
 from ..training.loop import Metrics, TrainState
 from ..training.samples import draw_samples
 from .checkpoint import load_checkpoint, save_checkpoint, save_state
@@ -167,7 +167,7 @@ class Run:
                 self.path, self.lease.file, self.history.file = path, path.lease, path.metrics
 
     def _hold(self) -> AbstractContextManager[None]:
-        return held(self.lease)
+        return self.lease.hold()
 
     def announce(self, file: Path, digest: str = "") -> None:
         r"""Calls :attr:`on_saved`, if it is set."""

@@ -12,7 +12,7 @@ from types import FrameType
 import torch
 
 from ..core.errors import UserError
-from ..core.lease import LeaseLost, Vanished, check_present
+from ..core.lease import LeaseGone, LeaseLost, check_present
 from ..core.system import keep_memory, lacks_memory
 from ..data.dataset import TrajectoryDataset
 from ..nn.precision import make_deterministic, warn_slow
@@ -105,7 +105,7 @@ def train(
         Diverged: If the loss is not finite or has exploded. The run is marked `diverged`.
         Interrupted: If it was asked to stop. A checkpoint is saved.
         OutOfMemory: If the memory is too small.
-        Vanished: If the run's directory is gone.
+        LeaseGone: If the run's directory is gone.
     """
 
     config = run.config
@@ -186,7 +186,7 @@ def _train(
 
             yield metrics
     except GeneratorExit:  # the caller stops here
-        with suppress(LeaseLost, Vanished):
+        with suppress(LeaseLost, LeaseGone):
             run.save(state)
 
         raise

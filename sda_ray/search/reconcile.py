@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ..core.errors import UserError
 from ..core.files import write_json
-from ..core.lease import Lease, LeaseLost, holder
+from ..core.lease import Lease, LeaseLost, read_holder
 from ..runs.metrics import finals, read_history
 from ..runs.path import RunPath
 from ..runs.record import read_record
@@ -305,7 +305,7 @@ def _read_directory(
 
 
 def _attempt(path: RunPath) -> int:
-    return int((holder(path.lease) or {}).get("attempt", 0))
+    return int((read_holder(path.lease) or {}).get("attempt", 0))
 
 
 def catch_up(study: Study, runs: Path) -> None:

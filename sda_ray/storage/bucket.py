@@ -20,7 +20,7 @@ from typing import Any
 
 from ..core.errors import UserError
 from ..core.files import read_json, write_atomic, write_json
-from ..core.lease import STALE, described, is_alive, verdict
+from ..core.lease import STALE, holder_alive, is_alive, this_process
 from ..runs.path import COPIED, RECORDS, RunPath, sweep_directory
 from ..search.study import Study
 from .replica import NOTHING, RUN, SUMS, Folder, files_of
@@ -351,7 +351,7 @@ class Owner:
 
         last = found.get("attempt")
         self.attempt = (last if type(last) is int else 0) + 1
-        self.mine = described(self.attempt) | {"token": secrets.token_hex(8)}
+        self.mine = this_process(self.attempt) | {"token": secrets.token_hex(8)}
         self._version = before[1] if before else None
 
         try:
@@ -362,7 +362,7 @@ class Owner:
         return True
 
     def _lives(self, found: dict[str, Any], version: str, patience: float) -> bool:
-        if (known := verdict(found)) is not None:
+        if (known := holder_alive(found)) is not None:
             return known
 
         logger.warning(

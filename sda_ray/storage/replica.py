@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..core.errors import UserError
-from ..core.lease import LeaseLost, Vanished
+from ..core.lease import LeaseGone, LeaseLost
 from ..runs.path import COPIED, LOCAL
 from ..runs.run import CHECKPOINT_SECONDS
 from ..training.watchdog import STACKS
@@ -152,7 +152,7 @@ class Replica:
     def check(self) -> None:
         r"""Raises why the attempt is over, if it is."""
 
-        if isinstance(self.lost, Vanished | Disconnected):
+        if isinstance(self.lost, LeaseGone | Disconnected):
             raise self.lost
 
         if self.lost is not None:
@@ -164,7 +164,7 @@ class Replica:
 
         try:
             yield
-        except (Disconnected, LeaseLost, Vanished) as error:
+        except (Disconnected, LeaseLost, LeaseGone) as error:
             self.lost = self.lost or error
         except Exception as error:  # a full disk: tried again at the next pass
             self.failure = error

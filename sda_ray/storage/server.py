@@ -17,8 +17,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..core.files import cut_torn_line, remove_leftovers, sync_directory
-from ..core.lease import Lease, LeaseLost, check_present, held
+from ..core.files import cut_torn_lines, remove_leftovers, sync_directory
+from ..core.lease import Lease, LeaseLost, check_present
 from ..runs.path import RESUMED
 from ..training.watchdog import STACKS, TAKEN
 
@@ -133,9 +133,9 @@ class Attempts:
             alive=lambda: attempt.silent() < PULSE,
         )
 
-        with held(attempt.lease):
+        with attempt.lease.hold():
             remove_leftovers(directory)
-            cut_torn_line(directory / "metrics.jsonl")
+            cut_torn_lines(directory / "metrics.jsonl")
 
             if link.is_symlink():  # of an attempt that was killed
                 link.unlink()
@@ -166,7 +166,7 @@ class Attempts:
         r"""Has an attempt to itself for the duration of the block, see :meth:`find`.
 
         Raises:
-            Vanished: If the block fails because the directory of the run is gone.
+            LeaseGone: If the block fails because the directory of the run is gone.
         """
 
         attempt = self.find(run_id, number)
@@ -188,7 +188,7 @@ class Attempts:
 
         with self.at(run_id, number) as attempt:
             if attempt.directory.name == f".{run_id}":
-                with held(attempt.lease):
+                with attempt.lease.hold():
                     attempt.directory.rename(target)
                     sync_directory(self.runs)
                     attempt.directory, attempt.lease.file = target, target / "lease.json"
@@ -312,7 +312,7 @@ class FileServer:
             if offset != length or sha.hexdigest() != before:
                 raise ValueError(f"{file} has {length} other bytes than the trial's {offset}")
 
-            with held(at.lease):
+            with at.lease.hold():
                 append_to(file, offset, data)
 
             sha.update(data)
@@ -371,7 +371,7 @@ class FileServer:
                 if sha.hexdigest() != whole:
                     raise ValueError(f"{name} was damaged on its way")
 
-                with held(at.lease):
+                with at.lease.hold():
                     keep_previous(place)
                     os.replace(aside, place)
                     sync_directory(place.parent)
@@ -390,7 +390,7 @@ class FileServer:
         with self.attempts.at(run_id, attempt) as at:
             file = at.directory / name
 
-            with held(at.lease):
+            with at.lease.hold():
                 if name == "checkpoint.prev.pth":
                     file.unlink(missing_ok=True)
                 elif name == "checkpoint.pth" and file.exists():

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.config import Config, save_config
 from ..core.errors import UserError
-from ..core.files import cut_torn_line, remove_leftovers, sync_directory, write_atomic, write_json
+from ..core.files import cut_torn_lines, remove_leftovers, sync_directory, write_atomic, write_json
 from ..core.lease import Lease
 from ..data.dataset import check_data, fingerprint
 from ..runs.inventory import Entry, entries, read_entry
@@ -518,7 +518,7 @@ def _drawn(runs: Path, name: str) -> Known:
     with tempfile.TemporaryDirectory() as place, quiet_optuna():
         copy = Path(place) / "study.journal"
         shutil.copyfile(sweep_directory(runs, name) / "study.journal", copy)
-        cut_torn_line(copy)
+        cut_torn_lines(copy)
         storage = JournalStorage(JournalFileBackend(str(copy)))
         trials = optuna.load_study(storage=storage, study_name=name).get_trials(deepcopy=False)
 

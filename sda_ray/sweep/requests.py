@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.errors import UserError
 from ..core.files import read_json, write_json
-from ..core.lease import STALE, Lease, LeaseLost, holder, is_alive, is_here, pulse
+from ..core.lease import STALE, Lease, LeaseLost, is_alive, is_local, last_heartbeat, read_holder
 from ..runs.path import RunPath, sweep_directory
 from ..runs.record import read_record
 from ..search.promotion import TrialRecord, count_trials
@@ -228,7 +228,7 @@ def live(directory: Path) -> dict[str, Any] | None:
     """
 
     file = directory / "lease.json"
-    found = holder(file)
+    found = read_holder(file)
 
     return found if found is not None and is_alive(file) else None
 
@@ -248,9 +248,9 @@ def ask(directory: Path, kind: str, **content: Any) -> str:
     """
 
     file, box, name = directory / "lease.json", mailbox_of(directory), directory.name
-    found = holder(file)
+    found = read_holder(file)
 
-    if found is None or found["pid"] is None or (is_here(found) and not is_alive(file)):
+    if found is None or found["pid"] is None or (is_local(found) and not is_alive(file)):
         raise Absent(
             f"nobody is at sweep '{name}' now. `sda-ray sweep {name}` carries it on, and takes "
             "what is wanted of it as options."
@@ -273,8 +273,8 @@ def ask(directory: Path, kind: str, **content: Any) -> str:
     if (
         answer is None
         and untouched
-        and holder(file) == found
-        and (not is_here(found) or is_alive(file))
+        and read_holder(file) == found
+        and (not is_local(found) or is_alive(file))
     ):
         raise UserError(
             f"{driver} gives no answer. Nothing was changed. Is it frozen, or its disk? If it is "
@@ -334,18 +334,18 @@ def ask_for(
 def watch(file: Path, found: dict[str, Any]) -> Callable[[], bool]:
     r"""Returns what tells whether the holder of a lease seems to live, without waiting for it."""
 
-    last, since = pulse(file), time.monotonic()
+    last, since = last_heartbeat(file), time.monotonic()
 
     def alive() -> bool:
         nonlocal last, since
 
-        if holder(file) != found:
+        if read_holder(file) != found:
             return False
 
-        if is_here(found):
+        if is_local(found):
             return is_alive(file)
 
-        if (now := pulse(file)) != last:
+        if (now := last_heartbeat(file)) != last:
             last, since = now, time.monotonic()
 
         return time.monotonic() - since < STALE
@@ -406,7 +406,7 @@ class Desk:
         self.directory = driver.request.parent
         self.name = self.directory.name
         self.box = mailbox_of(self.directory)
-        self.attempt = (holder(self.directory / "lease.json") or {}).get("attempt")
+        self.attempt = (read_holder(self.directory / "lease.json") or {}).get("attempt")
         tidy(self.box)
 
         for file in self.directory.glob(f"{driver.request.name}.*"):

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from ..cli.render import size as show_size
+from ..core.console import format_size
 from ..core.errors import UserError
 from ..runs.path import RunPath
 from ..runs.prune import give_back, resumable
@@ -240,7 +240,7 @@ class Keeper:
         more = f" and {len(given) - 5} more" if len(given) > 5 else ""
         again = any(self._rank(record) == 1 for record in given)
         self.notify(
-            f"gave back {show_size(freed)} of checkpoints, of {shown}{more}."
+            f"gave back {format_size(freed)} of checkpoints, of {shown}{more}."
             + (" Whichever goes on later starts again at epoch 0, to the same bits." * again)
         )
 
@@ -256,7 +256,7 @@ class Keeper:
         if time.monotonic() - self._over >= patience:
             self._warn(
                 "limit",
-                f"checkpoints take {show_size(self.size)}, above the {show_size(self.limit)} of "
+                f"checkpoints take {format_size(self.size)}, above the {format_size(self.limit)} of "
                 "--disk: those that are left are in use, or cannot be given back.",
             )
 
@@ -266,9 +266,9 @@ class Keeper:
         if disk.free < LOW * disk.total:
             self._warn(
                 "disk",
-                f"the disk of {self.runs} has {show_size(disk.free)} free, "
+                f"the disk of {self.runs} has {format_size(disk.free)} free, "
                 f"{100 * disk.free / disk.total:.1f} % of it; checkpoints of this sweep take "
-                f"{show_size(self.size)}. When it is full, trials train on with the checkpoints "
+                f"{format_size(self.size)}. When it is full, trials train on with the checkpoints "
                 f"they have. Make room: `sda-ray sweep {self.sweep} --keep-checkpoints 3`, "
                 f"`sda-ray sweep {self.sweep} --disk 50GB`, or, at once, `sda-ray runs prune`.",
             )

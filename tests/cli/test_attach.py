@@ -11,7 +11,7 @@ from conftest import Cli, Start
 from recorded_code import SCRIPT
 
 from sda_ray.cli.detach import _without
-from sda_ray.core.lease import Lease, LeaseLost, holder
+from sda_ray.core.lease import Lease, LeaseLost, read_holder
 from sda_ray.search.study import Study
 
 LONG = SCRIPT.replace('"epochs": 27', '"epochs": 100000').replace("trials=4", "trials=2")
@@ -83,7 +83,7 @@ def test_detached_sweep_goes_on_without_who_started_or_watched_it(
     assert done.returncode == 0, done.stderr
     assert "in the background" in done.stdout and "sda-ray attach tiny" in done.stdout
 
-    found = holder(directory / "lease.json")
+    found = read_holder(directory / "lease.json")
     assert found is not None
 
     try:
@@ -98,7 +98,7 @@ def test_detached_sweep_goes_on_without_who_started_or_watched_it(
         out, error = watcher.communicate(timeout=60)
 
         assert watcher.returncode == 0 and "Sweep 'tiny' goes on" in out, (out, error)
-        assert holder(directory / "lease.json") == found
+        assert read_holder(directory / "lease.json") == found
 
         # Two at a time: one sees how it ends
         watcher = start("attach", "tiny")
@@ -113,7 +113,7 @@ def test_detached_sweep_goes_on_without_who_started_or_watched_it(
         assert watcher.returncode == 0, error
         assert "Leaderboard of tiny" in out and "`sda-ray sweep tiny` carries them on" in out
     finally:
-        wait(lambda: (holder(directory / "lease.json") or {}).get("pid") is None)
+        wait(lambda: (read_holder(directory / "lease.json") or {}).get("pid") is None)
 
     assert "Nothing is lost" in (directory / "detached.log").read_text()
 

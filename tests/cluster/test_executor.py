@@ -15,7 +15,7 @@ import ray
 from byhand import Desk
 
 from sda_ray.cluster.executor import AWAY, BEATS, Lookout, Vigil, end
-from sda_ray.core.lease import HEARTBEAT, Lease, holder
+from sda_ray.core.lease import HEARTBEAT, Lease, read_holder
 from sda_ray.runs.path import RunPath
 from sda_ray.search.promotion import TrialRecord
 
@@ -114,7 +114,7 @@ def test_run_without_a_directory_or_a_process_is_ended_without_harm(
 ) -> None:
     vigil = Vigil(tmp_path, 30.0)
     assert vigil.path(TrialRecord(2, "zzzzzzzz", "running", 9, 9)) is None
-    assert holder(path.lease) is None
+    assert read_holder(path.lease) is None
     assert "from process None" in end(path, RECORD, time.monotonic())
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from sda_ray.core.lease import holder
+from sda_ray.core.lease import read_holder
 from sda_ray.runs.path import RunPath
 from sda_ray.runs.record import read_record
 
@@ -237,7 +237,7 @@ def test_job_is_requeued_when_its_time_is_up_and_done_when_the_sweep_is(
 
     assert Path(slurm["SAID"]).read_text().count("requeue") == 1
     assert len(list(tmp_path.glob("runs/*/state.pth"))) == 1
-    assert (holder(directory / "lease.json") or {})["attempt"] == 2
+    assert (read_holder(directory / "lease.json") or {})["attempt"] == 2
     assert "queue/2" not in (directory / "study.journal").read_text()
 
 

@@ -1,6 +1,7 @@
 r"""Tests for the sda_ray.core.files module."""
 
 import errno
+import fcntl
 import json
 import math
 import os
@@ -21,7 +22,10 @@ from hypothesis import strategies as st
 from sda_ray.core.errors import UserError
 from sda_ray.core.files import (
     append_line,
-    cut_torn_line,
+    cut_torn_lines,
+    find_torn_lines,
+    lock_works,
+    locked,
     open_atomic,
     read_json,
     read_lines,
@@ -173,7 +177,7 @@ def test_file_cut_anywhere_loses_only_its_torn_line(tmp_path: Path) -> None:
         whole = data[:end].count(b"\n")
 
         assert read_lines(file) == objects[:whole]
-        assert len(cut_torn_line(file)) == end - (data[:end].rfind(b"\n") + 1)
+        assert len(cut_torn_lines(file)) == end - (data[:end].rfind(b"\n") + 1)
 
         append_line(file, objects[0])
         assert read_lines(file) == objects[:whole] + objects[:1]
@@ -187,9 +191,9 @@ def test_torn_last_line_is_ignored_and_cut(torn: bytes, tmp_path: Path) -> None:
     file.write_bytes(whole + torn)
 
     assert read_lines(file) == [{"epoch": 0}]
-    assert cut_torn_line(file) == torn
+    assert cut_torn_lines(file) == torn
     assert file.read_bytes() == whole
-    assert cut_torn_line(file) == b""
+    assert cut_torn_lines(file) == b""
 
 
 @pytest.mark.parametrize("line", ["{", "[]", "3", "", "\0"])
@@ -201,9 +205,32 @@ def test_damage_before_the_last_line_is_named(line: str, tmp_path: Path) -> None
         read_lines(file)
 
 
+@pytest.mark.parametrize("size", [10, 2**16, 2**18])
+def test_several_torn_lines_are_found_from_the_end(size: int, tmp_path: Path) -> None:
+    file = tmp_path / "study.journal"
+    line = json.dumps({"text": "x" * size}).encode() + b"\n"
+    torn = b'{"a": \0\0}\n{"b": 1'
+    file.write_bytes(3 * line + torn)
+
+    assert find_torn_lines(file) == (3 * len(line), torn)
+    assert cut_torn_lines(file) == torn
+    assert find_torn_lines(file) == (3 * len(line), b"")
+
+
+def test_file_of_another_kind_is_not_emptied(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("epoch,loss\n0,1.0\n")
+
+    for use in (read_lines, cut_torn_lines):
+        with pytest.raises(UserError, match="none of its lines is a JSON object"):
+            use(file)
+
+    assert file.read_text() == "epoch,loss\n0,1.0\n"
+
+
 def test_missing_file_has_no_lines(tmp_path: Path) -> None:
     assert read_lines(tmp_path / "metrics.jsonl") == []
-    assert cut_torn_line(tmp_path / "metrics.jsonl") == b""
+    assert cut_torn_lines(tmp_path / "metrics.jsonl") == b""
 
 
 def test_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
@@ -246,3 +273,89 @@ def test_line_appended_by_another_process_is_one_line(tmp_path: Path) -> None:
 
     assert [w.wait() for w in writers] == [0, 0]
     assert [json.dumps(o) for o in read_lines(file)] == [json.dumps({"text": "x" * 10_000})] * 100
+
+
+HOLD = "import sys, time; from sda_ray.core.files import locked\nwith locked(sys.argv[1]):\n"
+HOLD += "    print('held', flush=True); time.sleep(60)"
+
+
+def test_lock_is_held_by_one_process_until_it_ends(tmp_path: Path) -> None:
+    file = tmp_path / ".lock"
+    other = subprocess.Popen([sys.executable, "-c", HOLD, str(file)], stdout=subprocess.PIPE)
+    assert other.stdout is not None and other.stdout.readline() == b"held\n"
+
+    for shared in (False, True):
+        with pytest.raises(BlockingIOError), locked(file, shared=shared, wait=False):
+            pytest.fail("two processes held one lock")
+
+    other.kill()
+    other.communicate()
+
+    with locked(file) as f:
+        f.write(b"mine")
+
+
+def test_shared_lock_has_several_holders(tmp_path: Path) -> None:
+    file = tmp_path / ".lock"
+
+    shared = locked(file, shared=True), locked(file, shared=True, wait=False)
+    refused = pytest.raises(BlockingIOError)
+
+    with shared[0], shared[1], refused, locked(file, wait=False):
+        pytest.fail("an exclusive lock was shared")
+
+
+def test_lock_file_is_no_link(tmp_path: Path) -> None:
+    (tmp_path / ".lock").symlink_to(tmp_path / "other")
+
+    with pytest.raises(OSError, match="symbolic links"), locked(tmp_path / ".lock"):
+        pytest.fail("a link was followed")
+
+
+def test_locks_of_a_local_disk_work(tmp_path: Path) -> None:
+    assert lock_works(tmp_path) is None
+    assert lock_works(tmp_path / "missing") is None
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "code", [errno.EAGAIN, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP], ids=os.strerror
+)
+def test_file_systems_without_locks_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert "cannot be locked" in (lock_works(tmp_path) or "")
+
+
+def test_locks_that_exclude_nobody_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fcntl, "flock", lambda *_: None)
+    assert "two processes can lock the same file" in (lock_works(tmp_path) or "")
+
+
+@pytest.mark.parametrize(
+    ("mount", "local"),
+    [
+        ("lustre rw,flock", False),
+        ("lustre rw,localflock", True),
+        ("nfs4 rw,vers=4.2,local_lock=none", False),
+        ("nfs rw,vers=3,nolock", True),
+        ("nfs rw,vers=3,local_lock=flock", True),
+        ("fuse.sshfs rw", True),
+        ("ext4 rw", False),
+    ],
+)
+def test_locks_that_other_hosts_do_not_see_are_told(
+    tmp_path: Path, mount: str, local: bool
+) -> None:
+    (tmp_path / "runs").mkdir()
+    mounts = tmp_path / "mounts"
+    mounts.write_text(f"/dev/root / ext4 rw 0 0\nserver {tmp_path / 'runs'} {mount} 0 0\n")
+
+    assert bool(lock_works(tmp_path / "runs", mounts)) is local
+    assert lock_works(tmp_path, mounts) is None

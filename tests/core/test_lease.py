@@ -1,5 +1,7 @@
 r"""Tests for sda_ray.core.lease."""
 
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -8,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +21,17 @@ from sda_ray.core import lease as leases
 from sda_ray.core.config import Config
 from sda_ray.core.errors import UserError
 from sda_ray.core.lease import (
+    Conflict,
     Lease,
+    LeaseGone,
     LeaseLost,
-    Vanished,
     check_present,
-    holder,
+    holder_alive,
     is_alive,
     is_present,
-    place,
-    verdict,
+    read_holder,
+    this_host,
+    this_process,
 )
 from sda_ray.runs.path import RunPath
 from sda_ray.runs.run import Run
@@ -115,7 +120,7 @@ def test_released_holder_writes_nothing(file: Path) -> None:
     lease = Lease(file, "run x")
     lease.release()
 
-    with pytest.raises(LeaseLost, match="given back"), lease.hold():
+    with pytest.raises(LeaseLost, match="was released"), lease.hold():
         pytest.fail("a released lease was held")
 
 
@@ -123,7 +128,7 @@ def test_second_process_is_refused_with_host_pid_and_since(
     file: Path, other: Callable[[], "subprocess.Popen[str]"]
 ) -> None:
     process = other()
-    found = holder(file)
+    found = read_holder(file)
     assert found is not None
 
     with pytest.raises(UserError) as error:
@@ -171,7 +176,7 @@ def test_pid_that_belongs_to_another_process_now_is_dead(file: Path) -> None:
 def test_released_lease_is_free(file: Path) -> None:
     Lease(file, "run x").release()
     assert not is_alive(file)
-    found = holder(file)
+    found = read_holder(file)
     assert found is not None and (found["pid"], found["attempt"]) == (None, 1)
 
 
@@ -198,33 +203,33 @@ def test_beating_holder_on_another_host_is_alive(
 
 def test_holder_in_another_container_is_not_judged_by_its_pid(file: Path) -> None:
     Lease(file, "run x")
-    from_elsewhere(file, **place(), pid=2**22 + 1)
+    from_elsewhere(file, **this_host(), pid=2**22 + 1)
     assert not is_alive(file)  # at once
 
-    from_elsewhere(file, **place() | {"space": "pid:[1]"}, pid=2**22 + 1)
+    from_elsewhere(file, **this_host() | {"space": "pid:[1]"}, pid=2**22 + 1)
     start = time.monotonic()
     assert not is_alive(file, patience=0.3)
     assert time.monotonic() - start >= 0.3
 
 
 def test_machine_that_was_rebooted_is_told_from_another_of_its_name(file: Path) -> None:
-    known = bool(place()["machine"])
+    known = bool(this_host()["machine"])
     Lease(file, "run x")
-    from_elsewhere(file, **place() | {"boot": "other"})
-    assert verdict(holder(file) or {}) is (False if known else None)
+    from_elsewhere(file, **this_host() | {"boot": "other"})
+    assert holder_alive(read_holder(file) or {}) is (False if known else None)
 
     for machine in ("other", ""):
-        from_elsewhere(file, **place() | {"boot": "other", "machine": machine})
-        assert verdict(holder(file) or {}) is None
+        from_elsewhere(file, **this_host() | {"boot": "other", "machine": machine})
+        assert holder_alive(read_holder(file) or {}) is None
 
 
 def test_lease_of_a_version_that_knew_no_machines_is_watched(file: Path) -> None:
     Lease(file, "run x")
     content = json.loads(file.read_text())
     file.write_text(json.dumps({key: x for key, x in content.items() if key != "machine"}))
-    found = holder(file)
+    found = read_holder(file)
 
-    assert found is not None and verdict(found) is None
+    assert found is not None and holder_alive(found) is None
     assert watch(file, found)()
 
 
@@ -256,13 +261,99 @@ def test_holder_goes_on_after_the_lease_was_unreadable_for_a_while(file: Path) -
     content = file.read_bytes()
     file.unlink()
 
-    with pytest.raises(OSError, match="cannot be read"), lease.hold():
+    with pytest.raises(OSError), lease.hold():
         pytest.fail("held an unreadable lease")
 
     file.write_bytes(content)
 
     with lease.hold():
         pass
+
+
+class Objects:
+    r"""A backend without locks, as objects in a bucket: changed by compare and swap alone."""
+
+    def __init__(self) -> None:
+        self.record: tuple[bytes, str] | None = None
+        self.count = 0
+
+    def read(self) -> tuple[bytes, str] | None:
+        return self.record
+
+    def write(self, data: bytes, version: str | None) -> str:
+        if version != (None if self.record is None else self.record[1]):
+            raise Conflict
+
+        self.count += 1
+        self.record = data, str(self.count)
+
+        return str(self.count)
+
+    beat = write
+
+    def lock(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
+
+def test_lease_of_an_object_is_fenced_by_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    objects = Objects()
+    old = Lease(objects, "sweep x")
+
+    with old.hold():
+        pass
+
+    with pytest.raises(UserError, match="sweep x is in use by process"):
+        Lease(objects, "sweep x")
+
+    monkeypatch.setattr(leases, "_end_process", lambda holder: None)
+    new = Lease(objects, "sweep x", takeover=True)
+    assert (old.attempt, new.attempt) == (1, 2)
+
+    with pytest.raises(LeaseLost, match="was taken over from attempt 1"), old.hold():
+        pytest.fail("the old holder wrote")
+
+    old.release()
+    assert (read_holder(objects) or {})["pid"] == os.getpid()
+
+    new.release()
+    assert (read_holder(objects) or {"pid": 1})["pid"] is None
+    assert Lease(objects, "sweep x").attempt == 3
+
+
+def test_second_of_two_takers_of_an_object_is_refused() -> None:
+    class Raced(Objects):
+        def lock(self) -> AbstractContextManager[object]:
+            if self.record is None:  # another process is quicker
+                self.write(json.dumps(this_process(1)).encode(), None)
+
+            return nullcontext()
+
+    with pytest.raises(UserError, match="is in use by process"):
+        Lease(Raced(), "sweep x")
+
+
+def test_deleted_directory_ends_the_lease(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    lease = Lease(tmp_path / "run" / "lease.json", "run x")
+    shutil.rmtree(tmp_path / "run")
+
+    with pytest.raises(LeaseGone, match="was deleted or unmounted"), lease.hold():
+        pytest.fail("held the lease of a deleted run")
+
+    lease.release()
+    assert not (tmp_path / "run").exists()
+
+
+def test_lease_without_file_locks_says_how_to_get_them(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+
+    with pytest.raises(UserError, match=r"run x cannot be taken: .*cannot be locked .*-o flock"):
+        Lease(file, "run x")
 
 
 def test_what_is_gone_is_not_present(tmp_path: Path) -> None:
@@ -272,7 +363,7 @@ def test_what_is_gone_is_not_present(tmp_path: Path) -> None:
     for gone in (tmp_path / "x" / "lease.json", tmp_path / "lease.json" / "lease.json"):
         assert not is_present(gone)
 
-        with pytest.raises(Vanished, match=r"was deleted or unmounted while it was in use"):
+        with pytest.raises(LeaseGone, match=r"was deleted or unmounted while it was in use"):
             check_present(gone)
 
 
@@ -288,7 +379,7 @@ def test_training_ends_and_nothing_is_made_again(
     if closed:
         training.close()  # type: ignore[attr-defined]
     else:
-        with pytest.raises(Vanished):
+        with pytest.raises(LeaseGone):
             next(training)
 
     run.close("failed")

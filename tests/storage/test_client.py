@@ -247,7 +247,7 @@ def test_damaged_checkpoint_is_set_aside_in_favour_of_the_one_before(said: dict[
 
 
 def test_run_that_is_deleted_is_told_so(said: dict[str, Any]) -> None:
-    assert said["vanished"].startswith("Vanished: ")
+    assert said["vanished"].startswith("LeaseGone: ")
 
 
 def test_trial_without_the_server_for_long_is_over(said: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sda_ray.core.lease import HEARTBEAT, Lease, LeaseLost, Vanished, holder
+from sda_ray.core.lease import HEARTBEAT, Lease, LeaseGone, LeaseLost, read_holder
 from sda_ray.storage.server import PULSE, FileServer, UnknownAttempt
 
 RUN, NAME = "abcdefgh", "calm-cat-1_abcdefgh"
@@ -103,7 +103,7 @@ def test_server_is_not_killed_by_who_takes_over_a_run(
     subprocess.run(
         [sys.executable, "-c", program, str(directory / "lease.json")], env=env, check=True
     )  # it would have killed this very process
-    assert (holder(directory / "lease.json") or {})["attempt"] == 2
+    assert (read_holder(directory / "lease.json") or {})["attempt"] == 2
 
 
 def test_server_that_was_started_again_goes_on(server: FileServer) -> None:
@@ -197,7 +197,7 @@ def test_run_that_is_deleted_is_not_made_again(server: FileServer) -> None:
 
     directory.rmdir()
 
-    with pytest.raises((Vanished, OSError)):
+    with pytest.raises((LeaseGone, OSError)):
         put(server, "run.json", b"1")
 
     assert not directory.exists()
@@ -213,7 +213,7 @@ def test_lease_has_a_heartbeat_as_long_as_the_trial_has(server: FileServer) -> N
     assert attempt.lease.alive()
     server.close(RUN, 1)
     server.close(RUN, 1)
-    assert (holder(directory / "lease.json") or {})["pid"] is None
+    assert (read_holder(directory / "lease.json") or {})["pid"] is None
 
 
 def test_wish_to_stop_is_told(server: FileServer) -> None:

@@ -14,7 +14,7 @@ from scene import GRID, SCRIPT, Place, lines, place
 from sda_ray.cli.main import main
 from sda_ray.core.config import load_config
 from sda_ray.core.errors import UserError
-from sda_ray.core.lease import holder
+from sda_ray.core.lease import read_holder
 from sda_ray.runs.path import RunPath
 from sda_ray.search.promotion import TrialRecord
 from sda_ray.sweep.definition import load_script
@@ -54,7 +54,7 @@ def check_whole(place: Place, name: str, trials: int) -> list[TrialRecord]:
         assert load_config(path.config)["learning_rate"] == r.config["learning_rate"]
         assert path.state.exists() == (r.state == "complete")
         assert record["status"] == {"complete": "finished", "pruned": "paused"}[r.state]
-        assert (holder(path.lease) or {}).get("pid") is None
+        assert (read_holder(path.lease) or {}).get("pid") is None
 
     return records
 
@@ -197,7 +197,7 @@ def test_sweep_in_a_bucket_is_not_driven_without_what_copies_it(place: Place) ->
         launch(load_script(place.root / "tiny.py"), options)
 
     directory = runs / "sweeps" / "tiny"
-    assert (holder(directory / "lease.json") or {"pid": 1})["pid"] is None
+    assert (read_holder(directory / "lease.json") or {"pid": 1})["pid"] is None
     assert not (directory / "study.journal").exists()
 
 
@@ -245,10 +245,10 @@ def test_killed_worker_and_stopped_driver_cost_no_bit(place: Place) -> None:
         return None
 
     path = place.wait(at_work)
-    worker = holder(path.lease)
+    worker = read_holder(path.lease)
     assert worker is not None
     os.kill(worker["pid"], signal.SIGKILL)
-    place.wait(lambda: (holder(path.lease) or worker)["attempt"] == 2)
+    place.wait(lambda: (read_holder(path.lease) or worker)["attempt"] == 2)
     done = len(lines(path))
     place.wait(lambda: len(lines(path)) > done + 5)
 

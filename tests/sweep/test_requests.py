@@ -20,7 +20,7 @@ import pytest
 from byhand import Desk as Sweep
 
 from sda_ray.core.errors import UserError
-from sda_ray.core.lease import Lease, holder
+from sda_ray.core.lease import Lease, read_holder
 from sda_ray.runs.path import RunPath
 from sda_ray.sweep.requests import (
     OLD,
@@ -511,7 +511,7 @@ class Place:
 
         def find() -> Any:
             for path in RunPath.all(self.root / "runs"):
-                held = holder(path.lease) or {}
+                held = read_holder(path.lease) or {}
                 known = held and path.record.exists()
                 trial = json.loads(path.record.read_text())["trial"] if known else 0
                 logged = path.metrics.exists() and len(path.metrics.read_text().splitlines())
