@@ -11,10 +11,10 @@ from sda_ray.search.sampler import propose
 from sda_ray.search.study import Study
 from sda_ray.sweep.driver import Driver
 
-__all__ = ["Desk"]
+__all__ = ["ManualDriver"]
 
 
-class Desk:
+class ManualDriver:
     r"""Creates a driver that is asked and told by hand."""
 
     def __init__(

@@ -1,4 +1,4 @@
-r"""The runs of a sweep, and a keeper of their checkpoints."""
+r"""The runs of a sweep, and a retention of their checkpoints."""
 
 import shutil
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from sda_ray.runs.run import Run
 from sda_ray.runs.tracking import Wandb
 from sda_ray.runs.train import train
 from sda_ray.search.promotion import TrialRecord
-from sda_ray.sweep.retention import Keeper
+from sda_ray.sweep.retention import Retention
 
 __all__ = ["MADE", "Keeping", "identity", "keeping", "made", "path_of", "runs", "snapshot"]
 
@@ -96,16 +96,16 @@ def records_of(runs: Path) -> list[TrialRecord]:
 
 
 class Keeping:
-    r"""Creates a keeper and listens to what it says."""
+    r"""Creates a retention and listens to what it says."""
 
     def __init__(self, runs: Path, **options: Any) -> None:
         self.runs = runs
         self.said: list[str] = []
         self.records = records_of(runs)
-        self.keeper = Keeper(
+        self.retention = Retention(
             runs, "width", lambda: self.records, notify=self.said.append, **options
         )
-        self.keeper.finish()
+        self.retention.finish()
 
     @property
     def left(self) -> set[int]:

@@ -31,7 +31,6 @@ ORDER = [
 UPWARD = {
     "cluster.executor": {"sweep"},
     "data.simulate": {"cluster"},
-    "sweep.launch": {"cli"},
 }
 
 # Which packages may import the libraries that are heavy, or whose behaviour we work around.

@@ -95,9 +95,10 @@ def _name(args: argparse.Namespace, sweep: Any) -> str:
 
 def _sweep(args: argparse.Namespace, sweep: Any, replica: Any) -> None:
     from ..sweep.definition import load_script
-    from ..sweep.launch import Wishes, launch
+    from ..sweep.launch import LaunchRequests, launch
     from ..sweep.prior_runs import fork
     from ..sweep.retention import parse_size
+    from . import table
 
     if args.keep_checkpoints is not None and args.keep_checkpoints < 0:
         raise UserError(f"--keep-checkpoints is {args.keep_checkpoints}, but must be at least 0.")
@@ -133,8 +134,10 @@ def _sweep(args: argparse.Namespace, sweep: Any, replica: Any) -> None:
         detach(sweep, options, args.argv, count_gpus())
         return
 
-    wishes = Wishes(tuple(args.enqueue), warm, args.retry_failed, args.trials is not None)
-    launch(sweep, options, wishes)
+    requests = LaunchRequests(
+        tuple(args.enqueue), warm, args.retry_failed, args.trials is not None
+    )
+    launch(sweep, options, table, requests)
 
 
 def _again(args: argparse.Namespace) -> argparse.Namespace:
@@ -162,7 +165,7 @@ def _taken_up(args: argparse.Namespace) -> bool:
     r"""Asks a running sweep for what needs no checks here, and tells whether that was all."""
 
     from ..runs.path import sweep_directory
-    from ..sweep.requests import Absent, ask_for
+    from ..sweep.requests import NotRunning, ask_all
 
     if args.sweep.endswith(".py") or args.enqueue or args.warm_start:
         return False
@@ -173,8 +176,8 @@ def _taken_up(args: argparse.Namespace) -> bool:
     if args.trials is None and not args.retry_failed:
         return False
 
-    with suppress(Absent):
-        ask_for(sweep_directory(args.runs, args.sweep), args.trials, args.retry_failed)
+    with suppress(NotRunning):
+        ask_all(sweep_directory(args.runs, args.sweep), args.trials, args.retry_failed)
         return True
 
     return False

@@ -196,7 +196,9 @@ def start_replicas(config: Config, count: int, options: Any) -> None:
 
     from ..core.space import choice
     from ..runs.path import sweep_directory
-    from ..sweep.launch import Sweep, launch
+    from ..sweep.definition import Sweep
+    from ..sweep.launch import launch
+    from . import table
 
     if count < 1:
         raise UserError(f"--replicas is {count}, but must be at least 1.")
@@ -207,7 +209,7 @@ def start_replicas(config: Config, count: int, options: Any) -> None:
     sweep = Sweep(
         name, config, {"seed": choice(*seeds)}, trials=count, sampler="grid", pruner="none"
     )
-    launch(sweep, replace(options, job_type="replica"))
+    launch(sweep, replace(options, job_type="replica"), table)
 
 
 def _check_init(parent: RunPath, config: Config, size: int) -> None:

@@ -26,7 +26,7 @@ from ..runs.path import RunPath
 from ..search.promotion import TrialRecord
 from ..sweep.driver import Driver
 from ..sweep.failures import cause_of
-from ..sweep.requests import Desk
+from ..sweep.requests import RequestServer
 from ..training.watchdog import OTHER, STACKS, STALL, TAKEN, take_stacks
 from .patches import memory_kills_are_deaths, trials_without_tune
 from .slots import node_of
@@ -189,7 +189,7 @@ class Lookout(Callback):
 
     def __init__(self, driver: Driver) -> None:
         self.driver = driver
-        self.desk = Desk(driver)
+        self.desk = RequestServer(driver)
         self.vigil = Vigil(Path(driver.spec["runs"]), driver.spec.get("stall") or STALL)
         self.actors: dict[int, Any] = {}  # index of a run -> its actor, the newest
         self.nodes: dict[str, str] = {}  # a trial's name -> the node it was seen on

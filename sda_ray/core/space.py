@@ -260,7 +260,7 @@ def _to_json(domain: Choice | Range) -> dict[str, Any]:
 
 def check_space(
     space: Any,
-    config: Config,
+    config: Config | None,
     size: int | None = None,
     length: int | None = None,
     pruner: str = "",
@@ -274,7 +274,7 @@ def check_space(
         space: A dict of keys of CONFIG, or of groups as `"hidden_channels,hidden_blocks"` whose
             options are tuples of one value for each key; or a function of an Optuna trial that
             returns a dict of keys and values.
-        config: The configuration that the space varies.
+        config: The configuration that the space varies. If None, combinations are not tried.
         size: The number of grid cells along each axis of the data, if known.
         length: The number of snapshots in a trajectory of the data, if known.
         pruner: The name of the pruner. `epochs` may vary only with `none`.
@@ -302,7 +302,10 @@ def check_space(
         except UserError as e:
             faults += str(e).split("\n")
 
-    if faults := faults or list(_conflicts(checked, config, size, length)):
+    if not faults and config is not None:
+        faults = list(_conflicts(checked, config, size, length))
+
+    if faults:
         raise UserError("\n".join(faults))
 
     return checked

@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import os
 import stat
+import zipfile
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
@@ -119,7 +120,7 @@ def give_back(path: RunPath, sweep: str) -> int:
         assert entry is not None
 
         if entry.status == "finished":
-            _check_weights(path)
+            _check_archive(path)
         else:
             when = datetime.now(timezone.utc).isoformat(timespec="seconds")
 
@@ -161,6 +162,21 @@ def _check_weights(path: RunPath) -> None:
     except Exception as error:  # whatever a damaged file provokes in torch
         raise UserError(
             f"{path.directory.name} is left as it is: {path.state} does not load: {error}"
+        )
+
+
+def _check_archive(path: RunPath) -> None:
+    r"""Checks the checksums of the weights. Unlike loading them, it needs no torch."""
+
+    try:
+        with zipfile.ZipFile(path.state) as archive:
+            damaged = archive.testzip()
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        damaged = str(error)
+
+    if damaged is not None:
+        raise UserError(
+            f"{path.directory.name} is left as it is: {path.state} is damaged: {damaged}"
         )
 
 

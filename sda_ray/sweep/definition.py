@@ -2,13 +2,14 @@ r"""The definition of a sweep: a name, a CONFIG, a SPACE and a few settings, mad
 
 import importlib.util
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.config import Config, check_config
 from ..core.errors import UserError
+from ..core.keys import check_value
 from ..core.space import Space, check_space, draw_values, split_group
 from ..data.dataset import DataInfo
 from ..search.promotion import FINAL, PruneRule, Rules, TrialRecord
@@ -24,7 +25,6 @@ __all__ = [
     "SAMPLERS",
     "SETTINGS",
     "Sweep",
-    "check_settings",
     "load_script",
 ]
 
@@ -44,68 +44,53 @@ SETTINGS = (
 )
 
 
-def check_settings(sweep: Any) -> None:
-    r"""Checks the settings of a sweep, apart from CONFIG and SPACE.
+def _setting_faults(sweep: Any) -> Iterator[str]:
+    r"""Yields what is wrong with the settings of a sweep, apart from CONFIG and SPACE."""
 
-    Raises:
-        UserError: If anything is wrong with them, or they do not go together.
-    """
+    name = sweep.name
 
-    if not isinstance(sweep.name, str) or not re.fullmatch(
-        r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", sweep.name
-    ):
-        raise UserError(
-            f"the sweep's name is {sweep.name!r}, but must be up to 64 letters, digits, dots, "
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+        yield (
+            f"the sweep's name is {name!r}, but must be up to 64 letters, digits, dots, "
             "dashes and underscores, and begin with a letter or digit."
         )
-
-    if sweep.name.endswith(".py"):
-        raise UserError(
-            f"the sweep's name is {sweep.name!r}, but must not end with .py: `sda-ray sweep "
-            f"{sweep.name}` would mean a script."
+    elif name.endswith(".py"):
+        yield (
+            f"the sweep's name is {name!r}, but must not end with .py: `sda-ray sweep {name}` "
+            "would mean a script."
         )
 
-    least = {"trials": 1, "seed": 0, "eta": 2, "finalists": 0}
-
-    if sweep.min_epochs is not None:
-        least["min_epochs"] = 1
-
-    if sweep.patience is not None:
-        least["patience"] = 1
+    least = {"trials": 1, "seed": 0, "eta": 2, "finalists": 0, "min_epochs": 1, "patience": 1}
 
     for key, low in least.items():
         value = getattr(sweep, key)
 
+        if value is None and key in ("min_epochs", "patience"):
+            continue
+
         if not isinstance(value, int) or isinstance(value, bool) or value < low:
-            raise UserError(f"{key} is {value!r}, but must be an integer from {low}.")
+            yield f"{key} is {value!r}, but must be an integer from {low}."
+
+    percentile: Any = sweep.percentile
+    number = isinstance(percentile, int | float) and not isinstance(percentile, bool)
+
+    if not number or not 0 < percentile < 100:
+        yield f"percentile is {percentile!r}, but must be a number between 0 and 100."
+    elif percentile != 25 and sweep.pruner != "percentile":
+        yield f"percentile is {percentile}, but only pruner='percentile' takes it."
 
     if sweep.patience is not None and sweep.pruner != "patience":
-        raise UserError(f"patience is {sweep.patience}, but only pruner='patience' takes it.")
+        yield f"patience is {sweep.patience}, but only pruner='patience' takes it."
 
-    _check_percentile(sweep)
-    _check_methods(sweep)
-    _check_objectives(sweep)
-
-
-def _check_percentile(sweep: Any) -> None:
-    value: Any = sweep.percentile
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-
-    if not number or not 0 < value < 100:
-        raise UserError(f"percentile is {value!r}, but must be a number between 0 and 100.")
-
-    if value != 25 and sweep.pruner != "percentile":
-        raise UserError(f"percentile is {value}, but only pruner='percentile' takes it.")
+    yield from _method_faults(sweep)
+    yield from _objective_faults(sweep)
 
 
-def _check_methods(sweep: Any) -> None:
+def _method_faults(sweep: Any) -> Iterator[str]:
     for key, options in (("sampler", SAMPLERS), ("pruner", PRUNERS)):
         value = getattr(sweep, key)
 
-        if not isinstance(value, str) and _is_method(key, value):
-            continue
-
-        if value not in options:
+        if (isinstance(value, str) or not _is_method(key, value)) and value not in options:
             why = ""
 
             if key == "sampler" and str(value).lower().startswith("cma"):
@@ -115,15 +100,40 @@ def _check_methods(sweep: Any) -> None:
                 )
 
             other = {"sampler": "a function of a seed", "pruner": "an Optuna pruner"}[key]
-            raise UserError(
-                f"{key} is {value!r}, but must be one of {', '.join(options)}, or {other}.{why}"
-            )
+            yield f"{key} is {value!r}, but must be one of {', '.join(options)}, or {other}.{why}"
 
     if sweep.sampler == "gp" and sweep.pruner != "none":
-        raise UserError(
+        yield (
             f"sampler is 'gp', which learns from complete trials alone, and pruner is "
             f"{sweep.pruner!r}. Take pruner='none', or sampler='tpe'."
         )
+
+
+def _objective_faults(sweep: Any) -> Iterator[str]:
+    names: Any = sweep.objectives
+    accepted = ", ".join(OBJECTIVES[1:])
+
+    if not isinstance(names, tuple) or not names or names[0] != OBJECTIVES[0]:
+        yield (
+            f"objectives is {names!r}, but must be a tuple that begins with 'loss_valid'; "
+            f"after it may come {accepted}."
+        )
+        return
+
+    for name in dict.fromkeys(names):
+        if name not in OBJECTIVES:
+            yield f"objectives has {name!r}, but may have loss_valid, {accepted}."
+        elif names.count(name) > 1:
+            yield f"objectives has {name!r} twice, but may have it once."
+
+    if len(names) > 1 and sweep.pruner != "none":
+        yield (
+            f"pruner is {sweep.pruner!r}, but trials with several objectives can only be "
+            "compared at their end. Leave the pruner out, or take pruner='none'."
+        )
+
+    if len(names) == 1 and sweep.sampler == "nsga2":
+        yield "sampler is 'nsga2', which is for several objectives. Take 'tpe'."
 
 
 def _is_method(key: str, value: Any) -> bool:
@@ -141,33 +151,6 @@ def _method(method: Any) -> str:
     from ..search.sampler import method_text
 
     return method_text(method(0) if callable(method) else method)
-
-
-def _check_objectives(sweep: Any) -> None:
-    names: Any = sweep.objectives
-    accepted = ", ".join(OBJECTIVES[1:])
-
-    if not isinstance(names, tuple) or not names or names[0] != OBJECTIVES[0]:
-        raise UserError(
-            f"objectives is {names!r}, but must be a tuple that begins with 'loss_valid'; "
-            f"after it may come {accepted}."
-        )
-
-    for name in names:
-        if name not in OBJECTIVES:
-            raise UserError(f"objectives has {name!r}, but may have loss_valid, {accepted}.")
-
-        if names.count(name) > 1:
-            raise UserError(f"objectives has {name!r} twice, but may have it once.")
-
-    if len(names) > 1 and sweep.pruner != "none":
-        raise UserError(
-            f"pruner is {sweep.pruner!r}, but trials with several objectives can only be "
-            "compared at their end. Leave the pruner out, or take pruner='none'."
-        )
-
-    if len(names) == 1 and sweep.sampler == "nsga2":
-        raise UserError("sampler is 'nsga2', which is for several objectives. Take 'tpe'.")
 
 
 @dataclass(frozen=True)
@@ -232,34 +215,58 @@ class Sweep:
         r"""Returns the sweep in its normal form.
 
         Raises:
-            UserError: If anything is wrong with it, or does not fit the data.
+            UserError: If anything is wrong with it, or does not fit the data. The message has one
+                line for each fault.
         """
 
-        check_settings(self)
+        checked, faults = self.examine(data)
+
+        if faults:
+            raise UserError("\n".join(faults))
+
+        return checked
+
+    def examine(self, data: DataInfo | None = None) -> tuple["Sweep", list[str]]:
+        r"""Returns the sweep in its normal form, and everything that is wrong with it."""
 
         known = {} if data is None else {"size": data.size, "length": data.length}
-        config = check_config(self.config, **known)
-        first = self.min_epochs
+        faults = list(_setting_faults(self))
+        config: Config | None = None
+        space, first = self.space, self.min_epochs
+
+        try:
+            config = check_config(self.config, **known)
+        except UserError as error:
+            faults += str(error).split("\n")
+
+        epochs = _epochs(self.config) if config is None else config["epochs"]
+
+        if isinstance(first, int) and epochs is not None and first > epochs:
+            faults.append(f"min_epochs is {first}, but must be at most epochs (={epochs}).")
+
+        known_pruner = isinstance(self.pruner, str) or _is_method("pruner", self.pruner)
+        pruner = _method(self.pruner) if known_pruner else ""
+
+        try:
+            space = check_space(self.space, config, **known, pruner=pruner)
+        except UserError as error:
+            faults += str(error).split("\n")
+
+        if faults or config is None:
+            return self, faults
 
         if self.pruner != "none" and first is None:
             first = max(1, config["epochs"] // self.eta**3)
 
-        if first is not None and first > config["epochs"]:
-            raise UserError(
-                f"min_epochs is {first}, but must be at most epochs (={config['epochs']})."
-            )
-
-        space = check_space(self.space, config, **known, pruner=_method(self.pruner))
         checked = replace(self, config=config, space=space, min_epochs=first)
-        checked._try_draws(known)
 
-        return checked
+        return checked, checked._draw_faults(known)
 
-    def _try_draws(self, known: dict[str, int]) -> None:
-        r"""Tries what only a draw can tell: what functions return, and what a grid is made of."""
+    def _draw_faults(self, known: dict[str, int]) -> list[str]:
+        r"""Returns what only a draw can tell: of functions, and of what a grid is made of."""
 
         if not callable(self.space) and self.sampler != "grid" and isinstance(self.sampler, str):
-            return
+            return []
 
         from ..search.sampler import check_kinds, sample
 
@@ -274,12 +281,12 @@ class Sweep:
 
             if self.sampler == "tpe":
                 check_kinds(trial for _, trial in drawn)
-        except UserError:
-            raise
+        except UserError as error:
+            return str(error).split("\n")
         except Exception as error:
-            raise UserError(
-                f"SPACE cannot be drawn from: {type(error).__name__}: {error}."
-            ) from error
+            return [f"SPACE cannot be drawn from: {type(error).__name__}: {error}."]
+
+        return []
 
     def draw(self, trial: Any) -> Config:
         r"""Returns values for the keys of SPACE, as an Optuna trial suggests them."""
@@ -374,6 +381,15 @@ class Sweep:
             **{key: getattr(self, key) for key in SETTINGS}
             | {"sampler": _method(self.sampler), "pruner": _method(self.pruner)},
         )
+
+
+def _epochs(config: Any) -> int | None:
+    r"""Returns the epochs of a configuration that may have faults, if they are accepted."""
+
+    try:
+        return int(check_value("epochs", config["epochs"]))
+    except (UserError, KeyError, TypeError, IndexError):
+        return None
 
 
 def load_script(script: Path) -> Sweep:

@@ -1,18 +1,18 @@
-r"""The driver of a sweep: what each free slot does next, and what came of it.
+r"""The driver of a sweep: decides what each free slot does next, and records the results.
 
-It decides with the study and :mod:`sda_ray.search.promotion`, and knows nothing of how trials are carried
-out: :mod:`sda_ray.cluster.executor` lets Ray Tune ask and tell.
+It decides with the study and :mod:`sda_ray.search.promotion`, and does not know how trials run:
+:mod:`sda_ray.cluster.executor` connects it to Ray Tune.
 """
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..core.system import margin
-from ..search.promotion import PruneRule, Rules, TrialRecord, decide, unhide
+from ..search.promotion import Action, PruneRule, Rules, TrialRecord, decide, unhide
 from ..search.study import Propose, Study, draw_run
 from .failures import Losses, Outage, alike
 
@@ -21,27 +21,28 @@ __all__ = ["TIME", "Driver", "Notify"]
 logger = logging.getLogger(__name__)
 
 TIME = "its time is up"
-HOUSE = 5.0  # seconds between two times of keeping house
+HOUSEKEEPING = 5.0  # seconds between two calls of the housekeeping
 
 Notify = Callable[[str, TrialRecord], None]
 
 
 class Driver:
-    r"""Creates the driver of a sweep.
+    r"""The driver of a sweep.
 
     Arguments:
-        study: The study, reconciled.
+        study: The study, reconciled with the run directories.
         rules: The rules of the sweep.
-        propose: Draws a configuration, given the runs as they shall be seen, or None if there is
-            no new one. See :func:`sda_ray.search.sampler.propose`.
-        spec: What all trials are given, see :class:`sda_ray.cluster.trial.Trial`.
-        slots: Tells how many trials fit at a time.
-        notify: Called with a word and a record whenever something happens to a run.
-        request: The file whose existence tells all trials to stop after their step.
-        stops: The verdict on a run at a rung, if it is final, see :func:`sda_ray.search.promotion.decide`.
+        propose: Draws a configuration given the runs, or returns None if there is no new one. See
+            :func:`sda_ray.search.sampler.propose`.
+        spec: The arguments that all trials share, see :class:`sda_ray.cluster.trial.Trial`.
+        slots: Returns how many trials fit at a time.
+        notify: Called with an event and a record whenever something happens to a run.
+        request: The file whose existence asks all trials to stop after their step.
+        stops: The rule of a pruner whose verdicts are final, see
+            :func:`sda_ray.search.promotion.decide`.
         deadline: The end of the sweep's time, see :func:`sda_ray.core.system.deadline`.
-        retarget: Records another number of runs wanted than the sweep was started with.
-        house: Called every 5 s, to look after the disk.
+        retarget: Records a new number of trials.
+        house: The housekeeping, called every 5 s.
     """
 
     def __init__(
@@ -71,36 +72,35 @@ class Driver:
         self.house = house
         self.request.unlink(missing_ok=True)
 
-        self.live: dict[str, int] = {}  # who carries out what: a trial's name -> index of its run
+        self.live: dict[str, int] = {}  # name of a trial -> index of its run
         self.closing: dict[int, Callable[[], bool]] = {}  # index of a run -> whether it is closed
-        self.noted: set[str] = set()  # what notes were about that were passed on
-        self.unwanted: set[int] = set()  # runs that the user stops, until that is told
+        self.noted: set[str] = set()  # the subjects of the notes that were passed on
+        self.cancelled: set[int] = set()  # runs that the user stops, until that is recorded
         self.losses = Losses()
         self.outage = Outage()
         self.errors: list[str] = []
         self.exhausted = False
-        self.stopping = False  # asked to stop
-        self.why = ""  # what asked, if not a signal
+        self.stopping = False  # no new trials start
+        self.why = ""  # the reason, if it is not a signal
         self.done = False  # nothing is left to do
-        self.hopeless = False  # all runs fail for one reason
+        self.hopeless = False  # all runs fail alike
         self.fault: Exception | None = None
 
         self.start = self.kept = time.monotonic()
-        self.longest = 0.0  # seconds that a trial went without looking for the wish to stop
+        self.longest = 0.0  # seconds that a trial went without checking for a request to stop
 
     def stop(self, why: str = "") -> None:
-        r"""Asks for an end: every trial saves a checkpoint after its step, nothing new starts."""
+        r"""Stops the sweep: every trial saves a checkpoint after its step, and none starts."""
 
         self.why = self.why or why
         self.stopping = True
+        lease = self.study.journal.lease
 
-        if (
-            lease := self.study.journal.lease
-        ) is None or not lease.is_lost():  # the trials are another driver's then
+        if lease is None or not lease.is_lost():  # otherwise the trials are another driver's
             self.request.touch()
 
     def tick(self) -> None:
-        r"""Looks at the clock. To be called a few times a second, whatever else happens."""
+        r"""Checks the deadline and does the housekeeping. Called a few times a second."""
 
         now = time.monotonic()
 
@@ -111,17 +111,17 @@ class Driver:
                 if now > self.deadline - early:
                     self.stop(TIME)
 
-            if now - self.kept > HOUSE:
+            if now - self.kept > HOUSEKEEPING:
                 self.kept = now
                 self.house()
         except Exception as error:
             self.guard(error)
 
     def suggest(self, trial: str) -> dict[str, Any] | None:
-        r"""Returns what a new trial shall do, or None for nothing now.
+        r"""Returns the arguments of a new trial, or None if there is nothing to do now.
 
         Raises:
-            StopIteration: If there will be nothing any more.
+            StopIteration: If nothing is left to do.
         """
 
         if self.stopping:
@@ -130,34 +130,35 @@ class Driver:
         if len(self.live) >= self.slots():
             return None
 
-        records = self._reveal()
-        action = decide(records, self._busy(), self.rules, self.exhausted, self.stops)
+        while True:
+            action, records = self._decide(self.study.records(), self._busy())
 
-        if action.kind == "prune":
-            assert action.record is not None
-            self.notify("pruned", self.study.tell(action.record, "pruned"))
-            return self.suggest(trial)
+            if action.kind == "stop":
+                self.done = True
+                raise StopIteration
 
-        if action.kind == "stop":
-            self.done = True
-            raise StopIteration
+            if action.kind == "wait":
+                return None
 
-        if action.kind == "wait":
-            return None
+            if action.kind == "prune":
+                assert action.record is not None
+                self.notify("pruned", self.study.tell(action.record, "pruned"))
+            elif action.kind != "draw":
+                assert action.record is not None
+                record = self.study.start(action.record, action.until, action.shown)
+                break
+            else:
+                config = self.spec["config"]
+                drawn = draw_run(self.study, records, self.rules, config, self.propose)
 
-        if action.kind == "draw":
-            config = self.spec["config"]
-            record = draw_run(self.study, records, self.rules, config, self.propose)
+                if drawn is not None:
+                    record = drawn
+                    break
 
-            if record is None:
                 self.exhausted = True
-                return self.suggest(trial)
-        else:
-            assert action.record is not None
-            record = self.study.start(action.record, action.until, action.shown)
 
         self.live[trial] = record.index
-        self.losses.places.pop(record.index, None)  # nobody knows yet where it goes on
+        self.losses.places.pop(record.index, None)  # its node is not known yet
         self.notify(action.kind, record)
 
         return self.spec | {
@@ -169,19 +170,24 @@ class Driver:
             "avoid": sorted(self.losses.avoided),
         }
 
-    def _reveal(self) -> list[TrialRecord]:
-        r"""Returns the runs. What is revealed once stays so, whatever other runs do later."""
+    def _decide(
+        self, records: Sequence[TrialRecord], busy: set[int]
+    ) -> tuple[Action, list[TrialRecord]]:
+        r"""Returns the next action, and the records with the values that count for others.
 
-        records = unhide(known := self.study.records(), self.rules)
+        Values that count once are recorded, so that they count whatever other runs do later.
+        """
 
-        for before, after in zip(known, records, strict=True):
+        shown = unhide(records, self.rules)
+
+        for before, after in zip(records, shown, strict=True):
             if before.shown != after.shown:
                 self.study.show(before, after.shown)
 
-        return records
+        return decide(shown, busy, self.rules, self.exhausted, self.stops), shown
 
     def at_work(self) -> set[int]:
-        r"""Returns the runs in flight, those included whose process has not let go of them."""
+        r"""Returns the runs that have a process, also those whose process is closing them."""
 
         for index, closed in list(self.closing.items()):
             if closed():
@@ -190,35 +196,41 @@ class Driver:
         return {*self.live.values(), *self.closing}
 
     def _busy(self) -> set[int]:
-        return self.at_work() | self.unwanted
+        return self.at_work() | self.cancelled
 
     def report(
         self, trial: str, result: dict[str, Any], close: Callable[[str], Callable[[], bool]]
     ) -> bool:
-        r"""Takes in what a trial reports and returns whether it shall go on.
+        r"""Records the result of a trial and returns whether the trial continues.
 
         Arguments:
             trial: The trial's name.
-            result: What :meth:`sda_ray.cluster.trial.Trial.step` returned.
-            close: Ends the trial's attempt with a status, and returns what tells the end of that.
+            result: The return value of :meth:`sda_ray.cluster.trial.Trial.step`.
+            close: Ends the trial's attempt with a status, and returns a function that tells
+                whether it has ended.
         """
 
-        record = self._find(self.live[trial])
-        record = self.study.report(record, dict(result["epochs"]))
+        records = self.study.records()
+        record = self.study.report(_record(records, self.live[trial]), dict(result["epochs"]))
+        records = [record if r.index == record.index else r for r in records]
         event, error = result["event"], result["error"]
         self.longest = max(self.longest, result.get("longest", 0.0))
 
-        for about, note in result.get("notes", {}).items():
-            if about not in self.noted:  # one trial says it for all
-                self.noted.add(about)
+        for subject, note in result.get("notes", {}).items():
+            if subject not in self.noted:  # one trial says it for all
+                self.noted.add(subject)
                 logger.warning("%s", note)
 
         if result.get("unreached"):
             self.spec = self.outage.note(self.spec, record, result["unreached"])
 
         while event == "running" and record.paused:
-            if self._goes_on(record):  # it may bring epochs that an older journal had lost
-                record = self.study.report(self._find(record.index), dict(result["epochs"]))
+            if self._promote(record, records):
+                records = self.study.records()
+                record = _record(records, record.index)
+                # it may bring epochs that an older journal had lost
+                record = self.study.report(record, dict(result["epochs"]))
+                records = [record if r.index == record.index else r for r in records]
             else:
                 event = "paused"
                 self.closing[record.index] = close(event)
@@ -243,23 +255,19 @@ class Driver:
                 self.losses.acquit(record.index)
 
         if event == "stopped":
-            self.unwanted.add(record.index)  # told when its process has let go of it
+            self.cancelled.add(record.index)  # recorded once its process has ended
         else:
             self.notify(event, record)
 
         return bool(event == "running")
 
-    def _find(self, index: int) -> TrialRecord:
-        return next(record for record in self.study.records() if record.index == index)
+    def _promote(self, record: TrialRecord, records: Sequence[TrialRecord]) -> bool:
+        r"""Promotes a run at a rung if its slot would be used for it anyway."""
 
-    def _goes_on(self, record: TrialRecord) -> bool:
-        r"""Lets a run at a rung go on at once, if it is what the slot would be used for anyway."""
-
-        if self.stopping or record.index in self.unwanted:
+        if self.stopping or record.index in self.cancelled:
             return False
 
-        live = self._busy() - {record.index}
-        action = decide(self._reveal(), live, self.rules, self.exhausted, self.stops)
+        action, _ = self._decide(records, self._busy() - {record.index})
 
         if action.kind == "prune" or action.record is None or action.record.index != record.index:
             return False
@@ -279,12 +287,13 @@ class Driver:
             self.stop()
 
     def lose(self, trial: str, reason: str, cause: str = "worker") -> None:
-        r"""Takes in that a worker was lost. Its run is adopted, unless it was lost too often.
+        r"""Records that a worker was lost. Its run is adopted unless that happened too often.
 
         Arguments:
             trial: The trial's name.
-            reason: What is known of it.
-            cause: `node`, which is never held against the run; `memory`, once at most; or `worker`.
+            reason: A line about the loss.
+            cause: `node`, which is never held against the run; `memory`, at most once; or
+                `worker`.
         """
 
         index = self.live.pop(trial, None)
@@ -292,7 +301,7 @@ class Driver:
         if index is None:
             return
 
-        record = self._find(index)
+        record = _record(self.study.records(), index)
 
         if error := self.losses.count(self.study, record, cause, reason):
             self.notify("failed", self.study.tell(record, "failed", error))
@@ -302,8 +311,12 @@ class Driver:
             self.notify(event, replace(record, error=reason))
 
     def guard(self, error: Exception) -> None:
-        r"""Takes in an error of our own: the sweep stops, in good order."""
+        r"""Stops the sweep gracefully because of an error of the driver itself."""
 
         logger.error("the sweep stops: %s: %s", type(error).__name__, error)
         self.fault = self.fault or error
         self.stop()
+
+
+def _record(records: Sequence[TrialRecord], index: int) -> TrialRecord:
+    return next(record for record in records if record.index == index)

@@ -1,17 +1,17 @@
 r"""Sweeps, from a definition to a finished study.
 
-To start a sweep, to carry it on after a crash and to extend it is one operation: :func:`launch`.
+Starting a sweep, resuming it after a crash and extending it are one operation: :func:`launch`.
 """
 
 import os
 import shlex
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from ..cli.table import LiveTable, announce, conclude
 from ..cluster.connect import connect, gate, local_cpus, local_gpus
 from ..cluster.join import announced, is_again
 from ..cluster.slots import Slots
@@ -23,7 +23,7 @@ from ..core.system import deadline
 from ..data.dataset import DataInfo
 from ..runs.path import sweep_directory
 from ..runs.tracking import Wandb
-from ..search.promotion import decide
+from ..search.promotion import Rules, TrialRecord, decide
 from ..search.reconcile import catch_up
 from ..search.sampler import importances
 from ..search.study import Study, queue_warning
@@ -34,15 +34,15 @@ from .enqueue import bring_all, parse_item
 from .preflight import check_start
 from .prior_runs import warm_start
 from .record import compare, read_sweep, space_of, write_sweep
-from .requests import Absent, ask_for, attended, live
-from .retention import Keeper
+from .requests import NotRunning, ask_all, is_driven, running_driver, serving
+from .retention import Retention
 
 __all__ = [
     "LATER",
+    "LaunchRequests",
     "Options",
-    "Sweep",
-    "Wishes",
-    "carry_out",
+    "Table",
+    "View",
     "count_gpus",
     "launch",
     "load_record",
@@ -55,26 +55,26 @@ LATER = 75  # the exit code of a sweep whose time is up (EX_TEMPFAIL)
 
 @dataclass(frozen=True)
 class Options:
-    r"""Creates what says how a sweep is carried out. It may differ from start to start.
+    r"""How a sweep is run. The options may differ from start to start.
 
     Arguments:
-        root: What recorded paths are relative to.
+        root: The directory that recorded paths are relative to.
         runs: The directory of all runs.
         data: The directory of the data.
         wandb: How trials log to W&B.
-        address: The address of a Ray cluster, or None for a Ray of our own on this machine.
+        address: The address of a Ray cluster, or None to start Ray on this machine.
         cpus: The CPUs of a trial.
         gpus: The GPUs of a trial. By default 1 if this machine has any.
         parallel: The most trials at a time. By default as many as fit.
-        job_type: What the runs are, for W&B.
-        hours: After how many hours the sweep stops, to be carried on later.
+        job_type: The type of the runs, for W&B.
+        hours: The hours after which the sweep stops, to be resumed later.
         stall: The minutes without a step after which a trial is killed and resumed.
-        keep: The number of best runs that keep their checkpoints, beside those under way.
+        keep: The number of best runs that keep their checkpoints, beside running and paused ones.
         limit: The bytes that all checkpoints of the sweep may take together.
-        job: The Slurm job that carries it out, see :mod:`sda_ray.cluster.allocation`.
-        code: `recorded`, or `current` if a sweep shall go on with other code than recorded.
-        bucket: Where the runs are copied to, `s3://bucket/prefix`, if anywhere.
-        replica: What does that, see :mod:`sda_ray.storage.bucket`.
+        job: The Slurm job that runs the sweep, see :mod:`sda_ray.cluster.slurm`.
+        code: `recorded`, or `current` to resume the sweep with other code than recorded.
+        bucket: The bucket with a copy of the runs, `s3://bucket/prefix`, if any.
+        replica: Keeps that copy, see :mod:`sda_ray.storage.bucket`.
     """
 
     root: Path
@@ -96,31 +96,216 @@ class Options:
     replica: Any = None
 
 
-def carry_out(
+@dataclass(frozen=True)
+class LaunchRequests:
+    r"""The requests of a launch. A sweep that is running serves them, too.
+
+    Arguments:
+        enqueue: Configurations to try before others: `key=value,…`, or runs.
+        warm_start: The names of sweeps whose finished runs are brought in.
+        retry: Whether failed runs are retried.
+        retarget: Whether the number of trials was given.
+    """
+
+    enqueue: tuple[str, ...] = ()
+    warm_start: tuple[str, ...] = ()
+    retry: bool = False
+    retarget: bool = False
+
+    def __bool__(self) -> bool:
+        return bool(self.enqueue or self.warm_start or self.retry or self.retarget)
+
+
+NOTHING = LaunchRequests()
+
+
+class Table(Protocol):
+    r"""A live table of a sweep, see :class:`sda_ray.cli.table.LiveTable`."""
+
+    target: int
+    size: Callable[[], int]
+
+    def __enter__(self) -> Any: ...
+    def __exit__(self, *_: object) -> None: ...
+    def say(self, text: str) -> None: ...
+    def notify(self, event: str, record: TrialRecord) -> None: ...
+
+
+class View(Protocol):
+    r"""Shows a sweep to the user, as the module :mod:`sda_ray.cli.table` does."""
+
+    def announce(
+        self, title: str, rules: Rules, records: Sequence[TrialRecord], directory: Path
+    ) -> None: ...
+
+    def LiveTable(
+        self, title: str, target: int, runs: Path, records: Callable[[], list[TrialRecord]]
+    ) -> Table: ...
+
+    def conclude(
+        self,
+        title: str,
+        target: int,
+        records: Sequence[TrialRecord],
+        directory: Path,
+        runs: Path,
+        importances: Mapping[str, float],
+    ) -> None: ...
+
+
+def launch(sweep: Sweep, options: Options, view: View, requests: LaunchRequests = NOTHING) -> None:
+    r"""Starts, resumes or extends a sweep, as its record calls for.
+
+    Everything is checked before anything is written and before Ray starts. A sweep has one driver
+    at a time; the driver of a running sweep serves the requests. A Slurm job that has been
+    requeued takes the sweep over from its previous execution.
+
+    Arguments:
+        sweep: The sweep.
+        options: How it is run.
+        view: Shows it to the user.
+        requests: The requests of this launch.
+
+    Raises:
+        UserError: If anything is wrong.
+    """
+
+    # Checks
+    directory = sweep_directory(options.runs, str(sweep.name))
+    check_code(directory, options.code)
+    gpus = count_gpus() if options.gpus is None else options.gpus
+    slots = Slots(options.cpus, gpus, options.parallel)
+    wandb = replace(options.wandb, group=sweep.name, job_type=options.job_type)
+    options = replace(options, gpus=slots.wanted.get("GPU", 0), wandb=wandb)
+    start = check_start(sweep, options.runs, options.data, slots, wandb, options.address)
+    sweep = start.sweep
+    record = record_of(sweep, options, start.info)
+    widened = _widened(sweep, options, record)
+    queue = [parse_item(text, sweep, options.runs) for text in requests.enqueue]
+    requeued = is_again(directory, options.job)
+
+    for warning in start.warnings:
+        print(f"Note: {warning}")
+
+    # Requests to a running sweep
+    if requests and not start.first and not requeued and is_driven(directory):
+        with suppress(NotRunning):
+            trials = sweep.trials if requests.retarget else None
+            ask_all(directory, trials, requests.retry, queue, _priors(sweep, options, requests))
+            return
+
+    # Record and study
+    directory.mkdir(parents=True, exist_ok=True)
+    lease = Lease(directory / "lease.json", f"sweep '{sweep.name}'", takeover=requeued)
+
+    try:
+        if options.bucket and options.replica is None:
+            raise UserError(
+                f"the driver of sweep '{sweep.name}' has just ended. The same command resumes "
+                f"the sweep, with a copy in {options.bucket}."
+            )
+
+        remove_leftovers(directory)
+        code = keep_code(directory)
+        write_sweep(directory, record | {"code": code.hash}, sweep.script)
+        study = Study(directory / "study.journal", sweep.name, lease, sweep.objectives)
+
+        if options.replica is not None:
+            options.replica.follow(study)
+
+        catch_up(study, options.runs)
+
+        for line in widened:
+            print(line)
+
+        _serve(study, sweep.trials, requests, queue, _priors(sweep, options, requests))
+
+        # Trials
+        view.announce(sweep.name, sweep.rules, study.records(), directory)
+
+        with running(code):
+            _run(sweep, study, slots, options, start.info, code.package, view)
+    finally:
+        lease.release()
+
+    # Results
+    target = read_sweep(options.runs, sweep.name)["trials"]  # it may have been changed since
+    matter = importances(study.study)
+    view.conclude(sweep.name, target, study.records(), directory, options.runs, matter)
+
+
+def _widened(sweep: Sweep, options: Options, record: dict[str, Any]) -> tuple[str, ...]:
+    r"""Returns how the SPACE of a sweep has grown since it was recorded.
+
+    Raises:
+        UserError: If the sweep differs otherwise, or is running.
+    """
+
+    directory = sweep_directory(options.runs, sweep.name)
+
+    if not (directory / "sweep.json").exists():
+        return ()
+
+    changes = compare(read_sweep(options.runs, sweep.name), record)
+    changes.check(sweep.name, sweep.script)
+
+    if changes.widened and running_driver(directory):
+        raise UserError(
+            f"sweep '{sweep.name}' is running with another SPACE: {'; '.join(changes.widened)}. "
+            f"Stop it first: sda-ray stop {sweep.name}"
+        )
+
+    return changes.widened
+
+
+def _priors(sweep: Sweep, options: Options, requests: LaunchRequests) -> list[dict[str, Any]]:
+    return [
+        item
+        for other in requests.warm_start
+        for item in warm_start(other, sweep, options.runs, options.data)
+    ]
+
+
+def _serve(
+    study: Study, target: int, requests: LaunchRequests, queue: list[Any], priors: list[Any]
+) -> None:
+    r"""Serves the requests of a launch before trials start."""
+
+    if priors:
+        print(bring_all(study, priors))
+
+    if requests.retry:
+        failed = [record for record in study.records() if record.state == "failed"]
+        print(f"{len(failed)} failed runs are retried")
+
+        for record in failed:
+            study.revive(record)
+
+    for params in queue:
+        if params not in study.queue().values():
+            study.enqueue(params)
+
+    if queue and (warning := queue_warning(study, target)):
+        print(f"{warning}.")
+
+
+def _run(
     sweep: Sweep,
     study: Study,
     slots: Slots,
     options: Options,
     info: DataInfo,
-    package: Path | None = None,
+    package: Path,
+    view: View,
 ) -> None:
-    r"""Runs trials until there is nothing left to do, or exits and says how to carry on.
+    r"""Runs trials until nothing is left to do, or exits and prints how to resume."""
 
-    Arguments:
-        sweep: The sweep.
-        study: Its study.
-        slots: The resources of a trial.
-        options: How it is carried out.
-        info: The data.
-        package: The code that trials run.
-    """
-
-    records = study.records()
+    records, stops = study.records(), sweep.stops()
     failed = sum(record.state == "failed" for record in records)
-    rules, stops = replace(sweep.rules, excused=failed), sweep.stops()
+    rules = replace(sweep.rules, excused=failed)
     directory = sweep_directory(options.runs, sweep.name)
-    table = LiveTable(sweep.name, sweep.trials, options.runs, study.records)
-    keeper = Keeper(
+    table = view.LiveTable(sweep.name, sweep.trials, options.runs, study.records)
+    retention = Retention(
         options.runs,
         sweep.name,
         study.records,
@@ -129,14 +314,14 @@ def carry_out(
         table.say,
         final=stops is not None,
     )
-    table.size = lambda: keeper.size
+    table.size = lambda: retention.size
 
     def retarget(target: int) -> None:
         table.target = target
         write_sweep(directory, read_sweep(options.runs, sweep.name) | {"trials": target}, None)
 
     def house() -> None:
-        keeper()
+        retention()
 
         if options.replica is not None:
             options.replica.check()
@@ -161,15 +346,15 @@ def carry_out(
             _drive(driver, slots, options, table, package)
             runs = options.bucket or options.runs
             address = None if options.job else options.address  # a job's Ray ends with it
-            _end(driver, _again(sweep.name, options.root, runs, address))
+            _end(driver, _resume_command(sweep.name, options.root, runs, address))
 
         study.close()
     finally:
-        keeper.finish()
+        retention.finish()
 
 
 def _spec(sweep: Sweep, options: Options, info: DataInfo) -> dict[str, Any]:
-    r"""Returns what all trials are given."""
+    r"""Returns the arguments that all trials share."""
 
     return {
         "runs": str(options.runs),
@@ -192,13 +377,11 @@ def _spec(sweep: Sweep, options: Options, info: DataInfo) -> dict[str, Any]:
     }
 
 
-def _drive(
-    driver: Driver, slots: Slots, options: Options, table: LiveTable, package: Path | None
-) -> None:
-    r"""Starts Ray, or attaches to it, and runs trials there."""
+def _drive(driver: Driver, slots: Slots, options: Options, table: Table, package: Path) -> None:
+    r"""Starts Ray, or connects to it, and runs trials there."""
 
     with suppress(KeyboardInterrupt), table, ExitStack() as stack:
-        with attended(driver):
+        with serving(driver):
             modules = imports(options.wandb.mode) if slots.local() > local_cpus() / 2 else ()
             started = connect(options.address, package=package, modules=modules)
             scratch = stack.enter_context(started)
@@ -227,8 +410,8 @@ def _drive(
         execute(driver, resources, scratch, own=options.address is None)
 
 
-def _end(driver: Driver, again: str) -> None:
-    r"""Exits and says how to carry on, unless nothing is left to do."""
+def _end(driver: Driver, command: str) -> None:
+    r"""Exits and prints how to resume, unless nothing is left to do."""
 
     if driver.done:
         return
@@ -236,17 +419,17 @@ def _end(driver: Driver, again: str) -> None:
     if driver.hopeless:
         raise UserError(
             f"the first {len(driver.errors)} runs failed alike, so the sweep stops: "
-            f"{driver.errors[0]}. Mend it, then carry on with `{again}`; with --code current, "
-            "if it was in the package."
+            f"{driver.errors[0]}. Fix the cause, then resume with `{command}`; with --code "
+            "current if it was in the package."
         )
 
     why = f", since {driver.why}" if driver.why else ""
-    print(f"Stopped{why}. Nothing is lost: carry on with `{again}`.")
+    print(f"Stopped{why}. Nothing is lost: resume with `{command}`.")
     sys.exit(LATER if driver.why == TIME else 130)
 
 
-def _again(name: str, root: Path, runs: Path | str, address: str | None) -> str:
-    r"""Returns the command that carries a sweep on from the current directory."""
+def _resume_command(name: str, root: Path, runs: Path | str, address: str | None) -> str:
+    r"""Returns the command that resumes a sweep from the current directory."""
 
     command = f"sda-ray sweep {name}"
 
@@ -262,38 +445,15 @@ def _again(name: str, root: Path, runs: Path | str, address: str | None) -> str:
     return command
 
 
-@dataclass(frozen=True)
-class Wishes:
-    r"""Creates what is asked of a sweep beside going on. A running one takes it up, too.
-
-    Arguments:
-        enqueue: What to try before others: `key=value,…`, or runs.
-        warm_start: The names of sweeps whose finished runs are brought in.
-        retry: Whether failed runs are tried again.
-        retarget: Whether the number of trials was given.
-    """
-
-    enqueue: tuple[str, ...] = ()
-    warm_start: tuple[str, ...] = ()
-    retry: bool = False
-    retarget: bool = False
-
-    def __bool__(self) -> bool:
-        return bool(self.enqueue or self.warm_start or self.retry or self.retarget)
-
-
-NOTHING = Wishes()
-
-
 def load_record(runs: Path, name: str) -> tuple[Sweep, dict[str, Any]]:
-    r"""Returns a recorded sweep, and the options that it was last run with.
+    r"""Returns a recorded sweep, and the options of its last start.
 
     Raises:
         UserError: If there is no such sweep, or its record is damaged.
     """
 
-    found = read_sweep(runs, name)
-    definition = found["definition"]
+    content = read_sweep(runs, name)
+    definition = content["definition"]
     script = sweep_directory(runs, name) / "script.py"
     space = space_of(definition)
     settings = {key: definition[key] for key in SETTINGS if key in definition}
@@ -307,96 +467,9 @@ def load_record(runs: Path, name: str) -> tuple[Sweep, dict[str, Any]]:
         space = scripted.space if space is None else space
         settings |= {key: getattr(scripted, key) for key in in_script}
 
-    sweep = Sweep(name, definition["config"], space, found["trials"], **settings)
+    sweep = Sweep(name, definition["config"], space, content["trials"], **settings)
 
-    return replace(sweep, script=script if script.exists() else None), found["options"]
-
-
-def launch(sweep: Sweep, options: Options, wishes: Wishes = NOTHING) -> None:
-    r"""Starts a sweep, carries it on, or extends it: whatever its record calls for.
-
-    Everything is checked before anything is written and before Ray is started. There is one
-    driver to a sweep at a time; a sweep that runs takes up what is wished. A Slurm job that has
-    started again takes the sweep over from its former self, wherever that was.
-
-    Arguments:
-        sweep: The sweep.
-        options: How it is carried out.
-        wishes: What is asked of it beside going on.
-
-    Raises:
-        UserError: If anything is wrong.
-    """
-
-    # Checks
-    directory = sweep_directory(options.runs, str(sweep.name))
-    check_code(directory, options.code)
-    slots = Slots(
-        options.cpus, count_gpus() if options.gpus is None else options.gpus, options.parallel
-    )
-    options = replace(
-        options,
-        gpus=slots.wanted.get("GPU", 0),
-        wandb=replace(options.wandb, group=sweep.name, job_type=options.job_type),
-    )
-    start = check_start(sweep, options.runs, options.data, slots, options.wandb, options.address)
-    sweep = start.sweep
-    record = record_of(sweep, options, start.info)
-    widened = _widened(sweep, options, record)
-
-    for warning in start.warnings:
-        print(f"Note: {warning}")
-
-    queue = [parse_item(text, sweep, options.runs) for text in wishes.enqueue]
-    priors = [
-        item
-        for other in wishes.warm_start
-        for item in warm_start(other, sweep, options.runs, options.data)
-    ]
-
-    again = is_again(directory, options.job)
-
-    if wishes and not start.first and not again:
-        with suppress(Absent):
-            trials = sweep.trials if wishes.retarget else None
-            ask_for(directory, trials, wishes.retry, queue, priors)
-            return
-
-    # Sweep
-    directory.mkdir(parents=True, exist_ok=True)
-    lease = Lease(directory / "lease.json", f"sweep '{sweep.name}'", takeover=again)
-
-    try:
-        if options.bucket and options.replica is None:
-            raise UserError(
-                f"the driver of sweep '{sweep.name}' has ended just now. The same command carries "
-                f"it on, and copies to {options.bucket}."
-            )
-
-        remove_leftovers(directory)
-        code = keep_code(directory)
-        write_sweep(directory, record | {"code": code.hash}, sweep.script)
-        study = Study(directory / "study.journal", sweep.name, lease, sweep.objectives)
-
-        if options.replica is not None:
-            options.replica.follow(study)
-
-        catch_up(study, options.runs)
-
-        for line in widened:
-            print(f"{line}: carried on")
-
-        _grant(study, sweep.trials, wishes, queue, priors)
-        announce(sweep.name, sweep.rules, study.records(), directory)
-
-        with running(code):
-            carry_out(sweep, study, slots, options, start.info, code.package)
-    finally:
-        lease.release()
-
-    records, matter = study.records(), importances(study.study)
-    target = read_sweep(options.runs, sweep.name)["trials"]  # it may have been changed since
-    conclude(sweep.name, target, records, directory, options.runs, matter)
+    return replace(sweep, script=script if script.exists() else None), content["options"]
 
 
 def record_of(sweep: Sweep, options: Options, info: DataInfo) -> dict[str, Any]:
@@ -418,48 +491,7 @@ def record_of(sweep: Sweep, options: Options, info: DataInfo) -> dict[str, Any]:
     }
 
 
-def _widened(sweep: Sweep, options: Options, record: dict[str, Any]) -> tuple[str, ...]:
-    r"""Returns by what a sweep has grown since it was recorded, if it is the same otherwise."""
-
-    directory = sweep_directory(options.runs, sweep.name)
-
-    if not (directory / "sweep.json").exists():
-        return ()
-
-    changes = compare(read_sweep(options.runs, sweep.name), record)
-    changes.check(sweep.name, sweep.script)
-
-    if changes.widened and live(directory):
-        raise UserError(
-            f"sweep '{sweep.name}' is running, with another SPACE: {'; '.join(changes.widened)}. "
-            f"Stop it first: sda-ray stop {sweep.name}"
-        )
-
-    return changes.widened
-
-
-def _grant(study: Study, target: int, wishes: Wishes, queue: list[Any], priors: list[Any]) -> None:
-    r"""Records what is wished of a sweep that nobody drives."""
-
-    if priors:
-        print(bring_all(study, priors))
-
-    if wishes.retry:
-        failed = [record for record in study.records() if record.state == "failed"]
-        print(f"{len(failed)} failed runs are tried again")
-
-        for record in failed:
-            study.revive(record)
-
-    for params in queue:
-        if params not in study.queue().values():
-            study.enqueue(params)
-
-    if queue and (more := queue_warning(study, target)):
-        print(f"{more}.")
-
-
 def count_gpus() -> int:
-    r"""Returns the GPUs that a trial gets if nothing else is said."""
+    r"""Returns the GPUs that a trial gets by default."""
 
     return int(local_gpus() > 0)

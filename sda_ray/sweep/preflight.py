@@ -1,7 +1,7 @@
-r"""Everything that is wrong with a sweep, or with where it shall run: all of it, not the first.
+r"""Checks before a sweep starts: everything that is wrong with it, its data and this machine.
 
-What other modules check by raising an error is checked here again and again: what an error is
-about is replaced by something harmless, until there are no more.
+Each check returns what it finds, so that all faults are listed at once. Checking the data takes
+time; its result is kept in `runs/sweeps/{name}/plan.json` until the files change.
 """
 
 import configparser
@@ -12,21 +12,20 @@ import resource
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
 from ..cluster.connect import local_cpus
 from ..cluster.slots import Slots
-from ..core.config import CONFIG, Config, check_config, check_value, format_value
+from ..core.config import Config, check_config, format_value
 from ..core.errors import UserError
 from ..core.files import read_json, write_json
-from ..core.keys import KEYS
 from ..core.lease import is_alive
-from ..core.space import Choice, loguniform
+from ..core.space import Choice
 from ..data.dataset import DataInfo, check_data, check_file
 from ..runs.path import sweep_directory
 from ..runs.tracking import Wandb
@@ -45,11 +44,292 @@ __all__ = [
     "wandb_server",
 ]
 
+DRAWS = 32  # configurations that are drawn before a start
 FILES = 8  # that Ray opens for each CPU, beside the first 64, or fewer
+HIGH = 0.1  # a learning rate above which hardly a run does not diverge
+
+
+@dataclass(frozen=True)
+class Start:
+    r"""A sweep that may start.
+
+    Arguments:
+        sweep: The sweep in its normal form.
+        info: The data.
+        warnings: Whatever is allowed and probably not intended.
+        first: Whether the sweep starts for the first time.
+    """
+
+    sweep: Sweep
+    info: DataInfo
+    warnings: tuple[str, ...] = ()
+    first: bool = True
+
+
+@dataclass
+class Findings:
+    r"""What the checks have found.
+
+    Arguments:
+        faults: Whatever keeps the sweep from running, a text for each.
+        warnings: Whatever is allowed and probably not intended.
+        sweep: The sweep in its normal form, if nothing is wrong.
+        info: The data, if they can be used.
+        draws: Configurations that were drawn at random from the sweep.
+    """
+
+    faults: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    sweep: Sweep | None = None
+    info: DataInfo | None = None
+    draws: list[Config] = field(default_factory=list)
+
+
+def check_start(
+    sweep: Sweep,
+    runs: Path,
+    data: Path,
+    slots: Slots,
+    wandb: Wandb,
+    address: str | None = None,
+) -> Start:
+    r"""Checks a sweep before its start, within 2 s if the data were checked before.
+
+    Arguments:
+        sweep: The sweep.
+        runs: The directory of all runs.
+        data: The directory of the data.
+        slots: The resources of a trial.
+        wandb: How trials log to W&B.
+        address: The address of a Ray cluster, or None for this machine.
+
+    Raises:
+        UserError: If anything is wrong. The message lists all of it.
+    """
+
+    directory = sweep_directory(runs, str(sweep.name))
+    cache, stamps = directory / "plan.json", _stamps(data)
+    known = _cached(cache, stamps)
+    findings = find_faults(sweep, runs, data, slots, wandb, address is None, known, DRAWS)
+
+    if findings.sweep is None or findings.info is None:
+        raise UserError("\n".join(findings.faults))
+
+    if known is None:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            write_json(cache, {"files": stamps, "info": asdict(findings.info)})
+        except OSError as error:
+            raise UserError(f"{cache} cannot be written: {error}.") from error
+
+    first = not (directory / "sweep.json").exists()
+
+    return Start(findings.sweep, findings.info, tuple(findings.warnings), first)
+
+
+def _stamps(data: Path) -> dict[str, list[int]]:
+    r"""Returns size, time and inode of the files of data, or nothing if any is missing."""
+
+    stamps = {}
+
+    for name in ("train.h5", "valid.h5"):
+        try:
+            status = (data / name).stat()
+        except OSError:
+            return {}
+
+        stamps[str(data / name)] = [status.st_size, status.st_mtime_ns, status.st_ino]
+
+    return stamps
+
+
+def _cached(cache: Path, stamps: dict[str, list[int]]) -> DataInfo | None:
+    r"""Returns the summary of the data if they were checked and have not changed since."""
+
+    try:
+        content = read_json(cache)
+
+        return DataInfo(**content["info"]) if stamps and content["files"] == stamps else None
+    except (UserError, KeyError, TypeError):
+        return None
+
+
+def find_faults(
+    sweep: Sweep | None,
+    runs: Path,
+    data: Path,
+    slots: Slots,
+    wandb: Wandb,
+    local: bool = True,
+    info: DataInfo | None = None,
+    count: int = 1000,
+) -> Findings:
+    r"""Finds everything that is wrong with a sweep and this machine. Leaves nothing on disk.
+
+    Arguments:
+        sweep: The sweep that its script defines, or None if the script has an error.
+        runs: The directory of all runs.
+        data: The directory of the data.
+        slots: The resources of a trial.
+        wandb: How trials log to W&B.
+        local: Whether the trials run on this machine.
+        info: The data, if they were checked before.
+        count: The number of configurations to draw.
+    """
+
+    faults: list[str] = []
+    findings = Findings(faults, info=info)
+
+    if info is None:
+        findings.info, wrong = _examine_data(data)
+        faults += wrong
+
+    if sweep is not None:
+        checked, wrong = sweep.examine(findings.info)
+        faults += wrong
+
+        if not wrong:
+            findings.draws, wrong = _examine_draws(checked, findings.info, count)
+            faults += wrong
+            findings.warnings += _warnings(checked, findings.info, slots)
+
+            if findings.info is not None:
+                faults += _faults_of(lambda: _check_record(checked, findings, runs))
+
+            findings.sweep = checked
+
+    faults += _faults_of(lambda: check_runs(runs))
+    faults += _faults_of(check_machine)
+    faults += _faults_of(lambda: check_wandb(wandb))
+    faults += _faults_of(slots.check_local) if local else []
+    findings.faults = list(dict.fromkeys(faults))
+
+    if findings.faults:
+        findings.sweep = None
+
+    return findings
+
+
+def _faults_of(check: Callable[[], Any]) -> list[str]:
+    try:
+        check()
+    except UserError as error:
+        return [str(error)]
+
+    return []
+
+
+def _examine_data(data: Path) -> tuple[DataInfo | None, list[str]]:
+    r"""Returns a summary of the data and what is wrong with them, with each file by itself."""
+
+    try:
+        return check_data(data), []
+    except UserError as error:
+        faults = [str(error)]
+
+    for split in ("train", "valid"):
+        faults += _faults_of(lambda: check_file(data / f"{split}.h5"))  # noqa: B023
+
+    return None, faults
+
+
+def _examine_draws(
+    sweep: Sweep, info: DataInfo | None, count: int
+) -> tuple[list[Config], list[str]]:
+    r"""Returns configurations drawn from a sweep, and what is wrong with draws, and how often."""
+
+    from ..search.sampler import check_kinds, sample
+
+    counts: Counter[str] = Counter()
+    cases: dict[str, str] = {}
+    draws: list[Config] = []
+    size, length = (info.size, info.length) if info is not None else (None, None)
+
+    def attempt(trial: Any) -> Config:
+        try:
+            values = sweep.draw(trial)
+            draws.append(check_config({**sweep.config, **values}, size, length))
+            return values
+        except UserError as error:
+            lines = str(error).split("\n")
+        except Exception as error:  # of the user's own function
+            lines = [f"{type(error).__name__}: {error}"]
+
+        for line in lines:
+            counts[line] += 1
+            cases.setdefault(
+                line, " ".join(f"{key}={format_value(x)}" for key, x in trial.params.items())
+            )
+
+        return {}
+
+    trials = [trial for _, trial in sample(attempt, count)]
+    faults = []
+
+    for line, n in counts.most_common(8):
+        case = f", as {cases[line]}" if cases[line] else ""
+        faults.append(f"SPACE: {line} ({n} of {count} draws{case})")
+
+    if sweep.sampler == "tpe":
+        faults += _faults_of(lambda: check_kinds(trials))
+
+    return draws, faults
+
+
+def _warnings(sweep: Sweep, info: DataInfo | None, slots: Slots) -> Iterator[str]:
+    r"""Yields what is allowed and probably not intended."""
+
+    config, space = sweep.config, {} if callable(sweep.space) else sweep.space
+    keys = {key.strip() for name in space for key in name.split(",")}
+    trajectories = math.inf if info is None else info.trajectories["train"]
+
+    if config["batch_size"] > trajectories and "batch_size" not in keys:
+        yield (
+            f"batch_size is {config['batch_size']}, but there are {trajectories} trajectories to "
+            "train with: an epoch is one step."
+        )
+
+    yield from sweep.warnings()
+
+    sizes = [
+        len(d.options) if isinstance(d, Choice) else (d.high - d.low) // d.step + 1
+        for d in space.values()
+        if isinstance(d, Choice) or d.step is not None
+    ]
+
+    if space and len(sizes) == len(space) and math.prod(sizes) < sweep.trials:
+        yield (
+            f"SPACE has {math.prod(sizes)} configurations, fewer than the {sweep.trials} trials: "
+            "the sweep ends with those."
+        )
+
+    rate = space.get("learning_rate")
+    highest = rate.high if rate is not None and not isinstance(rate, Choice) else 0
+
+    if highest > HIGH:
+        yield f"learning_rate goes up to {highest:g}: above {HIGH} hardly a run does not diverge."
+
+    if config["precision"] == "tf32" and "GPU" not in slots.wanted:
+        yield "precision is tf32, which means nothing without a GPU."
+
+
+def _check_record(sweep: Sweep, findings: Findings, runs: Path) -> None:
+    r"""Raises a UserError if another sweep of the same name is recorded."""
+
+    assert findings.info is not None
+    definition = sweep.definition()
+    directory = sweep_directory(runs, sweep.name)
+
+    if (directory / "sweep.json").exists():
+        now = {"definition": definition, "fingerprint": findings.info.fingerprint}
+        compare(read_sweep(runs, sweep.name), now).check(sweep.name, sweep.script)
+
+    if is_alive(directory / "lease.json"):
+        findings.warnings.append(f"sweep '{sweep.name}' is being run by another process now.")
 
 
 def check_runs(runs: Path) -> None:
-    r"""Raises a UserError if nothing can be written where the runs will be."""
+    r"""Raises a UserError if the directory of all runs cannot be written to."""
 
     place = next(part for part in (runs, *runs.parents) if os.path.lexists(part))
 
@@ -66,7 +346,7 @@ def check_runs(runs: Path) -> None:
 
 
 def free_disk(place: Path) -> int:
-    r"""Returns the bytes that are free where a directory is, or will be."""
+    r"""Returns the free bytes of the disk that has, or will have, a directory."""
 
     return shutil.disk_usage(next(p for p in (place, *place.parents) if p.is_dir())).free
 
@@ -112,7 +392,7 @@ def check_wandb(wandb: Wandb) -> None:
 
 
 def wandb_server() -> str:
-    r"""Returns the address of W&B's server: $WANDB_BASE_URL, or what `wandb login --host` noted."""
+    r"""Returns the address of W&B's server: $WANDB_BASE_URL, or that of `wandb login --host`."""
 
     directory = Path(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb").expanduser()
     settings = configparser.ConfigParser(interpolation=None)
@@ -123,371 +403,3 @@ def wandb_server() -> str:
     noted = settings.get("default", "base_url", fallback="https://api.wandb.ai")
 
     return os.environ.get("WANDB_BASE_URL") or noted
-
-
-DRAWS = 32
-
-
-@dataclass(frozen=True)
-class Start:
-    r"""Creates what a sweep may start with.
-
-    Arguments:
-        sweep: The sweep in its normal form.
-        info: The data.
-        warnings: Whatever is probably not meant.
-        first: Whether the sweep starts for the first time.
-    """
-
-    sweep: Sweep
-    info: DataInfo
-    warnings: tuple[str, ...] = ()
-    first: bool = True
-
-
-def check_start(
-    sweep: Sweep,
-    runs: Path,
-    data: Path,
-    slots: Slots,
-    wandb: Wandb,
-    address: str | None = None,
-) -> Start:
-    r"""Checks a sweep before its start, within 2 s if the data were checked before.
-
-    Arguments:
-        sweep: The sweep.
-        runs: The directory of all runs.
-        data: The directory of the data.
-        slots: The resources of a trial.
-        wandb: How trials log to W&B.
-        address: The address of a Ray cluster, or None for this machine.
-
-    Raises:
-        UserError: If anything is wrong. The message has all of it.
-    """
-
-    file = sweep_directory(runs, str(sweep.name)) / "plan.json"
-    known = _read(file)
-    files = _files(data)
-    info = None
-
-    if known.get("files") == files and files:
-        info = DataInfo(**known["info"])
-
-    found = find_faults(sweep, runs, data, slots, wandb, address is None, info, DRAWS)
-
-    if found.sweep is None or found.info is None:
-        raise UserError("\n".join(found.faults))
-
-    if info is None:
-        _write(file, {"files": files, "info": asdict(found.info)})
-
-    first = not (file.parent / "sweep.json").exists()
-
-    return Start(found.sweep, found.info, tuple(found.warnings), first)
-
-
-def _files(data: Path) -> dict[str, list[int]]:
-    r"""Returns what tells that files of data have not changed, or nothing if there are none."""
-
-    found = {}
-
-    for name in ("train.h5", "valid.h5"):
-        try:
-            status = (data / name).stat()
-        except OSError:
-            return {}
-
-        found[str(data / name)] = [status.st_size, status.st_mtime_ns, status.st_ino]
-
-    return found
-
-
-def _read(file: Path) -> dict[str, Any]:
-    r"""Returns what was remembered; nothing, if it cannot be made out."""
-
-    try:
-        known = read_json(file)
-        DataInfo(**known["info"])
-        assert isinstance(known["files"], dict)
-
-        return dict(known)
-    except (UserError, KeyError, TypeError, AttributeError, AssertionError):
-        return {}
-
-
-def _write(file: Path, content: dict[str, Any]) -> None:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, content)
-    except OSError as error:
-        raise UserError(f"{file} cannot be written: {error}.") from error
-
-
-HARMLESS = {"learning_rate": loguniform(1e-4, 1e-3)}
-
-# How faults begin that are about values of CONFIG together. They say nothing once it was changed.
-CONFLICTS = (*(f"{key} " for key in KEYS), "The network would", "Options of two", "and ")
-
-
-@dataclass
-class Findings:
-    r"""Creates what was found before anything is started.
-
-    Arguments:
-        faults: Whatever keeps the sweep from running, a text for each.
-        warnings: Whatever is probably not meant.
-        sweep: The sweep in its normal form, if it has one.
-        info: The data, if they can be used.
-        draws: Configurations that were drawn at random from the sweep.
-    """
-
-    faults: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    sweep: Sweep | None = None
-    info: DataInfo | None = None
-    draws: list[Config] = field(default_factory=list)
-
-    def add(self, error: UserError, whole: bool = False) -> None:
-        r"""Adds an error: one fault for each line of its message, unless that is a whole."""
-
-        for fault in [str(error)] if whole else str(error).split("\n"):
-            if fault not in self.faults:
-                self.faults.append(fault)
-
-
-def find_faults(
-    sweep: Sweep | None,
-    runs: Path,
-    data: Path,
-    slots: Slots,
-    wandb: Wandb,
-    local: bool = True,
-    info: DataInfo | None = None,
-    count: int = 1000,
-) -> Findings:
-    r"""Finds everything that is wrong with a sweep and this machine. Nothing is left on disk.
-
-    Arguments:
-        sweep: The sweep, as its script says, or None if the script says nothing.
-        runs: The directory of all runs.
-        data: The directory of the data.
-        slots: The resources of a trial.
-        wandb: How trials log to W&B.
-        local: Whether the trials run on this machine.
-        info: The data, if they were checked before.
-        count: The number of configurations to draw.
-    """
-
-    found = Findings(info=info)
-
-    if info is None:
-        _check_data(found, data)
-
-    if sweep is not None:
-        _check_sweep(found, sweep)
-
-    if found.sweep is not None:
-        _draw(found, found.sweep, count)
-        found.warnings += _oddities(found.sweep, found.info, slots)
-
-        if found.info is not None:
-            _check_record(found, found.sweep, runs)
-
-    for check in (lambda: check_runs(runs), check_machine, lambda: check_wandb(wandb)):
-        try:
-            check()
-        except UserError as error:
-            found.add(error)
-
-    try:
-        if local:
-            slots.check_local()
-    except UserError as error:
-        found.add(error)
-
-    if found.faults:
-        found.sweep = None
-
-    return found
-
-
-def _check_data(found: Findings, data: Path) -> None:
-    r"""Checks the data. If anything is wrong, each file is looked at by itself, too."""
-
-    try:
-        found.info = check_data(data)
-        return
-    except UserError as error:
-        found.add(error, whole=True)
-
-    for split in ("train", "valid"):
-        try:
-            check_file(data / f"{split}.h5")
-        except UserError as error:
-            found.add(error, whole=True)
-
-
-def _check_sweep(found: Findings, sweep: Sweep) -> None:
-    r"""Checks a sweep, and what is left of it without what is wrong with it."""
-
-    asked, whole = sweep, True
-
-    while True:
-        try:
-            checked = sweep.check(found.info)
-            found.sweep = checked if sweep is asked else None
-            return
-        except UserError as error:
-            message = str(error)
-
-        for fault in message.split("\n"):
-            if whole or not fault.startswith(CONFLICTS):
-                found.add(UserError(fault))
-
-        for name, value in _harmless(sweep):
-            other = replace(sweep, **{name: value})
-
-            if _message(other, found.info) != message:
-                whole, sweep = whole and name != "config", other
-                break
-        else:
-            return
-
-
-def _message(sweep: Sweep, info: DataInfo | None) -> str | None:
-    try:
-        sweep.check(info)
-    except UserError as error:
-        return str(error)
-
-    return None
-
-
-def _harmless(sweep: Sweep) -> Iterator[tuple[str, Any]]:
-    r"""Yields what could replace a part of a sweep that is wrong."""
-
-    default = Sweep("sweep", CONFIG, HARMLESS)
-
-    for name in vars(default):
-        if name not in ("config", "space", "script"):
-            yield name, getattr(default, name)
-
-    mended = _mend(sweep.config)
-    small = mended | {"window": 3, "hidden_channels": (8,), "hidden_blocks": (1,)}
-
-    for config in (mended, small | {"kernel_size": 3, "warmup": 0}):
-        yield "config", config
-
-    yield "space", HARMLESS
-
-
-def _mend(config: Any) -> Config:
-    r"""Returns a configuration with the default wherever a value is not accepted."""
-
-    mended = dict(CONFIG)
-
-    for key in mended.keys() & (config.keys() if isinstance(config, dict) else ()):
-        with suppress(UserError):
-            mended[key] = check_value(key, config[key])
-
-    return mended
-
-
-def _draw(found: Findings, sweep: Sweep, count: int) -> None:
-    r"""Draws configurations, and counts what goes wrong in that."""
-
-    from ..search.sampler import check_kinds, sample
-
-    faults: Counter[str] = Counter()
-    cases: dict[str, str] = {}
-    info = found.info
-    size, length = (info.size, info.length) if info is not None else (None, None)
-
-    def attempt(trial: Any) -> Config:
-        try:
-            values = sweep.draw(trial)
-            found.draws.append(check_config({**sweep.config, **values}, size, length))
-            return values
-        except UserError as error:
-            told = str(error).split("\n")
-        except Exception as error:
-            told = [f"{type(error).__name__}: {error}"]
-
-        for fault in told:
-            faults[fault] += 1
-            cases.setdefault(
-                fault, " ".join(f"{key}={format_value(x)}" for key, x in trial.params.items())
-            )
-
-        return {}
-
-    trials = [trial for _, trial in sample(attempt, count)]
-
-    for fault, n in faults.most_common(8):
-        case = f", as {cases[fault]}" if cases[fault] else ""
-        found.add(UserError(f"SPACE: {fault} ({n} of {count} draws{case})"))
-
-    try:
-        if sweep.sampler == "tpe":
-            check_kinds(trials)
-    except UserError as error:
-        found.add(error)
-
-
-def _oddities(sweep: Sweep, info: DataInfo | None, slots: Slots) -> Iterator[str]:
-    r"""Yields what is allowed and probably not meant."""
-
-    config, space = sweep.config, {} if callable(sweep.space) else sweep.space
-    keys = {key.strip() for name in space for key in name.split(",")}
-
-    trajectories = math.inf if info is None else info.trajectories["train"]
-
-    if config["batch_size"] > trajectories and "batch_size" not in keys:
-        yield (
-            f"batch_size is {config['batch_size']}, but there are {trajectories} trajectories to "
-            "train with: an epoch is one step."
-        )
-
-    yield from sweep.warnings()
-
-    sizes = [
-        len(d.options) if isinstance(d, Choice) else (d.high - d.low) // d.step + 1
-        for d in space.values()
-        if isinstance(d, Choice) or d.step is not None
-    ]
-
-    if space and len(sizes) == len(space) and math.prod(sizes) < sweep.trials:
-        yield (
-            f"SPACE has {math.prod(sizes)} configurations, fewer than the {sweep.trials} trials: "
-            "the sweep ends with those."
-        )
-
-    rate = space.get("learning_rate")
-    highest = rate.high if rate is not None and not isinstance(rate, Choice) else 0
-
-    if highest > 0.1:
-        yield f"learning_rate goes up to {highest:g}: above 0.1 hardly a run does not diverge."
-
-    if config["precision"] == "tf32" and "GPU" not in slots.wanted:
-        yield "precision is tf32, which means nothing without a GPU."
-
-
-def _check_record(found: Findings, sweep: Sweep, runs: Path) -> None:
-    r"""Checks that a sweep of the name, if there is one, is this sweep."""
-
-    assert found.info is not None
-
-    try:
-        definition = sweep.definition()
-        directory = sweep_directory(runs, sweep.name)
-
-        if (directory / "sweep.json").exists():
-            now = {"definition": definition, "fingerprint": found.info.fingerprint}
-            compare(read_sweep(runs, sweep.name), now).check(sweep.name, sweep.script)
-
-        if is_alive(directory / "lease.json"):
-            found.warnings.append(f"sweep '{sweep.name}' is being run by another process now.")
-    except UserError as error:
-        found.add(error, whole=True)

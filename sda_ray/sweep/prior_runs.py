@@ -34,7 +34,7 @@ from ..search.study import Study
 from .definition import Sweep
 from .enqueue import Fit, bring_all, fit
 from .record import compare, read_sweep, write_sweep
-from .requests import Absent, ask_for, live
+from .requests import NotRunning, ask_all, running_driver
 
 if TYPE_CHECKING:
     from ..data.dataset import TrajectoryDataset
@@ -432,7 +432,7 @@ def adopt(
         changes = compare(before, content)
         changes.check(sweep.name, sweep.script)
 
-        if changes.widened and live(directory):
+        if changes.widened and running_driver(directory):
             raise UserError(
                 f"sweep '{sweep.name}' is running, with a SPACE that is not as wide: "
                 f"{'; '.join(changes.widened)}. Stop it first: sda-ray stop {sweep.name}"
@@ -465,8 +465,8 @@ def _expand(word: str, runs: Path) -> list[Path]:
 def _deliver(items: list[Item], sweep: Sweep, directory: Path, content: dict[str, Any]) -> None:
     r"""Tells the driver of the sweep of runs, or the study itself if nobody drives it."""
 
-    with suppress(Absent):
-        ask_for(directory, priors=items)
+    with suppress(NotRunning):
+        ask_all(directory, priors=items)
         return
 
     lease = Lease(directory / "lease.json", f"sweep '{sweep.name}'")

@@ -1,10 +1,12 @@
-r"""The desk of a driver: requests from elsewhere are taken up here, and answered.
+r"""Requests to a running sweep: files in its directory, posted by any process, served by its driver.
 
-What a request changes is recorded before it is answered. No request, whatever it says, can do
-harm to the sweep.
+A request is a file `requests/{id}.json`, its answer `requests/{id}.answer.json`, both whole or
+absent. The driver deletes a request before it serves it: a request is served at most once, whatever
+dies meanwhile, and one that still exists was not begun. What it changes is recorded before it is
+answered, and no request, whatever its content, can harm the sweep.
 
-A request that was left to a driver which died is taken up by the next one, unless it asks for a
-stop: that was meant for the driver that is gone.
+A request that a driver left unserved when it died is served by the next driver, unless it asks for
+a stop, which was meant for the dead driver.
 """
 
 from __future__ import annotations
@@ -32,18 +34,19 @@ if TYPE_CHECKING:
     from .driver import Driver
 
 __all__ = [
-    "Absent",
     "Answer",
-    "Desk",
+    "NotRunning",
     "Request",
+    "RequestServer",
     "answer",
     "ask",
-    "ask_for",
-    "attended",
-    "live",
-    "mailbox_of",
+    "ask_all",
+    "is_driven",
     "pending",
     "post",
+    "request_directory",
+    "running_driver",
+    "serving",
     "stop_sweep",
     "take",
     "tidy",
@@ -51,21 +54,30 @@ __all__ = [
     "watch",
 ]
 
+logger = logging.getLogger(__name__)
+
 ANSWER = ".answer.json"
-LOOK = 0.1  # seconds between two looks for an answer
-CHECK = 1.0  # seconds between two looks at whether there is anybody to answer
-OLD = 3600.0  # seconds after which nobody waits for an answer any more
+LOOK = 0.1  # seconds between two checks for an answer
+CHECK = 1.0  # seconds between two checks of whether the driver lives
+OLD = 3600.0  # seconds after which nobody waits for an answer
+BATCH = 100  # finished runs in a request
+PATIENCE = 120.0  # seconds for an answer; a driver that starts Ray answers meanwhile
+SERVE = 0.25  # seconds between two checks for requests
+
+
+class NotRunning(UserError):
+    r"""Raised if no driver is running, so the caller may change the sweep itself."""
 
 
 @dataclass(frozen=True)
 class Request:
-    r"""Creates a request.
+    r"""A request.
 
     Arguments:
-        id: Names its file. Ids sort by the time of posting.
+        id: The name of its file. Ids sort by the time of posting.
         kind: What is asked for.
         content: The particulars.
-        fault: Why the file is no request, if it is none.
+        fault: Why the file is not a request, if it is none.
     """
 
     id: str
@@ -76,20 +88,23 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    r"""Creates an answer: a sentence, and whether what was asked for is done."""
+    r"""An answer: a sentence, and whether the request was served."""
 
     text: str
     good: bool = True
 
 
-def mailbox_of(sweep: Path) -> Path:
-    r"""Returns the mailbox in the directory of a sweep."""
+# Files
+
+
+def request_directory(sweep: Path) -> Path:
+    r"""Returns the directory of requests in the directory of a sweep."""
 
     return sweep / "requests"
 
 
 def post(directory: Path, kind: str, **content: Any) -> str:
-    r"""Leaves a request and returns its id.
+    r"""Posts a request and returns its id.
 
     Raises:
         OSError: If it cannot be written.
@@ -103,32 +118,28 @@ def post(directory: Path, kind: str, **content: Any) -> str:
 
 
 def pending(directory: Path) -> list[Request]:
-    r"""Returns the requests that nobody has taken, the oldest first."""
+    r"""Returns the requests that wait, the oldest first."""
 
     try:
         names = sorted(os.listdir(directory))
     except OSError:  # no request yet, or a file system away for a while
         return []
 
-    ids = [name.removesuffix(".json") for name in names if _is_request(name)]
+    names = [x for x in names if x.endswith(".json") and not x.endswith(ANSWER) and x[0] != "."]
 
-    return [_read(directory, id) for id in ids]
-
-
-def _is_request(name: str) -> bool:
-    return name.endswith(".json") and not name.endswith(ANSWER) and not name.startswith(".")
+    return [_read(directory, name.removesuffix(".json")) for name in names]
 
 
 def _read(directory: Path, id: str) -> Request:
     try:
-        found = read_json(directory / f"{id}.json")
+        request = read_json(directory / f"{id}.json")
     except UserError as error:
         return Request(id, fault=str(error))
 
-    if not isinstance(found, dict):
+    if not isinstance(request, dict):
         return Request(id, fault="a request must be a JSON object.")
 
-    kind, content = found.get("kind"), found.get("content")
+    kind, content = request.get("kind"), request.get("content")
 
     if not isinstance(kind, str) or not isinstance(content, dict):
         return Request(id, fault="a request must have a kind, a text, and a content, an object.")
@@ -137,7 +148,7 @@ def _read(directory: Path, id: str) -> Request:
 
 
 def take(directory: Path, id: str) -> bool:
-    r"""Deletes a request, and tells whether it was still there: it is then the caller's."""
+    r"""Deletes a request and returns whether it existed: it is then the caller's."""
 
     try:
         (directory / f"{id}.json").unlink()
@@ -163,13 +174,13 @@ def wait(
     r"""Waits for an answer, and deletes it.
 
     Arguments:
-        directory: The mailbox.
+        directory: The directory of requests.
         id: The id of the request.
-        alive: Tells whether there is anybody to answer. Asked about once a second.
+        alive: Tells whether the driver lives. Called about once a second.
         patience: The most seconds to wait.
 
     Returns:
-        The answer, or None if there is none and nobody to give it, or for too long.
+        The answer, or None if the driver is dead or silent.
     """
 
     deadline = time.monotonic() + patience
@@ -178,7 +189,7 @@ def wait(
     while (found := _collect(directory, id)) is None and time.monotonic() < deadline:
         if time.monotonic() >= check:
             if not alive():
-                return _collect(directory, id)  # its last words
+                return _collect(directory, id)  # written just before its death
 
             check = time.monotonic() + CHECK
 
@@ -191,18 +202,18 @@ def _collect(directory: Path, id: str) -> Answer | None:
     file = directory / f"{id}{ANSWER}"
 
     try:
-        found = read_json(file)
+        content = read_json(file)
     except UserError:  # not there yet
         return None
 
     with suppress(OSError):
         file.unlink()
 
-    return Answer(str(found["text"]), bool(found["good"]))
+    return Answer(str(content["text"]), bool(content["good"]))
 
 
 def tidy(directory: Path) -> None:
-    r"""Deletes old answers, and requests half written, that nobody waits for any more."""
+    r"""Deletes answers and half-written requests that nobody waits for any more."""
 
     with suppress(OSError):
         for entry in list(os.scandir(directory)):
@@ -213,18 +224,13 @@ def tidy(directory: Path) -> None:
                 os.unlink(entry.path)
 
 
-BATCH = 100  # runs that a driver is told of at a time
-PATIENCE = 120.0  # seconds for an answer; a driver that starts Ray answers when that is done
+# The caller
 
 
-class Absent(UserError):
-    r"""Signals that nobody drives a sweep: whatever is wanted of it can be done right here."""
+def running_driver(directory: Path) -> dict[str, Any] | None:
+    r"""Returns the driver of a sweep (`host`, `pid`, `since`), or None if none is running.
 
-
-def live(directory: Path) -> dict[str, Any] | None:
-    r"""Returns who drives the sweep in a directory (`host`, `pid`, `since`), or None.
-
-    A driver on another host is watched for a sign of life: up to 60 s, 10 s as a rule.
+    A driver on another host is watched for a heartbeat: up to 60 s, 10 s as a rule.
     """
 
     file = directory / "lease.json"
@@ -233,89 +239,99 @@ def live(directory: Path) -> dict[str, Any] | None:
     return found if found is not None and is_alive(file) else None
 
 
+def is_driven(directory: Path) -> bool:
+    r"""Returns whether a sweep seems to have a driver, without waiting for a heartbeat."""
+
+    file = directory / "lease.json"
+
+    return _seems_alive(file, read_holder(file))
+
+
+def _seems_alive(file: Path, found: dict[str, Any] | None) -> bool:
+    if found is None or found["pid"] is None:
+        return False
+
+    return not is_local(found) or is_alive(file)
+
+
 def ask(directory: Path, kind: str, **content: Any) -> str:
-    r"""Asks the driver of a sweep for something, prints its answer and returns it.
+    r"""Posts a request to the driver of a sweep, prints its answer and returns it.
 
     Arguments:
         directory: The directory of the sweep.
         kind: `stop` (of `trial`, or the whole sweep), `trials`, `enqueue` (`items`), `prior`
             (`runs`) or `retry`.
-        content: What goes with it.
+        content: The particulars.
 
     Raises:
-        Absent: If nobody drives the sweep. Nothing is left behind then.
+        NotRunning: If no driver is running. No request is left behind.
         UserError: If the driver refuses, or ends before it has answered.
     """
 
-    file, box, name = directory / "lease.json", mailbox_of(directory), directory.name
+    file, box, name = directory / "lease.json", request_directory(directory), directory.name
+    resume = f"Resume the sweep with `sda-ray sweep {name}`"
     found = read_holder(file)
 
-    if found is None or found["pid"] is None or (is_local(found) and not is_alive(file)):
-        raise Absent(
-            f"nobody is at sweep '{name}' now. `sda-ray sweep {name}` carries it on, and takes "
-            "what is wanted of it as options."
-        )
+    if not _seems_alive(file, found):
+        raise NotRunning(f"sweep '{name}' is not running. {resume} and pass changes as options.")
+
+    assert found is not None
 
     try:
         id = post(box, kind, attempt=found["attempt"], **content)
     except OSError as error:
-        raise UserError(f"sweep '{name}' cannot be asked: {error}.") from error
+        raise UserError(f"no request can be posted to sweep '{name}': {error}.") from error
 
     untouched = False
 
     try:
-        answer = wait(box, id, watch(file, found), PATIENCE)
+        reply = wait(box, id, watch(file, found), PATIENCE)
     finally:
-        untouched = take(box, id)  # nobody shall find it later
+        untouched = take(box, id)  # it must not be served later
 
-    driver = f"process {found['pid']} on {found['host']}, which drives sweep '{name}',"
+    if reply is None:
+        driver = f"process {found['pid']} on {found['host']}, the driver of sweep '{name}',"
 
-    if (
-        answer is None
-        and untouched
-        and read_holder(file) == found
-        and (not is_local(found) or is_alive(file))
-    ):
-        raise UserError(
-            f"{driver} gives no answer. Nothing was changed. Is it frozen, or its disk? If it is "
-            f"gone for good, `sda-ray sweep {name}` takes over."
+        if not untouched:
+            raise UserError(
+                f"{driver} ended while it served the request, which may be done or not. {resume}: "
+                "it prints the state of the sweep."
+            )
+
+        if read_holder(file) == found and _seems_alive(file, found):
+            raise UserError(
+                f"{driver} does not answer. Nothing was changed. The process may be frozen, or its "
+                f"disk. If it is dead, `sda-ray sweep {name}` takes over."
+            )
+
+        raise NotRunning(
+            f"{driver} ended before it served the request. Nothing was changed. {resume} and pass "
+            "changes as options."
         )
 
-    if answer is None and untouched:
-        raise Absent(
-            f"{driver} ended before it took the request up. Nothing was changed. "
-            f"`sda-ray sweep {name}` carries the sweep on, and takes what is wanted as options."
-        )
+    if not reply.good:
+        raise UserError(reply.text)
 
-    if answer is None:
-        raise UserError(
-            f"{driver} ended while it was at the request: it may be done or not. "
-            f"`sda-ray sweep {name}` carries the sweep on and shows how it stands."
-        )
+    print(reply.text + "." * (not reply.text.endswith(".")), flush=True)
 
-    if not answer.good:
-        raise UserError(answer.text)
-
-    print(answer.text + "." * (not answer.text.endswith(".")), flush=True)
-
-    return answer.text
+    return reply.text
 
 
-def ask_for(
+def ask_all(
     directory: Path,
     trials: int | None = None,
     retry: bool = False,
     queue: Sequence[Any] = (),
     priors: Sequence[Any] = (),
 ) -> None:
-    r"""Asks the driver of a sweep for several things, and prints its answers, see :func:`ask`.
+    r"""Posts several requests to the driver of a sweep, and prints its answers, see :func:`ask`.
 
     Arguments:
         directory: The directory of the sweep.
-        trials: Another number of trials.
-        retry: Whether failed runs shall be tried again.
-        queue: Parameters to be tried before others.
-        priors: Runs that were brought in.
+        trials: A new number of trials.
+        retry: Whether to retry failed runs.
+        queue: Parameters to try before others.
+        priors: Finished runs to bring in.
     """
 
     for i in range(0, len(priors), BATCH):
@@ -332,7 +348,7 @@ def ask_for(
 
 
 def watch(file: Path, found: dict[str, Any]) -> Callable[[], bool]:
-    r"""Returns what tells whether the holder of a lease seems to live, without waiting for it."""
+    r"""Returns a function that tells whether the holder of a lease seems alive, without waiting."""
 
     last, since = last_heartbeat(file), time.monotonic()
 
@@ -354,38 +370,37 @@ def watch(file: Path, found: dict[str, Any]) -> Callable[[], bool]:
 
 
 def stop_sweep(runs: Path, name: str, trial: int | None = None) -> str:
-    r"""Asks the driver of a sweep to stop, or to stop one run for good.
+    r"""Asks the driver of a sweep to stop, or to end one run.
 
     Raises:
-        UserError: If there is no such sweep, nobody drives it, or the driver refuses.
+        UserError: If there is no such sweep, it is not running, or the driver refuses.
     """
 
     read_sweep(runs, name)
 
     try:
         return ask(sweep_directory(runs, name), "stop", trial=trial)
-    except Absent as error:
-        what = "it stands still" if trial is None else f"run {trial} is not at work"
-        raise Absent(f"nothing to stop: {what}, since {error}") from error
+    except NotRunning as error:
+        raise NotRunning(f"nothing to stop: {error}") from error
 
 
-logger = logging.getLogger(__name__)
+# The driver
 
 
 @contextmanager
-def attended(driver: Driver) -> Iterator[None]:
-    r"""Answers requests while the block keeps the driver from it, as the start of Ray does.
+def serving(driver: Driver) -> Iterator[None]:
+    r"""Serves requests from a thread for as long as the block lasts, as while Ray starts.
 
     The block must not touch the study.
     """
 
-    over, desk = threading.Event(), Desk(driver)
+    over, server = threading.Event(), RequestServer(driver)
 
-    def attend() -> None:
-        while not over.wait(0.25):
-            desk()
+    def serve() -> None:
+        while not over.wait(SERVE):
+            server()
 
-    thread = threading.Thread(target=attend, name="desk", daemon=True)
+    thread = threading.Thread(target=serve, name="requests", daemon=True)
     thread.start()
 
     try:
@@ -395,17 +410,17 @@ def attended(driver: Driver) -> Iterator[None]:
         thread.join()
 
 
-class Desk:
-    r"""Creates the desk of a driver, in the directory of its sweep.
+class RequestServer:
+    r"""Serves the requests to a driver.
 
-    Single runs that the last driver was asked to stop, and has not, are stopped.
+    Runs that the previous driver was asked to stop, and did not, are stopped.
     """
 
     def __init__(self, driver: Driver) -> None:
         self.driver = driver
         self.directory = driver.request.parent
         self.name = self.directory.name
-        self.box = mailbox_of(self.directory)
+        self.box = request_directory(self.directory)
         self.attempt = (read_holder(self.directory / "lease.json") or {}).get("attempt")
         tidy(self.box)
 
@@ -413,24 +428,24 @@ class Desk:
             known = {str(record.index): record.index for record in driver.study.records()}
 
             if (index := known.get(file.suffix[1:])) is not None:
-                driver.unwanted.add(index)
+                driver.cancelled.add(index)
 
     def __call__(self) -> None:
-        r"""Takes up what was asked for since the last call. Never raises."""
+        r"""Serves the requests posted since the last call. Never raises."""
 
         try:
             for request in pending(self.box):
                 if take(self.box, request.id):
                     answer(self.box, request.id, *self._serve(request))
 
-            self._settle()
+            self._record_stopped()
         except LeaseLost as error:
             self.driver.guard(error)
         except Exception as error:
-            logger.warning("a request was not taken up: %s: %s.", type(error).__name__, error)
+            logger.warning("a request was not served: %s: %s.", type(error).__name__, error)
 
     def _serve(self, request: Request) -> tuple[str, bool]:
-        r"""Does what is asked for, and returns the answer and whether it is done."""
+        r"""Serves a request, and returns the answer and whether it is served."""
 
         serve = {
             "stop": self._stop,
@@ -450,66 +465,63 @@ class Desk:
                 )
 
             if self.driver.done:
-                raise UserError(
-                    f"sweep '{self.name}' has just ended: nothing is changed any more."
-                )
+                raise UserError(f"sweep '{self.name}' has just ended: nothing changes any more.")
 
-            return serve[request.kind](request.content) + self._later(request.kind), True
+            text = serve[request.kind](request.content)
+
+            if request.kind != "stop" and self.driver.stopping:
+                text += f". The sweep is stopping: `sda-ray sweep {self.name}` resumes it"
+
+            return text, True
         except (UserError, LeaseLost) as error:
             return str(error), False
         except Exception as error:  # nonsense that looks like a request
-            return f"the request cannot be carried out: {type(error).__name__}: {error}", False
-
-    def _later(self, kind: str) -> str:
-        if kind == "stop" or not self.driver.stopping:
-            return ""
-
-        return f". The sweep is stopping: `sda-ray sweep {self.name}` carries it on then"
+            return f"the request cannot be served: {type(error).__name__}: {error}", False
 
     def _stop(self, content: dict[str, Any]) -> str:
-        driver = self.driver
-
         if content.get("attempt", self.attempt) != self.attempt:
-            raise UserError("that driver is gone, and this one was not asked to stop.")
+            raise UserError("the request was for a previous driver, which has ended.")
 
         if content.get("trial") is not None:
-            return self._stop_one(content["trial"])
+            return self._stop_run(content["trial"])
 
-        driver.stop("`sda-ray stop` asked for it")
-        live = len(driver.live)
-        what = f"{live} run{'s' * (live != 1)} at work, each saves a checkpoint after its step"
+        self.driver.stop("`sda-ray stop` asked for it")
+        live = len(self.driver.live)
 
-        return f"sweep '{self.name}' stops, with {what}. To carry on: sda-ray sweep {self.name}"
+        return (
+            f"sweep '{self.name}' stops, with {live} run{'s' * (live != 1)} at work: each saves a "
+            f"checkpoint after its step. To resume: sda-ray sweep {self.name}"
+        )
 
-    def _stop_one(self, trial: Any) -> str:
+    def _stop_run(self, trial: Any) -> str:
         driver, records = self.driver, self.driver.study.records()
-        found = [record for record in records if trial in (record.index, record.run_id)]
+        matches = [record for record in records if trial in (record.index, record.run_id)]
 
-        if not found or isinstance(trial, bool):
+        if not matches or isinstance(trial, bool):
             raise UserError(
                 f"there is no run {trial} in sweep '{self.name}', which has {len(records)} runs."
             )
 
-        record = found[0]
+        record = matches[0]
         n = record.index
 
         if record.state != "running" and not _promotable(driver, record):
             raise UserError(f"run {n} is {record.state} already.")
 
         driver.request.with_name(f"{driver.request.name}.{n}").touch()
-        driver.unwanted.add(n)
+        driver.cancelled.add(n)
 
         if n in driver.live.values():
             return f"run {n} stops after its step, at epoch {record.last} or later"
 
-        return f"run {n}, which waited at epoch {record.last}, is stopped"
+        return f"run {n}, paused at epoch {record.last}, is stopped"
 
-    def _settle(self) -> None:
-        r"""Tells what was stopped, once nobody is at it any more."""
+    def _record_stopped(self) -> None:
+        r"""Records the runs that were stopped, once their processes have ended."""
 
         driver = self.driver
 
-        for index in sorted(driver.unwanted - driver.at_work()):
+        for index in sorted(driver.cancelled - driver.at_work()):
             record = next(r for r in driver.study.records() if r.index == index)
 
             if record.state == "pruned" and _promotable(driver, record):
@@ -517,10 +529,10 @@ class Desk:
 
             if record.state == "running":
                 record = driver.study.tell(record, "stopped")
-                _note(Path(driver.spec["runs"]), record)
+                _write_status(Path(driver.spec["runs"]), record)
                 driver.notify("stopped", record)
 
-            driver.unwanted.discard(index)
+            driver.cancelled.discard(index)
             driver.request.with_name(f"{driver.request.name}.{index}").unlink(missing_ok=True)
 
     def _trials(self, content: dict[str, Any]) -> str:
@@ -535,7 +547,7 @@ class Desk:
         more = target - count_trials(driver.study.records())
 
         if more > 0:
-            return f"sweep '{self.name}' goes on to {target} trials: {more} more"
+            return f"sweep '{self.name}' continues to {target} trials: {more} more"
 
         return (
             f"sweep '{self.name}' is to have {target} trials and has {target - more}: no new ones "
@@ -567,10 +579,10 @@ class Desk:
 
         driver.exhausted = False
         count = len(items)
-        said = f"{count} configuration{'s' * (count > 1)} queued, to be tried next"
-        more = queue_warning(driver.study, driver.rules.target)
+        text = f"{count} configuration{'s' * (count > 1)} queued, to be tried next"
+        warning = queue_warning(driver.study, driver.rules.target)
 
-        return f"{said}. {more}" if more else said
+        return f"{text}. {warning}" if warning else text
 
     def _prior(self, content: dict[str, Any]) -> str:
         from .enqueue import bring_all
@@ -595,19 +607,19 @@ class Desk:
         driver.errors.clear()
         numbers = ", ".join(str(record.index) for record in failed)
 
-        return f"tried again, from the last checkpoint: run{'s' * (len(failed) > 1)} {numbers}"
+        return f"retried from the last checkpoint: run{'s' * (len(failed) > 1)} {numbers}"
 
 
 def _promotable(driver: Driver, record: TrialRecord) -> bool:
     return record.state == "pruned" and driver.rules.pruner == "promotion"
 
 
-def _note(runs: Path, record: TrialRecord) -> None:
-    r"""Lets `run.json` of a run that nobody is at say that it was stopped."""
+def _write_status(runs: Path, record: TrialRecord) -> None:
+    r"""Writes to `run.json` of a run without a process that it was stopped."""
 
     path = RunPath.of_id(runs, record.run_id)
 
-    if path is None or (found := read_record(path)).get("status") in (None, "stopped"):
+    if path is None or (content := read_record(path)).get("status") in (None, "stopped"):
         return
 
     with suppress(UserError, OSError):
@@ -615,6 +627,6 @@ def _note(runs: Path, record: TrialRecord) -> None:
 
         try:
             with lease.hold():
-                write_json(path.record, found | {"status": "stopped"})
+                write_json(path.record, content | {"status": "stopped"})
         finally:
             lease.release()

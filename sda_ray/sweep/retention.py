@@ -1,8 +1,8 @@
-r"""Room on the disk: what the checkpoints of a sweep take, and which of them can be given back.
+r"""Retention of checkpoints: which of a sweep's checkpoints are deleted when space is limited.
 
-Checkpoints are kept unless the user asks for less. What is given back is never missed by a
-result: a run without a checkpoint that goes on trains again from its first epoch, to the same
-bits, and its recorded epochs are compared with the new ones.
+All checkpoints are kept unless the user asks for less. A deleted checkpoint never changes a
+result: a run that continues without one trains again from its first epoch, to the same bits, and
+its recorded epochs are compared with the new ones.
 """
 
 import contextlib
@@ -20,66 +20,67 @@ from ..runs.prune import give_back, resumable
 from ..runs.record import read_record
 from ..search.promotion import TrialRecord, rank_key
 
-__all__ = ["Keeper", "parse_size"]
+__all__ = ["Retention", "parse_size"]
 
 logger = logging.getLogger(__name__)
 
 UNITS = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
-LOW = 0.1  # the part of a disk that is free below which a warning is given
+LOW = 0.1  # the free part of a disk below which a warning is given
 AGAIN = 3600.0  # seconds until a warning is repeated
-REFRESH = 300.0  # seconds after which all runs are looked at, not only those that changed
-RETRY = 60.0  # seconds until a run whose checkpoint had to stay is tried again
-TURN = 0.5  # seconds that one call may take for giving back; the next one goes on
-COST = 0.02  # the part of the driver's time that looking may take
+REFRESH = 300.0  # seconds after which all runs are examined, not only those that changed
+RETRY = 60.0  # seconds until a run whose checkpoint could not be deleted is tried again
+TURN = 0.5  # seconds that one call may take for deletions; the next one continues
+COST = 0.02  # the part of the driver's time that the examination may take
 
 
 def parse_size(text: str, option: str = "--disk") -> int:
     r"""Returns a size in bytes, given as `50GB`, `1.5 TB` or `800MiB`.
 
     Raises:
-        UserError: If it is no such size. The message begins with the name of the option.
+        UserError: If the text is no such size. The message begins with the name of the option.
     """
 
-    found = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([a-z]*)\s*", text, re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([a-z]*)\s*", text, re.IGNORECASE)
     units = {unit.lower(): x for unit, x in UNITS.items()}
     units |= {unit[0].lower(): x for unit, x in UNITS.items() if "i" not in unit}
 
-    if found is None or (unit := found[2].lower()) not in units:
-        hint = f". Did you mean {found[1]}GB?" if found is not None and not found[2] else "."
+    if match is None or (unit := match[2].lower()) not in units:
+        hint = f". Did you mean {match[1]}GB?" if match is not None and not match[2] else "."
         raise UserError(
             f"{option} is '{text}', but must be a number and a unit ({', '.join(UNITS)}), as "
             f"50GB{hint}"
         )
 
-    if (count := int(float(found[1]) * units[unit])) < 1:
+    if (count := int(float(match[1]) * units[unit])) < 1:
         raise UserError(f"{option} is '{text}', but must be above 0.")
 
     return count
 
 
-class Keeper:
-    r"""Creates the keeper of a sweep's checkpoints, which the driver calls between decisions.
+class Retention:
+    r"""The retention of a sweep's checkpoints, called by the driver between decisions.
 
-    Nothing is given back unless `keep` or `limit` is set, and only files of runs whose `run.json`
-    names the sweep, which no process is at. What goes first, under a `limit`:
+    Nothing is deleted unless `keep` or `limit` is set, and only files of runs whose `run.json`
+    names the sweep and that no process holds. Under a `limit`, checkpoints are deleted in this
+    order:
 
-    1. what no run goes on from: of runs that diverged, or were stopped for good,
+    1. those that no run resumes from: of runs that diverged or were stopped by the user,
     2. of failed and paused runs, from the worst on: the least advanced ones, by their loss,
     3. of complete runs, from the worst on: their weights stay, but they cannot be extended.
 
-    Under `keep`, all go but those of runs under way, of paused ones and of the best `keep` runs.
-    The attributes `keep` and `limit` may be changed at any time.
+    Under `keep`, all are deleted but those of running and paused runs and of the best `keep`
+    runs. The attributes `keep` and `limit` may be changed at any time.
 
     Arguments:
         runs: The directory of all runs.
         sweep: The name of the sweep.
-        records: Gives the runs of the sweep, as its study has them now.
+        records: Returns the current records of the sweep's runs.
         keep: The number of best runs whose checkpoints stay. By default all.
-        limit: The most bytes that the checkpoints may take together. By default any.
-        notify: Called with one line of text whenever there is something to say.
-        final: Whether a run that was pruned never goes on.
+        limit: The bytes that all checkpoints may take together. By default any.
+        notify: Called with a line of text for the user.
+        final: Whether a pruned run never continues.
     """
 
     def __init__(
@@ -102,11 +103,11 @@ class Keeper:
 
         self._paths: dict[str, RunPath] = {}
         self._sizes: dict[str, int] = {}  # bytes by run
-        self._states: dict[str, object] = {}  # what a run was like when it was last looked at
-        self._stays: dict[str, float] = {}  # until when a run is left as it is
+        self._states: dict[str, object] = {}  # state of a run when it was last examined
+        self._retries: dict[str, float] = {}  # when to try again to delete a run's checkpoint
         self._attempts = {record.run_id: record.attempt for record in records()}
         self._warned: dict[str, float] = {}
-        self._over = float("inf")  # since when the limit is exceeded
+        self._over = float("inf")  # when the limit was first exceeded
         self._refreshed = self._next = float("-inf")
 
     @property
@@ -116,7 +117,7 @@ class Keeper:
         return sum(self._sizes.values())
 
     def __call__(self) -> None:
-        r"""Looks after the disk, for a moment. May be called as often as one likes."""
+        r"""Examines the disk for a moment. May be called at any rate."""
 
         start = time.monotonic()
 
@@ -125,9 +126,9 @@ class Keeper:
             self._next = time.monotonic() + (time.monotonic() - start) / COST
 
     def finish(self) -> None:
-        r"""Looks after the disk until nothing is left to do: at the end of a sweep."""
+        r"""Deletes all that is to be deleted, at the end of a sweep."""
 
-        self._stays.clear()
+        self._retries.clear()
         self._refreshed = float("-inf")
         self._turn(float("inf"))
 
@@ -135,18 +136,16 @@ class Keeper:
         records = [record for record in self.records() if not record.source]
 
         try:
-            self._look(records)
-            self._tell_restarts(records)
-            self._give_back(self._surplus(records), deadline)
+            self._examine(records)
+            self._report_restarts(records)
+            self._delete(self._candidates(records), deadline)
             self._check_limit(0.0 if deadline == float("inf") else 2 * RETRY)
             self._check_disk()
-        except OSError as error:  # a file system away for a while: no reason to stop a sweep
-            self._warn("error", f"checkpoints cannot be looked after: {error}.")
+        except OSError as error:  # a file system that is away for a while must not end a sweep
+            self._warn("error", f"checkpoints cannot be examined: {error}.")
 
-    # Looking
-
-    def _look(self, records: Sequence[TrialRecord]) -> None:
-        r"""Sums up files. A run at rest is looked at twice after a change, then seldom."""
+    def _examine(self, records: Sequence[TrialRecord]) -> None:
+        r"""Sums up files. A run at rest is examined twice after a change, then seldom."""
 
         if time.monotonic() - self._refreshed > REFRESH:
             self._refreshed = time.monotonic()
@@ -162,12 +161,12 @@ class Keeper:
             before = self._states.get(record.run_id)
 
             if before != (state, "settled") and (path := self._paths.get(record.run_id)):
-                settled = before == state and not _under_way(record)
+                settled = before == state and not _running(record)
                 self._states[record.run_id] = (state, "settled") if settled else state
                 self._sizes[record.run_id] = sum(resumable(path).values())
 
-    def _tell_restarts(self, records: Sequence[TrialRecord]) -> None:
-        r"""Says of each new attempt that began from epoch 0 why it did so, once."""
+    def _report_restarts(self, records: Sequence[TrialRecord]) -> None:
+        r"""Reports once why a new attempt began from epoch 0."""
 
         for record in records:
             path = self._paths.get(record.run_id)
@@ -178,7 +177,7 @@ class Keeper:
             with contextlib.suppress(UserError, OSError):
                 last = (read_record(path).get("attempts") or [{}])[-1]
 
-                if last.get("number", 0) >= record.attempt:  # else it is about to begin
+                if last.get("number", 0) >= record.attempt:  # otherwise it is about to begin
                     self._attempts[record.run_id] = record.attempt
 
                     if why := last.get("restarted"):
@@ -187,77 +186,70 @@ class Keeper:
                             f"the same bits: {why}."
                         )
 
-    # Giving back
-
-    def _surplus(self, records: Sequence[TrialRecord]) -> Iterator[TrialRecord]:
-        r"""Yields the runs to take checkpoints from, one by one, while there is a reason to."""
+    def _candidates(self, records: Sequence[TrialRecord]) -> Iterator[TrialRecord]:
+        r"""Yields the runs whose checkpoints are to be deleted, while there is a reason to."""
 
         best = sorted((r for r in records if r.state not in ("diverged", "failed")), key=rank_key)
         kept = {record.index for record in best[: self.keep]}
-        idle = [r for r in records if not _under_way(r) and self._sizes.get(r.run_id)]
+        idle = [r for r in records if not _running(r) and self._sizes.get(r.run_id)]
         idle.sort(key=rank_key, reverse=True)
 
-        for record in sorted(idle, key=self._rank):
-            waits = self._rank(record) == 1 and record.state != "failed"
+        for record in sorted(idle, key=self._worth):
+            waits = self._worth(record) == 1 and record.state != "failed"
             spare = self.keep is not None and not waits and record.index not in kept
 
             if spare or (self.limit is not None and self.size > self.limit):
                 yield record
 
-    def _rank(self, record: TrialRecord) -> int:
-        r"""Tells what a checkpoint is good for: 0 nothing, 1 to go on, 2 a longer version."""
+    def _worth(self, record: TrialRecord) -> int:
+        r"""Returns what a checkpoint is good for: 0 nothing, 1 to resume, 2 to extend the run."""
 
         dead = ("diverged", "stopped", "pruned") if self.final else ("diverged", "stopped")
 
         return 0 if record.state in dead else 2 if record.state == "complete" else 1
 
-    def _give_back(self, surplus: Iterator[TrialRecord], deadline: float) -> None:
-        given: list[TrialRecord] = []
+    def _delete(self, candidates: Iterator[TrialRecord], deadline: float) -> None:
+        deleted: list[TrialRecord] = []
         freed = 0
 
-        for record in surplus:
+        for record in candidates:
             if time.monotonic() > deadline:
                 break
 
-            if time.monotonic() < self._stays.get(record.run_id, 0.0):
+            if time.monotonic() < self._retries.get(record.run_id, 0.0):
                 continue
 
             try:
                 freed += give_back(self._paths[record.run_id], self.sweep)
             except UserError as error:
                 logger.debug("%s", error)
-                self._stays[record.run_id] = time.monotonic() + RETRY
+                self._retries[record.run_id] = time.monotonic() + RETRY
             else:
                 self._sizes[record.run_id] = 0
                 self._states.pop(record.run_id)
-                given.append(record)
+                deleted.append(record)
 
-        if given:
-            self._say_given(given, freed)
-
-    def _say_given(self, given: list[TrialRecord], freed: int) -> None:
-        shown = ", ".join(f"run {r.index} ({r.run_id})" for r in given[:5])
-        more = f" and {len(given) - 5} more" if len(given) > 5 else ""
-        again = any(self._rank(record) == 1 for record in given)
-        self.notify(
-            f"gave back {format_size(freed)} of checkpoints, of {shown}{more}."
-            + (" Whichever goes on later starts again at epoch 0, to the same bits." * again)
-        )
-
-    # Warnings
+        if deleted:
+            shown = ", ".join(f"run {r.index} ({r.run_id})" for r in deleted[:5])
+            more = f" and {len(deleted) - 5} more" if len(deleted) > 5 else ""
+            again = any(self._worth(record) == 1 for record in deleted)
+            self.notify(
+                f"deleted {format_size(freed)} of checkpoints, of {shown}{more}."
+                + " A run that continues starts again at epoch 0, to the same bits." * again
+            )
 
     def _check_limit(self, patience: float) -> None:
         if self.limit is None or self.size <= self.limit:
             self._over = float("inf")
             return
 
-        self._over = min(self._over, time.monotonic())  # a process may be about to let go
+        self._over = min(self._over, time.monotonic())  # a process may be about to end
 
         if time.monotonic() - self._over >= patience:
             self._warn(
                 "limit",
-                f"checkpoints take {format_size(self.size)}, above the {format_size(self.limit)} of "
-                "--disk: those that are left are in use, or cannot be given back.",
+                f"checkpoints take {format_size(self.size)}, above the {format_size(self.limit)} "
+                "of --disk: the remaining ones are in use or cannot be deleted.",
             )
 
     def _check_disk(self) -> None:
@@ -279,5 +271,5 @@ class Keeper:
             self.notify(text)
 
 
-def _under_way(record: TrialRecord) -> bool:
+def _running(record: TrialRecord) -> bool:
     return record.state == "running" and not record.paused

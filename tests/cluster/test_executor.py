@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import ray
-from byhand import Desk
+from byhand import ManualDriver
 
 from sda_ray.cluster.executor import AWAY, BEATS, Lookout, Vigil, end
 from sda_ray.core.lease import HEARTBEAT, Lease, read_holder
@@ -136,21 +136,21 @@ def test_trial_whose_node_dies_before_its_first_report_is_lost_to_the_node(
     nodes = [{"NodeID": "dead", "Alive": False}, {"NodeID": "well", "Alive": True}]
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
     (tmp_path / "error.txt").write_text(CUT)
-    desk = Desk(tmp_path / "sweep")
-    lookout = Lookout(desk.driver)
+    manual = ManualDriver(tmp_path / "sweep")
+    lookout = Lookout(manual.driver)
 
     for name, node in {"a": "dead", "b": "well"}.items():
-        spec = desk.driver.suggest(name)
+        spec = manual.driver.suggest(name)
         assert spec is not None
-        desk.driver.losses.places[spec["index"]] = (node, node)
+        manual.driver.losses.places[spec["index"]] = (node, node)
         lookout.lose(SimpleNamespace(trial_id=name, error_file=str(tmp_path / "error.txt")))
 
-    assert [*desk.driver.live] == ["a", "b"]  # not known yet
+    assert [*manual.driver.live] == ["a", "b"]  # not known yet
 
     lookout._settle_doubts()
-    assert [*desk.driver.live] == ["b"]
+    assert [*manual.driver.live] == ["b"]
 
     lookout.doubts = {name: (reason, 0.0) for name, (reason, _) in lookout.doubts.items()}
     lookout._settle_doubts()  # a minute later
-    assert [*desk.driver.live] == []
-    assert [record.lost for record in desk.study.records()] == [0, 1]
+    assert [*manual.driver.live] == []
+    assert [record.lost for record in manual.study.records()] == [0, 1]

@@ -65,7 +65,7 @@ def test_run_whose_checkpoint_was_given_back_ends_in_the_same_bits(
     ]
 
 
-def test_epochs_done_again_are_not_sent_to_wandb_again(
+def test_epochs_done_again_are_not_sent_to_wandb_resume_command(
     tmp_path: Path, data: Path, small: Config
 ) -> None:
     offline, record = Wandb("offline"), {"sweep": "width"}
@@ -143,14 +143,16 @@ def test_deletion_killed_at_any_file_leaves_a_whole_run(
     assert sorted(run.lines) == [1, 2, 3] and path.state.exists()
 
 
-def test_keeper_tells_once_that_a_promoted_run_starts_again(runs: Path, data: Path) -> None:
+def test_keeper_tells_once_that_a_promoted_run_starts_resume_command(
+    runs: Path, data: Path
+) -> None:
     kept = Keeping(runs, limit=1)
     kept.said.clear()
     go_on(runs, 3, data, wandb=Wandb("disabled"))
     kept.records[2] = TrialRecord(3, identity(3), "complete", 3, 3, {3: 1.0}, attempt=2)
 
     for _ in range(2):
-        kept.keeper.finish()
+        kept.retention.finish()
 
     told = [text for text in kept.said if text.startswith("run 3")]
     assert told == [

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from scene import GRID, SCRIPT, Place, lines, place
 
+from sda_ray.cli import table
 from sda_ray.cli.main import main
 from sda_ray.core.config import load_config
 from sda_ray.core.errors import UserError
@@ -18,7 +19,7 @@ from sda_ray.core.lease import read_holder
 from sda_ray.runs.path import RunPath
 from sda_ray.search.promotion import TrialRecord
 from sda_ray.sweep.definition import load_script
-from sda_ray.sweep.launch import Options, _again, launch, load_record
+from sda_ray.sweep.launch import Options, _resume_command, launch, load_record
 from sda_ray.sweep.record import compare, write_sweep
 
 __all__ = ["place"]  # fixtures
@@ -194,7 +195,7 @@ def test_sweep_in_a_bucket_is_not_driven_without_what_copies_it(place: Place) ->
     options = Options(place.root, runs, place.root / "data", bucket="s3://lab-bucket/runs")
 
     with pytest.raises(UserError, match=r"has ended just now.*copies to s3://lab-bucket/runs"):
-        launch(load_script(place.root / "tiny.py"), options)
+        launch(load_script(place.root / "tiny.py"), options, table)
 
     directory = runs / "sweeps" / "tiny"
     assert (read_holder(directory / "lease.json") or {"pid": 1})["pid"] is None
@@ -262,7 +263,7 @@ def test_killed_worker_and_stopped_driver_cost_no_bit(place: Place) -> None:
     assert json.loads(path.record.read_text())["status"] == "interrupted"
     assert len(lines(path)) < 150
 
-    assert "carry on with `sda-ray sweep long`" in out
+    assert "resume with `sda-ray sweep long`" in out
 
     place.run("sweep", "long")
     (record,) = place.records("long")
@@ -282,7 +283,7 @@ def test_bug_in_all_runs_stops_the_sweep_until_it_is_mended(place: Place) -> Non
     assert driver.returncode == 2, out
     assert "runs failed alike, so the sweep stops: " in out
     assert "valid.h5" in out
-    assert "carry on with `sda-ray sweep broken`" in out
+    assert "resume with `sda-ray sweep broken`" in out
     assert "Traceback" not in out
 
     failed = [r for r in place.records("broken") if r.state == "failed"]
@@ -332,17 +333,20 @@ def test_interrupt_while_ray_starts_is_clean(place: Place) -> None:
 
     assert driver.returncode == 130, out
     assert "Traceback" not in out
-    assert "carry on with `sda-ray sweep early`" in out
+    assert "resume with `sda-ray sweep early`" in out
     assert place.records("early") == []
 
 
 def test_command_that_carries_on_has_all_that_matters(tmp_path: Path) -> None:
     here = Path.cwd()
-    assert _again("x", here, here / "runs", None) == "sda-ray sweep x"
-    assert _again("x", here, "s3://bucket/x", "auto") == (
+    assert _resume_command("x", here, here / "runs", None) == "sda-ray sweep x"
+    assert _resume_command("x", here, "s3://bucket/x", "auto") == (
         "sda-ray sweep x --runs s3://bucket/x --address auto"
     )
-    assert _again("x", tmp_path, tmp_path / "runs", None) == f"sda-ray sweep x --root {tmp_path}"
+    assert (
+        _resume_command("x", tmp_path, tmp_path / "runs", None)
+        == f"sda-ray sweep x --root {tmp_path}"
+    )
 
 
 OBJECTS = """

@@ -51,7 +51,7 @@ from sda_ray.sweep.driver import Driver
 from sda_ray.sweep.enqueue import bring_in
 from sda_ray.sweep.prior_runs import adopt, fork, warm_start
 from sda_ray.sweep.record import Changes, compare, read_sweep, write_sweep
-from sda_ray.sweep.requests import Desk
+from sda_ray.sweep.requests import RequestServer
 from sda_ray.training.validation import DRAWS, Validation
 
 __all__ = ["elsewhere", "runs", "sweep"]  # fixtures
@@ -399,7 +399,7 @@ def test_parameters_of_functions_come_from_the_study_of_the_other_sweep(
     assert "SPACE suggests 'power', which is no key of CONFIG" in refusal.reason
 
 
-def test_fork_takes_the_next_name_and_the_same_one_again(
+def test_fork_takes_the_next_name_and_the_same_one_resume_command(
     sweep: Sweep, runs: Path, data: Path
 ) -> None:
     info = check_data(data)
@@ -417,7 +417,9 @@ def test_fork_takes_the_next_name_and_the_same_one_again(
     assert fork(replace(sweep, seed=2), runs, data).name == "x-3"
 
 
-def test_prior_is_not_drawn_again(sweep: Sweep, runs: Path, data: Path, elsewhere: Path) -> None:
+def test_prior_is_not_drawn_resume_command(
+    sweep: Sweep, runs: Path, data: Path, elsewhere: Path
+) -> None:
     space = {"activation": choice("SiLU", "ReLU"), "learning_rate": choice(1e-3, 2e-3)}
     other = replace(sweep, space=space, sampler="random").check()
     adopt([str(elsewhere)], other, runs, data, record_of)
@@ -463,11 +465,11 @@ def test_widened_space_keeps_its_parameters_in_the_joint_space(
     assert len(trials) == 15
     assert all(trial.distributions == distributions(wider.draw) for trial in trials)
     assert space.keys() == wide.keys()
-    assert len(records_again(directory, lease)) == 15
+    assert len(records_resume_command(directory, lease)) == 15
     lease.release()
 
 
-def records_again(directory: Path, lease: Lease) -> list[TrialRecord]:
+def records_resume_command(directory: Path, lease: Lease) -> list[TrialRecord]:
     return Study(directory / "study.journal", "x", lease).records()
 
 
@@ -705,11 +707,11 @@ def test_driver_of_a_live_sweep_takes_them_in(
         lambda event, record: None,
         directory / "stop",
     )
-    desk, over = Desk(driver), threading.Event()
+    server, over = RequestServer(driver), threading.Event()
 
     def serve() -> None:
         while not over.wait(0.01):
-            desk()
+            server()
 
     thread = threading.Thread(target=serve)
     thread.start()

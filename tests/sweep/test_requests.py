@@ -17,22 +17,22 @@ from typing import Any
 
 import h5py
 import pytest
-from byhand import Desk as Sweep
+from byhand import ManualDriver as Sweep
 
 from sda_ray.core.errors import UserError
 from sda_ray.core.lease import Lease, read_holder
 from sda_ray.runs.path import RunPath
 from sda_ray.sweep.requests import (
     OLD,
-    Absent,
-    Desk,
+    NotRunning,
+    RequestServer,
     answer,
     ask,
-    attended,
-    live,
-    mailbox_of,
     pending,
     post,
+    request_directory,
+    running_driver,
+    serving,
     stop_sweep,
     take,
     tidy,
@@ -143,17 +143,17 @@ def test_only_what_nobody_waits_for_any_more_is_tidied_up(tmp_path: Path) -> Non
 
 
 class Steered(Sweep):
-    r"""Creates a driver by hand, with its desk."""
+    r"""Creates a driver by hand, and a server of its requests."""
 
     def __init__(self, directory: Path, trials: int = 8, **more: Any) -> None:
         self.targets: list[int] = []
         super().__init__(directory, trials, retarget=self.targets.append, **more)
-        self.box = mailbox_of(directory)
-        self.desk = Desk(self.driver)
+        self.box = request_directory(directory)
+        self.server = RequestServer(self.driver)
 
     def ask(self, kind: str, **content: Any) -> tuple[str, bool]:
         id = post(self.box, kind, **content)
-        self.desk()
+        self.server()
         found = wait(self.box, id, lambda: False, patience=0.2)
         assert found is not None and list(self.box.glob(f"*{id}*")) == []
 
@@ -172,7 +172,7 @@ def test_stop_of_the_sweep(sweep: Steered) -> None:
     sweep.driver.suggest("a")
     text, good = sweep.ask("stop")
 
-    assert good and "stops, with 1 run at work" in text and "To carry on: sda-ray sweep" in text
+    assert good and "stops, with 1 run at work" in text and "To resume: sda-ray sweep" in text
     assert sweep.driver.stopping and sweep.driver.request.exists()
     assert sweep.driver.why == "`sda-ray stop` asked for it"
 
@@ -184,7 +184,7 @@ def test_stop_that_was_meant_for_a_driver_before_is_dropped(tmp_path: Path) -> N
     first.lease.release()
 
     second = Steered(tmp_path)
-    second.desk()
+    second.server()
     assert not second.driver.stopping
     assert list(second.study.queue().values()) == [{"learning_rate": 0.002}]
     assert second.ask("stop", attempt=second.lease.attempt)[1] and second.driver.stopping
@@ -199,7 +199,7 @@ def test_run_at_work_is_stopped_alone_and_for_good(tmp_path: Path) -> None:
 
     assert not sweep.tell("a", "stopped", last=3)
     assert sweep.driver.suggest("b") is not None  # its slot is free, and nobody adopts it
-    sweep.desk()
+    sweep.server()
     assert sweep.states() == ["stopped", "running"]
     assert not (tmp_path / "stop.1").exists()
     assert sweep.events == ["draw", "draw", "stopped"]
@@ -223,9 +223,9 @@ def test_run_that_ends_before_it_notices_the_stop(sweep: Steered, end: str) -> N
     else:
         sweep.tell("a", end, "an error" if end == "failed" else "", last=9)
 
-    sweep.desk()
+    sweep.server()
     assert sweep.states() == ["stopped" if end == "lost" else end]
-    assert not sweep.driver.unwanted
+    assert not sweep.driver.cancelled
 
 
 def test_paused_run_is_stopped_once_its_process_has_let_go(tmp_path: Path) -> None:
@@ -238,11 +238,11 @@ def test_paused_run_is_stopped_once_its_process_has_let_go(tmp_path: Path) -> No
     result = {"event": "running", "epochs": [(1, 1.0)], "error": ""}
     assert not sweep.driver.report("a", result, lambda status: lambda: closed)
 
-    assert sweep.ask("stop", trial=1) == ("run 1, which waited at epoch 1, is stopped", True)
+    assert sweep.ask("stop", trial=1) == ("run 1, paused at epoch 1, is stopped", True)
     assert sweep.states() == ["running", "running"]
     closed = True
     sweep.tell("b", "running", last=1)  # looks who is closed
-    sweep.desk()
+    sweep.server()
     assert sweep.states()[0] == "stopped"
     assert json.loads(path.record.read_text())["status"] == "stopped"
     assert sweep.ask("stop", trial=1) == ("run 1 is stopped already.", False)
@@ -274,7 +274,7 @@ def test_promised_stop_of_a_run_outlives_the_driver(tmp_path: Path) -> None:
     second = Steered(tmp_path)
     spec = second.driver.suggest("a")
     assert spec is not None and spec["index"] == 2  # run 1 is not adopted
-    second.desk()
+    second.server()
     assert second.states() == ["stopped", "running"]
 
 
@@ -285,7 +285,7 @@ def test_number_of_trials_is_raised_and_lowered(tmp_path: Path) -> None:
     assert sweep.driver.suggest("c") is None
 
     text, good = sweep.ask("trials", trials=4)
-    assert good and text.endswith("goes on to 4 trials: 2 more")
+    assert good and text.endswith("continues to 4 trials: 2 more")
     assert sweep.driver.suggest("c") is not None
 
     text, good = sweep.ask("trials", trials=1)
@@ -324,14 +324,14 @@ def test_queue_longer_than_the_sweep_says_so(tmp_path: Path) -> None:
     )
 
 
-def test_failed_runs_are_tried_again(tmp_path: Path) -> None:
+def test_failed_runs_are_tried_resume_command(tmp_path: Path) -> None:
     sweep = Steered(tmp_path, trials=2, slots=1)
     assert sweep.ask("retry") == (f"no run of sweep '{tmp_path.name}' has failed", True)
 
     first = sweep.driver.suggest("a")
     sweep.tell("a", "failed", "OSError: the disk", last=2)
     text, good = sweep.ask("retry")
-    assert good and text == "tried again, from the last checkpoint: run 1"
+    assert good and text == "retried from the last checkpoint: run 1"
 
     again = sweep.driver.suggest("b")
     assert first is not None and again is not None
@@ -375,8 +375,8 @@ def test_files_that_are_no_requests_do_no_harm(sweep: Steered) -> None:
     (sweep.box / "a.json").write_text("nonsense")
     (sweep.box / "b.json").mkdir()
     (sweep.box / "c.txt").touch()
-    sweep.desk()
-    sweep.desk()
+    sweep.server()
+    sweep.server()
 
     assert sorted(f.name for f in sweep.box.iterdir()) == ["a.answer.json", "b.json", "c.txt"]
     assert sweep.driver.suggest("a") is not None
@@ -402,7 +402,7 @@ def test_sweep_that_stops_takes_requests_for_the_next_time(sweep: Steered) -> No
 
 
 def test_requests_are_answered_while_the_driver_is_kept_from_it(sweep: Steered) -> None:
-    with attended(sweep.driver):
+    with serving(sweep.driver):
         id = post(sweep.box, "trials", trials=9)
         found = wait(sweep.box, id, lambda: True, patience=5)
 
@@ -415,7 +415,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from sda_ray.cluster.connect import connect
 from sda_ray.core.config import CONFIG
-from sda_ray.sweep.requests import attended
+from sda_ray.sweep.requests import serving
 from sda_ray.sweep.driver import Driver
 from sda_ray.core.lease import Lease
 from sda_ray.search.promotion import Rules
@@ -454,7 +454,7 @@ driver = Driver(
 )
 
 with ExitStack() as stack:
-    with attended(driver):
+    with serving(driver):
         scratch = stack.enter_context(connect(cpus=2))
 
     from sda_ray.cluster.executor import execute
@@ -570,11 +570,11 @@ def test_live_sweep_is_steered_from_elsewhere(
         return text
 
     place.start("1", "100000", "1")
-    driver = place.wait(lambda: live(place.directory))
+    driver = place.wait(lambda: running_driver(place.directory))
     assert driver["pid"] == place.process.pid
 
     # While Ray starts
-    assert say("trials", trials=3).endswith("goes on to 3 trials: 3 more")
+    assert say("trials", trials=3).endswith("continues to 3 trials: 3 more")
     assert place.wait(lambda: place.events("target")) == [("target", 3, 0, "")]
 
     with pytest.raises(UserError) as error:  # a second driver
@@ -606,7 +606,7 @@ def test_live_sweep_is_steered_from_elsewhere(
     assert json.loads(second.record.read_text())["status"] == "interrupted"
 
     # While nobody is there
-    with pytest.raises(Absent, match="nobody is at sweep 'test' now"):
+    with pytest.raises(NotRunning, match="sweep 'test' is not running"):
         ask(place.directory, "trials", trials=9)
 
     with pytest.raises(UserError, match="there is no sweep"):

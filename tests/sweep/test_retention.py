@@ -3,6 +3,8 @@ r"""Tests for sda_ray.sweep.retention: what is given back, in which order, and w
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from sda_ray.core.lease import Lease
 from sda_ray.runs.path import RunPath
 from sda_ray.runs.prune import give_back, resumable
 from sda_ray.search.promotion import TrialRecord
-from sda_ray.sweep.retention import AGAIN, Keeper, parse_size
+from sda_ray.sweep.retention import AGAIN, Retention, parse_size
 
 __all__ = ["keeping", "made", "runs"]  # fixtures
 
@@ -65,7 +67,7 @@ def test_all_checkpoints_stay_by_default_and_their_size_is_known(
 
     assert snapshot(runs) == before
     assert kept.said == []
-    assert kept.keeper.size == sum(
+    assert kept.retention.size == sum(
         len(content) for file, content in before.items() if file.name.startswith("checkpoint")
     )
 
@@ -74,7 +76,7 @@ def test_worst_paused_runs_lose_their_checkpoint_first(keeping: Callable[..., Ke
     r"""Before them goes what nobody goes on from, after them the worst of the complete runs."""
 
     gone: list[int] = []
-    left, size = set(MADE), keeping().keeper.size
+    left, size = set(MADE), keeping().retention.size
 
     while True:
         kept = keeping(limit=size - 1)
@@ -82,22 +84,22 @@ def test_worst_paused_runs_lose_their_checkpoint_first(keeping: Callable[..., Ke
         if kept.left == left:
             break
 
-        assert kept.keeper.size < size
+        assert kept.retention.size < size
         gone += sorted(left - kept.left)
-        left, size = kept.left, kept.keeper.size
+        left, size = kept.left, kept.retention.size
 
     assert gone == [6, 8, 2, 1, 3, 5, 4]
     assert left == {7}
-    assert any("those that are left are in use" in text for text in kept.said)
+    assert any("the remaining ones are in use" in text for text in kept.said)
 
 
 def test_no_more_goes_than_the_limit_asks_for(keeping: Callable[..., Keeping]) -> None:
-    size = keeping().keeper.size
+    size = keeping().retention.size
     one = size // len(MADE)
     kept = keeping(limit=size - one - one // 2)
 
     assert kept.left == set(MADE) - {6, 8}
-    assert kept.keeper.size <= size - one - one // 2
+    assert kept.retention.size <= size - one - one // 2
     assert len(kept.said) == 1
     assert "run 6 (00000006), run 8 (00000008)" in kept.said[0]
     assert "starts again at epoch 0, to the same bits" in kept.said[0]
@@ -121,7 +123,7 @@ def test_runs_pruned_for_good_do_not_count_as_paused(runs: Path) -> None:
     ]
 
     for final, left in ((False, {1, 2, 3, 4, 7}), (True, {4, 7})):
-        Keeper(runs, "width", lambda: kept.records, 1, notify=print, final=final).finish()
+        Retention(runs, "width", lambda: kept.records, 1, notify=print, final=final).finish()
         assert kept.left == left
 
 
@@ -212,7 +214,7 @@ def test_brought_in_run_and_run_without_a_directory_are_passed_over(runs: Path) 
     kept.records = [TrialRecord(5, identity(5), "complete", 3, 3, {3: 1.0}, source="a/b")]
     kept.records += [TrialRecord(99, identity(99), "running", 1, 3, {1: 1.0})]
     before = snapshot(runs)
-    Keeper(runs, "width", lambda: kept.records, 0, 1, print).finish()
+    Retention(runs, "width", lambda: kept.records, 0, 1, print).finish()
 
     assert snapshot(runs) == before
 
@@ -248,22 +250,22 @@ def test_warning_of_a_full_disk_names_the_command_and_is_not_repeated(
     disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    keeper = Keeper(disk, "width", list, notify=said.append)
-    keeper.finish()
+    retention = Retention(disk, "width", list, notify=said.append)
+    retention.finish()
     assert said == []
 
     (disk / "filler").write_bytes(b"x" * 3_900_000)
 
     for _ in range(2):
-        keeper.finish()
+        retention.finish()
 
     (text,) = said
     assert "% of it" in text and "trials train on with the checkpoints they have" in text
     assert "`sda-ray sweep width --keep-checkpoints 3`" in text
     assert "`sda-ray sweep width --disk 50GB`" in text and "`sda-ray runs prune`" in text
 
-    keeper._warned["disk"] -= AGAIN
-    keeper.finish()
+    retention._warned["disk"] -= AGAIN
+    retention.finish()
     assert len(said) == 2
 
 
@@ -285,8 +287,8 @@ def test_checkpoint_is_given_back_on_a_full_disk(disk: Path, runs: Path) -> None
 def test_run_whose_directory_was_deleted_is_left_out(runs: Path) -> None:
     kept = Keeping(runs, keep=2)
     shutil.rmtree(path_of(runs, 4).directory)
-    kept.keeper.keep = 0
-    kept.keeper.finish()
+    kept.retention.keep = 0
+    kept.retention.finish()
 
     assert not resumable(path_of(runs, 5))
 
@@ -305,10 +307,40 @@ def test_looking_takes_little_of_the_drivers_time(tmp_path: Path) -> None:
 
         return [TrialRecord(n, f"{n:08}", "complete", 3, 3, {3: 1.0}) for n in range(500)]
 
-    keeper = Keeper(runs, "width", records, notify=print)
+    retention = Retention(runs, "width", records, notify=print)
 
     for _ in range(1000):
-        keeper()
+        retention()
 
-    assert keeper.size == 500
+    assert retention.size == 500
     assert looked <= 4
+
+
+def test_checkpoints_are_deleted_without_torch(runs: Path) -> None:
+    r"""Torch and a network would cost the driver hundreds of megabytes."""
+
+    code = f"""
+import sys
+from pathlib import Path
+from sda_ray.search.promotion import TrialRecord
+from sda_ray.sweep.retention import Retention
+records = [TrialRecord(4, "00000004", "complete", 3, 3, {{3: 1.0}}, attempt=1)]
+Retention(Path({str(runs)!r}), "width", lambda: records, keep=0, notify=print).finish()
+assert "torch" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert "deleted" in done.stdout
+    assert not resumable(path_of(runs, 4))
+
+
+def test_checkpoint_of_a_run_with_damaged_weights_stays(runs: Path) -> None:
+    state = path_of(runs, 4).state
+    content = bytearray(state.read_bytes())
+    content[len(content) // 2] ^= 255
+    state.write_bytes(content)
+
+    with pytest.raises(UserError, match=r"state.pth is damaged"):
+        give_back(path_of(runs, 4), "width")
+
+    assert resumable(path_of(runs, 4))
