@@ -147,7 +147,7 @@ def chart(
         part("default")
 
     plotext.xticks(sorted({lines[0]["epoch"], lines[-1]["epoch"]}))
-    drawn = Text.from_ansi(plotext.build())
+    drawn = Text.from_ansi(plotext.build().rstrip())
     drawn.append("\nlogarithmic scale" if logarithmic else "\nlinear scale", style="dim")
     lost = sum(key in x and not math.isfinite(x[key]) for x in lines for key in styles)
 

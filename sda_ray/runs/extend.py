@@ -1,8 +1,8 @@
-r"""Longer versions of runs: what a run has in common with one of more epochs.
+r"""Extends runs: a longer run starts from the epochs that it has in common with a shorter one.
 
 The first epochs of a run with a `constant` schedule, or before the decay of a `wsd` one, do not
-depend on how many follow. A longer run need not do them again: it begins with a checkpoint of the
-shorter one, and ends in the same bits as if it had.
+depend on how many follow. So a longer run starts from a checkpoint of the shorter one, and ends in
+the same bits as if it had trained all epochs itself.
 """
 
 import logging
@@ -30,10 +30,10 @@ def check_extension(path: RunPath, changes: Config) -> Config:
 
     Arguments:
         path: The run.
-        changes: What shall change: `epochs`.
+        changes: The new settings: `epochs`.
 
     Raises:
-        UserError: If the longer run would not be one that had been trained at once.
+        UserError: If the longer run would differ from one that is trained at once.
     """
 
     config, name = load_config(path.config), path.directory.name
@@ -64,15 +64,15 @@ def check_extension(path: RunPath, changes: Config) -> Config:
 
 
 def describe_extension(path: RunPath, fingerprint: str, device: str) -> dict[str, Any]:
-    r"""Returns what the record of a longer version of a run says about that run.
+    r"""Returns the entries about a run in the record of a longer version of it.
 
     Arguments:
         path: The run.
-        fingerprint: That of the data of the longer run.
+        fingerprint: The fingerprint of the data of the longer run.
         device: Where the longer run trains.
 
     Raises:
-        UserError: If the run was trained on other data, or has nothing to go on from.
+        UserError: If the run was trained on other data, or has no checkpoint to start from.
     """
 
     record, name = read_record(path), path.directory.name
@@ -101,7 +101,7 @@ def describe_extension(path: RunPath, fingerprint: str, device: str) -> dict[str
 
 
 def find_start(path: RunPath) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    r"""Returns the newest checkpoint of a run that every longer run would have, too.
+    r"""Returns the newest checkpoint of a run that every longer run has in common with it.
 
     Raises:
         UserError: If there is none.
@@ -125,7 +125,7 @@ def find_start(path: RunPath) -> tuple[dict[str, Tensor], dict[str, Any]]:
             return tensors, info
 
     raise UserError(
-        f"{path.directory.name} has no checkpoint of epoch {last[0]} or before to go on "
+        f"{path.directory.name} has no checkpoint of epoch {last[0]} or before to start "
         f"from{''.join(damaged)}. Start a run from its weights: sda-ray train --init {path.id}"
     )
 
@@ -133,16 +133,16 @@ def find_start(path: RunPath) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def carry_over(
     run: Run, state: TrainState, parent: RunPath, validate: Callable[[], Metrics]
 ) -> None:
-    r"""Begins a run with what it has in common with a shorter one: checkpoint and metrics.
+    r"""Starts a run from the checkpoint and the metrics that it has in common with a shorter one.
 
-    It may be killed at any time and done again: the checkpoint comes last.
+    It may be killed at any time and repeated: the checkpoint comes last.
 
     Arguments:
         run: The run.
         state: Its state at the start.
         parent: The shorter run.
-        validate: Validates the state anew: the end of the shorter run, where that was judged by
-            several draws, may be an epoch like others in this one.
+        validate: Validates the state again: the shorter run was judged by several draws at its
+            end, which may be an ordinary epoch of this one.
     """
 
     try:
@@ -161,14 +161,17 @@ def carry_over(
 
 
 def keep_start(run: Run, state: TrainState) -> None:
-    r"""Keeps the checkpoint at the start of a decay, if that is where the run is."""
+    r"""Keeps the checkpoint at the start of a decay, if the run is there."""
 
     steady = steady_epochs(run.config)
 
     if state.saved == state.position == (steady, 0) and steady < run.config["epochs"]:
         try:
             keep_checkpoint(run.path, run.lease.hold)
+            run.announce(run.path.decay)
         except OSError as error:
             logger.warning(
-                "%s cannot be kept, so that the run cannot be extended: %s.", run.path.decay, error
+                "%s cannot be kept, so the run cannot be extended later: %s.",
+                run.path.decay,
+                error,
             )

@@ -1,7 +1,7 @@
-r"""Space that runs can give back: the state that serves only to go on with them.
+r"""Removes checkpoints, which only serve to resume or extend a run, to free disk space.
 
-A finished run has its weights besides. A run that is not finished can be trained again from its
-first epoch, to the same bits: see :meth:`sda_ray.runs.run.Run.load`.
+A finished run keeps its weights. A run that is not finished restarts at its first epoch and ends
+in the same bits: see :meth:`sda_ray.runs.run.Run.load`.
 """
 
 import contextlib
@@ -21,17 +21,17 @@ from .path import RunPath
 
 __all__ = ["give_back", "prune", "refusal", "resumable"]
 
-QUIET = 3600.0  # seconds without a heartbeat before a holder on another host counts as dead
+QUIET = 3600.0  # seconds without a heartbeat after which a holder on another host is dead
 
 
 def resumable(path: RunPath) -> dict[Path, int]:
-    r"""Returns the files of a run that serve only to go on with it, and their bytes.
+    r"""Returns the checkpoints of a run and their bytes.
 
-    They come in the order in which they may be removed: the newest checkpoint never goes before
-    an older one. A file that has two names here counts once; links to elsewhere do not count.
+    They are in the order in which they may be removed: the newest checkpoint never goes before an
+    older one. A file that has two names counts once; symbolic links do not count.
     """
 
-    found: dict[Path, int] = {}
+    sizes: dict[Path, int] = {}
     seen: set[int] = set()
 
     for file in (path.previous, path.checkpoint, path.decay):
@@ -39,14 +39,14 @@ def resumable(path: RunPath) -> dict[Path, int]:
             status = file.lstat()
 
             if stat.S_ISREG(status.st_mode):
-                found[file] = 0 if status.st_ino in seen else status.st_size
+                sizes[file] = 0 if status.st_ino in seen else status.st_size
                 seen.add(status.st_ino)
 
-    return found
+    return sizes
 
 
 def refusal(entry: Entry) -> str | None:
-    r"""Tells why the resumable state of a run must stay, or None if it may go."""
+    r"""Returns why the checkpoints of a run must stay, or None if they may be removed."""
 
     path = entry.path
 
@@ -65,31 +65,31 @@ def refusal(entry: Entry) -> str | None:
         if stat.S_ISREG(status.st_mode) and status.st_size > 0:
             return None
 
-    return f"{path.state} is missing: the checkpoint is all that is left of the weights."
+    return f"{path.state} is missing: the weights are only in the checkpoint."
 
 
 def _in_use(path: RunPath) -> str | None:
     if os.path.lexists(path.lease) and read_holder(path.lease) is None:
-        return f"{path.lease} is damaged: a process may be at the run."
+        return f"{path.lease} is damaged: a process may use the run."
 
-    return "a process is at it." if is_held(path, QUIET) else None
+    return "a process uses it." if is_held(path, QUIET) else None
 
 
 def prune(path: RunPath) -> int:
-    r"""Removes the resumable state of a finished run, and returns the bytes freed.
+    r"""Removes the checkpoints of a finished run and returns the bytes freed.
 
-    It happens under the lock of the run's lease, so that no process can take the run meanwhile,
-    and only if the weights in `state.pth` load.
+    The lock of the run's lease is held meanwhile, so that no process can take the run. The
+    checkpoints stay unless the weights in `state.pth` load.
 
     Raises:
-        UserError: If the state must stay, see :func:`refusal`, or cannot be removed.
+        UserError: If the checkpoints must stay, see :func:`refusal`, or cannot be removed.
     """
 
     with _locked(path):
         entry = read_entry(path)
 
         if (reason := refusal(entry) if entry else "it has vanished.") is not None:
-            raise UserError(f"{path.directory.name} is left as it is: {reason}")
+            raise UserError(f"{path.directory.name} stays as it is: {reason}")
 
         _check_weights(path)
 
@@ -97,25 +97,25 @@ def prune(path: RunPath) -> int:
 
 
 def give_back(path: RunPath, sweep: str) -> int:
-    r"""Removes the resumable state of a run of a sweep, and returns the bytes freed.
+    r"""Removes the checkpoints of a run of a sweep and returns the bytes freed.
 
-    As :func:`prune`, and of a run that waits, diverged, failed or was stopped, too. Such a run is
-    trained again from its first epoch if it goes on; its `run.json` gets the key `given_back`,
-    before anything is removed.
+    Unlike with :func:`prune`, the run may be paused, diverged, failed or stopped. If it is
+    resumed, it restarts at its first epoch; its `run.json` gets the key `given_back` before
+    anything is removed. The weights of a finished run are read and not loaded: no torch is needed.
 
     Arguments:
         path: The run.
         sweep: The name of the sweep. The run's own record must name it.
 
     Raises:
-        UserError: If the state must stay, or cannot be removed.
+        UserError: If the checkpoints must stay, or cannot be removed.
     """
 
     with _locked(path):
         entry = read_entry(path)
 
         if (reason := _stays(entry, sweep) if entry else "it has vanished.") is not None:
-            raise UserError(f"{path.directory.name} is left as it is: {reason}")
+            raise UserError(f"{path.directory.name} stays as it is: {reason}")
 
         assert entry is not None
 
@@ -124,7 +124,7 @@ def give_back(path: RunPath, sweep: str) -> int:
         else:
             when = datetime.now(timezone.utc).isoformat(timespec="seconds")
 
-            with contextlib.suppress(OSError):  # a full disk: all the more reason
+            with contextlib.suppress(OSError):  # a full disk needs the space most
                 write_json(path.record, entry.record | {"given_back": when})
 
         return _remove(path)
@@ -149,7 +149,7 @@ def _stays(entry: Entry, sweep: str) -> str | None:
         return "its run.json says that it is running."
 
     if "parent" in entry.record:
-        return "it began with the weights of another run."
+        return "it started with the weights of another run."
 
     return _in_use(path)
 
@@ -159,9 +159,24 @@ def _check_weights(path: RunPath) -> None:
 
     try:
         load_network(path.directory)
-    except Exception as error:  # whatever a damaged file provokes in torch
+    except Exception as error:  # a damaged file makes torch raise almost anything
         raise UserError(
-            f"{path.directory.name} is left as it is: {path.state} does not load: {error}"
+            f"{path.directory.name} stays as it is: {path.state} does not load: {error}"
+        )
+
+
+def _check_archive(path: RunPath) -> None:
+    r"""Checks that the weights of a run are a whole archive, by its checksums."""
+
+    try:
+        with zipfile.ZipFile(path.state) as archive:
+            damaged = archive.testzip()
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        damaged = str(error)
+
+    if damaged is not None:
+        raise UserError(
+            f"{path.directory.name} stays as it is: {path.state} is damaged: {damaged}"
         )
 
 
@@ -194,7 +209,7 @@ def _remove(path: RunPath) -> int:
 
 @contextlib.contextmanager
 def _locked(path: RunPath) -> Iterator[None]:
-    r"""Holds the lock under which leases are taken; whoever writes has it for an instant only."""
+    r"""Holds the lock under which leases are taken. Writers hold it for an instant only."""
 
     file = path.lease.with_suffix(".lock")
 

@@ -1,4 +1,4 @@
-r"""One run, from its config to its weights."""
+r"""The training of one run, from its config to its weights."""
 
 import logging
 import resource
@@ -27,31 +27,31 @@ __all__ = ["Interrupted", "OutOfMemory", "Stop", "default_device", "train"]
 
 logger = logging.getLogger(__name__)
 
-RESIDENT = 1 / 8  # part of a GPU's memory that the data may take; a plan leaves as much free
+RESIDENT = 1 / 8  # share of a GPU's memory that the data may take; a plan leaves as much free
 
 
 class Interrupted(RuntimeError):
-    r"""Signals that a training was asked to stop and has saved a checkpoint."""
+    r"""Raised if a training was asked to stop, once it has saved a checkpoint."""
 
 
 class OutOfMemory(RuntimeError):
-    r"""Signals that a training does not fit into the memory. The message says what to do."""
+    r"""Raised if a training does not fit into the memory. The message says what to do."""
 
 
 class Stop:
-    r"""Creates the wish to stop, which a training looks at after every step."""
+    r"""A stop flag, which a training reads after every step."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
 
     @contextmanager
     def on_signals(self) -> Iterator["Stop"]:
-        r"""Takes SIGINT, SIGTERM and SIGHUP as the wish to stop, unless they are ignored.
+        r"""Sets the flag on SIGINT, SIGTERM and SIGHUP, unless they are ignored.
 
         A second SIGINT interrupts at once.
         """
 
-        def wish(number: int, frame: FrameType | None) -> None:
+        def handle(number: int, frame: FrameType | None) -> None:
             if self.signal == signal.SIGINT == number:
                 raise KeyboardInterrupt
 
@@ -61,7 +61,7 @@ class Stop:
 
         for number, handler in before.items():
             if handler is not signal.SIG_IGN:  # as under nohup
-                signal.signal(number, wish)
+                signal.signal(number, handle)
 
         try:
             yield self
@@ -86,31 +86,29 @@ def train(
 ) -> Iterator[Metrics]:
     r"""Trains a score network and yields the metrics of each epoch.
 
-    Whatever an epoch leaves on disk is there before its metrics are yielded, so that the caller
-    may stop, or be killed, at any yield; closing the generator saves a checkpoint. A run that has
-    a checkpoint goes on from it.
+    Everything that an epoch leaves on disk is there before its metrics are yielded, so the caller
+    may stop, or be killed, at any yield. Closing the generator saves a checkpoint. A run that has
+    a checkpoint is resumed from it.
 
     Arguments:
         run: The run, open.
         data: The directory of `train.h5` and `valid.h5`.
         device: Where to train.
-        rungs: Epochs at which the run is judged: by several draws, and with a checkpoint.
-        init: The directory of a run whose weights to begin with, or whose checkpoint, if the
-            run's record says that it extends that one.
-        stop: Looked at after every step.
-        after_step: Called after every step, when whatever it leaves on disk is there.
-        share: The part of a GPU's memory that is its own.
+        rungs: Epochs at which the run is judged, by several draws, and a checkpoint is saved.
+        init: The directory of a run to start from: from its weights, or from its checkpoint if the
+            record says that this run extends it.
+        stop: The stop flag.
+        after_step: Called after every step, when all that it leaves on disk is there.
+        share: The share of a GPU's memory that belongs to this training.
 
     Raises:
         Diverged: If the loss is not finite or has exploded. The run is marked `diverged`.
-        Interrupted: If it was asked to stop. A checkpoint is saved.
+        Interrupted: If the stop flag is set. A checkpoint is saved.
         OutOfMemory: If the memory is too small.
         LeaseGone: If the run's directory is gone.
     """
 
-    config = run.config
-
-    with _memory(config["batch_size"], device):
+    with _memory(run.config["batch_size"], device):
         yield from _train(run, data, device, rungs, init, stop, after_step, share)
 
 
@@ -143,7 +141,7 @@ def _train(
 
     validation = Validation(validset, device)
 
-    rungs = {*rungs, *run.record.get("rungs", ())}  # also of a run that goes on without its sweep
+    rungs = {*rungs, *run.record.get("rungs", ())}  # a run may be resumed without its sweep
 
     # Network
     state = TrainState(config, size=trainset.shape[-1], device=device)
@@ -156,28 +154,28 @@ def _train(
         run.save(state)
     elif state.saved is None and "parent" in run.record:
         raise UserError(
-            f"{run.path.directory.name} has no checkpoint, and began with the weights of run "
-            f"'{run.record['parent']}', which is gone. Start a new run."
+            f"{run.path.directory.name} has no checkpoint, and started with the weights of "
+            f"run '{run.record['parent']}', which is gone. Start a new run."
         )
 
     # Training
-    def look_up(state: TrainState) -> None:
-        wanted = stop is not None and stop.signal is not None
+    def end_step(state: TrainState) -> None:
+        stopping = stop is not None and stop.signal is not None
 
-        if wanted or run.due:
+        if stopping or run.due:
             run.save(state)
 
         if after_step is not None:
             after_step(state)
 
-        if wanted:
+        if stopping:
             raise Interrupted("asked to stop")
 
     saved = {*rungs, config["epochs"], steady_epochs(config)}
-    keep_start(run, state)  # if the run was killed before it did so
+    keep_start(run, state)  # in case the run was killed before it did
 
     try:
-        for metrics in epochs(state, trainset, validation, look_up, rungs):
+        for metrics in epochs(state, trainset, validation, end_step, rungs):
             run.log(metrics)
 
             if metrics["epoch"] in saved or run.due:
@@ -193,7 +191,7 @@ def _train(
     except Diverged as error:
         try:
             run.record.write("diverged", reason=str(error))
-        except OSError as full:  # the loss is a result all the same
+        except OSError as full:  # the divergence is a result even so
             check_present(run.path.lease)
             logger.warning("%s keeps its status: %s.", run.path.record, full)
 
@@ -204,7 +202,7 @@ def _train(
 
 @contextmanager
 def _memory(batch_size: int, device: str) -> Iterator[None]:
-    r"""Says in plain words that the memory is too small."""
+    r"""Raises any lack of memory as :class:`OutOfMemory`."""
 
     try:
         yield
@@ -214,14 +212,14 @@ def _memory(batch_size: int, device: str) -> Iterator[None]:
 
         raise OutOfMemory(
             f"out of memory on {device}, with batch_size {batch_size} and a peak of "
-            f"{_peak(device) / 2**30:.2f} GiB before the allocation that failed. Take a smaller "
+            f"{_peak(device) / 2**30:.2f} GiB before the allocation that failed. Use a smaller "
             "batch_size or network, more memory, or fewer trials at a time (--gpus-per-trial, "
             "--cpus-per-trial)."
         ) from error
 
 
 def _peak(device: str) -> int:
-    r"""Returns the most bytes that this process has had at a time, on its device."""
+    r"""Returns the peak memory of this process on its device, in bytes."""
 
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)

@@ -62,7 +62,7 @@ def test_show_tells_config_curve_and_origin(runs: Path, sda: Callable[..., Any])
     rewrite(RunPath.find(runs, "bbbbbbbb"), parent="aaaaaaaa", trial=7)
     shown = sda("show", "bbbbbbbb")
 
-    for text in ("(CONFIG has 96,192,384)", "━ loss_valid", "torch ", "attempt", "trial", "7"):
+    for text in ("(CONFIG has 96,192,384)", " loss_valid", "torch ", "attempt", "trial", "7"):
         assert text in shown
 
     assert a.directory.name in shown  # its parent
@@ -178,7 +178,7 @@ def test_run_in_use_is_never_pruned(a: RunPath, sda: Callable[..., Any]) -> None
     lease = Lease(a.lease, "run")
     found = sda("prune", "--yes", "--json")
 
-    assert "a process is at it" in found["spared"][a.directory.name]
+    assert "a process uses it" in found["spared"][a.directory.name]
     assert a.checkpoint.exists()
 
     with lease.hold(), pytest.raises(UserError, match="cannot be locked"):
@@ -193,7 +193,7 @@ def test_run_in_use_elsewhere_is_never_pruned(a: RunPath, seconds: float) -> Non
     lease_of(a, host="another", boot="another", pid=1, started="1")
     os.utime(a.lease, times=(time.time() - seconds,) * 2)
 
-    with pytest.raises(UserError, match="a process is at it"):
+    with pytest.raises(UserError, match="a process uses it"):
         prune(a)
 
 
@@ -206,7 +206,7 @@ def test_checkpoint_stays_while_it_is_all_there_is(a: RunPath) -> None:
 
     a.state.unlink()
 
-    with pytest.raises(UserError, match="all that is left of the weights"):
+    with pytest.raises(UserError, match="the weights are only in the checkpoint"):
         prune(a)
 
     assert a.checkpoint.exists()

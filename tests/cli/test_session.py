@@ -191,7 +191,7 @@ def test_what_does_not_fit_into_the_memory_is_a_clear_failure(
     assert process.returncode == 1, errors
     said = r"sda-ray: out of memory on cpu, with batch_size 2000 and a peak of \d\.\d+ GiB"
     assert re.match(said, errors), errors
-    assert "Take a smaller batch_size" in errors and errors.count("\n") == 1
+    assert "Use a smaller batch_size" in errors and errors.count("\n") == 1
     assert record(only_run(tmp_path))["status"] == "failed"
 
 
@@ -208,7 +208,7 @@ def test_resume_with_other_threads_warns_and_marks_the_run(
     path, errors = train(EPOCHS, *settings, "--threads=1", epochs=3)
     assert record(path)["exact"] is True and "threads" not in errors
     _, errors = train("--resume", path.id, "--threads=2", epochs=1 + len(lines(path)))
-    assert "goes on with another threads than it began with" in errors
+    assert "resumes with another threads than it started with" in errors
     assert record(path)["exact"] is False
 
 

@@ -159,7 +159,7 @@ def test_full_disk_at_the_end_is_no_success_and_can_be_mended(
     next(training)
     filler = fill(disk)
 
-    with pytest.raises(UserError, match=f"Make room and finish it by .*--resume {run.id}"):
+    with pytest.raises(UserError, match=f"Make room and finish it with .*--resume {run.id}"):
         list(training)
 
     run.close("interrupted")

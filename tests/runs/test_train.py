@@ -157,7 +157,9 @@ def test_run_whose_parent_is_gone_does_not_start_from_random_weights(
 ) -> None:
     run = begin(tmp_path / "runs", small, parent="abcd1234")
 
-    with pytest.raises(UserError, match="began with the weights of run 'abcd1234', which is gone"):
+    with pytest.raises(
+        UserError, match="started with the weights of run 'abcd1234', which is gone"
+    ):
         next(train(run, data))
 
 
@@ -173,7 +175,7 @@ def test_diverged_run_is_marked_with_the_reason(tmp_path: Path, small: Config, d
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_signals_are_wishes_to_stop(number: signal.Signals) -> None:
+def test_signals_set_the_stop_flag(number: signal.Signals) -> None:
     before = signal.getsignal(number)
 
     with Stop().on_signals() as stop:
