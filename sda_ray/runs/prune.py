@@ -5,7 +5,6 @@ in the same bits: see :meth:`sda_ray.runs.run.Run.load`.
 """
 
 import contextlib
-import fcntl
 import os
 import stat
 import zipfile
@@ -14,7 +13,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from ..core.errors import UserError
-from ..core.files import write_json
+from ..core.files import locked, write_json
 from ..core.lease import read_holder
 from .inventory import Entry, is_held, read_entry
 from .path import RunPath
@@ -213,17 +212,10 @@ def _locked(path: RunPath) -> Iterator[None]:
 
     file = path.lease.with_suffix(".lock")
 
-    try:
-        handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        raise UserError(f"{file} cannot be opened: {error.strerror}.")
-
-    try:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(locked(file, wait=False))
         except OSError as error:
             raise UserError(f"{file} cannot be locked: {error.strerror}.")
 
         yield
-    finally:
-        os.close(handle)
