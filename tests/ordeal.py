@@ -216,7 +216,7 @@ class Ordeal(RuleBasedStateMachine):
             )
 
             with self.mortal():
-                self.study.bring(brought, drawn[1])
+                self.study.import_run(brought, drawn[1])
 
     @precondition(lambda self: not self.dead)
     @rule()

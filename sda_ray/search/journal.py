@@ -1,8 +1,8 @@
 r"""The journal of a study: one record a line, appended by one writer and never changed.
 
-It is what Optuna's own tools read, such as its dashboard. What is different from Optuna's file
-backend is what happens when something goes wrong: the writer holds the lease of the sweep, an
-append is whole or undone, a full disk is waited for, and a torn end is put right on opening.
+Optuna's own tools, such as its dashboard, read it. Compared with Optuna's file backend, it survives
+failures: the writer holds the lease of the sweep, an append is whole or undone, a full disk is
+waited for, and a torn end is repaired on opening.
 """
 
 import errno
@@ -22,20 +22,16 @@ from optuna.storages.journal import BaseJournalBackend
 from optuna.study import StudyDirection
 
 from ..core.errors import UserError
-from ..core.files import open_regular, write_atomic
+from ..core.files import append, open_regular, write_atomic
 from ..core.lease import Lease, LeaseLost
 
-__all__ = ["Holder", "Journal", "open_journal", "open_study"]
+__all__ = ["Journal", "open_journal", "open_study"]
 
 logger = logging.getLogger(__name__)
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what an append waits for the end of
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # an append waits for the end of these errors
 PATIENCE = 600.0  # seconds that it waits
-PAUSES = (0.1, 10.0)  # seconds between two tries, first and in the end
-TAIL = 2**16  # bytes that are looked at first for the end of the last whole record
-
-
-Holder = Lease | None  # None reads alone
+PAUSES = (0.1, 10.0)  # seconds between two tries, at first and at most
 
 
 class Journal(BaseJournalBackend):
@@ -43,19 +39,19 @@ class Journal(BaseJournalBackend):
 
     Arguments:
         file: The journal. It appears with its first record.
-        lease: The lease of the sweep, or None to read alone: without it nothing is written.
+        lease: The lease of the sweep, or None for reading only.
     """
 
     storage: JournalStorage
 
-    def __init__(self, file: Path, lease: Holder) -> None:
+    def __init__(self, file: Path, lease: Lease | None) -> None:
         self.file = file
         self.lease = lease
-        self.stopping: Callable[[], bool] = lambda: False  # whether to wait no longer
-        self.appended: Callable[[list[dict[str, Any]]], None] = lambda logs: None  # who is told
+        self.give_up: Callable[[], bool] = lambda: False  # ends the wait for a full disk
+        self.on_append: Callable[[list[dict[str, Any]]], None] = lambda logs: None
         self.line = 0  # the number of the last record that was read
-        self._offset = 0  # where it ends
-        self._held: list[dict[str, Any]] | None = None
+        self._offset = 0  # its end
+        self._batch: list[dict[str, Any]] | None = None
 
     def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:
         if log_number_from != self.line:
@@ -81,92 +77,72 @@ class Journal(BaseJournalBackend):
                     yield json.loads(line)
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        if self._held is not None:
-            self._held += logs
+        if self._batch is not None:
+            self._batch += logs
         else:
             lines = (json.dumps(log, separators=(",", ":")) + "\n" for log in logs)
             self._append("".join(lines).encode())
-            self.appended(logs)
+            self.on_append(logs)
 
     @contextmanager
-    def together(self) -> Iterator[None]:
-        r"""Appends all records of the block at once, when it ends well.
+    def batch(self) -> Iterator[None]:
+        r"""Appends all records of the block at once, unless the block raises.
 
-        They must not depend on each other's being there, as a trial's number does.
+        No record may depend on another one of the block, as a trial's number does.
         """
 
-        if self._held is not None:
+        if self._batch is not None:
             yield
             return
 
-        self._held = []
+        self._batch = []
 
         try:
             yield
-            held = self._held
+            logs = self._batch
         finally:
-            self._held = None
+            self._batch = None
 
-        if held:
-            self.append_logs(held)
+        if logs:
+            self.append_logs(logs)
 
     def _append(self, data: bytes) -> None:
         r"""Appends records, and waits for room if the disk is full.
 
         Raises:
-            OSError: If there is none for too long, or the sweep shall stop.
+            OSError: If the disk stays full for too long, or the sweep is asked to stop.
         """
 
         if self.lease is None:
-            raise LeaseLost(f"{self.file} was opened to be read")
+            raise LeaseLost(f"{self.file} was opened for reading only")
 
         start, pause = time.monotonic(), PAUSES[0]
 
         while True:
             try:
                 with self.lease.hold():
-                    return self._write(data)
+                    write = append if os.path.lexists(self.file) else write_atomic
+                    return write(self.file, data)
             except OSError as error:
                 waited = time.monotonic() - start
 
-                if error.errno not in FULL or waited > PATIENCE or self.stopping():
+                if error.errno not in FULL or waited > PATIENCE or self.give_up():
                     raise
 
                 if pause == PAUSES[0]:
-                    free = shutil.disk_usage(self.file.parent).free
                     logger.warning(
                         "%s cannot be written: %s (%d bytes are free). Waiting for room.",
                         self.file,
                         error.strerror,
-                        free,
+                        shutil.disk_usage(self.file.parent).free,
                     )
 
             time.sleep(pause)
             pause = min(2 * pause, PAUSES[1])
 
-    def _write(self, data: bytes) -> None:
-        if not os.path.lexists(self.file):
-            return write_atomic(self.file, data)
-
-        handle = open_regular(self.file, os.O_WRONLY | os.O_APPEND)
-
-        try:
-            end = os.fstat(handle).st_size
-
-            try:
-                if os.write(handle, data) < len(data):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.file))
-
-                os.fsync(handle)
-            except OSError:
-                os.ftruncate(handle, end)
-                raise
-        finally:
-            os.close(handle)
-
 
 def open_study(
-    file: Path, name: str, lease: Holder, objectives: Sequence[str]
+    file: Path, name: str, lease: Lease | None, objectives: Sequence[str]
 ) -> tuple[optuna.Study, Journal]:
     r"""Opens the study in a journal, or creates both.
 
@@ -192,15 +168,16 @@ def open_study(
     return study, journal
 
 
-def open_journal(file: Path, lease: Holder) -> Journal:
-    r"""Opens a journal, or makes ready for a new one, and puts right what a dead writer left.
+def open_journal(file: Path, lease: Lease | None) -> Journal:
+    r"""Opens a journal, or prepares a new one, and repairs it after a crash of its writer.
 
     Raises:
         UserError: If the file is damaged, empty, or not a journal.
     """
 
     if lease is not None:
-        _put_right(file, lease)
+        with lease.hold():
+            _repair(file)
 
     journal = Journal(file, lease)
 
@@ -211,7 +188,7 @@ def open_journal(file: Path, lease: Holder) -> Journal:
         raise
     except (OSError, MemoryError) as error:
         raise UserError(f"{file} cannot be read: {error}.") from error
-    except Exception as error:  # whatever Optuna makes of records that are none of its own
+    except Exception as error:  # Optuna has no error of its own for this
         raise UserError(
             f"{file} is damaged: its line {journal.line} is not a record of a study "
             f"({type(error).__name__}: {error}). Restore a copy of the file. If there is none, "
@@ -219,63 +196,43 @@ def open_journal(file: Path, lease: Holder) -> Journal:
         ) from error
 
 
-def _put_right(file: Path, lease: Lease) -> None:
-    with lease.hold():
-        # A lock that a killed dashboard left would stall the next one for 30 s.
-        for stale in file.parent.glob(f"{file.name}.lock*"):
-            stale.unlink(missing_ok=True)
-
-        if os.path.lexists(file):
-            _repair(file)
-
-
 def _repair(file: Path) -> None:
-    r"""Cuts off a last record that is not whole, and keeps it beside the journal."""
+    r"""Cuts off last records that are not whole, and keeps them beside the journal."""
+
+    # A lock that a killed dashboard left would stall the next one for 30 s.
+    for stale in file.parent.glob(f"{file.name}.lock*"):
+        stale.unlink(missing_ok=True)
+
+    if not os.path.lexists(file):
+        return
 
     with os.fdopen(open_regular(file, os.O_RDWR), "r+b") as stream:
-        size = os.fstat(stream.fileno()).st_size
-        end = _whole(stream.fileno(), size)
-
-        if end == 0:
-            raise UserError(
-                f"{file} is {'not a journal' if size else 'empty: its records are lost'}. Restore "
-                "a copy of the file, or remove it to begin the sweep anew."
-            )
-
-        if end == size:
-            return
-
-        torn = os.pread(stream.fileno(), size - end, end)
-        kept = _unused(file.with_suffix(".journal.torn"))
-
-        try:
-            write_atomic(kept, torn)
-        except OSError as error:
-            logger.warning("%s cannot be written: %s.", kept, error)
-
-        stream.truncate(end)
-        os.fsync(stream.fileno())
-        logger.warning("%s: a torn last record was cut off, and kept as %s.", file, kept.name)
-
-
-def _whole(handle: int, size: int) -> int:
-    r"""Returns how many leading bytes are whole records, as far as the end of the file tells."""
-
-    tail = TAIL
-
-    while True:
-        start = max(0, size - tail)
-        data = os.pread(handle, size - start, start)
+        data = stream.read()
         end = len(data)
 
         # A power cut may leave a last line that has its end but not its middle.
         while end and not _is_whole(data[data.rfind(b"\n", 0, end - 1) + 1 : end]):
             end = data.rfind(b"\n", 0, end - 1) + 1
 
-        if end or not start:
-            return start + end if end else 0
+        if end == 0:
+            raise UserError(
+                f"{file} is {'not a journal' if data else 'empty: its records are lost'}. Restore "
+                "a copy of the file, or remove it to begin the sweep anew."
+            )
 
-        tail *= 16
+        if end == len(data):
+            return
+
+        kept = _unused(file.with_suffix(".journal.torn"))
+
+        try:
+            write_atomic(kept, data[end:])
+        except OSError as error:
+            logger.warning("%s cannot be written: %s.", kept, error)
+
+        stream.truncate(end)
+        os.fsync(stream.fileno())
+        logger.warning("%s: a torn last record was cut off, and kept as %s.", file, kept.name)
 
 
 def _is_whole(line: bytes) -> bool:

@@ -51,8 +51,8 @@ class TrialRecord:
         source: Where a run comes from that was not made by this sweep, but brought in: it is known
             to the sampler and does not count towards the target.
         queued: The number of the queued configuration that the run was started for, if any.
-        lost: The number of times that a worker died under the run.
-        short: The number of times that it was short of memory.
+        worker_deaths: The number of times that the worker of the run died.
+        memory_errors: The number of times that it ran out of memory.
         finals: The values of all objectives of a complete run, if there are several.
     """
 
@@ -69,8 +69,8 @@ class TrialRecord:
     error: str = ""
     source: str = ""
     queued: int | None = None
-    lost: int = 0
-    short: int = 0
+    worker_deaths: int = 0
+    memory_errors: int = 0
     finals: tuple[float, ...] = ()
 
     @property

@@ -225,7 +225,7 @@ def apply_steps(study: Study, steps: Sequence[Step], runs: Path) -> None:
         record = records[step.record.index]
 
         if step.kind == "count":
-            record = study.count(record, step.attempt)
+            record = study.record_attempt(record, step.attempt)
         elif step.kind == "extend":
             record = study.extend(record, step.until, step.shown)
         elif step.kind == "report":

@@ -1,8 +1,8 @@
 r"""The study of a sweep: Optuna's record of what was tried, which is the truth about it.
 
-It is an append-only journal with one writer, the driver of the sweep. A run enters it with one
-line, complete, before it starts; the values of its epochs are appended; and what is not yet told
-when a driver dies is worked out by the next one, see :mod:`sda_ray.search.reconcile`.
+It is an append-only journal with one writer, the driver of the sweep. A run enters it in one line,
+complete, before it starts; the values of its epochs are appended. What a driver has not recorded
+when it dies is reconstructed by the next one, see :mod:`sda_ray.search.reconcile`.
 """
 
 import logging
@@ -17,8 +17,9 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from ..core.errors import UserError
+from ..core.lease import Lease
 from ..runs.path import new_id
-from .journal import Holder, open_study
+from .journal import open_study
 from .promotion import Rules, TrialRecord, count_trials
 from .sampler import quiet_optuna
 
@@ -26,7 +27,7 @@ __all__ = ["Propose", "Study", "draw_run", "queue_warning"]
 
 logger = logging.getLogger(__name__)
 
-# A configuration and its trial, or None, given the runs and parameters that it shall have
+# Returns a configuration and its trial, or None, given the runs and parameters that it must have
 Propose = Callable[[Sequence[TrialRecord], dict[str, Any] | None], Any]
 
 STATES = {
@@ -44,26 +45,32 @@ class Study:
         file: The journal.
         name: The name of the sweep.
         lease: The lease of the sweep, or None to read alone: without it nothing is written.
-        objectives: What is minimised, by name. The first is the value of the last epoch.
+        objectives: The names of the objectives, which are minimised. The first is the value of the
+            last epoch.
 
     Raises:
-        UserError: If the journal is damaged, or another study's.
+        UserError: If the journal is damaged, or belongs to another study.
     """
 
     def __init__(
-        self, file: Path, name: str, lease: Holder, objectives: Sequence[str] = ("loss_valid",)
+        self,
+        file: Path,
+        name: str,
+        lease: Lease | None,
+        objectives: Sequence[str] = ("loss_valid",),
     ) -> None:
         self.objectives = tuple(objectives)
-        self._lock = threading.Lock()  # a live table reads from its own thread
+        self._lock = threading.Lock()  # the live table reads in its own thread
         self._newest: dict[
             str, TrialRecord
         ] = {}  # the records, by run, and what they were made from
         self._trials: list[FrozenTrial] = []
-        self._seen: dict[str, Any] | None = None
+        self._known_attrs: dict[str, Any] | None = None
 
         with quiet_optuna():
             self.study, self.journal = open_study(file, name, lease, objectives)
             self.storage = self.journal.storage
+            self._study_id = self.storage.get_study_id_from_name(name)
 
         try:
             self.records()
@@ -73,14 +80,14 @@ class Study:
             ) from error
 
     def records(self) -> list[TrialRecord]:
-        r"""Returns what the study says of each run, from the newest record of each."""
+        r"""Returns the newest record of each run, in the order of the runs."""
 
         with self._lock:
-            trials, attrs = self.study.get_trials(deepcopy=False), self._attrs()
-            known = self._trials if attrs is self._seen else []
+            trials, attrs = self.study.get_trials(deepcopy=False), self._study_attrs()
+            known = self._trials if attrs is self._known_attrs else []
 
-            # Optuna never changes a trial or these attributes, it replaces them. A run's trials
-            # come in the order in which they take each other over.
+            # Optuna never changes a trial or these attributes, it replaces them. A later trial of a
+            # run supersedes the earlier ones.
             for number, trial in enumerate(trials):
                 if number < len(known) and known[number] is trial:
                     continue
@@ -88,7 +95,7 @@ class Study:
                 if run_id := trial.user_attrs.get("run_id"):
                     self._newest[run_id] = _record(trial, attrs)
 
-            self._trials, self._seen = trials, attrs
+            self._trials, self._known_attrs = trials, attrs
 
             return sorted(self._newest.values(), key=attrgetter("index"))
 
@@ -100,12 +107,12 @@ class Study:
         return self._add(record, drawn, TrialState.RUNNING, supersedes=supersedes)
 
     def start(self, record: TrialRecord, until: int, shown: int | None) -> TrialRecord:
-        r"""Records that a run goes on, as a new attempt, up to an epoch.
+        r"""Records that a run resumes, as a new attempt, up to an epoch.
 
-        If its record is closed, a new one supersedes it.
+        A new record supersedes one that is closed.
         """
 
-        record = self.show(self._again(record), shown)
+        record = self.set_shown(self._refreshed(record), shown)
         attempt = record.attempt + 1
 
         if record.trial.state.is_finished():
@@ -115,42 +122,43 @@ class Study:
         return self._set(record, until=until, attempt=attempt)
 
     def extend(self, record: TrialRecord, until: int, shown: int | None) -> TrialRecord:
-        r"""Records that a run in flight may go up to an epoch."""
+        r"""Records that a run in flight may continue up to an epoch."""
 
-        return self._set(self.show(self._again(record), shown), until=until)
+        return self._set(self.set_shown(self._refreshed(record), shown), until=until)
 
-    def show(self, record: TrialRecord, shown: int | None) -> TrialRecord:
-        r"""Records up to which epoch the values of a run count for others, closed or not."""
+    def set_shown(self, record: TrialRecord, shown: int | None) -> TrialRecord:
+        r"""Records the last epoch whose value counts for other runs, also of a closed run."""
 
         if record.shown != shown:
-            self._note(f"shown/{record.run_id}", shown)
+            self._set_study_attr(f"shown/{record.run_id}", shown)
 
-        return self._again(record)
+        return self._refreshed(record)
 
-    def count(self, record: TrialRecord, attempt: int) -> TrialRecord:
-        r"""Records the number of a run's last attempt, if others than the study have counted."""
+    def record_attempt(self, record: TrialRecord, attempt: int) -> TrialRecord:
+        r"""Records the number of a run's last attempt, if it is above the one in the study."""
 
         if record.trial.state.is_finished() and attempt > record.attempt:
-            self._note(f"attempt/{record.run_id}", attempt)
+            self._set_study_attr(f"attempt/{record.run_id}", attempt)
         elif attempt > record.attempt:
-            self._attr(record, "attempt", attempt)
+            self._set_attr(record, "attempt", attempt)
 
-        return self._again(record)
+        return self._refreshed(record)
 
     def report(self, record: TrialRecord, values: dict[int, float]) -> TrialRecord:
-        r"""Records the values of epochs that the study has not got, in one append.
+        r"""Records the values of epochs that the study lacks, in one append.
 
-        Epochs beyond those that the run was sent for are left out: they come when it goes on.
+        Epochs after `until` are left out: they are recorded once the run is promoted.
         """
 
-        record = self._again(record)
+        record = self._refreshed(record)
         new = sorted(e for e in values.keys() - record.values.keys() if e <= record.until)
+        trial_id = self._trial_id(record)
 
-        with self.journal.together():
-            for e in new:
-                self.storage.set_trial_intermediate_value(record.trial._trial_id, e, values[e])
+        with self.journal.batch():
+            for epoch in new:
+                self.storage.set_trial_intermediate_value(trial_id, epoch, values[epoch])
 
-        return self._again(record)
+        return self._refreshed(record)
 
     def tell(
         self,
@@ -168,44 +176,44 @@ class Study:
             finals: The values of all objectives of a complete run. By default the last value.
         """
 
-        # The journal is older than the run's directory: it waits at its rung like any other.
+        # The journal is older than the run's directory: the run waits at its rung like any other.
         if state == "complete" and record.last == record.until < record.epochs:
             return record
 
         final = {"complete": TrialState.COMPLETE, "failed": TrialState.FAIL}
         values = list(finals or [record.values[record.last]]) if state == "complete" else None
 
-        with quiet_optuna(), self.journal.together():
+        with quiet_optuna(), self.journal.batch():
             if error:
-                self._attr(record, "error", error[:2000])
+                self._set_attr(record, "error", error[:2000])
 
             if state in ("diverged", "stopped"):
-                self._attr(record, "status", state)
+                self._set_attr(record, "status", state)
 
             self.study.tell(record.trial.number, values, final.get(state, TrialState.PRUNED))
 
-        return self._again(record)
+        return self._refreshed(record)
 
-    def lose(self, record: TrialRecord) -> TrialRecord:
-        r"""Records that a worker died under a run."""
+    def record_worker_death(self, record: TrialRecord) -> TrialRecord:
+        r"""Records that the worker of a run died."""
 
-        return self._set(record, lost=record.lost + 1)
+        return self._set(record, lost=record.worker_deaths + 1)
 
-    def lack(self, record: TrialRecord) -> TrialRecord:
-        r"""Records that a run was short of memory."""
+    def record_memory_error(self, record: TrialRecord) -> TrialRecord:
+        r"""Records that a run ran out of memory."""
 
-        return self._set(record, short=record.short + 1)
+        return self._set(record, short=record.memory_errors + 1)
 
     def revive(self, record: TrialRecord) -> TrialRecord:
-        r"""Adds a record that takes over a closed one: its run is adopted next."""
+        r"""Adds a record that supersedes a closed one, so that the run is adopted next."""
 
-        # What the run's directory says of the last attempt is no word on the next.
+        # The status in the run's directory belongs to the last attempt.
         revived = replace(record, state="running", attempt=record.attempt + 1, error="")
 
         return self.add(revived, record.trial, record.trial.number)
 
-    def bring(self, record: TrialRecord, drawn: FrozenTrial) -> TrialRecord:
-        r"""Adds the record of a complete run that was not made by this sweep, in one line.
+    def import_run(self, record: TrialRecord, drawn: FrozenTrial) -> TrialRecord:
+        r"""Adds the record of a complete run from outside this sweep, in one line.
 
         Arguments:
             record: The record, with `source` and, if there are several objectives, `finals`.
@@ -217,9 +225,9 @@ class Study:
         return self._add(record, drawn, TrialState.COMPLETE, values)
 
     def queue(self) -> dict[int, dict[str, Any]]:
-        r"""Returns the parameters that shall be tried before others, by their numbers.
+        r"""Returns the parameters that are to be tried before others, by their numbers.
 
-        Those that a run was started for are not among them any more.
+        They leave the queue when a run starts with them.
         """
 
         items = {n: x for n, x in sorted(self._queued().items()) if x is not None}
@@ -228,24 +236,24 @@ class Study:
         return {n: x for n, x in items.items() if n not in taken}
 
     def enqueue(self, params: dict[str, Any]) -> int:
-        r"""Adds parameters, all or some, to the end of the queue, and returns their number."""
+        r"""Adds parameters, all or some of a space, to the queue and returns their number."""
 
         number = 1 + max(self._queued(), default=0)
-        self._note(f"queue/{number}", params)
+        self._set_study_attr(f"queue/{number}", params)
 
         return number
 
     def dequeue(self, number: int) -> None:
-        r"""Takes parameters out of the queue without a run."""
+        r"""Removes parameters from the queue without a run."""
 
-        self._note(f"queue/{number}", None)
+        self._set_study_attr(f"queue/{number}", None)
 
     def close(self) -> None:
-        r"""Tells the paused runs of a finished sweep pruned: nothing is left open."""
+        r"""Closes a finished sweep: its paused runs are recorded as pruned."""
 
         paused = [r for r in self.records() if r.state == "running" and r.paused]
 
-        with self.journal.together():
+        with self.journal.batch():
             for record in paused:
                 self.tell(record, "pruned")
 
@@ -278,30 +286,35 @@ class Study:
             )
         )
 
-        return _record(self.study.get_trials(deepcopy=False)[-1], self._attrs())
+        return _record(self.study.get_trials(deepcopy=False)[-1], self._study_attrs())
 
     def _set(self, record: TrialRecord, **attrs: Any) -> TrialRecord:
-        with self.journal.together():
+        with self.journal.batch():
             for key, value in attrs.items():
-                self._attr(record, key, value)
+                self._set_attr(record, key, value)
 
-        return self._again(record)
+        return self._refreshed(record)
 
-    def _attr(self, record: TrialRecord, key: str, value: Any) -> None:
+    def _set_attr(self, record: TrialRecord, key: str, value: Any) -> None:
         if record.trial.user_attrs.get(key) != value:
-            self.storage.set_trial_user_attr(record.trial._trial_id, key, value)
+            self.storage.set_trial_user_attr(self._trial_id(record), key, value)
 
-    def _note(self, key: str, value: Any) -> None:
-        self.storage.set_study_user_attr(self.study._study_id, key, value)
+    def _set_study_attr(self, key: str, value: Any) -> None:
+        self.storage.set_study_user_attr(self._study_id, key, value)
 
-    def _attrs(self) -> dict[str, Any]:
-        return self.storage.get_study_user_attrs(self.study._study_id)
+    def _study_attrs(self) -> dict[str, Any]:
+        return self.storage.get_study_user_attrs(self._study_id)
+
+    def _trial_id(self, record: TrialRecord) -> int:
+        return self.storage.get_trial_id_from_study_id_trial_number(
+            self._study_id, record.trial.number
+        )
 
     def _queued(self) -> dict[int, dict[str, Any] | None]:
-        return {int(k[6:]): x for k, x in self._attrs().items() if k.startswith("queue/")}
+        return {int(k[6:]): x for k, x in self._study_attrs().items() if k.startswith("queue/")}
 
-    def _again(self, record: TrialRecord) -> TrialRecord:
-        return _record(self.storage.get_trial(record.trial._trial_id), self._attrs())
+    def _refreshed(self, record: TrialRecord) -> TrialRecord:
+        return _record(self.storage.get_trial(self._trial_id(record)), self._study_attrs())
 
 
 def _record(trial: FrozenTrial, notes: dict[str, Any]) -> TrialRecord:
@@ -322,8 +335,8 @@ def _record(trial: FrozenTrial, notes: dict[str, Any]) -> TrialRecord:
         error=attrs.get("error", ""),
         source=attrs.get("source", ""),
         queued=attrs.get("queued"),
-        lost=attrs.get("lost", 0),
-        short=attrs.get("short", 0),
+        worker_deaths=attrs.get("lost", 0),
+        memory_errors=attrs.get("short", 0),
         finals=tuple(trial.values) if trial.state == TrialState.COMPLETE else (),
     )
 
@@ -335,10 +348,10 @@ def draw_run(
     config: dict[str, Any],
     propose: Propose,
 ) -> TrialRecord | None:
-    r"""Adds a new run to a study, or returns None, and says so, if there is nothing new.
+    r"""Adds a new run to a study, or returns None, with a warning, if there is nothing new to draw.
 
-    A queued configuration that cannot be tried is dropped, with a warning: it has a run already,
-    or does not fit the space.
+    Queued configurations come first. One that has a run already, or does not fit the space, is
+    dropped with a warning.
     """
 
     drawn, queued = None, None
@@ -375,7 +388,7 @@ def draw_run(
 
 
 def queue_warning(study: Study, target: int) -> str:
-    r"""Returns a sentence if more is queued than a sweep of so many trials will try, or nothing."""
+    r"""Returns a warning if more is queued than a sweep of so many trials will try, else nothing."""
 
     room, waiting = max(0, target - count_trials(study.records())), len(study.queue())
 

@@ -128,7 +128,7 @@ class SweepReplica:
 
         write_json(self.directory / MARK, {"attempt": self.owner.attempt, "url": self.bucket.url})
         self.study = study
-        study.journal.appended = self._notice
+        study.journal.on_append = self._notice
         self._now.set()
 
         for work, name in ((self._follow_journal, "journal"), (self._follow_runs, "runs")):

@@ -166,7 +166,7 @@ class Driver:
             "run_id": record.run_id,
             "index": record.index,
             "attempt": record.attempt,
-            "short": record.short,
+            "short": record.memory_errors,
             "avoid": sorted(self.losses.avoided),
         }
 
@@ -182,7 +182,7 @@ class Driver:
 
         for before, after in zip(records, shown, strict=True):
             if before.shown != after.shown:
-                self.study.show(before, after.shown)
+                self.study.set_shown(before, after.shown)
 
         return decide(shown, busy, self.rules, self.exhausted, self.stops), shown
 

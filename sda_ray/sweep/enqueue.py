@@ -447,7 +447,7 @@ def bring_in(study: Study, item: Mapping[str, Any]) -> bool:
         raise UserError(f"{short_repr(item)} is no finished run: {error}.") from error
 
     if new := all(record.run_id != other.run_id for other in records):
-        study.bring(record, drawn)
+        study.import_run(record, drawn)
 
     return new
 

@@ -79,7 +79,7 @@ class Losses:
         """
 
         if cause == "memory":
-            short = study.lack(record).short
+            short = study.record_memory_error(record).memory_errors
 
             return f"out of memory {short} times, last of: {reason}" if short > SHORT else ""
 
@@ -88,7 +88,7 @@ class Losses:
 
         self._strike(record, reason)
 
-        if (lost := study.lose(record).lost) > LOST:
+        if (lost := study.record_worker_death(record).worker_deaths) > LOST:
             self._blame({record.index})
             return f"its worker died {lost} times, last of: {reason}"
 

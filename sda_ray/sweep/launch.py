@@ -341,7 +341,7 @@ def _run(
                 retarget,
                 house,
             )
-            study.journal.stopping = lambda: driver.stopping
+            study.journal.give_up = lambda: driver.stopping
             slots.avoided, slots.forgive = driver.losses.avoided, driver.losses.forgive
             _drive(driver, slots, options, table, package)
             runs = options.bucket or options.runs

@@ -153,4 +153,4 @@ def test_trial_whose_node_dies_before_its_first_report_is_lost_to_the_node(
     lookout.doubts = {name: (reason, 0.0) for name, (reason, _) in lookout.doubts.items()}
     lookout._settle_doubts()  # a minute later
     assert [*manual.driver.live] == []
-    assert [record.lost for record in manual.study.records()] == [0, 1]
+    assert [record.worker_deaths for record in manual.study.records()] == [0, 1]

@@ -77,7 +77,7 @@ def room():
     limit(soft)
 
 tries = []
-study.journal.stopping = lambda: tries.append(1)
+study.journal.give_up = lambda: tries.append(1)
 threading.Thread(target=room).start()
 record = study.report(record, {e: 1 / e for e in range(1, 10)})
 assert len(tries) > 1
@@ -93,9 +93,9 @@ assert [r.last for r in Study(journal, "test", study.journal.lease).records()] =
 
 def test_wait_for_room_ends_in_time_or_with_the_wish_to_stop(tmp_path: Path) -> None:
     code = """
-study.journal.stopping = lambda: True
+study.journal.give_up = lambda: True
 fails()
-study.journal.stopping = lambda: False
+study.journal.give_up = lambda: False
 sda_ray.search.journal.PATIENCE = 0.3
 fails()
 limit(soft)

@@ -191,7 +191,7 @@ def test_records_that_have_not_changed_are_not_made_again(study: Study) -> None:
     assert after[1] == changed
     assert [a is b for a, b in zip(after, before, strict=True)] == [True, False, True, True]
 
-    study.show(before[2], 1)
+    study.set_shown(before[2], 1)
     assert [r.shown for r in study.records()] == [None, None, 1, None]
 
 
@@ -212,7 +212,7 @@ def test_several_objectives_are_all_kept(tmp_path: Path, lease: Lease) -> None:
     brought = TrialRecord(
         7, "prior", "complete", 9, 9, {9: 0.5}, source="x", finals=(0.5, 1.0, 2.0)
     )
-    assert study.bring(brought, drawn[1]).finals == (0.5, 1.0, 2.0)
+    assert study.import_run(brought, drawn[1]).finals == (0.5, 1.0, 2.0)
 
     pruned = study.report(study.add(TrialRecord(8, "next", "running", 9, 9), drawn[1]), {1: 0.5})
     assert study.tell(pruned, "pruned").state == "pruned"
@@ -222,8 +222,8 @@ def test_attempts_that_others_count_are_remembered_for_closed_runs(
     tmp_path: Path, lease: Lease, study: Study
 ) -> None:
     closed = study.tell(study.report(add(study), {1: 0.5}), "pruned")
-    assert study.count(closed, 5).attempt == 5
-    assert study.count(study.records()[0], 3).attempt == 5
+    assert study.record_attempt(closed, 5).attempt == 5
+    assert study.record_attempt(study.records()[0], 3).attempt == 5
 
     again = Study(tmp_path / "study.journal", "test", lease)
     assert again.start(again.records()[0], 3, None).attempt == 6

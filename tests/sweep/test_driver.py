@@ -233,7 +233,7 @@ def test_lost_nodes_are_never_held_against_a_run(manual: ManualDriver) -> None:
         assert spec is not None and spec["index"] == 1
         manual.driver.lose(str(i), "its node has died", "node")
 
-    assert [(r.state, r.lost) for r in manual.study.records()] == [("running", 0)]
+    assert [(r.state, r.worker_deaths) for r in manual.study.records()] == [("running", 0)]
 
 
 @pytest.mark.parametrize("killed", [False, True], ids=["told", "killed"])
