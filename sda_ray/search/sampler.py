@@ -771,12 +771,13 @@ def importances(study: optuna.Study) -> dict[str, float]:
     if len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))) < 2:
         return {}
 
-    evaluator = optuna.importance.PedAnovaImportanceEvaluator()
     target = None if len(study.directions) == 1 else lambda trial: float(trial.values[0])
 
     try:
         with quiet_optuna(), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
+            evaluator = optuna.importance.PedAnovaImportanceEvaluator()
+
             return optuna.importance.get_param_importances(
                 study, evaluator=evaluator, target=target
             )
