@@ -220,30 +220,18 @@ def view(
         objectives: The number of objectives.
     """
 
-    covers = None if current is None else _coverage(current)
     trials = []
 
     for record in records:
-        if record.state == "failed" or (covers and not covers(record.trial.params)):
-            continue
-
         distributions = record.trial.distributions if current is None else current
+
+        if record.state == "failed" or not _has_params(distributions, record.trial.params):
+            continue
 
         if (trial := _seen_by_sampler(record, distributions, objectives)) is not None:
             trials.append(trial)
 
     return trials
-
-
-def _coverage(distributions: Distributions) -> Callable[[Mapping[str, Any]], bool]:
-    r"""Returns the test whether parameters are those of distributions; it is quick to repeat."""
-
-    tests = [(name, _membership(distribution)) for name, distribution in distributions.items()]
-
-    return lambda params: (
-        len(params) == len(tests)
-        and all(name in params and test(params[name]) for name, test in tests)
-    )
 
 
 def _seen_by_sampler(
@@ -271,23 +259,25 @@ def _seen_by_sampler(
 def has_value(distribution: BaseDistribution, value: Any) -> bool:
     r"""Returns whether a distribution has a value."""
 
-    return _membership(distribution)(value)
-
-
-def _membership(distribution: BaseDistribution) -> Callable[[Any], bool]:
     if isinstance(distribution, CategoricalDistribution):
-        return distribution.choices.__contains__
+        return value in distribution.choices
 
     assert isinstance(distribution, FloatDistribution | IntDistribution)
-    low, high, step = distribution.low, distribution.high, distribution.step
 
-    def has(value: Any) -> bool:
-        if type(value) not in (int, float) or not low <= value <= high:
-            return False
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+        return False
 
-        return step is None or abs((steps := (value - low) / step) - round(steps)) < 1e-8
+    steps = 0.0 if distribution.step is None else (value - distribution.low) / distribution.step
 
-    return has
+    return bool(
+        distribution.low <= value <= distribution.high and abs(steps - round(steps)) < 1e-8
+    )
+
+
+def _has_params(distributions: Distributions, params: Mapping[str, Any]) -> bool:
+    return params.keys() == distributions.keys() and all(
+        has_value(distribution, params[name]) for name, distribution in distributions.items()
+    )
 
 
 # Samplers
@@ -628,7 +618,7 @@ class _Attempts:
             return None
 
         if self.current is not None:
-            if not _coverage(self.current)(params):
+            if not _has_params(self.current, params):
                 return None
 
             return self._searched(record.index - 1, params, self.current)
