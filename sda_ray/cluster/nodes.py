@@ -405,7 +405,7 @@ def listening() -> Iterator[tuple[int, str, str]]:
         return
 
     for each in sockets:
-        if each.status != psutil.CONN_LISTEN:
+        if each.status != psutil.CONN_LISTEN or not each.laddr:
             continue
 
         address = ipaddress.ip_address(each.laddr.ip)

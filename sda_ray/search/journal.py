@@ -22,7 +22,7 @@ from optuna.storages.journal import BaseJournalBackend
 from optuna.study import StudyDirection
 
 from ..core.errors import UserError
-from ..core.files import append, open_regular, write_atomic
+from ..core.files import append, cut_torn_lines, find_torn_lines, open_regular, write_atomic
 from ..core.lease import Lease, LeaseLost
 
 __all__ = ["Journal", "open_journal", "open_study"]
@@ -206,40 +206,26 @@ def _repair(file: Path) -> None:
     if not os.path.lexists(file):
         return
 
-    with os.fdopen(open_regular(file, os.O_RDWR), "r+b") as stream:
-        data = stream.read()
-        end = len(data)
+    end, torn = find_torn_lines(file)
 
-        # A power cut may leave a last line that has its end but not its middle.
-        while end and not _is_whole(data[data.rfind(b"\n", 0, end - 1) + 1 : end]):
-            end = data.rfind(b"\n", 0, end - 1) + 1
+    if end == 0:
+        raise UserError(
+            f"{file} is {'not a journal' if torn else 'empty: its records are lost'}. Restore a "
+            "copy of the file, or remove it to begin the sweep anew."
+        )
 
-        if end == 0:
-            raise UserError(
-                f"{file} is {'not a journal' if data else 'empty: its records are lost'}. Restore "
-                "a copy of the file, or remove it to begin the sweep anew."
-            )
+    if not torn:
+        return
 
-        if end == len(data):
-            return
+    kept = _unused(file.with_suffix(".journal.torn"))
 
-        kept = _unused(file.with_suffix(".journal.torn"))
-
-        try:
-            write_atomic(kept, data[end:])
-        except OSError as error:
-            logger.warning("%s cannot be written: %s.", kept, error)
-
-        stream.truncate(end)
-        os.fsync(stream.fileno())
-        logger.warning("%s: a torn last record was cut off, and kept as %s.", file, kept.name)
-
-
-def _is_whole(line: bytes) -> bool:
     try:
-        return line.endswith(b"\n") and isinstance(json.loads(line), dict)
-    except (ValueError, RecursionError):
-        return False
+        write_atomic(kept, torn)
+    except OSError as error:
+        logger.warning("%s cannot be written: %s.", kept, error)
+
+    cut_torn_lines(file)
+    logger.warning("%s: a torn last record was cut off, and kept as %s.", file, kept.name)
 
 
 def _unused(file: Path) -> Path:

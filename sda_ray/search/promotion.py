@@ -1,8 +1,8 @@
-r"""What a sweep does next: a pure function of what its runs have reached.
+r"""Decides what a sweep does next, as a pure function of the progress of its runs.
 
-Runs are pruned by promotion. A run goes to the first rung and is paused there, unless its value is
-among the best :math:`1 / \eta` of all values at that rung; when it comes to be among them later,
-it goes on to the next rung, in its own directory, from its own checkpoint.
+Runs are pruned by promotion. A run trains up to the first rung and pauses there, unless its value
+is among the best :math:`1 / \eta` of all values at that rung. Once it is among them, it is promoted
+to the next rung: it resumes in its own directory, from its own checkpoint.
 
 References:
     | A System for Massively Parallel Hyperparameter Tuning (Li et al., 2018)
@@ -33,7 +33,7 @@ FINAL = ("median", "percentile", "patience", "hyperband")  # a run that one of t
 
 @dataclass(frozen=True)
 class TrialRecord:
-    r"""Creates what the study says of a run, in the newest of the run's records.
+    r"""The newest record of a run in the study.
 
     Arguments:
         index: The number of the run in its sweep, from 1.
@@ -48,8 +48,8 @@ class TrialRecord:
         config: The keys of CONFIG that the sweep varies, with their values.
         trial: Optuna's trial.
         error: Why the run failed or diverged.
-        source: Where a run comes from that was not made by this sweep, but brought in: it is known
-            to the sampler and does not count towards the target.
+        source: The origin of a run that was imported from outside this sweep. The sampler knows
+            it, and it does not count towards the target.
         queued: The number of the queued configuration that the run was started for, if any.
         worker_deaths: The number of times that the worker of the run died.
         memory_errors: The number of times that it ran out of memory.
@@ -81,7 +81,7 @@ class TrialRecord:
 
     @property
     def visible(self) -> dict[int, float]:
-        r"""The values that count for rungs and sampler."""
+        r"""The values that rungs and sampler see."""
 
         if self.shown is None:
             return self.values
@@ -98,27 +98,28 @@ class TrialRecord:
 
     @property
     def outcome(self) -> str:
-        r"""The state in the eyes of other runs: what came of a hidden run is hidden too."""
+        r"""The state that other runs see: the end of a run with hidden values is hidden, too."""
 
         return "pruned" if self.shown is not None and self.state != "failed" else self.state
 
 
+# Whether a run that waits at a rung is stopped there, given all runs
 PruneRule = Callable[[TrialRecord, Sequence[TrialRecord]], bool]
 
 
 @dataclass(frozen=True)
 class Rules:
-    r"""Creates the rules of a sweep.
+    r"""The rules of a sweep.
 
     Arguments:
-        target: The number of runs wanted. Failed runs, and those brought in, do not count.
+        target: The number of runs wanted. Failed and imported runs do not count.
         epochs: The full budget of a run.
         min_epochs: The first rung, or None if nothing is pruned.
-        eta: One in `eta` runs goes on at each rung.
+        eta: One in `eta` runs is promoted at each rung.
         finalists: The least number of runs with a full budget in the end.
-        excused: The number of failed runs, the first ones, that are no reason to draw no more.
-        pruner: What stops runs early: `promotion`, `none`, or a rule by which a run that is
-            stopped never goes on, see :mod:`sda_ray.search.pruners`.
+        excused: The number of failed runs that do not count towards the limit on failures.
+        pruner: `promotion`, `none`, or a pruner whose verdicts are final, see
+            :mod:`sda_ray.search.pruners`.
     """
 
     target: int
@@ -133,7 +134,7 @@ class Rules:
     def rungs(self) -> tuple[int, ...]:
         r"""The epochs at which runs are compared; the last is the full budget.
 
-        They grow by `eta`, or are the multiples of the first where runs are compared all along.
+        They grow by the factor `eta`, or are the multiples of the first for most final pruners.
         """
 
         rungs, rung = [], self.min_epochs or self.epochs
@@ -159,7 +160,7 @@ class Rules:
 
 @dataclass(frozen=True)
 class Action:
-    r"""Creates a decision: `adopt`, `promote`, `prune`, `draw`, `wait` or `stop`.
+    r"""A decision: `adopt`, `promote`, `prune`, `draw`, `wait` or `stop`.
 
     A run is adopted or promoted up to the epoch `until`, and its values count for others up to the
     epoch `shown`, or all of them.
@@ -178,7 +179,7 @@ def count_trials(records: Sequence[TrialRecord]) -> int:
 
 
 def rank_key(record: TrialRecord) -> tuple[int, int, float, int]:
-    r"""Orders runs from best to worst: complete ones by their last value, then the furthest."""
+    r"""Returns the sort key from best to worst: complete runs by value, then those furthest on."""
 
     rank = {"complete": 0, "diverged": 2, "failed": 3}.get(record.state, 1)
     progress = 0 if rank == 0 else -record.last
@@ -187,13 +188,13 @@ def rank_key(record: TrialRecord) -> tuple[int, int, float, int]:
 
 
 def _finite(value: float | None) -> float:
-    r"""Returns a value that compares: what is missing or not a number is the worst."""
+    r"""Returns a value that can be compared: a missing one, or NaN, is the worst."""
 
     return value if value is not None and math.isfinite(value) else math.inf
 
 
 def best_at_rung(rung: int, records: Sequence[TrialRecord], rules: Rules) -> list[TrialRecord]:
-    r"""Returns the best :math:`1 / \eta` of the runs at a rung, from the best on.
+    r"""Returns the best :math:`1 / \eta` of the runs at a rung, the best one first.
 
     A run that diverged counts as the worst at every rung that it was bound for.
     """
@@ -204,14 +205,14 @@ def best_at_rung(rung: int, records: Sequence[TrialRecord], rules: Rules) -> lis
 
         return _finite(record.visible[rung]) if rung in record.visible else None
 
-    here = [(x, r.index, r) for r in records if (x := value(r)) is not None]
-    best = sorted(here, key=lambda item: item[:2])[: len(here) // rules.eta]
+    reached = [(x, r.index, r) for r in records if (x := value(r)) is not None]
+    best = sorted(reached, key=lambda item: item[:2])[: len(reached) // rules.eta]
 
     return [record for x, _, record in best if x < math.inf]
 
 
 def _promotable(records: Sequence[TrialRecord], rules: Rules) -> Iterator[tuple[int, TrialRecord]]:
-    r"""Yields rungs and the runs that the rule sends on from there, in the order of the rule."""
+    r"""Yields rungs and the runs to promote from there, in the order of promotion."""
 
     if rules.pruner != "promotion":
         return
@@ -225,9 +226,10 @@ def _promotable(records: Sequence[TrialRecord], rules: Rules) -> Iterator[tuple[
 
 
 def unhide(records: Sequence[TrialRecord], rules: Rules) -> list[TrialRecord]:
-    r"""Lets hidden values count, as far as the rule itself would have let their runs go on.
+    r"""Unhides values as far as their runs would have been promoted by now.
 
-    They come one by one and in the order of the rule, as if the runs were sent on only now.
+    Values are unhidden one rung at a time, in the order of promotion, as if the runs were promoted
+    only now.
     """
 
     shown = list(records)
@@ -255,26 +257,25 @@ def decide(
     exhausted: bool = False,
     stops: PruneRule | None = None,
 ) -> Action:
-    r"""Decides what a free slot is used for.
+    r"""Returns what a free slot is used for.
 
     Arguments:
         records: The runs of the sweep.
         live: The indices of the runs in flight.
         rules: The rules of the sweep.
-        exhausted: Whether there is no new configuration left to draw.
-        stops: Whether a run that has reached a rung is stopped there for good, given all runs;
-            None if runs are promoted, or never stopped.
+        exhausted: Whether no new configuration is left to draw.
+        stops: The final verdict on a run at a rung; None if runs are promoted, or not pruned.
     """
 
     records = unhide(records, rules)
     idle = [record for record in records if record.index not in live]
 
-    # Runs left behind by a dead driver, or by a lost worker
+    # Runs whose driver or worker died
     for record in idle:
         if record.state == "running" and not record.paused:
             return Action("adopt", record, record.until, record.shown)
 
-    # Runs that wait at a rung for a verdict that is final
+    # Runs that wait at a rung for a final verdict
     for record in idle:
         if stops is not None and record.state == "running":
             if stops(record, records):
@@ -282,7 +283,7 @@ def decide(
 
             return Action("promote", record, rules.after(record.last))
 
-    # Runs that have come to be among the best, from the top rung down
+    # Runs that are among the best by now, from the top rung down
     for rung, record in _promotable(records, rules):
         if record.paused and record.index not in live:
             return Action("promote", record, rules.after(rung))
@@ -294,7 +295,7 @@ def decide(
     if len(own) - failed < rules.target and failed <= rules.failures and not exhausted:
         return Action("draw", until=rules.rungs[0])
 
-    # The sweep shall end with finished models. Runs in flight may still bring better ones.
+    # A sweep ends with finished models. Runs in flight may still be better.
     if any(record.until < record.epochs for record in records if record.index in live):
         return Action("wait")
 

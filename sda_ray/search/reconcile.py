@@ -1,10 +1,9 @@
-r"""What the directories of runs know and a dead driver never told the study.
+r"""Brings the study up to date with the directories of its runs, after a crash.
 
 A driver may die between any two appends to the journal, and a trial's process between any two
-writes to its directory; the journal itself may be an older copy. :func:`reconcile` says, without
-doing anything, what makes one whole of the two again and what comes next; :func:`catch_up` does
-it. Runs that nobody carries out any more are adopted by the driver, whether they had come to a
-directory or not.
+writes to its directory; the journal may even be an older copy. :func:`reconcile` returns the steps
+that make the two consistent, and what comes next; :func:`catch_up` takes them. The driver then
+adopts the runs that are in flight no more, whether they have a directory or not.
 """
 
 import logging
@@ -35,13 +34,13 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-# What the directory of a closed run says in the end, if its last process could not
+# The final status in the directory of a closed run, written here if its process died before
 CLOSED = {"pruned": "paused", "failed": "failed", "stopped": "stopped", "diverged": "diverged"}
 
 
 @dataclass(frozen=True)
 class DirectoryState:
-    r"""Creates what the directory of a run says of it.
+    r"""What the directory of a run records.
 
     Arguments:
         status: The status in `run.json`.
@@ -60,13 +59,13 @@ class DirectoryState:
 
 @dataclass(frozen=True)
 class Step:
-    r"""Creates a step towards a whole study.
+    r"""A step that brings the study and the directories together.
 
     Arguments:
-        kind: `count` (an attempt that the study has not), `extend` (up to `until`, shown up to
+        kind: `count` (an attempt that the study lacks), `extend` (up to `until`, shown up to
             `shown`), `report` (values), `tell` (a state) or `mark` (the directory of a run whose
-            process is gone, with a status).
-        record: The run, as it is before all steps.
+            process died, with a status).
+        record: The run before all steps.
         attempt: The number of the attempt.
         until: The epoch up to which the run may go.
         shown: The last epoch whose value counts for others.
@@ -89,27 +88,27 @@ class Step:
 
 def reconcile(
     records: Sequence[TrialRecord],
-    found: Mapping[str, DirectoryState],
+    directories: Mapping[str, DirectoryState],
     rules: Rules | None = None,
     stops: PruneRule | None = None,
 ) -> list[Step | Action]:
-    r"""Returns what has to be done first, and what comes next.
+    r"""Returns the steps to take first, and what comes next.
 
     Arguments:
-        records: The runs of the sweep, as the study has them. Nobody carries them out.
-        found: What the directories of runs say, by their ids. A run may have none.
-        rules: The rules of the sweep. Without them it is not asked what comes next.
+        records: The runs of the sweep, as the study has them. None is in flight.
+        directories: The states of the runs' directories, by run id. A run may have none.
+        rules: The rules of the sweep, or None to return steps alone.
         stops: See :func:`sda_ray.search.promotion.decide`.
 
     Returns:
-        The steps to a whole study; then, given rules, what a free slot is used for.
+        The steps; then, given rules, what a free slot is used for.
     """
 
     steps = [
         step
         for record in records
-        if not record.source and record.run_id in found
-        for step in _steps(record, found[record.run_id])
+        if not record.source and record.run_id in directories
+        for step in _steps(record, directories[record.run_id])
     ]
 
     if rules is None:
@@ -118,20 +117,20 @@ def reconcile(
     return [*steps, decide(project_steps(records, steps), (), rules, stops=stops)]
 
 
-def _steps(record: TrialRecord, found: DirectoryState) -> list[Step]:
+def _steps(record: TrialRecord, directory: DirectoryState) -> list[Step]:
     steps: list[Step] = []
 
-    # A start that the journal has lost has taken its number all the same.
-    if found.attempt > record.attempt:
-        steps.append(Step("count", record, attempt=found.attempt))
+    # An attempt that the journal has lost used up its number all the same.
+    if directory.attempt > record.attempt:
+        steps.append(Step("count", record, attempt=directory.attempt))
 
     if record.state == "running":
-        steps += _closed(record, found) or _open(record, found)
+        steps += _closed(record, directory) or _missing(record, directory.values, record.until)
 
     now = _after(record, steps)
     status = CLOSED.get("pruned" if now.paused else now.state)
 
-    if status and found.status == "running":
+    if status and directory.status == "running":
         attempt = now.attempt + 1
         steps += [
             Step("count", record, attempt=attempt),
@@ -141,27 +140,27 @@ def _steps(record: TrialRecord, found: DirectoryState) -> list[Step]:
     return steps
 
 
-def _closed(record: TrialRecord, found: DirectoryState) -> list[Step]:
-    r"""Returns how to close the record of a run that has come to its end.
+def _closed(record: TrialRecord, directory: DirectoryState) -> list[Step]:
+    r"""Returns the steps that close the record of a run that has ended.
 
-    If the journal is so much older than the directory that the run should not even have got
-    there, its end stays hidden until the rules would have let it.
+    If the journal is so old that the run is not promoted that far in it, the end stays hidden until
+    the rules promote the run.
     """
 
-    values = {e: x for e, x in found.values.items() if e <= record.epochs}
+    values = {e: x for e, x in directory.values.items() if e <= record.epochs}
     known = record.values | values
-    current = found.attempt >= record.attempt  # said by the last attempt, not one before
+    current = directory.attempt >= record.attempt  # written by the last attempt
     ahead = record.until < record.epochs and max(known, default=0) >= record.until
 
-    if found.status == "finished" and record.epochs in known and found.finals:
+    if directory.status == "finished" and record.epochs in known and directory.finals:
         state, reason = "complete", ""
 
-        if not all(map(math.isfinite, found.finals)):
-            state, reason = "diverged", f"its end is {found.finals}"
-    elif found.status == "diverged" and current:
-        state, reason = "diverged", found.reason
-    elif found.status == "stopped" and current:
-        state, reason, ahead = "stopped", found.reason, False
+        if not all(map(math.isfinite, directory.finals)):
+            state, reason = "diverged", f"its end is {directory.finals}"
+    elif directory.status == "diverged" and current:
+        state, reason = "diverged", directory.reason
+    elif directory.status == "stopped" and current:
+        state, reason, ahead = "stopped", directory.reason, False
     else:
         return []
 
@@ -174,13 +173,9 @@ def _closed(record: TrialRecord, found: DirectoryState) -> list[Step]:
     until = record.epochs if ahead else record.until
     steps += _missing(record, values, until)
 
-    ends = found.finals if state == "complete" else ()
+    ends = directory.finals if state == "complete" else ()
 
     return [*steps, Step("tell", record, state=state, reason=reason, finals=ends)]
-
-
-def _open(record: TrialRecord, found: DirectoryState) -> list[Step]:
-    return _missing(record, found.values, record.until)
 
 
 def _missing(record: TrialRecord, values: dict[int, float], until: int) -> list[Step]:
@@ -190,7 +185,7 @@ def _missing(record: TrialRecord, values: dict[int, float], until: int) -> list[
 
 
 def project_steps(records: Sequence[TrialRecord], steps: Sequence[Step]) -> list[TrialRecord]:
-    r"""Returns the runs as they are after some steps."""
+    r"""Returns the runs after some steps."""
 
     own: dict[int, list[Step]] = {}
 
@@ -215,7 +210,7 @@ def _after(record: TrialRecord, steps: Sequence[Step]) -> TrialRecord:
 
 
 def apply_steps(study: Study, steps: Sequence[Step], runs: Path) -> None:
-    r"""Takes the steps. It may be killed anywhere and done again."""
+    r"""Takes steps. It may be killed at any moment and repeated."""
 
     records = {record.index: record for record in study.records()}
     marked = any(step.kind == "mark" for step in steps)
@@ -239,7 +234,7 @@ def apply_steps(study: Study, steps: Sequence[Step], runs: Path) -> None:
 
 
 def _mark(path: RunPath, attempt: int, status: str) -> None:
-    r"""Notes in the record of a run how it is, since its process is gone, or shall be."""
+    r"""Writes a status to the record of a run, whose process is dead or loses its lease now."""
 
     with suppress(LeaseLost), ExitStack() as stack:  # lost to another driver
         try:
@@ -260,28 +255,28 @@ def read_directories(
     objectives: Sequence[str] = ("loss_valid",),
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> dict[str, DirectoryState]:
-    r"""Returns what the directories of runs say, by their ids.
+    r"""Returns the states of the directories of runs, by run id.
 
-    A directory that cannot be read is passed over with a warning, but for the number of its last
-    attempt: its run, if it has to go on, fails for that reason.
+    Of a directory that cannot be read, only the number of the last attempt is returned, with a
+    warning: its run fails for that reason when it resumes.
     """
 
     paths = {path.id: path for path in RunPath.all(runs)}
     own = [r for r in records if not r.source and r.state != "complete" and r.run_id in paths]
-    found = {}
+    states = {}
 
     for done, record in enumerate(own, start=1):
         path = paths[record.run_id]
 
         try:
-            found[record.run_id] = _read_directory(path, record, objectives)
+            states[record.run_id] = _read_directory(path, record, objectives)
         except (UserError, OSError) as error:
-            found[record.run_id] = DirectoryState(attempt=_attempt(path))
+            states[record.run_id] = DirectoryState(attempt=_attempt(path))
             logger.warning("%s is passed over: %s", path.directory.name, error)
 
         progress(done, len(own))
 
-    return found
+    return states
 
 
 def _read_directory(
@@ -291,7 +286,7 @@ def _read_directory(
     attempt = _attempt(path)
     status, reason = content.get("status", ""), str(content.get("reason", ""))
 
-    if record.state != "running":  # all is told
+    if record.state != "running":  # closed
         return DirectoryState(status, attempt=attempt, reason=reason)
 
     history = read_history(path.metrics)
@@ -309,10 +304,10 @@ def _attempt(path: RunPath) -> int:
 
 
 def catch_up(study: Study, runs: Path) -> None:
-    r"""Tells the study what the directories of its runs know. The driver goes on from there.
+    r"""Brings a study up to date with the directories of its runs.
 
     Arguments:
-        study: The study. Its lease makes sure that nobody else drives the sweep.
+        study: The study. Its lease keeps other drivers away.
         runs: The directory of all runs.
     """
 
