@@ -88,12 +88,12 @@ def plain(size: int) -> Callable[[Any], Any]:
     return lambda x: transition(torch.as_tensor(x)).numpy()
 
 
-def ours(compiled: bool) -> Callable[[Any], Any]:
+def ours() -> Callable[[Any], Any]:
     import torch
 
     from sda_ray.data.flow import KolmogorovFlow
 
-    flow = KolmogorovFlow(SIZE, dt=DT, compiled=compiled)
+    flow = KolmogorovFlow(SIZE, dt=DT)
 
     return lambda x: flow.transition(torch.as_tensor(x)).numpy()
 
@@ -158,7 +158,7 @@ def measure(kind: str, fields: int, states: int, file: str, out: str) -> dict[st
         import torch
 
         torch.set_num_threads(1)
-        transition = plain(SIZE) if kind == "plain" else ours(compiled=kind == "ours")
+        transition = plain(SIZE) if kind == "plain" else ours()
 
     x = np.load(file)[:fields]
     x = transition(x)  # compiles, and is not counted
@@ -187,7 +187,7 @@ def compare(states: int = 8, rounds: int = 3) -> dict[str, dict[str, float]]:
     from sda_ray.data.flow import KolmogorovFlow
 
     jax = os.environ.get("JAX_PYTHON", sys.executable)
-    kinds = ["ours", "eager", "plain", *["jax-cfd"] * has_jax(jax)]
+    kinds = ["ours", "plain", *["jax-cfd"] * has_jax(jax)]
 
     with TemporaryDirectory() as directory:
         file = str(Path(directory) / "fields.npy")
@@ -220,7 +220,7 @@ def results(quick: bool) -> Iterator[Result]:
     for fields, words in ((1, "one by one"), (FIELDS, f"{FIELDS} together")):
         x = found[f"ours {fields}"]
 
-        for peer in ("jax-cfd", "plain", "eager"):
+        for peer in ("jax-cfd", "plain"):
             if (y := found.get(f"{peer} {fields}")) is None:
                 continue
 

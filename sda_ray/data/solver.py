@@ -5,15 +5,15 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["Projection", "Solver", "constants"]
+__all__ = ["Solver"]
 
 VISCOSITY = 1e-3
 DRAG = 0.1
 FORCING = 4  # wavenumber
 
 
-def constants(n: int, dt: float, steps: int) -> tuple[float, float, float, Tensor]:
-    r"""Returns what the solvers share, for velocities in cells per step.
+def _constants(n: int, dt: float, steps: int) -> tuple[float, float, float, Tensor]:
+    r"""Returns the constants of a step, for velocities in cells per step.
 
     Returns:
         The factor of the velocities, and four times the diffusion, the drag and the force of a
@@ -27,13 +27,13 @@ def constants(n: int, dt: float, steps: int) -> tuple[float, float, float, Tenso
     return tau / h, 4 * VISCOSITY * tau / h**2, 4 * DRAG * tau, wave.float()
 
 
-class Projection:
+class _Projection:
     r"""Creates the pressure whose gradient carries the divergence of a batch of states.
 
     Arguments:
         batch: The number :math:`B` of states.
         n: The number of cells along each side.
-        device: Where to compute.
+        device: The device to compute on.
     """
 
     def __init__(self, batch: int, n: int, device: torch.device) -> None:
@@ -120,16 +120,16 @@ class Solver:
 
     Velocities are stored in cells per step, with two periodic cells on each side, and flattened
     to :math:`(2, B (n + 4)^2)`. A neighbour is then an offset, the row length along x and 1 along
-    y, and every operation runs over long contiguous memory; what it computes in and across the
-    borders is never used. The views into the arrays are made once: with small arrays, making them
-    would take as long as the arithmetic.
+    y, and every operation runs over long contiguous memory; the results in and across the borders
+    are never used. The views into the arrays are made once: with small arrays, making them would
+    take as long as the arithmetic.
 
     Arguments:
         batch: The number :math:`B` of states.
         n: The number of cells along each side.
         dt: The time between two states.
         steps: The number of steps in that time.
-        device: Where to compute.
+        device: The device to compute on.
     """
 
     def __init__(self, batch: int, n: int, dt: float, steps: int, device: torch.device) -> None:
@@ -140,7 +140,7 @@ class Solver:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, device=device)
 
-        self.scale, self.diffusion, self.drag, wave = constants(n, dt, steps)
+        self.scale, self.diffusion, self.drag, wave = _constants(n, dt, steps)
 
         # State
         self.w = zeros(2, cells)
@@ -172,7 +172,7 @@ class Solver:
         self.outflows = [x[:, a - s : b - s] for x, s in zip(self.fluxes, shifts, strict=True)]
 
         # Projection
-        self.projection = Projection(batch, n, device)
+        self.projection = _Projection(batch, n, device)
         (u, v), (u0, v0), q = self.grid, self.inner, self.projection.pressure
         self.walls = [(u[:, 1], u[:, -3]), (v[..., 1], v[..., -3])]
         self.sides = (u0, v0, u[:, 1:-3, 2:-2], v[:, 2:-2, 1:-3])

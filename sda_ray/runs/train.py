@@ -137,7 +137,7 @@ def _train(
 
     if torch.device(device).type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        trainset.move(device, room=int(RESIDENT * min(free, share * total)))
+        trainset.move(device, limit=int(RESIDENT * min(free, share * total)))
 
     validation = Validation(validset, device)
 

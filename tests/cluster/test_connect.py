@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from sda_ray.cluster.connect import connect, local_cpus
+from sda_ray.cluster.connect import connect, local_cpus, map_on_ray
 from sda_ray.cluster.slots import Slots, fitting
 from sda_ray.core.errors import UserError
 
@@ -207,3 +207,16 @@ def test_nodes_of_one_name_are_all_looked_at() -> None:
 
     with pytest.raises(UserError, match=r"CPU=1 GPU=0, node vm has CPU=0 GPU=0\. Lower"):
         Slots(8, 0)._check(nodes)
+
+
+def test_every_item_is_mapped_on_workers() -> None:
+    results = map_on_ray(lambda i: (i, os.getpid()), range(5), workers=2)
+    found = dict(results)
+
+    assert {i: result[0] for i, result in found.items()} == {i: i for i in range(5)}
+    assert os.getpid() not in {pid for _, pid in found.values()}
+
+
+def test_map_needs_a_worker() -> None:
+    with pytest.raises(UserError, match="workers is 0, but must be at least 1"):
+        next(map_on_ray(str, [1], workers=0))

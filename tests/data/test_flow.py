@@ -10,7 +10,6 @@ from torch import Tensor
 
 from sda_ray.data import flow as module
 from sda_ray.data.flow import KolmogorovFlow, coarsen, vorticity
-from sda_ray.data.stencil import kernels
 
 REFERENCE = np.load(Path(__file__).parents[1] / "reference" / "flow.npz")
 
@@ -38,22 +37,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(params=[True, False], ids=["compiled", "eager"])
-def compiled(request: pytest.FixtureRequest) -> bool:
-    if request.param and kernels() is None:
-        pytest.skip("there is no C compiler")
-
-    return bool(request.param)
-
-
-def test_transition_is_the_reference_at_64(compiled: bool) -> None:
+def test_transition_is_the_reference_at_64() -> None:
     x, y = reference("states_64")
 
-    assert error(KolmogorovFlow(64, compiled=compiled).transition(x), y) <= 1e-6
+    assert error(KolmogorovFlow(64).transition(x), y) <= 1e-6
 
 
-def test_transition_is_the_reference_at_256(compiled: bool) -> None:
-    y = KolmogorovFlow(256, compiled=compiled).transition(reference("state_256"))
+def test_transition_is_the_reference_at_256() -> None:
+    y = KolmogorovFlow(256).transition(reference("state_256"))
 
     assert error(y[:, ::8], reference("next_256")) <= 1e-6
 
@@ -84,32 +75,30 @@ def test_prior_is_free_of_divergence_and_scaled(size: int) -> None:
 
 
 @pytest.mark.parametrize("size", [20, 64])
-def test_bits_depend_on_the_seed_alone(size: int, compiled: bool) -> None:
+def test_bits_depend_on_the_seed_alone(size: int) -> None:
     seeds = [3, 1, 4, 15, 9, 2, 6, 5, 35, 8]
-    flow = KolmogorovFlow(size, compiled=compiled)
+    flow = KolmogorovFlow(size)
 
     alone = torch.cat([flow.transition(flow.prior([seed])) for seed in seeds])
 
     for n in (1, 2):
         torch.set_num_threads(n)
-        again = KolmogorovFlow(size, compiled=compiled)
+        again = KolmogorovFlow(size)
         assert torch.equal(again.transition(again.prior(seeds)), alone)
 
 
-def test_bits_at_256_do_not_depend_on_threads_and_batch(
-    monkeypatch: pytest.MonkeyPatch, compiled: bool
-) -> None:
+def test_bits_at_256_do_not_depend_on_threads_and_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     x = KolmogorovFlow(256).prior([0, 1])
-    y = KolmogorovFlow(256, compiled=compiled).transition(x)
+    y = KolmogorovFlow(256).transition(x)
 
     monkeypatch.setitem(module.CELLS, "cpu", 2 * 256**2)
     torch.set_num_threads(2)
 
-    assert torch.equal(KolmogorovFlow(256, compiled=compiled).transition(x), y)
+    assert torch.equal(KolmogorovFlow(256).transition(x), y)
 
 
-def test_transition_conserves_volume_and_momentum(compiled: bool) -> None:
-    flow = KolmogorovFlow(64, compiled=compiled)
+def test_transition_conserves_volume_and_momentum() -> None:
+    flow = KolmogorovFlow(64)
     x = flow.prior([0, 1]) + torch.tensor([0.5, -0.25])[:, None, None]
     y = flow.transition(x)
 
@@ -119,8 +108,8 @@ def test_transition_conserves_volume_and_momentum(compiled: bool) -> None:
     assert torch.allclose(y.mean(dim=(-1, -2)), decay * x.mean(dim=(-1, -2)), atol=1e-6)
 
 
-def test_transition_commutes_with_shifts(compiled: bool) -> None:
-    flow = KolmogorovFlow(64, compiled=compiled)
+def test_transition_commutes_with_shifts() -> None:
+    flow = KolmogorovFlow(64)
     x = flow.prior([0])
     shifted = x.roll((5, 16), dims=(-2, -1))  # 16 cells are a period of the force
 
@@ -140,9 +129,19 @@ def test_transition_keeps_shape_and_input() -> None:
     assert torch.equal(flow.transition(x.expand(2, 2, 3, -1, -1, -1))[1], y)
 
 
-def test_resting_fluid_stays_finite(compiled: bool) -> None:
+def test_values_that_are_not_finite_are_not_hidden() -> None:
+    flow = KolmogorovFlow(16)
+    x = flow.prior([0, 1])
+    x[0, 1, 7, 7] = torch.nan
+    y = flow.transition(x)
+
+    assert y[0].isnan().all()
+    assert y[1].isfinite().all()
+
+
+def test_resting_fluid_stays_finite() -> None:
     # Every difference is zero, and so are the denominators of the limiter.
-    x = KolmogorovFlow(64, compiled=compiled).transition(torch.zeros(1, 2, 64, 64))
+    x = KolmogorovFlow(64).transition(torch.zeros(1, 2, 64, 64))
 
     assert x.isfinite().all()
     assert x[:, 1].abs().max() < 1e-6
