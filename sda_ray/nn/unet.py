@@ -7,9 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .conv import CircularConv2d, modulated_pad, silu_pad, upsampled_conv2d
+from .conv import CircularConv2d, upsampled_conv2d
 from .precision import full
-from .winograd import pays
 
 __all__ = ["LayerNorm", "ModResidualBlock", "Residue", "UNet", "UpTail"]
 
@@ -35,13 +34,11 @@ class LayerNorm(nn.Module):
         # Torch's layer norm has the biased variance: r times the unbiased one.
         C = x.shape[1]
         r = (C - 1) / C
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        weight = x.new_full((C,), math.sqrt(r))
+        y = x.to(torch.promote_types(x.dtype, torch.float32))
+        weight = y.new_full((C,), math.sqrt(r))
+        y = F.layer_norm(y.permute(0, 2, 3, 1), (C,), weight, eps=r * self.eps)
 
-        x = x.permute(0, 2, 3, 1)
-        x = F.layer_norm(x, (C,), weight, eps=r * self.eps)
-
-        return x.permute(0, 3, 1, 2)
+        return y.permute(0, 3, 1, 2).to(x.dtype)
 
 
 class ModResidualBlock(nn.Module):
@@ -61,12 +58,7 @@ class ModResidualBlock(nn.Module):
         self.residue = residue
 
     def forward(self, x: Tensor, e: Tensor) -> Tensor:
-        shift = self.project(e)
-
-        if isinstance(self.residue, Residue) and self.residue.direct(x):
-            return self.residue.modulated(x, shift)
-
-        return x + self.residue(x + shift)
+        return x + self.residue(x + self.project(e))
 
 
 class Residue(nn.Sequential):
@@ -107,40 +99,6 @@ class Residue(nn.Sequential):
             x = F.dropout(x, self.dropout)
 
         return second(x)
-
-    def direct(self, x: Tensor) -> bool:
-        r"""Tells whether both convolutions are to be computed directly, from padded fields."""
-
-        first = self[1]
-        assert isinstance(first, CircularConv2d)
-
-        return first.kernel_size[0] > 1 and not pays(x, first.weight, 1)
-
-    def modulated(self, x: Tensor, shift: Tensor) -> Tensor:
-        r"""Returns :math:`x + f(x + s)` in fewer passes through memory.
-
-        The layer norm looks at one cell at a time, so that it may come after the padding. Then the
-        sum and the activation can write their results where the convolutions want them.
-
-        Arguments:
-            x: The features, with shape :math:`(B, C, H, W)`.
-            shift: The shift :math:`s`, with shape :math:`(B, C, 1, 1)` or :math:`(1, C, 1, 1)`.
-        """
-
-        norm, first, activation, second = self
-        assert isinstance(first, CircularConv2d)
-        p = first.kernel_size[0] // 2
-        y, x = modulated_pad(x, shift, p)
-        y = first(norm(y), padded=True)
-
-        if isinstance(activation, nn.SiLU) and not (self.training and self.dropout):
-            y = second(silu_pad(y, p), padded=True)
-        else:
-            y = activation(y)
-            y = second(F.dropout(y, self.dropout, self.training))
-
-        # Nobody else sees the result of the convolution.
-        return y.to(x.dtype).add_(x)
 
 
 class UpTail(nn.ModuleList):

@@ -11,16 +11,16 @@ References:
     | https://arxiv.org/abs/1509.09308
 """
 
+from collections.abc import Callable
 from fractions import Fraction
-from functools import cache
-from itertools import repeat
+from functools import cache, partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-__all__ = ["pays", "winograd_conv2d"]
+__all__ = ["is_traced", "pays", "winograd_conv2d"]
 
 M = 4  # outputs along each side of a tile
 R = 3  # taps along each side of the kernel
@@ -30,13 +30,19 @@ N = M + R - 1  # inputs along each side of a tile
 # 0, 1, -1, 2, -2, have one and a half times the rounding error.
 POINTS = (Fraction(0), Fraction(1), Fraction(-1), Fraction(1, 2), Fraction(-2))
 
-CHANNELS = 48  # from which on it is faster than the direct sum, and
-TILES = 128  # in a batch: the weights are transformed for each
-ROOM = 2**22  # numbers in a transformed piece of a batch, which shall fit into the cache
+CHANNELS = 48  # least number of channels for which it is faster than the direct sum
+TILES = 128  # least number of tiles in a batch, since the weights are transformed once for it
+ROOM = 2**22  # most numbers in a transformed piece of a batch, so that it fits into the cache
+
+
+def is_traced() -> bool:
+    r"""Returns whether the network is compiled or traced, for which all operations are plain."""
+
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def pays(x: Tensor, weight: Tensor, stride: int) -> bool:
-    r"""Tells whether :func:`winograd_conv2d` can be used, and is faster than the direct sum.
+    r"""Returns whether :func:`winograd_conv2d` is applicable and faster than the direct sum.
 
     Arguments:
         x: The field, with shape :math:`(B, C, H, W)`.
@@ -46,7 +52,8 @@ def pays(x: Tensor, weight: Tensor, stride: int) -> bool:
 
     return (
         x.device.type == "cpu"
-        and not torch.compiler.is_compiling()
+        and not is_traced()
+        and x.dtype == weight.dtype
         and x.dtype in (torch.float32, torch.float64)
         and weight.shape[-1] == R
         and min(weight.shape[:2]) >= CHANNELS
@@ -59,6 +66,8 @@ def pays(x: Tensor, weight: Tensor, stride: int) -> bool:
 def winograd_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     r"""Computes a circular convolution.
 
+    Its first derivatives are as fast. All others are those of the direct sum.
+
     Arguments:
         x: The field, with shape :math:`(B, C, H, W)`, where :math:`H` and :math:`W` are multiples
             of 4.
@@ -69,61 +78,132 @@ def winograd_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         The result, with shape :math:`(B, C', H, W)` and its channels last in memory.
     """
 
-    return _Winograd.apply(x, weight, bias)
+    y: Tensor = _Winograd.apply(_forward, _direct, x, weight, bias)
+
+    return y
 
 
-class _Winograd(torch.autograd.Function):
+def _direct(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="circular"), weight, bias)
+
+
+def _direct_backward(
+    x: Tensor, weight: Tensor, grad: Tensor, wants: tuple[bool, bool]
+) -> tuple[Tensor, ...]:
+    _, vjp = _vjp(_direct, x, weight, weight.new_zeros(len(weight)))
+
+    return tuple(d for d, wanted in zip(vjp(grad), wants, strict=False) if wanted)
+
+
+def _vjp(f: Callable[..., Any], *x: Tensor) -> tuple[Any, Callable[..., Any]]:
+    out, vjp, *_ = torch.func.vjp(f, *x)
+
+    return out, vjp
+
+
+class _Fast(torch.autograd.Function):
+    r"""A fast function, with the derivatives and the vectorization of its plain formulation."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-
-        back, _, _ = _matrices(x.dtype)
-        x, u = x.permute(0, 2, 3, 1), _transformed(weight)
-        out = x.new_empty(*x.shape[:3], len(weight))
-
-        for part, y in zip(_pieces(x), _pieces(out, like=x), strict=True):
-            v = torch.bmm(_inputs(part), u)
-            tiles = _both(back, v).view(M, M, *_tiles(y))
-            torch.add(tiles.permute(2, 3, 0, 4, 1, 5), bias, out=_split(y))
-
-        return out.permute(0, 3, 1, 2)
+    def forward(fast: Callable[..., Any], plain: Callable[..., Any], *tensors: Tensor) -> Any:
+        return fast(*tensors)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
-        # Each product is the adjoint of one in the forward pass.
-        x, weight = ctx.saved_tensors
-        back, there, inputs = _matrices(x.dtype)
-        wants_x, wants_weight, _ = ctx.needs_input_grad
-        x, grad = x.permute(0, 2, 3, 1), grad.permute(0, 2, 3, 1).contiguous()
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _, ctx.plain, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
 
-        u = _transformed(weight)
-        du = torch.zeros_like(u)
-        dx = x.new_empty(x.shape if wants_x else (0,))
-        parts = _pieces(x), _pieces(grad, like=x), _pieces(dx, like=x) if wants_x else repeat(dx)
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        out, vjp = _vjp(ctx.plain, *ctx.saved_tensors)
 
-        for part, g, d in zip(*parts, strict=False):
-            tiles = _split(g).permute(2, 4, 0, 1, 3, 5).contiguous()
-            dv = _both(back.T, tiles).view(N * N, -1, g.shape[-1])
+        return None, None, *vjp(grads if isinstance(out, tuple) else grads[0])
 
-            if wants_weight:
-                du += torch.bmm(_inputs(part).transpose(1, 2), dv)
+    @staticmethod
+    def jvp(ctx: Any, _: None, __: None, *tangents: Tensor) -> Any:
+        # The transpose of the transpose: torch.func.jvp cannot be nested in other forward modes.
+        out, back = _vjp(ctx.plain, *ctx.saved_tensors)
+        _, forth = _vjp(back, out)
 
-            if wants_x:
-                products = torch.bmm(dv, u.transpose(1, 2))
-                _scatter(_both(inputs.T, products).view(N, N, *_tiles(part)), d)
+        return forth(tangents)[0]
 
-        dw = _both(there.T, du).view(R, R, *u.shape[1:]).permute(3, 2, 0, 1)
+    @staticmethod
+    def vmap(info: Any, dims: Any, fast: Any, plain: Any, *tensors: Tensor) -> tuple[Any, Any]:
+        out = torch.vmap(plain, dims[2:])(*tensors)
 
-        return (
-            dx.permute(0, 3, 1, 2) if wants_x else None,
-            dw if wants_weight else None,
-            grad.sum((0, 1, 2)),
-        )
+        return out, tuple(0 for _ in out) if isinstance(out, tuple) else 0
+
+
+class _Winograd(_Fast):
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, _ = ctx.saved_tensors
+        wants = ctx.needs_input_grad[2:4]
+        fast, plain = (partial(f, wants=wants) for f in (_backward, _direct_backward))
+        found = iter(_Fast.apply(fast, plain, x, weight, *grads) if any(wants) else ())
+        dx, dw = (next(found) if wanted else None for wanted in wants)
+
+        return None, None, dx, dw, grads[0].sum((0, 2, 3))
+
+
+def _forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    back, _, _ = _matrices(x.dtype)
+    out = _empty(len(x), len(weight), like=x)
+    x, z = x.permute(0, 2, 3, 1), out.permute(0, 2, 3, 1)
+    u = _transformed(weight)
+
+    for part, y in zip(_pieces(x), _pieces(z, like=x), strict=True):
+        v = torch.bmm(_inputs(part), u)
+        tiles = _both(back, v).view(M, M, *_tiles(y))
+        torch.add(tiles.permute(2, 3, 0, 4, 1, 5), bias, out=_split(y))
+
+    return out
+
+
+def _empty(*sizes: int, like: Tensor) -> Tensor:
+    r"""Returns an empty field with its channels last in memory.
+
+    Forward-mode differentiation accepts no view as a result.
+    """
+
+    return torch.empty(
+        (*sizes, *like.shape[2:]), dtype=like.dtype, memory_format=torch.channels_last
+    )
+
+
+def _backward(
+    x: Tensor, weight: Tensor, grad: Tensor, wants: tuple[bool, bool]
+) -> tuple[Tensor, ...]:
+    r"""Returns the wanted gradients. Each product is the adjoint of one in the forward pass."""
+
+    back, there, inputs = _matrices(x.dtype)
+    wants_x, wants_weight = wants
+    dx, dw = _empty(*x.shape[:2], like=x) if wants_x else x, torch.empty_like(weight)
+    x, grad = x.permute(0, 2, 3, 1), grad.permute(0, 2, 3, 1).contiguous()
+
+    u = _transformed(weight)
+    du = torch.zeros_like(u)
+    parts = _pieces(x), _pieces(grad, like=x), _pieces(dx.permute(0, 2, 3, 1), like=x)
+
+    for part, g, d in zip(*parts, strict=True):
+        tiles = _split(g).permute(2, 4, 0, 1, 3, 5).contiguous()
+        dv = _both(back.T, tiles).view(N * N, -1, g.shape[-1])
+
+        if wants_weight:
+            du += torch.bmm(_inputs(part).transpose(1, 2), dv)
+
+        if wants_x:
+            products = torch.bmm(dv, u.transpose(1, 2))
+            _scatter(_both(inputs.T, products).view(N, N, *_tiles(part)), d)
+
+    dw.copy_(_both(there.T, du).view(R, R, *u.shape[1:]).permute(3, 2, 0, 1))
+
+    return tuple(d for d, wanted in zip((dx, dw), wants, strict=True) if wanted)
 
 
 @cache
-@torch.inference_mode(False)  # what is kept shall serve a training as well
+@torch.inference_mode(False)  # a cached inference tensor could not be used in training
 def _matrices(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     r"""Returns the transforms of products, weights and inputs along one axis of a tile.
 

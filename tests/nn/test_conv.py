@@ -7,8 +7,6 @@ import torch.nn.functional as F
 from sda_ray.nn.conv import (
     CircularConv2d,
     circular_pad,
-    modulated_pad,
-    silu_pad,
     upsampled_conv2d,
 )
 
@@ -92,20 +90,5 @@ def test_pad_does_not_change_the_gradient_it_is_given() -> None:
 
 
 def test_pad_wider_than_the_field_is_refused() -> None:
-    x, shift = torch.zeros(1, 1, 4, 2), torch.zeros(1, 1, 1, 1)
-
-    for pad in (circular_pad, silu_pad, lambda x, p: modulated_pad(x, shift, p)):
-        with pytest.raises(ValueError, match=r"padding is 3, but must be at most"):
-            pad(x, 3)
-
-
-@pytest.mark.parametrize("shifts", [1, 2])
-def test_fused_pads_are_those_of_sum_and_activation(shifts: int) -> None:
-    x = torch.randn(2, 3, 5, 4, dtype=torch.double, requires_grad=True)
-    shift = torch.randn(shifts, 3, 1, 1, dtype=torch.double, requires_grad=True)
-    padded, same = modulated_pad(x, shift, 2)
-
-    assert padded.equal(circular_pad(x + shift, 2)) and same.equal(x)
-    assert torch.allclose(silu_pad(x, 1), circular_pad(F.silu(x), 1), rtol=0, atol=1e-15)
-    assert torch.autograd.gradcheck(lambda x, s: modulated_pad(x, s, 2), (x, shift))
-    assert torch.autograd.gradcheck(lambda x: silu_pad(x, 1), (x,))
+    with pytest.raises(ValueError, match=r"padding is 3, but must be at most"):
+        circular_pad(torch.zeros(1, 1, 4, 2), 3)
