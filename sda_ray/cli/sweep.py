@@ -146,13 +146,13 @@ def _again(args: argparse.Namespace) -> argparse.Namespace:
     What was asked beside that has been done, and may have been undone by others since.
     """
 
-    from ..cluster.join import is_again
+    from ..cluster.join import is_requeued
     from ..runs.path import sweep_directory
 
     if args.job is None:
         return args
 
-    if not is_again(sweep_directory(args.runs, args.job), os.environ.get("SLURM_JOB_ID")):
+    if not is_requeued(sweep_directory(args.runs, args.job), os.environ.get("SLURM_JOB_ID")):
         return args
 
     lists: dict[str, Any] = {key: [] for key in ("settings", "fix", "enqueue", "warm_start")}
@@ -194,7 +194,7 @@ def stop_command(args: argparse.Namespace, _: Any) -> None:
 def plan_command(args: argparse.Namespace, _: Any) -> None:
     r"""Says what a sweep would take, and what is wrong with it."""
 
-    from ..plan.plan import plan
+    from ..plan.plan import plan_sweep
     from ..plan.report import plan_to_json, print_plan
 
     options = launch_options(args)
@@ -204,7 +204,7 @@ def plan_command(args: argparse.Namespace, _: Any) -> None:
         source, options = chosen_sweep(args, None, options)
 
     with _status(args.json) as say:
-        made = plan(
+        made = plan_sweep(
             source,
             options.runs,
             options.data,

@@ -1,11 +1,10 @@
-r"""Where a sweep runs, and how another machine joins it for a while: `sda-ray join`.
+r"""Both sides of joining a running sweep with another machine: `sda-ray join`.
 
-The driver of a sweep keeps `runs/sweeps/{name}/head.json` for as long as it runs. A Ray that belongs
-to the sweep has a token of its own: it lies beside, in `token`, for its owner only.
+The driver of a sweep announces its Ray in `runs/sweeps/{name}/head.json` while it runs. A Ray that
+belongs to the sweep has its own token, in the file `token` beside it, readable by its owner alone.
 
-A machine that joins finds the sweep by that, adds a node to its Ray, and takes it away again without
-loss: nothing new starts there, the trials on it save a checkpoint and go on elsewhere, and only then
-its Ray ends.
+A machine that joins reads both, adds a node to the Ray, and removes it again without loss: nothing
+new starts there, its trials save a checkpoint and resume elsewhere, and only then the node ends.
 """
 
 import os
@@ -24,33 +23,33 @@ from ..core.lease import Lease, LeaseLost
 from ..core.system import LEAST, deadline
 from .ray_node import DRAIN, END, Member, member, own_cpus, own_gpus, own_ip, write_secret
 
-__all__ = ["announced", "find_token", "is_again", "join", "read_head", "stay"]
+__all__ = ["announced", "find_token", "is_requeued", "join", "read_head", "stay"]
 
-LOOK = 2.0  # seconds between two looks at whether the sweep goes on
-TWICE = 1.0  # seconds within which the same wish may come twice, as `timeout` and srun send it
-GONE = 6.0  # seconds without its notice after which it does not
+POLL = 2.0  # seconds between two reads of head.json
+REPEAT = 1.0  # seconds within which `timeout` and srun may send the same signal twice
+PATIENCE = 6.0  # seconds without head.json after which the sweep counts as stopped
 
-Why = Callable[[], str]
+Reason = Callable[[], str]  # why to leave, or an empty string
 
 
 @contextmanager
 def announced(
     directory: Path, lease: Lease, address: str, token: str | None, job: str | None = None
 ) -> Iterator[Callable[[Mapping[str, str]], None]]:
-    r"""Lets other machines find a sweep for as long as the block lasts.
+    r"""Announces the Ray of a sweep to other machines within the block.
 
-    All is written under the lease: a driver that was taken over changes nothing.
+    All files are written under the lease: a driver that was taken over changes nothing.
 
     Arguments:
         directory: The directory of the sweep.
         lease: The lease of the sweep.
         address: The address of Ray, `IP:PORT`.
-        token: The token of a Ray that belongs to the sweep, and ends with it. Others have the
-            token that their user keeps.
-        job: The Slurm job that the sweep runs in, which may start again, see :func:`is_again`.
+        token: The token of a Ray that belongs to the sweep, or None for a cluster with a token of
+            its own.
+        job: The Slurm job that the sweep runs in, which may be requeued, see :func:`is_requeued`.
 
     Yields:
-        What takes the ids of the nodes where no trial starts any more, and why; for those who ask.
+        A function that records the avoided nodes: the reasons by Ray's ids.
     """
 
     head, secret, restart = (directory / name for name in ("head.json", "token", "job.json"))
@@ -77,7 +76,7 @@ def announced(
 
         write_json(head, content)
 
-    def tell(avoided: Mapping[str, str]) -> None:
+    def update(avoided: Mapping[str, str]) -> None:
         if content.get("avoided", {}) != avoided:
             content["avoided"] = dict(avoided)
 
@@ -85,7 +84,7 @@ def announced(
                 write_json(head, content)
 
     try:
-        yield tell
+        yield update
     finally:
         with suppress(LeaseLost, OSError), lease.hold():
             head.unlink(missing_ok=True)
@@ -93,7 +92,7 @@ def announced(
 
 
 def _code(directory: Path) -> str | None:
-    r"""Returns the hash of the code that a sweep runs, if it is recorded."""
+    r"""Returns the recorded hash of the code that a sweep runs, if any."""
 
     with suppress(UserError, AttributeError):
         return read_json(directory / "sweep.json").get("code")
@@ -102,11 +101,11 @@ def _code(directory: Path) -> str | None:
 
 
 def read_head(directory: Path) -> dict[str, Any] | None:
-    r"""Returns what the driver of a sweep says of where it runs, or None if nobody drives it."""
+    r"""Returns the announcement of a sweep's driver, or None if no driver is running."""
 
     try:
         found = read_json(directory / "head.json")
-    except UserError:  # absent, or on its way
+    except UserError:  # absent, or being written
         return None
 
     known = isinstance(found, dict) and isinstance(found.get("address"), str)
@@ -115,10 +114,10 @@ def read_head(directory: Path) -> dict[str, Any] | None:
 
 
 def find_token(directory: Path) -> str | None:
-    r"""Returns the token of a Ray that belongs to a sweep, or None if it has none of its own.
+    r"""Returns the token of a Ray that belongs to a sweep, or None if there is none.
 
     Raises:
-        UserError: If there is one that is not for this user, or not for this user alone.
+        UserError: If the token belongs to another user, or others can read it.
     """
 
     file = directory / "token"
@@ -136,14 +135,14 @@ def find_token(directory: Path) -> str | None:
         if os.fstat(descriptor).st_mode & 0o077:
             raise UserError(
                 f"{file} can be read by others than its owner, who could then run code in the "
-                "sweep. Stop the sweep and carry it on: its token is another one then."
+                "sweep. Stop the sweep and resume it: it gets a new token."
             )
 
         return f.read().strip() or None
 
 
-def is_again(directory: Path, job: str | None) -> bool:
-    r"""Tells whether a Slurm job was the last to drive a sweep: it has started again then."""
+def is_requeued(directory: Path, job: str | None) -> bool:
+    r"""Tells whether a Slurm job was the last to drive a sweep, and so was requeued."""
 
     try:
         found = read_json(directory / "job.json")
@@ -156,18 +155,18 @@ def is_again(directory: Path, job: str | None) -> bool:
 def join(
     directory: Path, cpus: int | None = None, gpus: int | None = None, wait: float = 0.0
 ) -> None:
-    r"""Adds this machine to a sweep that runs, until the sweep ends or this process is asked to.
+    r"""Adds this machine to a running sweep, until the sweep ends or this process has to leave.
 
-    SIGINT, SIGTERM, SIGHUP and SIGUSR1 ask for that, and so does the end of a Slurm job, in time.
+    It leaves on SIGINT, SIGTERM, SIGHUP and SIGUSR1, and in time before the end of a Slurm job.
 
     Arguments:
         directory: The directory of the sweep, named as the sweep is.
         cpus: The CPUs to offer, by default as many as this process may use.
         gpus: The GPUs to offer, by default those that Slurm gives, or that Ray finds.
-        wait: The minutes to wait for a sweep that does not run, now or when its driver is gone.
+        wait: The minutes to wait for a sweep that is not running, now or once its driver has gone.
 
     Raises:
-        UserError: If nobody drives the sweep, or its Ray cannot be joined.
+        UserError: If the sweep is not running, or its Ray cannot be joined.
     """
 
     for option, value in {"cpus": cpus, "gpus": gpus}.items():
@@ -178,10 +177,10 @@ def join(
 
     name = directory.name
 
-    with _asked() as asked:
+    with _leave_requested() as requested:
         last = 0
 
-        while (head := _await_head(directory, last, 60 * wait, asked)) is not None:
+        while (head := _await_head(directory, last, 60 * wait, requested)) is not None:
             last = head["attempt"]
             ip = own_ip(head["ip"])
 
@@ -193,27 +192,27 @@ def join(
                     f"{'' if more is None else f' and {more} GPUs'}. Ctrl-C leaves, without loss.",
                     flush=True,
                 )
-                why = stay(node, _watch(directory, last, asked))
+                why = stay(node, _watch(directory, last, requested))
                 print(f"left sweep '{name}': {why}.", flush=True)
 
-            if asked() or not wait:
+            if requested() or not wait:
                 return
 
 
-def stay(node: Member, over: Why) -> str:
-    r"""Keeps a node until there is a reason to leave, leaves, and returns the reason.
+def stay(node: Member, over: Reason) -> str:
+    r"""Keeps a node until there is a reason to leave, then leaves and returns the reason.
 
     Arguments:
         node: The node.
-        over: Returns why to leave, or nothing. A reason that begins with `the sweep` is no reason
-            to wait for trials.
+        over: Returns why to leave, or an empty string. If the reason begins with `the sweep`,
+            there are no trials to wait for.
     """
 
     while node.lives() and not (why := over()):
         time.sleep(0.2)
 
     if not node.lives():
-        return "its Ray is gone, and so is its driver, or the network between"
+        return "its Ray is gone: the driver has ended, or the network is down"
 
     if not why.startswith("the sweep"):
         print(f"Leaving, since {why}: trials here save a checkpoint first.", flush=True)
@@ -227,24 +226,24 @@ def stay(node: Member, over: Why) -> str:
 
 
 @contextmanager
-def _asked() -> Iterator[Why]:
-    r"""Yields what tells why this process is asked to leave, or nothing. A second signal ends it."""
+def _leave_requested() -> Iterator[Reason]:
+    r"""Yields a function for the reason to leave. A second signal ends the process at once."""
 
     every = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-    heard: list[float] = []
+    received: list[float] = []
     end = deadline(None, os.environ)
 
     def handle(number: int, frame: Any) -> None:
         now = time.monotonic()
 
-        if heard and now - heard[0] > TWICE and number != signal.SIGUSR1:
+        if received and now - received[0] > REPEAT and number != signal.SIGUSR1:
             raise KeyboardInterrupt
 
-        heard.append(now)
+        received.append(now)
 
     def why() -> str:
-        if heard:
-            return "this was asked for"
+        if received:
+            return "a signal asked for it"
 
         return "its time is up" if end is not None and time.monotonic() > end - LEAST else ""
 
@@ -257,12 +256,14 @@ def _asked() -> Iterator[Why]:
             signal.signal(number, handler)
 
 
-def _await_head(directory: Path, last: int, wait: float, asked: Why) -> dict[str, Any] | None:
-    r"""Returns where a sweep runs, other than before; None once there is no reason to wait."""
+def _await_head(
+    directory: Path, last: int, wait: float, requested: Reason
+) -> dict[str, Any] | None:
+    r"""Returns a new announcement of a sweep; None once there is no reason to wait for one."""
 
     name, until, silent = directory.name, time.monotonic() + wait, ""
 
-    while not asked():
+    while not requested():
         if directory.is_dir():
             head = read_head(directory)
 
@@ -274,30 +275,32 @@ def _await_head(directory: Path, last: int, wait: float, asked: Why) -> dict[str
 
                 if head["address"] != silent:
                     silent = head["address"]
-                    said = f"Nobody answers at {silent}, where sweep '{name}' ran last: waiting."
-                    print(said, flush=True)
+                    print(
+                        f"No answer from {silent}, where sweep '{name}' ran last: waiting.",
+                        flush=True,
+                    )
 
         if time.monotonic() >= until:
             if last:
                 return None
 
             raise UserError(
-                f"nobody drives sweep '{name}' now, so there is nothing to join. Start it with "
+                f"sweep '{name}' is not running, so there is nothing to join. Start it with "
                 f"`sda-ray sweep {name}`, or wait for it with --wait MINUTES."
             )
 
-        time.sleep(min(LOOK, 0.1 + wait))
+        time.sleep(min(POLL, 0.1 + wait))
 
     return None
 
 
 def _answers(head: dict[str, Any]) -> bool:
-    r"""Tells whether there is still somebody where a sweep says that it runs."""
+    r"""Tells whether the announced Ray still answers."""
 
     host, _, port = head["address"].rpartition(":")
 
     try:
-        socket.create_connection((host, int(port)), LOOK).close()
+        socket.create_connection((host, int(port)), POLL).close()
     except (OSError, ValueError):
         return False
 
@@ -308,26 +311,26 @@ def _check_reach(name: str, head: dict[str, Any]) -> None:
     if head["ip"].startswith("127.") and head["host"] != socket.gethostname():
         raise UserError(
             f"sweep '{name}' runs on {head['host']}, whose Ray listens on {head['ip']} alone: it "
-            "found no network when it started. Stop the sweep and carry it on there, once there "
-            "is one, or on a cluster with --address."
+            "found no network when it started. Stop the sweep and resume it once there is one, or "
+            "on a cluster with --address."
         )
 
 
-def _watch(directory: Path, attempt: int, asked: Why) -> Why:
-    r"""Returns what tells why to leave: if asked to, and if the sweep ends or is another's."""
+def _watch(directory: Path, attempt: int, requested: Reason) -> Reason:
+    r"""Returns a function for the reason to leave: a request, or the end or takeover of the sweep."""
 
-    looked = seen = time.monotonic()
+    read = seen = time.monotonic()
 
     def why() -> str:
-        nonlocal looked, seen
+        nonlocal read, seen
 
-        if (reason := asked()) or (now := time.monotonic()) - looked < LOOK:
+        if (reason := requested()) or (now := time.monotonic()) - read < POLL:
             return reason
 
-        looked, head = now, read_head(directory)
+        read, head = now, read_head(directory)
 
-        if head is None:  # or a file system away for a while
-            return "the sweep has ended, or stopped" if now - seen > GONE else ""
+        if head is None:  # or the file system is away for a while
+            return "the sweep has ended, or stopped" if now - seen > PATIENCE else ""
 
         seen = now
 

@@ -1,14 +1,14 @@
-r"""Sweeps as jobs of Slurm: the script of a job, and what goes on inside the job.
+r"""Sweeps as jobs of Slurm: the script of a job, and the process that it runs.
 
-The script runs `python -m sda_ray.cluster.slurm`. That process starts Ray on its own node, and by `srun` on all others; then
-the sweep's driver; and it hears what Slurm has to say:
+The script runs `python -m sda_ray.cluster.slurm`, the first process of the job. It starts Ray on its
+own node and, by `srun`, on all others, then the sweep's driver, and handles Slurm's signals:
 
-* SIGUSR1, shortly before the end of the job: the driver is asked to stop, every trial saves a
-  checkpoint, and the job is put back into the queue.
-* SIGTERM: the same, without the queue. Slurm itself requeues jobs that it preempts.
+* SIGUSR1, shortly before the end of the job: the driver stops, every trial saves a checkpoint, and
+  the job is requeued.
+* SIGTERM: the same, without requeueing. Slurm itself requeues jobs that it preempts.
 
-The token of the job's Ray is made here and goes to the other nodes through `srun`'s standard input:
-no command, environment or script has it.
+The token of the job's Ray is made here and reaches the other nodes through the standard input of
+`srun`: no command, environment or script contains it.
 """
 
 import json
@@ -32,8 +32,8 @@ from .ray_node import Member, member, own_cpus, own_ip
 
 __all__ = ["job_script", "main", "names"]
 
-# What the script asks of Slurm, unless the user asks for something else; and how that is spelt
-ASKED = {
+# Default options of sbatch -> the spellings of options that replace them
+DEFAULTS = {
     "--job-name={name}": "-J --job-name",
     "--output={directory}/slurm-%j.log": "-o --output",
     "--ntasks-per-node=1": "-n --ntasks --ntasks-per-node",
@@ -44,22 +44,24 @@ ASKED = {
 
 SCRIPT = """\
 #!/bin/bash
-# Carries on with sweep '{name}', from wherever it is. Written by `sda-ray slurm`; submit it with
+# Resumes sweep '{name}' from its current state. Written by `sda-ray slurm`; submit it with
 #
 #   sbatch {file}
 #
 {options}
 
-# The first process of the job starts Ray on all nodes, for this job alone. Before its time is up,
-# trials save a checkpoint and the job goes back into the queue; when nothing is left to do, it ends.
+# The first process of the job starts Ray on all nodes, for this job alone. Before the time limit,
+# trials save a checkpoint and the job is requeued; it ends when the sweep is done.
 {environment}exec {command}
 """
 
-LATER = 75  # the exit code of a sweep whose time is up, see :mod:`sda_ray.sweep.launch`
-CRAWL = 100.0  # seconds that a driver may take to stop, if the end of the job is not known
-SLACK = 20.0  # seconds before the end of the job at which it is requeued, whatever the driver does
+TIME_UP = (
+    75  # exit code of a sweep whose time is up (EX_TEMPFAIL), see :mod:`sda_ray.sweep.launch`
+)
+STOP_TIMEOUT = 100.0  # seconds for the driver to stop, if the end of the job is unknown
+REQUEUE_BEFORE = 20.0  # seconds before its end at which the job is requeued in any case
 
-# What belongs to the whole allocation, and would be asked of a part of it
+# Variables of the whole allocation, which srun would apply to a part of it
 WHOLE = (
     "SLURM_NTASKS",
     "SLURM_NPROCS",
@@ -72,12 +74,12 @@ WHOLE = (
 def job_script(
     name: str, directory: Path, file: Path, words: Sequence[str], given: Sequence[str]
 ) -> str:
-    r"""Returns the script of a job that carries out a sweep.
+    r"""Returns the script of a job that runs a sweep.
 
     Arguments:
         name: The name of the sweep.
         directory: The directory of the sweep.
-        file: Where the script will be.
+        file: The file of the script.
         words: The arguments of `sda-ray sweep`.
         given: The options of sbatch.
     """
@@ -96,11 +98,11 @@ def job_script(
 
 
 def _options(name: str, directory: Path, given: Sequence[str]) -> list[str]:
-    r"""Returns the options of a script, one a line: ours, then those of the user."""
+    r"""Returns the options of a script, one per line: the defaults, then those of the user."""
 
     lines = [
         _quote(option.format(name=f"sda-ray-{name}", directory=directory))
-        for option, spellings in ASKED.items()
+        for option, spellings in DEFAULTS.items()
         if not names(given) & set(spellings.split())
     ]
 
@@ -130,7 +132,7 @@ def _quote(word: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    r"""Carries out a sweep in this allocation, or is one more node of it.
+    r"""Runs a sweep in this allocation, or a further node of its Ray.
 
     Arguments:
         argv: `--node`, or the arguments of `sda-ray sweep`; by default those of the process.
@@ -153,12 +155,12 @@ def _run(words: Sequence[str]) -> int:
     job = os.environ.get("SLURM_JOB_ID")
 
     if job is None:
-        raise UserError("this runs in a job of Slurm: submit the script by sbatch.")
+        raise UserError("this runs in a Slurm job only: submit the script with sbatch.")
 
-    heard: list[int] = []
+    received: list[int] = []
 
     for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: heard.append(number))
+        signal.signal(number, lambda number, frame: received.append(number))
 
     end, token = deadline(None, os.environ), secrets.token_hex(32)
     others = _others(os.environ.get("SLURM_JOB_NODELIST", ""))
@@ -169,31 +171,31 @@ def _run(words: Sequence[str]) -> int:
         print(f"Ray at {head.address}: {own_cpus(os.environ)} CPUs here", flush=True)
 
         with _workers(others, head.address, token):
-            code = _drive(words, head, heard, end)
+            code = _drive(words, head, received, end)
 
-            # First: to let go of nodes may take longer than what is left
-            if code == LATER or (code != 0 and signal.SIGUSR1 in heard):
+            # Before the nodes are released, which may take longer than the time left
+            if code == TIME_UP or (code != 0 and signal.SIGUSR1 in received):
                 code = _requeue(job)
 
     return code
 
 
 def _others(nodes: str) -> list[str]:
-    r"""Returns the nodes of the allocation beside this one, the first."""
+    r"""Returns the nodes of the allocation other than this one, the first."""
 
     if not set(nodes) & set("[,"):
         return []
 
-    said = subprocess.run(
+    done = subprocess.run(
         ["scontrol", "show", "hostnames", nodes], stdout=subprocess.PIPE, text=True, check=True
     )
 
-    return said.stdout.split()[1:]
+    return done.stdout.split()[1:]
 
 
 @contextmanager
 def _workers(nodes: list[str], address: str, token: str) -> Iterator[None]:
-    r"""Starts a node of Ray on each of the others; they end when their standard input does."""
+    r"""Starts a node of Ray on each of the others; they stop when their standard input ends."""
 
     if not nodes:
         yield
@@ -229,12 +231,12 @@ def _workers(nodes: list[str], address: str, token: str) -> Iterator[None]:
 
 
 def _node() -> int:
-    r"""Is a node of Ray until standard input ends, or until Slurm asks it to leave."""
+    r"""Runs a node of Ray until standard input ends, or Slurm asks it to leave."""
 
-    heard: list[int] = []
+    received: list[int] = []
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: heard.append(number))
+        signal.signal(number, lambda number, frame: received.append(number))
 
     known = json.loads(sys.stdin.readline())
     ip = own_ip(known["address"].rpartition(":")[0])
@@ -245,7 +247,7 @@ def _node() -> int:
             if os.read(sys.stdin.fileno(), 1) == b"":
                 return "the sweep has ended, or stopped"
 
-        return "Slurm asks for it" if heard else ""
+        return "Slurm asked for it" if received else ""
 
     with member(known["token"], known["address"], ip) as node:
         print(f"{os.uname().nodename}: {own_cpus(os.environ)} CPUs here", flush=True)
@@ -256,8 +258,8 @@ def _node() -> int:
     return 0
 
 
-def _drive(words: Sequence[str], head: Member, heard: list[int], end: float | None) -> int:
-    r"""Runs the driver to its end, and passes on what Slurm says. Returns its exit code."""
+def _drive(words: Sequence[str], head: Member, received: list[int], end: float | None) -> int:
+    r"""Runs the driver to its end, passing on Slurm's signals. Returns its exit code."""
 
     command = [sys.executable, "-m", "sda_ray", "sweep", *words, f"--address={head.address}"]
     environment = {
@@ -268,49 +270,49 @@ def _drive(words: Sequence[str], head: Member, heard: list[int], end: float | No
         "RAY_AUTH_TOKEN_PATH": str(head.directory / "token"),
     }
     driver = subprocess.Popen(command, env=environment, start_new_session=True)
-    told, last = False, None if end is None else end + 90 - SLACK
+    stopping, last = False, None if end is None else end + 90 - REQUEUE_BEFORE
 
     try:
         while True:
             with suppress(subprocess.TimeoutExpired):
                 return driver.wait(0.2)
 
-            if heard and not told:
+            if received and not stopping:
                 print("Slurm asks the sweep to stop", flush=True)
                 driver.send_signal(signal.SIGTERM)
-                told = True
-                last = time.monotonic() + CRAWL if last is None else last
+                stopping = True
+                last = time.monotonic() + STOP_TIMEOUT if last is None else last
 
             if last is not None and time.monotonic() > last:
-                print("the driver takes too long to stop: it is left behind", flush=True)
-                return LATER
+                print("the driver takes too long to stop: it is killed", flush=True)
+                return TIME_UP
     finally:
         with suppress(ProcessLookupError):
             driver.kill()
 
 
 def _requeue(job: str) -> int:
-    r"""Puts the job back into the queue, unless it is about to end for another reason."""
+    r"""Requeues the job, unless it is about to end for another reason."""
 
-    state = _said("squeue", "--noheader", f"--jobs={job}", "--format=%T")
+    state = _output("squeue", "--noheader", f"--jobs={job}", "--format=%T")
 
     if state not in ("RUNNING", ""):  # cancelled, for one
-        print(f"the job is {state}: it is not put back into the queue", flush=True)
-        return LATER
+        print(f"the job is {state}: it is not requeued", flush=True)
+        return TIME_UP
 
-    print("there is more to do: the job goes back into the queue", flush=True)
+    print("the sweep is not done: the job is requeued", flush=True)
     done = subprocess.run(["scontrol", "requeue", job])
 
     if done.returncode:
-        print("it does not: submit the script again, and the sweep goes on", flush=True)
+        print("requeueing failed: submit the script again to resume the sweep", flush=True)
 
-    return LATER
+    return TIME_UP
 
 
-def _said(*command: str) -> str:
+def _output(*command: str) -> str:
     with suppress(OSError, subprocess.TimeoutExpired):
-        said: Any = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=30)
-        return str(said.stdout).strip()
+        done: Any = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=30)
+        return str(done.stdout).strip()
 
     return ""
 

@@ -1,22 +1,22 @@
-r"""What a sweep will take, before anything of it is started: time, memory, disk, and what is wrong.
+r"""The plan of a sweep before its start: time, memory, disk, and faults.
 
-Configurations are drawn as the sweep would draw them, each distinct shape of network is gone
-through on the meta device, and a few training steps on each kind of node turn that into seconds.
+Configurations are drawn as the sweep would draw them, the operations of each distinct network are
+counted on the meta device, and a few training steps on each kind of node turn them into seconds.
 
-How much of its runs a sweep will train is found by going through it with made-up losses.
+:func:`forecast` simulates the sweep. The rule that decides in a sweep decides here, too, see
+:func:`sda_ray.search.promotion.decide`; each run has one random loss at all rungs. The forecast is
+the mean of a few simulations.
 
-The rule that decides in a sweep decides here: :func:`sda_ray.search.promotion.decide`. Each run has a random
-loss, which says how good it is at all rungs alike; slots that are free do what the rule says; an
-epoch takes as long as it takes. Means over a few such sweeps are the forecast.
-
-For promotion they agree with a formula. Of :math:`n` runs, all reach the first rung :math:`r`, and
-about one in :math:`\eta^k` goes on to the :math:`k`-th one after it, so that the mean is
+For promotion it agrees with a formula. Of :math:`n` runs, all reach the first rung :math:`r`, and
+about one in :math:`\eta^k` is promoted to the :math:`k`-th one after it, so that the mean is
 
 .. math:: r + \sum_{k = 1}^K \eta^{-k} (r_k - r_{k - 1}) \approx r (1 + K (1 - 1 / \eta))
 
-epochs a run. It leaves out what the forecast has: runs that were promoted because they came first,
-the finalists, and slots that wait in the end.
+epochs per run. The formula leaves out runs that are promoted because they came first, the
+finalists, and slots that are idle at the end.
 """
+
+from __future__ import annotations
 
 import heapq
 import math
@@ -25,7 +25,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..cluster.connect import local_gpus
 from ..cluster.nodes import memory_limit
@@ -36,18 +36,20 @@ from ..runs.tracking import Wandb
 from ..search.promotion import PruneRule, Rules, TrialRecord, decide
 from ..sweep.definition import Sweep, load_script
 from ..sweep.preflight import find_faults, free_disk
-from .cost import Cost, Shape, distinct_shapes
 from .probe import Node, Speed, epoch_seconds, probe_nodes
+
+if TYPE_CHECKING:
+    from .cost import Cost, Shape  # which imports torch
 
 __all__ = [
     "Forecast",
     "Plan",
-    "Shape",
     "at_a_time",
-    "epoch_seconds",
+    "estimate",
     "forecast",
+    "format_duration",
     "memory_of",
-    "plan",
+    "plan_sweep",
     "times_of",
 ]
 
@@ -61,11 +63,11 @@ SMALL_FILES = 500_000, 700  # bytes of a run's other files: picture, records and
 
 @dataclass(frozen=True)
 class Forecast:
-    r"""Creates what a sweep is expected to take.
+    r"""The expected amount of training in a sweep.
 
     Arguments:
         epochs: The epochs of all runs together.
-        busy: The seconds of all slots together in which they train.
+        busy: The seconds of training in all slots together.
         finish: The seconds from the start to the end.
     """
 
@@ -76,23 +78,23 @@ class Forecast:
 
 @dataclass
 class Plan:
-    r"""Creates what is known of a sweep before its start.
+    r"""The plan of a sweep.
 
     Arguments:
         name: The sweep's name.
         trials: The number of trials.
         wanted: The resources of a trial.
-        faults: Whatever keeps the sweep from running.
-        warnings: Whatever is probably not meant.
+        faults: The reasons why the sweep cannot run.
+        warnings: Probable mistakes.
         info: The data.
         sweep: The sweep in its normal form, if it has one.
         shapes: The distinct shapes, from small to large.
         order: The shape of each draw.
         nodes: The nodes that can hold a trial.
         slots: The number of trials at a time.
-        whole: What the sweep takes if nothing is pruned.
-        pruned: What it takes with its pruner. Times are 0 where they are not known.
-        known: Whether the times are known.
+        whole: The forecast if nothing is pruned.
+        pruned: The forecast with the sweep's pruner.
+        known: Whether their times are known; else an epoch counts as a second.
         disk: The bytes that the runs take.
         free: The bytes that are free for them.
     """
@@ -116,17 +118,17 @@ class Plan:
 
     @property
     def unit(self) -> str:
-        r"""What is paid for: `GPU` or `CPU`."""
+        r"""The resource that is counted in hours: `GPU` or `CPU`."""
 
         return "GPU" if "GPU" in self.wanted else "CPU"
 
     def hours(self, forecast: Forecast | None) -> float | None:
-        r"""Returns the hours of GPUs, or CPUs, that a forecast stands for, if they are known."""
+        r"""Returns the GPU-hours or CPU-hours of a forecast, or None if they are unknown."""
 
         return forecast.busy * self.wanted[self.unit] / 3600 if forecast and self.known else None
 
 
-def plan(
+def plan_sweep(
     source: Sweep | Path,
     runs: Path,
     data: Path,
@@ -136,9 +138,9 @@ def plan(
     address: str | None = None,
     wandb: Wandb | None = None,
     adjust: Callable[[Sweep], Sweep] = lambda sweep: sweep,
-    say: Callable[[str], None] = lambda text: None,
+    report: Callable[[str], None] = lambda text: None,
 ) -> Plan:
-    r"""Plans a sweep. Nothing of it is started, and nothing is left in the directory of runs.
+    r"""Plans a sweep. Nothing is started, and nothing is left in the directory of runs.
 
     Arguments:
         source: The sweep, or its script.
@@ -150,7 +152,7 @@ def plan(
         address: The address of a Ray cluster, or None for this machine.
         wandb: How trials log to W&B.
         adjust: Applies the options of the command line to the sweep of a script.
-        say: Told what goes on.
+        report: Called with a text at each step.
     """
 
     slots = Slots(cpus, int(local_gpus() > 0) if gpus is None else gpus, parallel)
@@ -162,7 +164,7 @@ def plan(
     except UserError as error:
         broken = [str(error)]
 
-    say(f"checking, with {DRAWS} draws")
+    report(f"checking, with {DRAWS} draws")
     local = address is None
     found = find_faults(sweep, runs, data, slots, wandb or Wandb(), local, count=DRAWS)
     made = Plan(
@@ -176,23 +178,25 @@ def plan(
     )
 
     if made.sweep is not None and found.info is not None:
-        made.shapes, made.order = distinct_shapes(found.draws, found.info, say)
+        from .cost import distinct_shapes
+
+        made.shapes, made.order = distinct_shapes(found.draws, found.info, report)
         _check_disk(made, runs)
 
         if local and slots.wanted.keys() == {"CPU"}:
-            here = Node("this machine", "", slots.most or 1, memory_limit())
-            check_memory(replace(made, nodes=[here], warnings=[]), 0)
+            machine = Node("this machine", "", slots.most or 1, memory_limit())
+            check_memory(replace(made, nodes=[machine], warnings=[]), 0)
 
     if not local or not made.faults:
-        _look(made, slots, runs, data, address, say)
+        _probe(made, slots, runs, data, address, report)
 
     if made.shapes:
-        _foresee(made, slots)
+        _forecast(made, slots)
 
     return made
 
 
-def _look(made: Plan, slots: Slots, *args: Any) -> None:
+def _probe(made: Plan, slots: Slots, *args: Any) -> None:
     r"""Surveys the nodes, and measures the smallest, the median and the largest shape there."""
 
     last = len(made.shapes) - 1
@@ -201,13 +205,13 @@ def _look(made: Plan, slots: Slots, *args: Any) -> None:
 
     try:
         made.nodes = probe_nodes(slots, configs, made.info, *args)
-    except (UserError, OSError) as error:  # nothing can be written where the runs shall be
+    except (UserError, OSError) as error:  # the directory of runs cannot be written
         made.faults += [str(error)] if isinstance(error, UserError) or not made.faults else []
         return
 
     if not made.nodes:
         made.warnings.append(
-            "no node that can hold a trial is up: times, and memory, are unknown until there is one."
+            "no live node can hold a trial: times and memory are unknown until there is one."
         )
 
     for node in made.nodes:
@@ -226,13 +230,13 @@ def at_a_time(node: Node, memory: float, gpus: float) -> int:
 
 
 def memory_of(node: Node, cost: Cost) -> int:
-    r"""Returns the bytes that a trial takes on a node; where nothing was measured, at least."""
+    r"""Returns the bytes that a trial takes on a node, a lower bound if nothing was measured."""
 
     return cost.peak if node.speed is None else node.speed.memory(cost)
 
 
-def _foresee(made: Plan, slots: Slots) -> None:
-    r"""Finds how many trials fit at a time, and how long the sweep takes."""
+def _forecast(made: Plan, slots: Slots) -> None:
+    r"""Sets the number of trials at a time, and the forecasts."""
 
     if any(shape.config["compile"] != "off" for shape in made.shapes):
         made.warnings.append("times are without torch.compile: it slows the first steps only.")
@@ -265,8 +269,8 @@ def _places(made: Plan) -> list[tuple[int, Speed | None]]:
 def times_of(made: Plan) -> tuple[list[float], list[float]]:
     r"""Returns the seconds of an epoch, and those after the last one, for each draw of a plan.
 
-    On nodes of several kinds, they are those at which as much is done in all. If they are not
-    known, an epoch takes 1.
+    On nodes of several kinds, they give the same throughput in all. If they are unknown, an epoch
+    takes 1.
     """
 
     assert made.info is not None
@@ -286,6 +290,8 @@ def times_of(made: Plan) -> tuple[list[float], list[float]]:
 
 
 def check_memory(made: Plan, gpus: float) -> None:
+    r"""Adds a fault if no node has memory for the largest network, or warnings if some have not."""
+
     largest = max(made.shapes, key=lambda shape: shape.cost.peak)
     able = [x for x in made.nodes if at_a_time(x, memory_of(x, largest.cost), gpus)]
 
@@ -298,7 +304,7 @@ def check_memory(made: Plan, gpus: float) -> None:
         )
         made.faults.append(
             f"a trial with {what} takes {at_least}{takes / 2**30:.1f} GiB, but {has}"
-            f"{_share(gpus)}. Take a smaller network or batch_size"
+            f"{_share(gpus)}. Choose a smaller network or batch_size"
             f"{_larger(max(made.nodes, key=lambda x: x.memory), takes, gpus)}."
         )
         return
@@ -309,7 +315,7 @@ def check_memory(made: Plan, gpus: float) -> None:
         if (n := at_a_time(node, takes, gpus)) < node.fit and gpus:
             made.warnings.append(
                 f"the largest do not fit on {node.name}, which has {node.memory / 2**30:.1f} GiB"
-                f"{_share(gpus)}: take a smaller network or batch_size"
+                f"{_share(gpus)}: choose a smaller network or batch_size"
                 f"{_larger(node, takes, gpus)}."
             )
         elif n < node.fit:
@@ -324,7 +330,7 @@ def _share(gpus: float) -> str:
 
 
 def _larger(node: Node, takes: float, gpus: float) -> str:
-    r"""Returns the advice to give trials a larger share of a GPU, if there is one that does."""
+    r"""Returns the advice to give trials a larger share of a GPU, if a larger one suffices."""
 
     least = math.ceil(20 * takes / MARGIN / node.memory) / 20
 
@@ -332,7 +338,7 @@ def _larger(node: Node, takes: float, gpus: float) -> str:
 
 
 def _check_disk(made: Plan, runs: Path) -> None:
-    r"""Compares what the runs leave on disk with the room that there is."""
+    r"""Compares the bytes that the runs leave on disk with those that are free."""
 
     sweep = made.sweep
     assert sweep is not None
@@ -358,7 +364,7 @@ def forecast(
     end: Sequence[float] = (0.0,),
     stops: PruneRule | None = None,
 ) -> Forecast:
-    r"""Returns what a sweep of new runs is expected to take.
+    r"""Returns the expected amount of training in a sweep of new runs.
 
     Arguments:
         rules: The rules of the sweep.
@@ -368,19 +374,49 @@ def forecast(
         stops: Whether a run that has reached a rung is stopped there, see :func:`decide`.
     """
 
-    most, sweeps = (MOST, SWEEPS) if stops is None else (FEW, 1)  # Optuna's verdicts take long
+    most, sweeps = (MOST, SWEEPS) if stops is None else (FEW, 1)  # Optuna takes long to decide
     share = max(1.0, rules.target / most)
     fewer = replace(rules, target=min(rules.target, most))
     few = min(slots, max(1, round(slots / share)))
-    found = [_sweep(fewer, few, seconds, end, stops, random.Random(i)) for i in range(sweeps)]
+    sums = [_simulate(fewer, few, seconds, end, stops, random.Random(i)) for i in range(sweeps)]
 
-    # A longer sweep does the same more often, in as many more slots as were taken away here.
-    epochs, busy, finish = (sum(values) / sweeps for values in zip(*found, strict=True))
+    # A longer sweep repeats this, in as many more slots as were removed here
+    epochs, busy, finish = (sum(values) / sweeps for values in zip(*sums, strict=True))
 
     return Forecast(share * epochs, share * busy, finish * share * few / slots)
 
 
-def _sweep(
+def estimate(sweep: Sweep, parallel: int, seconds: float | None = None) -> str:
+    r"""Returns one line about the expected training of a sweep, for its start.
+
+    Nothing is measured, and torch is not imported.
+
+    Arguments:
+        sweep: The sweep in its normal form.
+        parallel: The number of trials at a time.
+        seconds: The seconds of an epoch, such as the median of earlier runs, if they are known.
+    """
+
+    expected = forecast(sweep.rules, parallel, [seconds or 1.0])
+    text = f"about {expected.epochs:,.0f} epochs in {sweep.trials} trials, {parallel} at a time"
+
+    if seconds is None:
+        return f"{text}; `sda-ray plan` measures how long they take"
+
+    return f"{text}, done in about {format_duration(expected.finish)}"
+
+
+def format_duration(seconds: float) -> str:
+    r"""Returns a time in a unit that suits it."""
+
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+
+    return f"{seconds:.0f} s"
+
+
+def _simulate(
     rules: Rules,
     slots: int,
     seconds: Sequence[float],

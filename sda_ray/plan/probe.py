@@ -5,6 +5,8 @@ take training steps at once, each with a trial's own resources. The smallest, th
 largest network are measured; the times of others are interpolated by floating point operations.
 """
 
+from __future__ import annotations
+
 import itertools
 import math
 import resource
@@ -15,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import psutil
@@ -25,7 +27,9 @@ from ..cluster.nodes import Facts, bandwidth, examine, live_nodes, marker, surve
 from ..cluster.slots import Slots, fitting
 from ..core.config import Config
 from ..data.dataset import DataInfo, TrajectoryDataset
-from .cost import Cost, measure
+
+if TYPE_CHECKING:
+    from .cost import Cost  # which imports torch
 
 __all__ = [
     "MORE",
@@ -400,6 +404,8 @@ def _measure(node: Node, slots: Slots, configs: Sequence[Config], data: Path) ->
     r"""Takes training steps on a node. Returns `speed`, `memory` and `note` of nodes of its kind."""
 
     import ray
+
+    from .cost import measure
 
     cpus, gpus = (slots.wanted.get(key, 0) for key in ("CPU", "GPU"))
     copies = min(node.fit, slots.most or COPIES, COPIES)

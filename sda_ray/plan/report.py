@@ -1,4 +1,4 @@
-r"""How a plan is shown: to people as tables, to machines as JSON."""
+r"""The report of a plan: tables for people, JSON for programs."""
 
 from dataclasses import asdict
 from datetime import datetime, timedelta
@@ -10,10 +10,10 @@ from rich.table import Table
 from ..core.config import format_value
 from ..core.keys import NETWORK
 from .cost import Shape
-from .plan import Forecast, Plan, at_a_time, memory_of
+from .plan import Forecast, Plan, at_a_time, format_duration, memory_of
 from .probe import Node, epoch_seconds
 
-__all__ = ["plan_to_json", "print_plan", "show_time"]
+__all__ = ["plan_to_json", "print_plan"]
 
 FIXED = 64  # characters of a table without the keys of CONFIG
 LONGEST = 13  # characters of such a key, or of its values, and of the space beside it
@@ -22,11 +22,11 @@ UNKNOWN = "unknown"
 
 
 def print_plan(made: Plan, console: Console | None = None) -> None:
-    r"""Prints a plan: shapes, totals, and then all that is wrong.
+    r"""Prints a plan: shapes, totals, warnings and faults.
 
     Arguments:
         made: The plan.
-        console: Where to print it, by default to standard output.
+        console: The console to print on, by default standard output.
     """
 
     console = console or Console(highlight=False, soft_wrap=False)
@@ -45,13 +45,13 @@ def print_plan(made: Plan, console: Console | None = None) -> None:
         console.print(f"warning: {text}", style="yellow", markup=False)
 
     for text in made.faults:
-        console.print(f"wrong: {text}", style="red", markup=False)
+        console.print(f"fault: {text}", style="red", markup=False)
 
     if made.faults:
         n = len(made.faults)
-        console.print(f"{n} thing{'s' * (n > 1)} to mend; nothing was started.", markup=False)
+        console.print(f"{n} fault{'s' * (n > 1)} to correct; nothing was started.", markup=False)
     else:
-        console.print(f"Nothing is wrong with '{made.name}'.", markup=False)
+        console.print(f"No faults in '{made.name}'.", markup=False)
 
 
 def _table(made: Plan, node: Node | None, count: int, width: int) -> Table:
@@ -79,8 +79,8 @@ def _table(made: Plan, node: Node | None, count: int, width: int) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
 
     for shape in _some(made.shapes):
-        what = [format_value(shape.config[key]) for key in keys] or ["all"]
-        table.add_row(*what, *_cells(made, shape, node))
+        values = [format_value(shape.config[key]) for key in keys] or ["all"]
+        table.add_row(*values, *_cells(made, shape, node))
 
     return table
 
@@ -129,7 +129,7 @@ def _cells(made: Plan, shape: Shape, node: Node | None) -> list[str]:
 
 def _totals(made: Plan) -> list[tuple[str, str]]:
     totals = []
-    what = f"{made.trials} trials, {made.slots} at a time"
+    trials = f"{made.trials} trials, {made.slots} at a time"
 
     if made.sweep is not None and made.sweep.pruner != "none" and made.pruned is not None:
         totals.append(("pruned", _time(made, made.pruned)))
@@ -141,7 +141,7 @@ def _totals(made: Plan) -> list[tuple[str, str]]:
     notes = [("note", node.note) for node in made.nodes if node.note]
     disk = f"{made.disk / 1e9:.2f} GB for all runs, {made.free / 1e9:.1f} GB free"
 
-    return [("trials", f"{what}, each with {wanted}"), *totals, ("disk", disk), *notes]
+    return [("trials", f"{trials}, each with {wanted}"), *totals, ("disk", disk), *notes]
 
 
 def _time(made: Plan, forecast: Forecast) -> str:
@@ -154,19 +154,9 @@ def _time(made: Plan, forecast: Forecast) -> str:
     end = datetime.now() + timedelta(seconds=forecast.finish)
 
     return (
-        f"{epochs}, {hours:.3g} {made.unit}-hours, done in {show_time(forecast.finish)}, "
+        f"{epochs}, {hours:.3g} {made.unit}-hours, done in {format_duration(forecast.finish)}, "
         f"{end:%a %d %b %H:%M}"
     )
-
-
-def show_time(seconds: float) -> str:
-    r"""Returns a time in the unit that suits it."""
-
-    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}"
-
-    return f"{seconds:.0f} s"
 
 
 def _bytes(n: float) -> str:

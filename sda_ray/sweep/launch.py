@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..cluster.connect import connect, gate, local_cpus, local_gpus
-from ..cluster.join import announced, is_again
+from ..cluster.join import announced, is_requeued
 from ..cluster.slots import Slots
 from ..cluster.trial import imports
 from ..core.errors import UserError
@@ -182,7 +182,7 @@ def launch(sweep: Sweep, options: Options, view: View, requests: LaunchRequests 
     record = record_of(sweep, options, start.info)
     widened = _widened(sweep, options, record)
     queue = [parse_item(text, sweep, options.runs) for text in requests.enqueue]
-    requeued = is_again(directory, options.job)
+    requeued = is_requeued(directory, options.job)
 
     for warning in start.warnings:
         print(f"Note: {warning}")

@@ -20,7 +20,7 @@ from sda_ray.cluster.join import (
     _await_head,
     announced,
     find_token,
-    is_again,
+    is_requeued,
     join,
     read_head,
 )
@@ -128,19 +128,19 @@ def test_token_that_others_could_read_is_refused(tmp_path: Path) -> None:
 
 def test_job_knows_its_own_sweep_again_and_no_other(tmp_path: Path) -> None:
     lease = take(tmp_path)
-    assert not is_again(tmp_path, "7")
+    assert not is_requeued(tmp_path, "7")
 
     with announced(tmp_path, lease, "10.0.0.1:1", None, "7"):
         pass
 
-    assert is_again(tmp_path, "7")
-    assert not is_again(tmp_path, "8")
-    assert not is_again(tmp_path, None)
+    assert is_requeued(tmp_path, "7")
+    assert not is_requeued(tmp_path, "8")
+    assert not is_requeued(tmp_path, None)
 
     with announced(tmp_path, lease, "10.0.0.1:1", None):  # somebody else has driven it since
         pass
 
-    assert not is_again(tmp_path, "7")
+    assert not is_requeued(tmp_path, "7")
     lease.release()
 
 
@@ -153,7 +153,7 @@ def test_machine_is_told_when_there_is_nothing_to_join(cli: Any, tmp_path: Path)
     directory.mkdir(parents=True)
     write_sweep(directory, {key: {} for key in keys}, None)
 
-    with pytest.raises(UserError, match="nobody drives sweep 'shared' now"):
+    with pytest.raises(UserError, match="sweep 'shared' is not running"):
         join(directory)
 
     with pytest.raises(UserError, match="--cpus is 0, but must be at least 1"):
@@ -166,7 +166,7 @@ def test_machine_is_told_when_there_is_nothing_to_join(cli: Any, tmp_path: Path)
 def test_who_waits_passes_over_an_address_where_nobody_answers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("sda_ray.cluster.join.LOOK", 0.1)
+    monkeypatch.setattr("sda_ray.cluster.join.POLL", 0.1)
     directory = sweep_directory(tmp_path, "shared")
     directory.mkdir(parents=True)
     gone, here = (socket.create_server(("127.0.0.1", 0)) for _ in range(2))
@@ -186,7 +186,7 @@ def test_who_waits_passes_over_an_address_where_nobody_answers(
             head = waiting.result(timeout=30)
 
     assert head is not None and (head["address"], head["attempt"]) == (living, 2)
-    said = f"Nobody answers at {stale}, where sweep 'shared' ran last: waiting.\n"
+    said = f"No answer from {stale}, where sweep 'shared' ran last: waiting.\n"
     assert capsys.readouterr().out == said
     old.release()
     new.release()

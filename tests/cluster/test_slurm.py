@@ -131,7 +131,7 @@ def test_wish_of_the_user_takes_the_place_of_ours(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--address=auto"], "--address goes without Slurm"),
+        (["--address=auto"], "--address does not go with Slurm"),
         (["--fork"], "--fork needs --name"),
         (["--", "nodes=2"], "'nodes=2' is no option of sbatch"),
         (["--", "--comment=a\nb"], "has a line break"),

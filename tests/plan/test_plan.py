@@ -2,6 +2,8 @@ r"""Tests for sda_ray.plan.plan: what a sweep will take."""
 
 import io
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from rich.console import Console
 from sda_ray.cluster.connect import local_cpus
 from sda_ray.cluster.nodes import check_files, cpu_model, memory_limit
 from sda_ray.data.dataset import check_data
-from sda_ray.plan.plan import Plan, at_a_time, check_memory, memory_of, plan
+from sda_ray.plan.plan import Plan, at_a_time, check_memory, estimate, memory_of, plan_sweep
 from sda_ray.plan.report import plan_to_json, print_plan
 
 __all__ = ["script"]  # fixtures
@@ -33,7 +35,7 @@ def made(place: Path, data: Path) -> Plan:
         "CONFIG['compile'] = 'on'",
     )
 
-    return plan(script, place / "runs", data, gpus=0)
+    return plan_sweep(script, place / "runs", data, gpus=0)
 
 
 def test_plan_of_a_good_sweep_leaves_nothing_behind(made: Plan, place: Path) -> None:
@@ -61,9 +63,21 @@ def test_plan_is_printed_for_people_and_machines(made: Plan) -> None:
     text = console.file.getvalue()  # type: ignore[attr-defined]
     found = json.loads(json.dumps(plan_to_json(made)))
 
-    assert "16,32" in text and "CPU-hours" in text and "Nothing is wrong" in text
+    assert "16,32" in text and "CPU-hours" in text and "No faults in" in text
     assert found["faults"] == [] and found["at_a_time"] == made.slots
     assert all(shape["nodes"][0]["seconds_per_epoch"] > 0 for shape in found["shapes"])
+
+
+def test_estimate_of_a_sweep_measures_nothing(made: Plan) -> None:
+    assert made.sweep is not None and made.pruned is not None
+    text = estimate(made.sweep, made.slots)
+
+    assert float(text.split()[1]) == pytest.approx(made.pruned.epochs, rel=0.3)
+    assert f"epochs in 4 trials, {made.slots} at a time; `sda-ray plan` measures" in text
+    assert estimate(made.sweep, made.slots, 3600.0).endswith(" hours")
+
+    code = "import sys, sda_ray.plan.plan; assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_network_that_fits_no_node_is_caught(made: Plan) -> None:
@@ -72,7 +86,7 @@ def test_network_that_fits_no_node_is_caught(made: Plan) -> None:
     check_memory(tight, 0)
 
     assert "a trial with hidden_channels=(16, 32)" in told(tight)
-    assert "has 0.1 GiB. Take a smaller network" in told(tight)
+    assert "has 0.1 GiB. Choose a smaller network" in told(tight)
 
 
 def test_node_with_memory_for_few_trials_is_told_of(made: Plan) -> None:
