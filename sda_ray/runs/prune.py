@@ -165,21 +165,6 @@ def _check_weights(path: RunPath) -> None:
 
 
 def _check_archive(path: RunPath) -> None:
-    r"""Checks that the weights of a run are a whole archive, by its checksums."""
-
-    try:
-        with zipfile.ZipFile(path.state) as archive:
-            damaged = archive.testzip()
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        damaged = str(error)
-
-    if damaged is not None:
-        raise UserError(
-            f"{path.directory.name} stays as it is: {path.state} is damaged: {damaged}"
-        )
-
-
-def _check_archive(path: RunPath) -> None:
     r"""Checks the checksums of the weights. Unlike loading them, it needs no torch."""
 
     try:
