@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 
 import sda_ray
+from sda_ray.core.errors import UserError
+from sda_ray.runs.path import RunPath
+from sda_ray.runs.record import read_record
 
 CODE = """
 import sys
@@ -24,6 +27,37 @@ print(json.dumps(provenance()))
 """
 
 Record = Callable[[], dict[str, object]]
+
+
+# What a record holds
+
+
+def written(tmp_path: Path, content: object) -> RunPath:
+    path = RunPath(tmp_path)
+    path.record.write_text(json.dumps(content))
+
+    return path
+
+
+def test_record_may_lack_keys_and_have_those_of_later_versions(tmp_path: Path) -> None:
+    assert read_record(RunPath(tmp_path)) == {}
+
+    attempt = {"number": 1, "versions": {"torch": "2.6"}, "later": [3]}
+    content = {"status": "paused", "attempts": [attempt], "later": {"x": 1}, "trial": None}
+    assert read_record(written(tmp_path, {**content, "sweep": None})) == content
+
+
+@pytest.mark.parametrize(
+    "content",
+    [[], "x", {"status": 3}, {"exact": "yes"}, {"attempts": [3]}, {"rungs": [1.5]}]
+    + [{"attempts": [{"versions": []}]}, {"attempts": [{"started": 5}]}, {"parent": ["x"]}],
+)
+def test_damaged_record_is_a_clear_error(tmp_path: Path, content: object) -> None:
+    with pytest.raises(UserError, match=r"run\.json is damaged: "):
+        read_record(written(tmp_path, content))
+
+
+# Provenance
 
 
 @pytest.fixture
