@@ -175,7 +175,7 @@ def _check_archive(path: RunPath) -> None:
 
     if damaged is not None:
         raise UserError(
-            f"{path.directory.name} is left as it is: {path.state} is damaged: {damaged}"
+            f"{path.directory.name} stays as it is: {path.state} is damaged: {damaged}"
         )
 
 
