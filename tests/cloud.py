@@ -1,4 +1,4 @@
-r"""An S3 on loopback, moto's server: what it does with conditions and parts is S3's."""
+r"""Buckets for tests: one in memory, and an S3 on loopback, moto's server, with its protocol."""
 
 import logging
 from collections.abc import Iterator
@@ -9,10 +9,20 @@ import pytest
 from sda_ray.storage.store import Bucket
 
 pytest.importorskip("moto.server")
+pytest.importorskip("obstore")
 
-__all__ = ["URL", "account", "bucket", "server", "write"]
+__all__ = ["URL", "account", "bucket", "s3", "server", "write"]
 
 URL = "s3://lab-bucket/kolmogorov/runs"
+
+
+@pytest.fixture
+def bucket() -> Bucket:
+    r"""An empty bucket in memory."""
+
+    from obstore.store import MemoryStore
+
+    return Bucket(URL, MemoryStore())
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +39,7 @@ def server() -> Iterator[str]:
 
 @pytest.fixture
 def account(server: str, home: Path) -> dict[str, str]:
-    r"""The variables by which AWS' tools find server and keys, and no others of this machine."""
+    r"""The variables by which AWS's tools find server and keys, and no others of this machine."""
 
     return {
         "AWS_ENDPOINT_URL": server,
@@ -43,24 +53,26 @@ def account(server: str, home: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def bucket(account: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Bucket:
-    r"""An empty bucket."""
+def s3(account: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Bucket:
+    r"""An empty bucket of the server."""
+
+    import boto3
 
     for name, value in account.items():
         monkeypatch.setenv(name, value)
 
-    made = Bucket(URL)
+    client = boto3.client("s3")
 
     try:
-        made._client.create_bucket(
-            Bucket=made.name,
+        client.create_bucket(
+            Bucket="lab-bucket",
             CreateBucketConfiguration={"LocationConstraint": "eu-central-1"},
         )
-    except made._client.exceptions.BucketAlreadyOwnedByYou:
-        for key in made.sizes():
+    except client.exceptions.BucketAlreadyOwnedByYou:
+        for key in (made := Bucket(URL)).list():
             made.delete(key)
 
-    return made
+    return Bucket(URL)
 
 
 def write(directory: Path, **files: str) -> None:

@@ -46,7 +46,7 @@ class Trial:
     * `notes`, what the user should know, by what it is about
 
     What it returns is on the disk of the driver's node by then. A trial that is cut off from there
-    raises :class:`sda_ray.storage.replica.Disconnected`.
+    raises :class:`sda_ray.storage.client.Disconnected`.
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
@@ -79,7 +79,7 @@ class Trial:
 
         from ..core.lease import LeaseGone, LeaseLost
         from ..runs.train import Interrupted, OutOfMemory
-        from ..storage.replica import Disconnected
+        from ..storage.client import Disconnected
         from ..training.loop import Diverged
 
         values: list[tuple[int, float]] = []
@@ -114,7 +114,7 @@ class Trial:
             event, error = "failed", f"{type(e).__name__}: {e}"
             self._keep(traceback.format_exc())
 
-        notes = {} if self.remote is None else self.remote.replica.notes
+        notes = {} if self.remote is None else self.remote.notes
         unreached = "" if self.tracker is None else self.tracker.failed
         longest = 0.0 if self.watchdog is None else self.watchdog.longest
 
@@ -244,9 +244,9 @@ class Trial:
         r"""Waits until the server has the epochs that are reported; at a rung, all of the run."""
 
         if values and values[-1][0] in self.spec["rungs"]:
-            self.remote.replica.flush(self.watchdog.phase)
+            self.remote.flush(self.watchdog.phase)
         else:
-            self.remote.replica.tell()
+            self.remote.push_lines()
 
     def _finals(self) -> list[float] | None:
         from ..runs.metrics import finals
@@ -315,11 +315,11 @@ def limit(share: float, total: int) -> float:
     return max(share / 2, share - CONTEXT / total)
 
 
-def stop_of(request: Path, index: int, away: Any = None) -> Any:
+def stop_of(request: Path, index: int, remote: Any = None) -> Any:
     r"""Returns the wish to stop that is expressed by the existence of a file.
 
     The file `request` is meant for all trials of the sweep, `request.N` for run N `alone`. Where
-    they cannot be seen, the depot tells; whoever has lost it is told so instead.
+    they cannot be seen, the head node tells; a run that is cut off from it raises an error.
     """
 
     from ..runs.train import Stop
@@ -333,7 +333,7 @@ def stop_of(request: Path, index: int, away: Any = None) -> Any:
         def signal(self) -> int | None:
             if self.number is None and time.monotonic() - self.looked > LOOK:
                 self.looked = time.monotonic()
-                wanted = _look(request, index) if away is None else away.wish()
+                wanted = _look(request, index) if remote is None else remote.stop_request()
                 self.alone = wanted == "alone"
                 self.number = SIGTERM if wanted else None
 

@@ -1,10 +1,12 @@
-r"""The copy of a sweep in a bucket, so that it outlives the machine that drives it.
+r"""The copy of a sweep in a bucket, so that the sweep outlives the machine that drives it.
 
 While a driver runs, the directory on its machine counts, and nothing waits for the bucket but the
-end of the sweep. The copy follows: the journal of the study at once when the state of a run
-has changed, and within 5 s after reports; then the directories of the runs, in such an order that
-the sweep can be resumed from the copy at any moment.
+end of the sweep. The copy follows: the journal of the study at once when the state of a run has
+changed, and within 5 s after reports; then the directories of the runs, in such an order that the
+sweep can be resumed from the copy at any moment.
 """
+
+from __future__ import annotations
 
 import json
 import logging
@@ -12,9 +14,9 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,8 @@ from ..core.files import read_json, write_atomic, write_json
 from ..core.lease import STALE, holder_alive, is_alive, this_process
 from ..runs.path import COPIED, RECORDS, RunPath, sweep_directory
 from ..search.study import Study
-from .replica import NOTHING, RUN, SUMS, Folder, files_of
-from .store import Bucket, Refused, Unreachable
+from .replica import Replica, files_of
+from .store import Bucket, Conflict, Damaged, Folder, Found, Unreachable
 
 __all__ = [
     "Owner",
@@ -38,36 +40,40 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 LAG = 5.0  # seconds that reports may stay behind
-SLOW = 60.0  # seconds between two times that W&B's files of a running run are copied
-PAUSES = (1.0, 30.0)  # seconds between two tries, first and in the end
+WANDB = 60.0  # seconds between two pushes of W&B's files of a running run
+PAUSES = (1.0, 30.0)  # seconds between two tries, at first and at most
 PATIENCE = 600.0  # seconds that the end of a sweep waits for a bucket that does not answer
-REPORT = 7  # what Optuna's journal calls the value of an epoch
+REPORT = 7  # the operation in Optuna's journal that adds the value of an epoch
+PARALLEL = 16  # directories that are fetched at the same time
+
 QUICK = COPIED[:2]
-SWEEP = ("script.py", "code", "sweep.json", "study.journal")
-
-BEAT = 10.0  # seconds between two signs of life
-TRUST = 25.0  # seconds after the last that was confirmed, in which an owner still writes
-
+JOURNAL = "study.journal"
+SWEEP = ("script.py", "code", "sweep.json", JOURNAL)
 MARK = "copy.json"  # beside a journal: the number of the driver that copied it last from here
-AT_ONCE = 16  # directories
+SUMS = "sums.json"  # of copies before 2027: checksums, and the number of the driver
 ID = re.compile(rb'"run_id": ?"([a-z0-9]{8})"')
+
+HEARTBEAT = 10.0  # seconds between two renewals of the ownership
+TRUST = 25.0  # seconds after the last confirmed renewal in which an owner still writes
 
 
 @contextmanager
-def replicated(url: str, runs: Path, name: str, patience: float = STALE) -> Iterator[Any]:
-    r"""Copies a sweep to a bucket for as long as the block lasts, and from there to begin with.
+def replicated(
+    url: str, runs: Path, name: str, patience: float = STALE
+) -> Iterator[SweepReplica | None]:
+    r"""Keeps a copy of a sweep in a bucket during the block; at first, fetches what is newer there.
 
     Arguments:
         url: `s3://bucket/prefix`.
         runs: The directory of all runs on this machine.
         name: The name of the sweep.
-        patience: How long to watch for a sign of life of a driver elsewhere.
+        patience: How long to watch for the heartbeat of a driver elsewhere, in seconds.
 
     Yields:
-        What copies, or None if a driver of this machine is at it, which copies itself.
+        The replica, or None if a driver on this machine runs the sweep and keeps the copy itself.
 
     Raises:
-        UserError: If the bucket cannot be used, or a driver elsewhere is at the sweep.
+        UserError: If the bucket cannot be used, or a driver elsewhere runs the sweep.
     """
 
     bucket, directory = Bucket(url), sweep_directory(runs, name)
@@ -77,18 +83,14 @@ def replicated(url: str, runs: Path, name: str, patience: float = STALE) -> Iter
         yield None
         return
 
-    try:
+    with _answering(bucket):
         owner = Owner(bucket, f"sweeps/{name}/owner.json", f"sweep '{name}' in {url}", patience)
-    except Unreachable as error:
-        raise UserError(f"{url} does not answer: {error}. Try again.") from error
 
     replica = SweepReplica(bucket, runs, name, owner)
 
     try:
-        try:
+        with _answering(bucket):
             fetch_sweep(bucket, runs, name)
-        except Unreachable as error:
-            raise UserError(f"{url} does not answer: {error}. Try again.") from error
 
         yield replica
     except BaseException:
@@ -98,8 +100,16 @@ def replicated(url: str, runs: Path, name: str, patience: float = STALE) -> Iter
     replica.finish(PATIENCE)
 
 
+@contextmanager
+def _answering(bucket: Bucket) -> Iterator[None]:
+    try:
+        yield
+    except Unreachable as error:
+        raise UserError(f"{bucket.url} does not answer: {error}. Try again.") from error
+
+
 class SweepReplica:
-    r"""Creates what copies a sweep to a bucket.
+    r"""The copy of a sweep and its runs in a bucket.
 
     Arguments:
         bucket: The bucket.
@@ -108,190 +118,60 @@ class SweepReplica:
         owner: The ownership of the copy.
     """
 
-    def __init__(self, bucket: Bucket, runs: Path, name: str, owner: "Owner") -> None:
+    def __init__(self, bucket: Bucket, runs: Path, name: str, owner: Owner) -> None:
         self.bucket, self.runs, self.owner = bucket, runs, owner
         self.directory = sweep_directory(runs, name)
-        self.sweep = self._folder(f"sweeps/{name}", self.directory)
+        self.sweep = self._replica(f"sweeps/{name}", self.directory)
         self.study: Study | None = None
-        self.folders: dict[str, Folder] = {}  # by the runs' ids
+        self.replicas: dict[str, Replica] = {}  # by run id
         self.settled: set[str] = set()  # runs that are closed, with all of their files copied
-        self.slow: dict[str, float] = {}  # when W&B's files of a run were copied
-        self._now, self._over = threading.Event(), threading.Event()
+        self._wandb: dict[str, float] = {}  # when W&B's files of a run were pushed
+        self._changed, self._finishing = threading.Event(), threading.Event()
         self._threads: list[threading.Thread] = []
-        self._since: float | None = None  # when the bucket ceased to answer
+        self._failing: float | None = None  # since when pushes fail
 
-    def _folder(self, key: str, directory: Path) -> Folder:
-        return Folder(self.bucket, key, directory, self.owner.check, self.owner.attempt)
+    def _replica(self, key: str, directory: Path) -> Replica:
+        attempt = {"attempt": str(self.owner.attempt)}
+
+        return Replica(directory, Folder(self.bucket, key, self.owner.check, attempt))
 
     def follow(self, study: Study) -> None:
-        r"""Copies what comes to a study, and to the runs in it, from now on."""
+        r"""Starts to push what is added to a study, and to its runs."""
 
         write_json(self.directory / MARK, {"attempt": self.owner.attempt, "url": self.bucket.url})
         self.study = study
         study.journal.on_append = self._notice
-        self._now.set()
+        self._changed.set()
 
         for work, name in ((self._follow_journal, "journal"), (self._follow_runs, "runs")):
-            self._threads.append(threading.Thread(target=work, name=f"copy {name}", daemon=True))
+            self._threads.append(threading.Thread(target=work, name=f"push {name}", daemon=True))
             self._threads[-1].start()
 
     def check(self) -> None:
         r"""Raises a UserError if another driver has taken the sweep over."""
 
-        if self.owner.taken is not None:
+        if self.owner.successor is not None:
             self.owner.check()
 
-    def _notice(self, logs: list[dict[str, Any]]) -> None:
-        if any(log.get("op_code") != REPORT for log in logs):
-            self._now.set()
-
-    def _follow_journal(self) -> None:
-        while not self._over.is_set():
-            self._now.wait(LAG)
-            self._now.clear()
-            self._patiently(self._copy_journal)
-
-    def _follow_runs(self) -> None:
-        while not self._over.wait(LAG / 2):
-            self._patiently(self._copy_runs)
-
-    def _patiently(self, work: Callable[[], None], until: float | None = None) -> bool:
-        r"""Does what needs the bucket, again and again if it fails, and tells whether it is done.
-
-        Arguments:
-            work: What to do.
-            until: When to give up. Without it, when the sweep has ended.
-        """
-
-        pause = PAUSES[0]
-
-        while self.owner.taken is None:
-            try:
-                work()
-            except UserError as error:  # taken over, or damaged
-                logger.warning("%s", error)
-                return False
-            except Exception as error:
-                self._warn(error)
-            else:
-                self._relax()
-                return True
-
-            if until is None and self._over.wait(pause):
-                return False
-
-            if until is not None and time.monotonic() + pause > until:
-                return False
-
-            if until is not None:
-                time.sleep(pause)
-
-            pause = min(2 * pause, PAUSES[1])
-
-        return False
-
-    def _warn(self, error: Exception) -> None:
-        if self._since is None:
-            self._since = time.monotonic()
-            logger.warning(
-                "nothing is copied to %s for now: %s: %s. The sweep goes on, and all of it is in "
-                "%s; it is tried again.",
-                *(self.bucket.url, type(error).__name__, error, self.runs),
-            )
-
-    def _relax(self) -> None:
-        if self._since is not None:
-            logger.warning(
-                "%s is copied to again, after %.0f s.",
-                *(self.bucket.url, time.monotonic() - self._since),
-            )
-            self._since = None
-
-    def _copy_journal(self) -> None:
-        r"""Copies the journal, after the directories of the runs that it says are closed or paused.
-
-        A run that is at rest has nothing but its directory to go on from.
-        """
-
-        assert self.study is not None
-        journal = self.study.journal.file.read_bytes()
-
-        for record in self.study.records():
-            if record.source:
-                continue
-
-            if record.state == "running" and not record.paused:
-                self.settled.discard(record.run_id)
-            elif record.run_id not in self.settled:
-                self._copy_run(record.run_id, closed=True)
-
-        self.sweep.copy(files_of(self.directory, SWEEP), journal)
-
-    def _copy_runs(self) -> None:
-        r"""Copies the directories of runs: at first what is small of all, in between, too."""
-
-        ids = self._open()
-        looked = 0.0
-
-        for run_id in ids:
-            if time.monotonic() - looked > LAG:
-                looked = time.monotonic()
-
-                for other in ids:
-                    if (folder := self._find(other)) is not None:
-                        folder.copy(files_of(folder.directory, QUICK))
-
-            self._copy_run(run_id)
-
-    def _open(self) -> list[str]:
-        assert self.study is not None
-        records = self.study.records()
-
-        return [r.run_id for r in records if not r.source and r.run_id not in self.settled]
-
-    def _find(self, run_id: str) -> Folder | None:
-        if run_id not in self.folders and (path := RunPath.of_id(self.runs, run_id)) is not None:
-            self.folders[run_id] = self._folder(path.directory.name, path.directory)
-
-        return self.folders.get(run_id)
-
-    def _copy_run(self, run_id: str, closed: bool = False) -> None:
-        r"""Copies the directory of a run, and notes if that is the last time."""
-
-        if (folder := self._find(run_id)) is None:
-            return
-
-        running = _status(folder.directory) == "running"
-        late = time.monotonic() - self.slow.get(run_id, 0.0) > SLOW
-        names = RUN if late or not running else [name for name in RUN if name != "wandb"]
-
-        if "wandb" in names:
-            self.slow[run_id] = time.monotonic()
-
-        folder.copy(files_of(folder.directory, [*names, *(n for n in folder.seen if n in RUN)]))
-
-        if closed and not running:
-            self.settled.add(run_id)
-
     def finish(self, patience: float) -> None:
-        r"""Copies what is left, waits for that, and gives the copy back.
+        r"""Pushes the rest, waits for that, and releases the copy.
 
         Arguments:
-            patience: How long to try if the bucket does not answer, in seconds.
+            patience: How long to retry if the bucket does not answer, in seconds.
         """
 
-        self._over.set()
-        self._now.set()
+        self._finishing.set()
+        self._changed.set()
 
         for thread in self._threads:
             thread.join()
 
-        if self.study is not None and self.owner.taken is None:
-            until = time.monotonic() + patience
-            ids = self._open()
-            done = all(self._patiently(lambda id=id: self._copy_run(id), until) for id in ids)  # type: ignore[misc]
+        if self.study is not None and self.owner.successor is None:
+            deadline = time.monotonic() + patience
+            ids = self._unsettled()
+            done = all(self._retry(lambda id=id: self._push_run(id), deadline) for id in ids)  # type: ignore[misc]
 
-            if done and self._patiently(self._copy_journal, until):
+            if done and self._retry(self._push_journal, deadline):
                 print(f"All of it is in {self.bucket.url}.")
             else:
                 print(
@@ -301,26 +181,166 @@ class SweepReplica:
 
         self.owner.release()
 
+    def _notice(self, logs: list[dict[str, Any]]) -> None:
+        if any(log.get("op_code") != REPORT for log in logs):
+            self._changed.set()
 
-def _status(directory: Path) -> str:
-    try:
-        return str(read_json(directory / "run.json")["status"])
-    except (UserError, KeyError, TypeError):
-        return ""
+    def _follow_journal(self) -> None:
+        while not self._finishing.is_set():
+            self._changed.wait(LAG)
+            self._changed.clear()
+            self._retry(self._push_journal)
+
+    def _follow_runs(self) -> None:
+        while not self._finishing.wait(LAG / 2):
+            self._retry(self._push_runs)
+
+    def _retry(self, push: Callable[[], None], deadline: float | None = None) -> bool:
+        r"""Pushes, again and again while that fails, and returns whether it is done.
+
+        Arguments:
+            push: The work.
+            deadline: When to give up. Without it, when the sweep has ended.
+        """
+
+        pause = PAUSES[0]
+
+        while self.owner.successor is None:
+            try:
+                push()
+            except UserError as error:  # taken over
+                logger.warning("%s", error)
+                return False
+            except Exception as error:
+                self._warn(error)
+            else:
+                self._recover()
+                return True
+
+            if deadline is None and self._finishing.wait(pause):
+                return False
+
+            if deadline is not None and time.monotonic() + pause > deadline:
+                return False
+
+            if deadline is not None:
+                time.sleep(pause)
+
+            pause = min(2 * pause, PAUSES[1])
+
+        return False
+
+    def _warn(self, error: Exception) -> None:
+        if self._failing is None:
+            self._failing = time.monotonic()
+            logger.warning(
+                "nothing is copied to %s for now: %s: %s. The sweep continues, and all of it is "
+                "in %s; copying is retried.",
+                *(self.bucket.url, type(error).__name__, error, self.runs),
+            )
+
+    def _recover(self) -> None:
+        if self._failing is not None:
+            logger.warning(
+                "%s is copied to again, after %.0f s.",
+                *(self.bucket.url, time.monotonic() - self._failing),
+            )
+            self._failing = None
+
+    def _push_journal(self) -> None:
+        r"""Pushes the journal, after the directories of the runs that it says are closed or paused.
+
+        Such a run can only be resumed from its directory.
+        """
+
+        assert self.study is not None
+        size = self.study.journal.file.stat().st_size
+
+        for record in self.study.records():
+            if record.source:
+                continue
+
+            if record.state == "running" and not record.paused:
+                self.settled.discard(record.run_id)
+            elif record.run_id not in self.settled:
+                self._push_run(record.run_id, closed=True)
+
+        self.sweep.push(files_of(self.directory, SWEEP), {JOURNAL: size})
+
+    def _push_runs(self) -> None:
+        r"""Pushes the directories of runs; before and in between, the small files of all of them."""
+
+        ids = self._unsettled()
+        looked = 0.0
+
+        for run_id in ids:
+            if time.monotonic() - looked > LAG:
+                looked = time.monotonic()
+
+                for other in ids:
+                    if (replica := self._find(other)) is not None:
+                        replica.push(files_of(replica.directory, QUICK))
+
+            self._push_run(run_id)
+
+    def _unsettled(self) -> list[str]:
+        assert self.study is not None
+        records = self.study.records()
+
+        return [r.run_id for r in records if not r.source and r.run_id not in self.settled]
+
+    def _find(self, run_id: str) -> Replica | None:
+        if run_id not in self.replicas and (path := RunPath.of_id(self.runs, run_id)) is not None:
+            self.replicas[run_id] = self._replica(path.directory.name, path.directory)
+
+        return self.replicas.get(run_id)
+
+    def _push_run(self, run_id: str, closed: bool = False) -> None:
+        r"""Pushes the directory of a run, and notes if that is the last time."""
+
+        first = run_id not in self.replicas
+
+        if (replica := self._find(run_id)) is None:
+            return
+
+        running = _status(replica.directory) == "running"
+
+        if closed and first and not running and self._is_complete(replica):
+            self.settled.add(run_id)
+            return
+
+        late = time.monotonic() - self._wandb.get(run_id, 0.0) > WANDB
+        names = COPIED if late or not running else [name for name in COPIED if name != "wandb"]
+
+        if "wandb" in names:
+            self._wandb[run_id] = time.monotonic()
+
+        gone = [name for name in replica.pushed if name in COPIED]
+        replica.push(list(dict.fromkeys([*files_of(replica.directory, names), *gone])))
+
+        if closed and not running:
+            self.settled.add(run_id)
+
+    def _is_complete(self, replica: Replica) -> bool:
+        r"""Tells whether a driver before has copied a run: its record comes last."""
+
+        found = self.bucket.get(f"{replica.directory.name}/run.json")
+
+        return found is not None and found.data == (replica.directory / "run.json").read_bytes()
 
 
 class Owner:
-    r"""Creates the ownership of a folder and takes it: one driver at a time writes there.
+    r"""The ownership of a folder of a bucket: one driver at a time writes there.
 
-    It is an object that names the driver and is written anew every 10 s, each time only in the
-    place of what was written last. Whoever finds it unchanged for `patience` seconds, by their own
-    clock, takes it over; its former owner then cannot write it any more, and stops.
+    It is an object that names the driver and is renewed every 10 s, each time only in place of its
+    last version. A driver that finds it unchanged for `patience` seconds, by its own clock, takes
+    it over; the former owner then cannot renew it any more, and stops.
 
     Arguments:
         bucket: The bucket.
         key: The key of the object.
-        what: What is owned, for messages.
-        patience: How long to watch for a sign of life.
+        what: The name of what is owned, for messages.
+        patience: How long to watch for a heartbeat, in seconds.
 
     Raises:
         UserError: If another driver owns it.
@@ -329,54 +349,56 @@ class Owner:
 
     def __init__(self, bucket: Bucket, key: str, what: str, patience: float = STALE) -> None:
         self.bucket, self.key, self.what = bucket, key, what
-        self.taken: dict[str, Any] | None = None  # by whom it was taken over
+        self.successor: dict[str, Any] | None = None  # the driver that has taken over
         self._over = threading.Event()
         self._lock = threading.Lock()
 
         while not self._take(patience):
-            pass  # somebody was quicker
+            pass  # another driver was quicker
 
         threading.Thread(target=self._beat, name="owner", daemon=True).start()
 
     def _take(self, patience: float) -> bool:
-        before = self.bucket.peek(self.key)
-        found = _parse(before)
+        before = self.bucket.get(self.key)
+        holder = _parse(before)
 
-        if before is not None and self._lives(found, before[1], patience):
+        if before is not None and self._is_alive(before, patience):
             raise UserError(
-                f"{self.what} is carried out by process {found.get('pid')} on "
-                f"{found.get('host')} since {found.get('since')}. Wait for it to end, or stop it, "
-                "and try again."
+                f"{self.what} is carried out by process {holder.get('pid')} on "
+                f"{holder.get('host')} since {holder.get('since')}. Wait for it to end, or stop "
+                "it, and try again."
             )
 
-        last = found.get("attempt")
+        last = holder.get("attempt")
         self.attempt = (last if type(last) is int else 0) + 1
         self.mine = this_process(self.attempt) | {"token": secrets.token_hex(8)}
-        self._version = before[1] if before else None
+        self._version = before.version if before else None
 
         try:
             self._write()
-        except Refused:
+        except Conflict:
             return False
 
         return True
 
-    def _lives(self, found: dict[str, Any], version: str, patience: float) -> bool:
-        if (known := holder_alive(found)) is not None:
+    def _is_alive(self, before: Found, patience: float) -> bool:
+        holder = _parse(before)
+
+        if (known := holder_alive(holder)) is not None:
             return known
 
         logger.warning(
             "%s was last carried out by process %s on %s, which cannot be seen from here: watching "
-            "for a sign of life for up to %.0f s.",
-            *(self.what, found.get("pid"), found.get("host"), patience),
+            "for its heartbeat for up to %.0f s.",
+            *(self.what, holder.get("pid"), holder.get("host"), patience),
         )
         deadline = time.monotonic() + patience
 
         while time.monotonic() < deadline:
             time.sleep(min(2.0, patience / 10))
-            now = self.bucket.peek(self.key)
+            now = self.bucket.get(self.key)
 
-            if now is not None and now[1] != version:
+            if now is not None and now.version != before.version:
                 return _parse(now).get("pid") is not None
 
         return False
@@ -385,42 +407,41 @@ class Owner:
         with self._lock:
             start = time.monotonic()
             data = json.dumps(self.mine | {"beat": secrets.token_hex(4)}).encode()
-            self._version = self.bucket.swap(self.key, data, self._version)
+            self._version = self.bucket.put(self.key, data, self._version)
             self._confirmed = start
 
     def _beat(self) -> None:
-        while not self._over.wait(BEAT) and self.taken is None:
-            try:
+        while not self._over.wait(HEARTBEAT) and self.successor is None:
+            with suppress(Unreachable):  # the next one tells
                 self._renew()
-            except Unreachable:  # the next beat tells
-                continue
 
     def _renew(self) -> None:
         try:
             self._write()
-        except Refused:
-            now = self.bucket.peek(self.key)
+        except Conflict:
+            now = self.bucket.get(self.key)
+            holder = _parse(now)
 
-            if now is None or (found := _parse(now)).get("token") != self.mine["token"]:
-                self.taken = found if now else {}
-            else:  # written by us, with an answer that was lost
-                self._version = now[1]
+            if now is None or holder.get("token") != self.mine["token"]:
+                self.successor = holder
+            else:  # our own write, whose answer was lost
+                self._version = now.version
 
     def check(self) -> None:
-        r"""Raises what keeps this driver from writing.
+        r"""Raises an exception if this driver may not write.
 
         Raises:
             UserError: If another driver has taken over.
-            Unreachable: If it is not known, since the bucket has not answered for a while.
+            Unreachable: If that is not known, since the bucket has not answered for a while.
         """
 
-        if time.monotonic() - self._confirmed > TRUST and self.taken is None:
+        if time.monotonic() - self._confirmed > TRUST and self.successor is None:
             self._renew()
 
-        if self.taken is not None:
+        if self.successor is not None:
             raise UserError(
-                f"{self.what} was taken over by process {self.taken.get('pid')} on "
-                f"{self.taken.get('host')}: this driver stops, and writes no more to "
+                f"{self.what} was taken over by process {self.successor.get('pid')} on "
+                f"{self.successor.get('host')}: this driver stops, and writes no more to "
                 f"{self.bucket.url}."
             )
 
@@ -428,161 +449,193 @@ class Owner:
             raise Unreachable(f"{self.bucket.url} has not confirmed that {self.what} is ours")
 
     def release(self) -> None:
-        r"""Gives the ownership back, if it is still held."""
+        r"""Releases the ownership, if it is still held."""
 
         self._over.set()
 
-        if self.taken is None:
+        if self.successor is None:
             try:
                 self.mine |= {"pid": None, "started": None}
                 self._write()
-            except (Refused, Unreachable) as error:
-                logger.warning("%s could not be given back: %s", self.what, error)
-
-
-def _parse(found: tuple[bytes, str] | None) -> dict[str, Any]:
-    try:
-        content = json.loads(found[0]) if found else {}
-    except ValueError:
-        content = {}
-
-    return content if isinstance(content, dict) else {}
+            except (Conflict, Unreachable) as error:
+                logger.warning("%s could not be released: %s", self.what, error)
 
 
 def fetch_records(bucket: Bucket, runs: Path) -> None:
-    r"""Fetches what is small of all sweeps and runs that are not here: enough to list them."""
+    r"""Fetches the small files of all sweeps and runs that are not here: enough to list them."""
 
-    keys = bucket.sizes()
-    folders = {key.rpartition("/")[0] for key in keys if key.endswith(f"/{SUMS}")}
-    sweeps = sorted(key for key in folders if key.startswith("sweeps/"))
-    _fetch(bucket, runs, sweeps, ("sweep.json", "script.py"))
-    _fetch(bucket, runs, sorted(key for key in folders if f"{key}/run.json" in keys), RECORDS)
+    _fetch_records(bucket, runs, _keys(bucket))
 
 
 def fetch_sweep(bucket: Bucket, runs: Path, name: str) -> None:
-    r"""Fetches what a sweep can be carried on with, if the copy is newer than what is here.
+    r"""Fetches what a sweep is resumed from, if the copy is newer than the directory here.
 
-    The longer one of two journals that begin alike is newer. If they have parted, the copy is, if
-    it was written by a driver elsewhere after the last one here; what is here is kept beside it.
+    The longer one of two journals that begin alike is newer. If they have diverged, the copy is, if
+    a driver elsewhere wrote it after the last one here; the journal here is kept beside it.
 
     Raises:
-        UserError: If they have parted and it is not known how, or the copy is damaged.
+        UserError: If they have diverged for no known reason, or the copy is damaged.
     """
 
-    fetch_records(bucket, runs)
-    directory = sweep_directory(runs, name)
-    file = directory / "study.journal"
-    folder = Folder(bucket, f"sweeps/{name}", directory)
-    copy, here = _journal(folder), file.read_bytes() if file.is_file() else b""
+    keys = _keys(bucket)
+    _fetch_records(bucket, runs, keys)
+    directory, key = sweep_directory(runs, name), f"sweeps/{name}"
+    file = directory / JOURNAL
+    copy, driver = _read_journal(bucket, key, directory)
+    here = file.read_bytes() if file.is_file() else b""
     newer = compare_journals(here, copy)
 
-    if newer == "parted":
-        _check_parted(folder, len(here), len(copy))
+    if newer == "diverged":
+        _check_diverged(bucket, key, directory, driver, (len(here), len(copy)))
         logger.warning(
-            "%s has %d bytes that another driver did not know of when it carried the sweep on: "
+            "%s has %d bytes that another driver did not know when it resumed the sweep: "
             "its journal of %d bytes takes the place, and this one is kept beside it.",
             *(file, len(here), len(copy)),
         )
-        write_atomic(file.with_name(f"study.journal.parted-{folder.by}"), here)
+        write_atomic(file.with_name(f"{JOURNAL}.parted-{driver}"), here)
 
-    if newer in ("copy", "parted") or not here:
-        folder.fetch(lambda name: name != "study.journal", replace=True)
+    if newer != "here" or not here:
+        below = [x.removeprefix(f"{key}/") for x in keys if x.startswith(f"{key}/")]
+        names = [x for x in sorted(below) if x.startswith("code/") or x in SWEEP[:-1]]
+        _fetch(bucket, key, directory, names, replace=True)
 
-    if newer in ("copy", "parted"):
+    if newer != "here":
         ids = {match.decode() for match in ID.findall(copy)}
-        keys = [key for key in _folders(bucket) if key.rpartition("_")[2] in ids]
-        _clear(bucket, keys)
-        _fetch(bucket, runs, keys, RECORDS, replace=True)
-        _fetch_checkpoints(bucket, runs, keys)
-        write_atomic(file, copy)  # the last: an interrupted fetch is begun anew
+        wanted = [x for x in _folders(keys) if x.rpartition("_")[2] in ids]
+        _fetch_all(bucket, runs, {x: _in_folder(keys, x, RECORDS) for x in wanted}, replace=True)
+
+        for folder in wanted:  # a finished run stays in the bucket
+            if _status(runs / folder) != "finished":
+                names = _in_folder(keys, folder, ("checkpoint.pth", "checkpoint.decay.pth"))
+                _fetch(bucket, folder, runs / folder, names, replace=True)
+
+        write_atomic(file, copy)  # the last: an interrupted fetch is repeated
 
 
 def compare_journals(here: bytes, copy: bytes) -> str:
-    r"""Tells which of two journals goes on where the other ends: `here`, `copy`, or `parted`."""
+    r"""Returns which of two journals continues the other: `here`, `copy`, or `diverged`."""
 
     whole = here[: here.rfind(b"\n") + 1]
 
     if whole.startswith(copy):
         return "here"
 
-    return "copy" if copy.startswith(whole) else "parted"
+    return "copy" if copy.startswith(whole) else "diverged"
 
 
-def _journal(folder: Folder) -> bytes:
-    r"""Returns the copy of a journal; if there is none, nothing."""
+def _read_journal(bucket: Bucket, key: str, directory: Path) -> tuple[bytes, int]:
+    r"""Returns the copy of a journal, empty if there is none, and the number of its driver."""
 
-    from hashlib import sha256
+    if (found := bucket.get(f"{key}/{JOURNAL}")) is None:
+        return b"", 0
 
-    for again in (False, True):  # a writer may just have been at it
-        accepted = folder.load(again).get("study.journal", [])
-        data = folder.bucket.read(f"{folder.key}/study.journal")
+    if found.damaged:
+        raise UserError(
+            f"{bucket.url}/{key}/{JOURNAL} is damaged: its checksum is wrong. Restore an older "
+            f"version of it; or delete it, to resume from {directory}."
+        )
 
-        if data is None and (len(accepted) < 2 or NOTHING in accepted):
-            return b""  # none, or its first was on its way
+    if "attempt" in found.attributes:
+        return found.data, int(found.attributes["attempt"])
 
-        if data is not None and sha256(data).hexdigest() in accepted:
-            return data
-
-    raise UserError(
-        f"{folder.bucket.url}/{folder.key}/study.journal is damaged: its checksum is wrong. "
-        f"Restore an older version of it and of {SUMS} beside it; or delete both, to go on from "
-        f"what is in {folder.directory}."
-    )
+    return found.data, _attempt(_parse(bucket.get(f"{key}/{SUMS}")))
 
 
-def _check_parted(folder: Folder, here: int, copy: int) -> None:
+def _check_diverged(
+    bucket: Bucket, key: str, directory: Path, driver: int, sizes: tuple[int, int]
+) -> None:
     try:
-        last = int(read_json(folder.directory / MARK)["attempt"])
-    except (UserError, KeyError, TypeError, ValueError):
+        last = _attempt(read_json(directory / MARK))
+    except UserError:
         last = 0
 
-    if last >= folder.by or last == 0:
+    if last >= driver or last == 0:
         raise UserError(
-            f"{folder.directory / 'study.journal'} ({here} bytes) and its copy in "
-            f"{folder.bucket.url} ({copy} bytes) have parted, and which of them is right is not "
-            "known. Move the one away that is not: the directory, to go on from the copy; or "
-            f"{folder.bucket.url}/{folder.key}/, to go on from here."
+            f"{directory / JOURNAL} ({sizes[0]} bytes) and its copy in {bucket.url} ({sizes[1]} "
+            "bytes) have diverged, and which of them is right is not known. Move the wrong one "
+            f"away: the directory, to resume from the copy; or {bucket.url}/{key}/, to resume "
+            "from here."
         )
 
 
-def _folders(bucket: Bucket) -> list[str]:
-    keys = bucket.sizes()
-    found = (key.rpartition("/")[0] for key in keys if key.endswith(f"/{SUMS}"))
+def _keys(bucket: Bucket) -> set[str]:
+    r"""Returns the keys of all objects, but for those that would lead out of a directory."""
 
-    return sorted(key for key in found if f"{key}/run.json" in keys)
+    return {x for x in bucket.list() if not x.startswith("/") and ".." not in x.split("/")}
 
 
-def _clear(bucket: Bucket, keys: Iterable[str]) -> None:
-    r"""Deletes what killed uploads have left aside in folders that nobody writes to now."""
+def _folders(keys: Collection[str]) -> list[str]:
+    r"""Returns the directories of runs that may be listed: those with a record."""
 
-    own = frozenset(keys)
+    files = (key for key in keys if re.fullmatch(r"[^/]+_[a-z0-9]{8}/run\.json", key))
 
-    for key in bucket.sizes():
-        if key.endswith(".tmp") and key.rpartition("/")[0] in own:
-            bucket.delete(key)
+    return sorted(key.removesuffix("/run.json") for key in files)
+
+
+def _in_folder(keys: Collection[str], folder: str, names: Iterable[str]) -> list[str]:
+    return [name for name in names if f"{folder}/{name}" in keys]
+
+
+def _fetch_records(bucket: Bucket, runs: Path, keys: Collection[str]) -> None:
+    r"""Fetches the records of sweeps, then those of runs."""
+
+    files = [x for x in keys if re.fullmatch(r"sweeps/[^/]+/sweep\.json", x)]
+    sweeps = [x.removesuffix("/sweep.json") for x in files]
+    names = ("sweep.json", "script.py")
+    _fetch_all(bucket, runs, {x: _in_folder(keys, x, names) for x in sweeps})
+    _fetch_all(bucket, runs, {x: _in_folder(keys, x, RECORDS) for x in _folders(keys)})
+
+
+def _fetch_all(
+    bucket: Bucket, runs: Path, names: dict[str, list[str]], replace: bool = False
+) -> None:
+    def fetch(folder: str) -> None:
+        _fetch(bucket, folder, runs / folder, names[folder], replace)
+
+    with ThreadPoolExecutor(PARALLEL) as pool:
+        list(pool.map(fetch, names))
 
 
 def _fetch(
-    bucket: Bucket, runs: Path, keys: Iterable[str], names: Iterable[str], replace: bool = False
+    bucket: Bucket, folder: str, directory: Path, names: Iterable[str], replace: bool = False
 ) -> None:
-    wanted = frozenset(names)
+    r"""Fetches files of a folder in order; one that is damaged is left out, with a warning.
 
-    def fetch(key: str) -> None:
-        Folder(bucket, key, runs / key).fetch(lambda name: name in wanted, replace)
+    Arguments:
+        bucket: The bucket.
+        folder: The key of the folder.
+        directory: The directory for the files.
+        names: The names of the files.
+        replace: Whether to replace files that exist.
+    """
 
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        list(pool.map(fetch, keys))
+    for name in names:
+        if replace or not (directory / name).exists():
+            try:
+                bucket.download(f"{folder}/{name}", directory / name)
+            except FileNotFoundError:
+                continue  # deleted meanwhile
+            except Damaged as error:
+                logger.warning("%s: it is left out.", error)
 
 
-def _fetch_checkpoints(bucket: Bucket, runs: Path, keys: Iterable[str]) -> None:
-    r"""Fetches what runs go on from that are not finished; a finished one stays in the bucket."""
+def _parse(found: Found | None) -> dict[str, Any]:
+    try:
+        content = json.loads(found.data) if found else {}
+    except ValueError:
+        content = {}
 
-    for key in keys:
-        try:
-            status = read_json(runs / key / "run.json")["status"]
-        except (UserError, KeyError, TypeError):
-            status = ""
+    return content if isinstance(content, dict) else {}
 
-        if status != "finished":
-            checkpoints = ("checkpoint.pth", "checkpoint.decay.pth")
-            _fetch(bucket, runs, [key], checkpoints, replace=True)
+
+def _attempt(content: Any) -> int:
+    attempt = content.get("attempt") if isinstance(content, dict) else None
+
+    return attempt if type(attempt) is int else 0
+
+
+def _status(directory: Path) -> str:
+    try:
+        return str(read_json(directory / "run.json")["status"])
+    except (UserError, KeyError, TypeError):
+        return ""

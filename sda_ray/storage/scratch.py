@@ -21,9 +21,9 @@ from typing import Any
 from ..core.errors import UserError
 from ..data.dataset import fingerprint
 
-__all__ = ["PIECE", "Private", "fetch", "find_data", "leftovers", "local_directory"]
+__all__ = ["CHUNK", "Private", "fetch", "find_data", "leftovers", "local_directory"]
 
-PIECE = 4 * 2**20  # bytes that go through Ray at once
+CHUNK = 4 * 2**20  # bytes that go through Ray at once
 KEPT = 3  # data sets on a node, those in use apart
 WAIT = 0.5  # seconds, at most, between two looks whether another trial has fetched the data
 
@@ -118,7 +118,7 @@ def fetch(file: Path, size: int, read: Read, beat: Callable[[], None] = lambda: 
     try:
         with open(file, "wb") as stream:
             while (offset := stream.tell()) < size:
-                data, sha = read(offset, min(PIECE, size - offset))
+                data, sha = read(offset, min(CHUNK, size - offset))
 
                 if not data or hashlib.sha256(data).hexdigest() != sha:
                     raise RuntimeError(f"{file.name} was damaged on its way, or has changed")

@@ -34,7 +34,6 @@ __all__ = [
 START = 300.0  # seconds that a server may take to start
 PULSE = 20.0  # seconds without a heartbeat of a trial after which its lease has none either
 SILENCE = 900.0  # seconds after which its lease is released
-TIMEOUT = 60.0  # seconds for a node to answer
 LOOK = 0.2  # seconds for which one look for stop requests serves all trials
 
 APPENDED = (".jsonl", ".wandb", ".log")  # files that only grow
@@ -43,11 +42,11 @@ GROUPS = {"pulse": 4, "files": 6}  # threads: heartbeats never wait for files
 
 
 class UnknownAttempt(RuntimeError):
-    r"""Signals that a server does not know an attempt: it was started again, or has ended it."""
+    r"""Raised if a server does not know an attempt: it was restarted, or the attempt has ended."""
 
 
 class Attempt:
-    r"""Creates what a server knows of one attempt at a run."""
+    r"""One attempt at a run: its lease, and the files that are on their way."""
 
     lease: Lease
     directory: Path
@@ -57,42 +56,71 @@ class Attempt:
         self.lock = threading.RLock()  # of all that is done for the attempt
         self.taken = False  # whether it has the lease
         self.heard = time.monotonic()
-        self.tails: dict[str, tuple[int, Any]] = {}  # growing file -> its length, digest of it
-        self.asides: dict[str, tuple[Path, int, Any]] = {}  # token -> file, its length, digest
+        self.tails: dict[str, tuple[int, Any]] = {}  # growing file -> its length, SHA-256
+        self.asides: dict[str, tuple[Path, int, Any]] = {}  # token -> file, its length, SHA-256
         self.done: set[str] = set()  # tokens
 
     def silent(self) -> float:
+        r"""Returns the seconds since the last heartbeat."""
+
         return time.monotonic() - self.heard
 
     def release(self) -> None:
+        r"""Releases the lease, if it was taken."""
+
         if self.taken:
             self.lease.release()
 
 
-class Attempts:
-    r"""Creates the attempts of a server, the newest one at each run.
+class FileServer:
+    r"""The actor that serves the files of a sweep.
+
+    Its methods may be called at the same time, and again if an answer was lost. All that write for
+    an attempt raise LeaseLost if a later one has started, UnknownAttempt if it must be opened
+    first, and LeaseGone if the directory of the run was deleted.
 
     Arguments:
-        agent: The name of the server.
+        name: The name of the actor, by which its leases are its own after a restart.
         runs: The directory of all runs.
+        data: The directory of the data.
+        request: The file whose existence asks all trials to stop, see
+            :class:`sda_ray.cluster.trial.Trial`.
     """
 
-    def __init__(self, agent: str, runs: Path) -> None:
-        self.agent, self.runs = agent, runs
-        self.newest: dict[str, Attempt] = {}
-        self.lock = threading.Lock()  # of `newest`
+    def __init__(self, name: str, runs: str, data: str, request: str) -> None:
+        self.name = name
+        self.runs, self.data, self.request = Path(runs), Path(data), Path(request)
+        self.newest: dict[str, Attempt] = {}  # by run id
+        self._lock = threading.Lock()  # of `newest`
+        self._looked, self._requests = 0.0, frozenset[str]()
 
-    def begin(self, run_id: str, number: int) -> Attempt:
-        r"""Takes the lease of a run for an attempt. May be repeated.
+    def ready(self) -> str:
+        r"""Returns the name, once the actor has started."""
+
+        return self.name
+
+    def open(self, run_id: str, attempt: int) -> dict[str, Any]:
+        r"""Takes the lease of a run for an attempt.
+
+        Returns:
+            `name`, the name of the run's directory, empty if it has none yet; and `sizes`, those of
+            the files that the attempt may need to resume the run.
 
         Raises:
-            LeaseLost: If a later attempt has begun.
+            LeaseLost: If a later attempt has started.
         """
 
+        directory = self._start(run_id, attempt).directory
+        sizes = {x: (directory / x).stat().st_size for x in RESUMED if (directory / x).is_file()}
+        name = "" if directory.name.startswith(".") else directory.name
+
+        return {"name": name, "sizes": sizes if name else {}}
+
+    def _start(self, run_id: str, number: int) -> Attempt:
         if not re.fullmatch("[a-z0-9]{8}", run_id):
             raise ValueError(f"{run_id!r} is no id of a run")
 
-        with self.lock:
+        with self._lock:
             before = self.newest.get(run_id)
 
             if before is None or before.number < number:
@@ -115,13 +143,13 @@ class Attempts:
 
     def _take(self, run_id: str, attempt: Attempt) -> None:
         link = self.runs / f".{run_id}"
-        found = sorted(x for x in self.runs.glob(f"*_{run_id}") if x.is_dir())
-        directory = found[0] if found else link
+        named = sorted(x for x in self.runs.glob(f"*_{run_id}") if x.is_dir())
+        directory = named[0] if named else link
 
-        if link.is_symlink() and not found:
+        if link.is_symlink() and not named:
             link.unlink()
 
-        if not found:  # it gets its name from the trial, see Run
+        if not named:  # the trial names it, see `settle`
             link.mkdir(exist_ok=True)
 
         attempt.lease = Lease(
@@ -129,7 +157,7 @@ class Attempts:
             f"run {run_id}",
             attempt.number,
             takeover=True,
-            agent=self.agent,
+            agent=self.name,
             alive=lambda: attempt.silent() < PULSE,
         )
 
@@ -142,15 +170,10 @@ class Attempts:
 
         attempt.directory, attempt.taken = directory, True
 
-    def find(self, run_id: str, number: int) -> Attempt:
-        r"""Returns an attempt, which gives a sign of life by that.
+    def _find(self, run_id: str, number: int) -> Attempt:
+        r"""Returns an attempt, and counts the call as its heartbeat."""
 
-        Raises:
-            LeaseLost: If a later one has begun.
-            UnknownAttempt: If it has to begin.
-        """
-
-        with self.lock:
+        with self._lock:
             attempt = self.newest.get(run_id)
 
         if attempt is None or attempt.number < number or not attempt.taken:
@@ -162,14 +185,14 @@ class Attempts:
         return attempt
 
     @contextmanager
-    def at(self, run_id: str, number: int) -> Iterator[Attempt]:
-        r"""Has an attempt to itself for the duration of the block, see :meth:`find`.
+    def _locked(self, run_id: str, number: int) -> Iterator[Attempt]:
+        r"""Locks an attempt for the duration of the block.
 
         Raises:
-            LeaseGone: If the block fails because the directory of the run is gone.
+            LeaseGone: If the block fails because the directory of the run was deleted.
         """
 
-        attempt = self.find(run_id, number)
+        attempt = self._find(run_id, number)
 
         with attempt.lock:
             try:
@@ -178,111 +201,53 @@ class Attempts:
                 check_present(attempt.lease.file)
                 raise
 
-    def settle(self, run_id: str, number: int, name: str) -> None:
-        r"""Gives the directory of a new run its name."""
+    def settle(self, run_id: str, attempt: int, name: str) -> None:
+        r"""Names the directory of a new run."""
 
         target = self.runs / name
 
         if target.parent != self.runs or not name.endswith(f"_{run_id}") or name[0] == ".":
             raise ValueError(f"{name!r} is no name for run {run_id}")
 
-        with self.at(run_id, number) as attempt:
-            if attempt.directory.name == f".{run_id}":
-                with attempt.lease.hold():
-                    attempt.directory.rename(target)
+        with self._locked(run_id, attempt) as at:
+            if at.directory.name == f".{run_id}":
+                with at.lease.hold():
+                    at.directory.rename(target)
                     sync_directory(self.runs)
-                    attempt.directory, attempt.lease.file = target, target / "lease.json"
-
-    def end(self, run_id: str, number: int) -> None:
-        r"""Gives the lease of a run back."""
-
-        with self.at(run_id, number) as attempt, self.lock:
-            attempt.release()
-
-            if self.newest.get(run_id) is attempt:
-                del self.newest[run_id]
-
-    def give_up(self) -> None:
-        r"""Gives the leases back of attempts that have given no sign of life for very long."""
-
-        with self.lock:
-            silent = [x for x in self.newest.values() if x.silent() > SILENCE]
-
-        for attempt in silent:
-            attempt.release()
-
-
-def _check(run_id: str, attempt: Attempt, number: int) -> None:
-    if attempt.number > number:
-        raise LeaseLost(f"run {run_id} is at attempt {attempt.number}, and {number} is over")
-
-
-class FileServer:
-    r"""Creates a server. Its methods may be called at the same time, and again after a failure.
-
-    Arguments:
-        name: Its name, by which its leases are its own after a restart.
-        runs: The directory of all runs.
-        data: The directory of the data.
-        request: The file whose existence tells all trials to stop, see
-            :class:`sda_ray.cluster.trial.Trial`.
-    """
-
-    def __init__(self, name: str, runs: str, data: str, request: str) -> None:
-        self.name = name
-        self.runs, self.data, self.request = Path(runs), Path(data), Path(request)
-        self.attempts = Attempts(name, self.runs)
-        self.looked, self.names = 0.0, frozenset[str]()
-
-    def ready(self) -> str:
-        return self.name
-
-    def open(self, run_id: str, attempt: int) -> dict[str, Any]:
-        r"""Takes the lease of a run for an attempt.
-
-        Returns:
-            `named`, the name of the run's directory, or nothing if it has none yet; and `sizes`,
-            the files that an attempt may need to go on.
-
-        Raises:
-            LeaseLost: If a later attempt has begun.
-        """
-
-        directory = self.attempts.begin(run_id, attempt).directory
-        sizes = {x: (directory / x).stat().st_size for x in RESUMED if (directory / x).is_file()}
-        named = "" if directory.name.startswith(".") else directory.name
-
-        return {"named": named, "sizes": sizes if named else {}}
-
-    def settle(self, run_id: str, attempt: int, name: str) -> None:
-        r"""Gives the directory of a new run its name."""
-
-        self.attempts.settle(run_id, attempt, name)
+                    at.directory, at.lease.file = target, target / "lease.json"
 
     def ping(self, run_id: str, attempt: int, number: int) -> str:
-        r"""Takes a sign of life, and returns whether run `number` shall stop: `all` or `alone`."""
+        r"""Takes a heartbeat, and returns the request to stop run `number`: `all`, `alone` or none.
 
-        self.attempts.find(run_id, attempt)
-        self.attempts.give_up()
+        Releases the leases of attempts that have been silent for very long.
+        """
 
-        if time.monotonic() - self.looked > LOOK:
+        self._find(run_id, attempt)
+
+        with self._lock:
+            silent = [x for x in self.newest.values() if x.silent() > SILENCE]
+
+        for other in silent:
+            other.release()
+
+        if time.monotonic() - self._looked > LOOK:
             with suppress(OSError):
-                self.names = frozenset(os.listdir(self.request.parent))
-                self.looked = time.monotonic()
+                self._requests = frozenset(os.listdir(self.request.parent))
+                self._looked = time.monotonic()
 
-        if f"{self.request.name}.{number}" in self.names:
+        if f"{self.request.name}.{number}" in self._requests:
             return "alone"
 
-        return "all" if self.request.name in self.names else ""
+        return "all" if self.request.name in self._requests else ""
 
     def read(self, run_id: str, attempt: int, name: str, offset: int, size: int) -> Any:
-        r"""Returns a piece of a file of a run, and its SHA-256."""
+        r"""Returns a chunk of a file of a run, and its SHA-256."""
 
         if name not in RESUMED:
             raise ValueError(f"{name!r} is no file that a trial needs")
 
-        with self.attempts.at(run_id, attempt) as at:
-            return take_piece(at.directory / name, offset, size)
+        with self._locked(run_id, attempt) as at:
+            return _read_chunk(at.directory / name, offset, size)
 
     def append(
         self, run_id: str, attempt: int, name: str, offset: int, data: bytes, before: str
@@ -295,14 +260,14 @@ class FileServer:
             name: The file.
             offset: The length of the file before.
             data: What to append.
-            before: The SHA-256 of what was there before.
+            before: The SHA-256 of the file before.
         """
 
-        with self.attempts.at(run_id, attempt) as at:
-            file = place_of(at.directory, name)
+        with self._locked(run_id, attempt) as at:
+            file = _place(at.directory, name)
 
             if name not in at.tails:
-                at.tails[name] = digest(file)
+                at.tails[name] = _tail(file)
 
             length, sha = at.tails[name]
 
@@ -313,7 +278,7 @@ class FileServer:
                 raise ValueError(f"{file} has {length} other bytes than the trial's {offset}")
 
             with at.lease.hold():
-                append_to(file, offset, data)
+                _append(file, offset, data)
 
             sha.update(data)
             at.tails[name] = offset + len(data), sha
@@ -328,26 +293,26 @@ class FileServer:
         data: bytes,
         whole: str | None,
     ) -> None:
-        r"""Takes the next piece of a file of a run; the last one puts it in its place, synced.
+        r"""Takes the next chunk of a file of a run; the last one puts the file in place, synced.
 
         Arguments:
             run_id: The run.
             attempt: The attempt.
             name: The file.
-            token: What this file is called as long as it is not whole.
-            offset: Where the piece begins.
-            data: The piece.
-            whole: The SHA-256 of the file, with its last piece.
+            token: The name of this version of the file until it is whole.
+            offset: The offset of the chunk.
+            data: The chunk.
+            whole: The SHA-256 of the file, with its last chunk.
         """
 
-        with self.attempts.at(run_id, attempt) as at:
+        with self._locked(run_id, attempt) as at:
             if token in at.done:  # the answer was lost
                 return
 
-            place = place_of(at.directory, name)
+            place = _place(at.directory, name)
 
             if offset == 0 and token not in at.asides:
-                for old, (aside, _, _) in list(at.asides.items()):  # given up by the trial
+                for old, (aside, _, _) in list(at.asides.items()):  # abandoned by the trial
                     aside.unlink(missing_ok=True)
                     del at.asides[old]
 
@@ -359,11 +324,11 @@ class FileServer:
             try:
                 if offset == length:
                     mode = 0o600 if name == "diff.patch" else 0o666
-                    append_to(aside, offset, data, mode, sync=whole is not None)
+                    _append(aside, offset, data, mode, sync=whole is not None)
                     sha.update(data)
                     at.asides[token] = aside, length + len(data), sha
                 elif offset + len(data) != length:  # the answer was lost
-                    raise ValueError(f"a piece of {name} at {offset} comes after {length}")
+                    raise ValueError(f"a chunk of {name} at {offset} comes after {length}")
 
                 if whole is None:
                     return
@@ -372,7 +337,7 @@ class FileServer:
                     raise ValueError(f"{name} was damaged on its way")
 
                 with at.lease.hold():
-                    keep_previous(place)
+                    _keep_previous(place)
                     os.replace(aside, place)
                     sync_directory(place.parent)
             except BaseException:
@@ -387,7 +352,7 @@ class FileServer:
     def remove(self, run_id: str, attempt: int, name: str) -> None:
         r"""Removes the previous checkpoint, or sets the newest one aside, which is damaged."""
 
-        with self.attempts.at(run_id, attempt) as at:
+        with self._locked(run_id, attempt) as at:
             file = at.directory / name
 
             with at.lease.hold():
@@ -397,44 +362,52 @@ class FileServer:
                     os.replace(file, file.with_suffix(".damaged.pth"))
 
     def close(self, run_id: str, attempt: int) -> None:
-        r"""Gives the lease back."""
+        r"""Ends an attempt, and releases its lease."""
 
-        with suppress(UnknownAttempt):
-            self.attempts.end(run_id, attempt)
+        with suppress(UnknownAttempt), self._locked(run_id, attempt) as at, self._lock:
+            at.release()
 
-    def leave(self, run_id: str, attempt: int, text: str) -> None:
-        r"""Keeps the stacks that a process which hung has left behind."""
+            if self.newest.get(run_id) is at:
+                del self.newest[run_id]
+
+    def keep_stacks(self, run_id: str, attempt: int, text: str) -> None:
+        r"""Keeps the stack traces of a process that hung."""
 
         for directory in self.runs.glob(f"*_{run_id}"):
             with suppress(OSError), open(directory / STACKS, "a") as stream:
                 stream.write(f"{text.rstrip()}\nIt hung, {TAKEN} {attempt}.\n")
 
     def data_sizes(self) -> dict[str, int]:
-        r"""Returns the files of data that a training reads, and their bytes."""
+        r"""Returns the files of data that a training reads, and their sizes."""
 
         return {name: (self.data / name).stat().st_size for name in DATA}
 
-    def data_piece(self, name: str, offset: int, size: int) -> Any:
-        r"""Returns a piece of a file of data, and its SHA-256."""
+    def read_data(self, name: str, offset: int, size: int) -> Any:
+        r"""Returns a chunk of a file of data, and its SHA-256."""
 
         if name not in DATA:
             raise ValueError(f"{name!r} is no file that a training reads")
 
-        return take_piece(self.data / name, offset, size)
+        return _read_chunk(self.data / name, offset, size)
+
+
+def _check(run_id: str, attempt: Attempt, number: int) -> None:
+    if attempt.number > number:
+        raise LeaseLost(f"run {run_id} is at attempt {attempt.number}, and {number} is over")
 
 
 @contextmanager
 def serve_files(runs: Path, data: Path, request: Path) -> Iterator[dict[str, str]]:
-    r"""Starts a server on this node, which ends with the block.
+    r"""Runs a file server on this node during the block.
 
     Arguments:
         runs: The directory of all runs.
         data: The directory of the data.
-        request: The file by which trials are told to stop, in the directory of the sweep.
+        request: The file that asks trials to stop, in the directory of the sweep.
 
     Yields:
-        What a trial is told: `actor` and `namespace`, by which the server is found, and `probe`
-        and `nonce`, a file that every node which has the directory sees, and what it says.
+        The address: `actor` and `namespace` of the server, and `probe` and `nonce`, a file that
+        every node with this very directory sees, and its content.
     """
 
     import ray
@@ -474,8 +447,8 @@ def on_node(id: str) -> dict[str, Any]:
     return {"scheduling_strategy": NodeAffinitySchedulingStrategy(id, soft=False)}
 
 
-def take_piece(file: Path, offset: int, size: int) -> tuple[bytes, str]:
-    r"""Returns a piece of a file, and its SHA-256."""
+def _read_chunk(file: Path, offset: int, size: int) -> tuple[bytes, str]:
+    r"""Returns a chunk of a file, and its SHA-256."""
 
     with open(file, "rb") as stream:
         stream.seek(offset)
@@ -484,11 +457,11 @@ def take_piece(file: Path, offset: int, size: int) -> tuple[bytes, str]:
     return data, hashlib.sha256(data).hexdigest()
 
 
-def place_of(directory: Path, name: str) -> Path:
-    r"""Returns where a file of a run goes: in its directory, or W&B's in there.
+def _place(directory: Path, name: str) -> Path:
+    r"""Returns the path of a file of a run: in its directory, or in that of W&B below.
 
     Raises:
-        ValueError: If it is no file of a run, or would lie elsewhere.
+        ValueError: If it is no file of a run, or would be outside of its directory.
     """
 
     parts = Path(name).parts
@@ -508,20 +481,20 @@ def place_of(directory: Path, name: str) -> Path:
     return place
 
 
-def digest(file: Path) -> tuple[int, Any]:
-    r"""Returns the length of a file, 0 if there is none, and the SHA-256 of it, to go on with."""
+def _tail(file: Path) -> tuple[int, Any]:
+    r"""Returns the length of a file, 0 if there is none, and its SHA-256, to be updated."""
 
     sha, length = hashlib.sha256(), 0
 
     with suppress(FileNotFoundError), open(file, "rb") as stream:
-        while piece := stream.read(2**20):
-            sha.update(piece)
-            length += len(piece)
+        while chunk := stream.read(2**20):
+            sha.update(chunk)
+            length += len(chunk)
 
     return length, sha
 
 
-def append_to(file: Path, end: int, data: bytes, mode: int = 0o666, sync: bool = True) -> None:
+def _append(file: Path, end: int, data: bytes, mode: int = 0o666, sync: bool = True) -> None:
     r"""Writes at the end of a file, all or nothing."""
 
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -529,10 +502,10 @@ def append_to(file: Path, end: int, data: bytes, mode: int = 0o666, sync: bool =
 
     with open(os.open(file, flags, mode), "wb", buffering=0) as stream:
         try:
-            rest = memoryview(data)
+            view = memoryview(data)
 
-            while rest:
-                rest = rest[stream.write(rest) :]
+            while view:
+                view = view[stream.write(view) :]
 
             if sync:
                 os.fsync(stream.fileno())
@@ -541,8 +514,8 @@ def append_to(file: Path, end: int, data: bytes, mode: int = 0o666, sync: bool =
             raise
 
 
-def keep_previous(place: Path) -> None:
-    r"""Keeps the checkpoint before as the previous one, as :mod:`sda_ray.runs.checkpoint` does."""
+def _keep_previous(place: Path) -> None:
+    r"""Keeps the newest checkpoint as the previous one, as :mod:`sda_ray.runs.checkpoint` does."""
 
     if place.name != "checkpoint.pth" or not place.exists():
         return

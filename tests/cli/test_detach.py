@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
-from cloud import URL, account, bucket, server
+from cloud import URL, account, s3, server
 from conftest import Cli
 from recorded_code import SCRIPT
 
@@ -13,7 +13,7 @@ from sda_ray.cli.detach import _words_of_job
 from sda_ray.storage.store import Bucket
 from sda_ray.sweep.launch import Options
 
-__all__ = ["account", "bucket", "server"]  # fixtures
+__all__ = ["account", "s3", "server"]  # fixtures
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def script(tmp_path: Path) -> str:
 
 
 def test_what_runs_in_the_background_owns_the_copy(
-    bucket: Bucket, account: dict[str, str], cli: Cli, script: str, tmp_path: Path
+    s3: Bucket, account: dict[str, str], cli: Cli, script: str, tmp_path: Path
 ) -> None:
     done = cli("sweep", script, f"--runs={URL}", "--detach", timeout=240, **account)
     assert done.returncode == 0 and "in the background" in done.stdout, done.stdout + done.stderr
@@ -37,7 +37,9 @@ def test_what_runs_in_the_background_owns_the_copy(
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.1)
 
-    assert bucket.read("sweeps/tiny/study.journal") == (log.parent / "study.journal").read_bytes()
+    copy = s3.get("sweeps/tiny/study.journal")
+
+    assert copy and copy.data == (log.parent / "study.journal").read_bytes()
 
 
 @pytest.mark.parametrize("runs", [URL, None])

@@ -3,24 +3,25 @@ r"""Tests for sda_ray.storage.bucket: a sweep at work in a bucket, and who may w
 import json
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
-from cloud import URL, account, bucket, server, write
+from cloud import URL, account, bucket, s3, server, write
 from conftest import Cli, Start
 from optuna.trial import TrialState
 
 from sda_ray.core.errors import UserError
 from sda_ray.core.lease import Lease
+from sda_ray.runs.path import COPIED
 from sda_ray.search.study import Study
 from sda_ray.storage.bucket import SWEEP, Owner, SweepReplica, compare_journals, fetch_sweep
-from sda_ray.storage.replica import RUN, Folder, files_of
-from sda_ray.storage.store import Bucket
+from sda_ray.storage.replica import Replica, files_of
+from sda_ray.storage.store import Bucket, Folder, Unreachable
 
-__all__ = ["account", "bucket", "server"]  # fixtures
+__all__ = ["account", "bucket", "s3", "server"]  # fixtures
 
 # Ownership
 
@@ -48,7 +49,7 @@ def test_second_driver_is_refused_while_the_first_lives(bucket: Bucket) -> None:
 def test_owner_elsewhere_is_refused_by_its_sign_of_life(
     bucket: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sda_ray.storage.bucket.BEAT", 0.2)
+    monkeypatch.setattr("sda_ray.storage.bucket.HEARTBEAT", 0.2)
     owner = Owner(bucket, "owner.json", "sweep 'x'")
     elsewhere(owner)
 
@@ -61,31 +62,31 @@ def test_owner_elsewhere_is_refused_by_its_sign_of_life(
 def test_silent_owner_is_taken_over_and_writes_no_more(bucket: Bucket, tmp_path: Path) -> None:
     owner = Owner(bucket, "owner.json", "sweep 'x'")
     elsewhere(owner)
-    owner._over.set()  # no more signs of life
+    owner._over.set()  # no more heartbeats
     write(tmp_path / "run", **{"metrics.jsonl": "1\n"})
-    folder = Folder(bucket, "run", tmp_path / "run", owner.check, owner.attempt)
+    replica = Replica(tmp_path / "run", Folder(bucket, "run", owner.check))
 
     second = Owner(bucket, "owner.json", "sweep 'x'", patience=0.5)
     owner._confirmed -= 3600  # an hour later it comes back
 
     with pytest.raises(UserError, match=r"taken over by process .* this driver stops"):
-        folder.copy(RUN)
+        replica.push(COPIED)
 
-    assert set(bucket.sizes()) == {"owner.json"}
+    assert set(bucket.list()) == {"owner.json"}
     owner.release()
     second.check()
-    assert second.taken is None
+    assert second.successor is None
     second.release()
 
 
 def test_owner_whose_answer_was_lost_goes_on(bucket: Bucket) -> None:
     owner = Owner(bucket, "owner.json", "sweep 'x'")
-    owner._version = '"another"'  # as if the last answer had not come back
+    owner._version = {"e_tag": '"another"'}  # as if the last answer had not come back
     owner._renew()
     owner._renew()
     owner.check()
 
-    assert owner.taken is None
+    assert owner.successor is None
     owner.release()
 
 
@@ -102,19 +103,26 @@ def test_owner_whose_answer_was_lost_goes_on(bucket: Bucket) -> None:
         (b"a\nb\n", b"a\nb\n", "here"),
         (b"a\n", b"a\nb\n", "copy"),
         (b"a\nto", b"a\nb\n", "copy"),  # torn
-        (b"a\nb\n", b"a\nc\nd\n", "parted"),
+        (b"a\nb\n", b"a\nc\nd\n", "diverged"),
     ],
 )
-def test_newer_journal_goes_on_where_the_other_ends(here: bytes, copy: bytes, newer: str) -> None:
+def test_newer_journal_continues_the_other(here: bytes, copy: bytes, newer: str) -> None:
     assert compare_journals(here, copy) == newer
 
 
-def parted(bucket: Bucket, tmp_path: Path, by: int, last: int) -> Path:
-    r"""Makes a journal and a copy that have parted, written by drivers of these numbers."""
+def push(
+    bucket: Bucket, key: str, directory: Path, names: Sequence[str], attempt: int = 1
+) -> None:
+    folder = Folder(bucket, key, attributes={"attempt": str(attempt)})
+    Replica(directory, folder).push(files_of(directory, names))
+
+
+def diverged(bucket: Bucket, tmp_path: Path, by: int, last: int) -> Path:
+    r"""Makes a journal and a copy that have diverged, written by drivers of these numbers."""
 
     there = tmp_path / "there" / "sweeps" / "x"
     write(there, **{"study.journal": "a\nc\nd\n", "sweep.json": "{}"})
-    Folder(bucket, "sweeps/x", there, attempt=by).copy(["sweep.json", "study.journal"])
+    push(bucket, "sweeps/x", there, ["sweep.json", "study.journal"], by)
     here = tmp_path / "here" / "sweeps" / "x"
     write(here, **{"study.journal": "a\nb\n", "copy.json": json.dumps({"attempt": last})})
 
@@ -124,19 +132,19 @@ def parted(bucket: Bucket, tmp_path: Path, by: int, last: int) -> Path:
 def test_copy_of_a_later_driver_wins_over_what_it_did_not_know(
     bucket: Bucket, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    runs = parted(bucket, tmp_path, by=3, last=2)
+    runs = diverged(bucket, tmp_path, by=3, last=2)
     fetch_sweep(bucket, runs, "x")
     directory = runs / "sweeps" / "x"
 
     assert (directory / "study.journal").read_text() == "a\nc\nd\n"
     assert (directory / "study.journal.parted-3").read_text() == "a\nb\n"
-    assert "has 4 bytes that another driver did not know of" in caplog.text
+    assert "has 4 bytes that another driver did not know when" in caplog.text
 
 
-def test_journals_that_parted_without_a_reason_are_refused(bucket: Bucket, tmp_path: Path) -> None:
-    runs = parted(bucket, tmp_path, by=2, last=2)
+def test_journals_that_diverged_for_no_reason_are_refused(bucket: Bucket, tmp_path: Path) -> None:
+    runs = diverged(bucket, tmp_path, by=2, last=2)
 
-    with pytest.raises(UserError, match=r"\(4 bytes\) and its copy .* \(6 bytes\) have parted"):
+    with pytest.raises(UserError, match=r"\(4 bytes\) and its copy .* \(6 bytes\) have diverged"):
         fetch_sweep(bucket, runs, "x")
 
     assert (runs / "sweeps" / "x" / "study.journal").read_text() == "a\nb\n"
@@ -149,7 +157,7 @@ def test_code_of_a_sweep_comes_along_before_there_is_a_journal(
     write(here, **{"sweep.json": "{}"})
     write(here / "code" / "0123" / "sda_ray", **{"nn.py": "1", ".hidden": ""})
     write(here / "code" / "0123" / "sda_ray" / "__pycache__", **{"nn.pyc": ""})
-    Folder(bucket, "sweeps/x", here).copy(files_of(here, SWEEP))
+    push(bucket, "sweeps/x", here, SWEEP)
     fetch_sweep(bucket, tmp_path / "there", "x")
     there = tmp_path / "there" / "sweeps" / "x"
     found = {str(p.relative_to(there)) for p in there.rglob("*") if p.is_file()}
@@ -157,12 +165,118 @@ def test_code_of_a_sweep_comes_along_before_there_is_a_journal(
     assert found == {"sweep.json", "code/0123/sda_ray/nn.py"}
 
 
-def test_damaged_copy_of_a_journal_is_said(bucket: Bucket, tmp_path: Path) -> None:
-    runs = parted(bucket, tmp_path, by=2, last=2)
-    bucket.write("sweeps/x/study.journal", b"a\nc\n")
+def test_damaged_copy_of_a_journal_is_reported(bucket: Bucket, tmp_path: Path) -> None:
+    runs = diverged(bucket, tmp_path, by=2, last=2)
+    found = bucket.head("sweeps/x/study.journal")
+    assert found is not None
+    bucket.put("sweeps/x/study.journal", b"a\nc\n", found.version, found.attributes)
 
     with pytest.raises(UserError, match=r"study\.journal is damaged: its checksum is wrong"):
         fetch_sweep(bucket, runs, "x")
+
+
+def test_copy_whose_first_journal_never_came_has_none(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "here" / "sweeps" / "x"
+    replica = Replica(here, Folder(bucket, "sweeps/x"))
+
+    def fail(*args: Any) -> Any:
+        raise Unreachable("no answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bucket, "put", fail)
+
+        for i in range(10):
+            write(here, **{"study.journal": "a\n" * (i + 1)})
+
+            with pytest.raises(Unreachable, match="no answer"):
+                replica.push(["study.journal"])
+
+    fetch_sweep(bucket, tmp_path / "there", "x")
+
+    assert not (tmp_path / "there" / "sweeps" / "x" / "study.journal").exists()
+
+
+def test_sweep_is_fetched_with_one_listing(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = diverged(bucket, tmp_path, by=3, last=2)
+    listings: list[dict[str, int]] = []
+    list_all = bucket.list
+
+    def note() -> dict[str, int]:
+        listings.append(list_all())
+        return listings[-1]
+
+    monkeypatch.setattr(bucket, "list", note)
+    fetch_sweep(bucket, runs, "x")
+
+    assert len(listings) == 1
+
+
+def test_name_that_leads_out_of_the_directory_is_left_out(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("sweeps/x/code/../../../../out", "../run_aaaaaaaa/run.json", "sweeps/../sweep.json")
+    monkeypatch.setattr(bucket, "list", lambda: dict.fromkeys(names, 1))
+    fetch_sweep(bucket, tmp_path / "runs", "x")
+
+    assert list(tmp_path.rglob("*")) == []
+
+
+def test_copy_of_the_version_before_is_restored(bucket: Bucket, tmp_path: Path) -> None:
+    r"""It has checksums and the number of its driver in `sums.json`, and no attributes."""
+
+    journal = b'{"run_id": "aaaaaaaa"}\n{"run_id": "bbbbbbbb"}\n'
+    sums = json.dumps({"attempt": 3, "files": {"study.journal": ["0"]}}).encode()
+    objects = {"sweeps/x/study.journal": journal, "sweeps/x/sums.json": sums}
+    objects |= {"sweeps/x/sweep.json": b"{}", "sweeps/x/study.journal.0123.tmp": b"half"}
+
+    for name, status in (("calm-cat-1_aaaaaaaa", "paused"), ("calm-cat-2_bbbbbbbb", "finished")):
+        objects |= {f"{name}/config.json": b"{}", f"{name}/checkpoint.pth": b"at 1"}
+        objects |= {f"{name}/run.json": json.dumps({"status": status}).encode()}
+        objects |= {f"{name}/sums.json": sums}
+
+    for key, data in objects.items():
+        bucket.put(key, data)
+
+    runs = tmp_path / "runs"
+    write(runs / "sweeps" / "x", **{"study.journal": "other\n", "copy.json": '{"attempt": 2}'})
+    fetch_sweep(bucket, runs, "x")
+    files = {str(p.relative_to(runs)) for p in runs.rglob("*") if p.is_file()}
+
+    assert (runs / "sweeps" / "x" / "study.journal").read_bytes() == journal
+    assert (runs / "sweeps" / "x" / "study.journal.parted-3").read_text() == "other\n"
+    assert files == {
+        *("sweeps/x/study.journal", "sweeps/x/study.journal.parted-3", "sweeps/x/sweep.json"),
+        *("sweeps/x/copy.json", "calm-cat-1_aaaaaaaa/config.json", "calm-cat-1_aaaaaaaa/run.json"),
+        *("calm-cat-1_aaaaaaaa/checkpoint.pth", "calm-cat-2_bbbbbbbb/config.json"),
+        "calm-cat-2_bbbbbbbb/run.json",
+    }
+
+
+def test_closed_run_that_is_in_the_bucket_is_not_pushed_again(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(
+        tmp_path / "calm-cat-1_aaaaaaaa", **{"run.json": '{"status": "paused"}', "state.pth": ""}
+    )
+    owner = Owner(bucket, "sweeps/x/owner.json", "sweep 'x'")
+    SweepReplica(bucket, tmp_path, "x", owner)._push_run("aaaaaaaa", closed=True)
+    written: list[str] = []
+    monkeypatch.setattr(bucket, "put", lambda key, *args: written.append(key))
+    again = SweepReplica(bucket, tmp_path, "x", owner)
+    again._push_run("aaaaaaaa", closed=True)
+
+    assert written == [] and again.settled == {"aaaaaaaa"}
+
+    (tmp_path / "calm-cat-1_aaaaaaaa" / "run.json").write_text('{"status": "finished"}')
+    SweepReplica(bucket, tmp_path, "x", owner)._push_run("aaaaaaaa", closed=True)
+
+    assert written == ["calm-cat-1_aaaaaaaa/run.json"]
+    monkeypatch.undo()
+    owner.release()
 
 
 # Copies of a study at work
@@ -177,10 +291,16 @@ def study(tmp_path: Path) -> Iterator[Study]:
     lease.release()
 
 
+def content(bucket: Bucket, key: str) -> bytes:
+    found = bucket.get(key)
+
+    return found.data if found else b""
+
+
 def copied_to(bucket: Bucket, study: Study) -> bool:
     r"""Tells whether the copy of a journal is as the journal is."""
 
-    return bucket.read("sweeps/x/study.journal") == study.journal.file.read_bytes()
+    return content(bucket, "sweeps/x/study.journal") == study.journal.file.read_bytes()
 
 
 def until(what: Callable[[], bool], seconds: float = 300.0) -> None:
@@ -214,8 +334,8 @@ def test_journal_follows_changes_at_once_and_reports_later(
     assert copied_to(bucket, study)
 
 
-def test_bucket_that_is_away_holds_nobody_up(
-    bucket: Bucket,
+def test_unreachable_bucket_delays_nothing(
+    s3: Bucket,
     server: str,
     study: Study,
     tmp_path: Path,
@@ -234,7 +354,7 @@ def test_bucket_that_is_away_holds_nobody_up(
     monkey.undo()
     replica = SweepReplica(far, tmp_path, "x", Owner(far, "sweeps/x/owner.json", "sweep 'x'"))
     replica.follow(study)
-    until(lambda: copied_to(bucket, study))
+    until(lambda: copied_to(s3, study))
 
     other.stop()
     start = time.monotonic()
@@ -242,11 +362,11 @@ def test_bucket_that_is_away_holds_nobody_up(
 
     assert time.monotonic() - start < 15
     until(lambda: "nothing is copied to" in caplog.text)
-    assert not copied_to(bucket, study)
+    assert not copied_to(s3, study)
 
     again = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
     again.start()
-    until(lambda: copied_to(bucket, study))
+    until(lambda: copied_to(s3, study))
     until(lambda: "is copied to again, after" in caplog.text)
     replica.finish(60.0)
     again.stop()
@@ -267,17 +387,17 @@ def test_driver_that_was_taken_over_is_told_and_copies_no_more(
     owner._over.set()
     second = Owner(bucket, "sweeps/x/owner.json", "sweep 'x'", patience=0.5)
     owner._confirmed -= 3600
-    before = bucket.read("sweeps/x/study.journal")
+    before = content(bucket, "sweeps/x/study.journal")
     study.enqueue({"learning_rate": 1e-3})
-    until(lambda: owner.taken is not None)
+    until(lambda: owner.successor is not None)
 
     with pytest.raises(UserError, match="was taken over by process"):
         replica.check()
 
     replica.finish(60.0)
 
-    assert bucket.read("sweeps/x/study.journal") == before
-    assert second.taken is None
+    assert content(bucket, "sweeps/x/study.journal") == before
+    assert second.successor is None
     second.release()
 
 
@@ -321,7 +441,7 @@ def records(journal: bytes) -> list[dict[str, Any]]:
 
 
 def test_sweep_outlives_its_machine(
-    bucket: Bucket,
+    s3: Bucket,
     account: dict[str, str],
     cli: Cli,
     start: Start,
@@ -334,7 +454,7 @@ def test_sweep_outlives_its_machine(
     command = ("sweep", "cloud.py", f"--runs={URL}", "--parallel=2")
 
     def under_way() -> bool:
-        data = bucket.read("sweeps/cloud/study.journal") or b""
+        data = content(s3, "sweeps/cloud/study.journal")
         return len(records(data)) >= 3 and data.count(b'"op_code":7') >= 3
 
     for _ in range(4):
@@ -345,7 +465,7 @@ def test_sweep_outlives_its_machine(
 
     first.send_signal(signal.SIGKILL)
     first.communicate()
-    before = records(bucket.read("sweeps/cloud/study.journal") or b"")
+    before = records(content(s3, "sweeps/cloud/study.journal"))
     new = {"SDA_RAY_ROOT": str(tmp_path / "new")}  # a machine with an empty disk
 
     for _ in range(4):
@@ -356,7 +476,7 @@ def test_sweep_outlives_its_machine(
 
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"All of it is in {URL}" in done.stdout
-    keys, journal = bucket.sizes(), bucket.read("sweeps/cloud/study.journal") or b""
+    keys, journal = s3.list(), content(s3, "sweeps/cloud/study.journal")
     made = {record["run"]: record["run_id"] for record in records(journal)}
     assert made | {r["run"]: r["run_id"] for r in before} == made  # none lost
     assert sorted(made) == [1, 2, 3, 4, 5, 6]  # and none twice
@@ -365,8 +485,8 @@ def test_sweep_outlives_its_machine(
     statuses = []
 
     for name in directories:
-        record = json.loads(bucket.read(f"{name}/run.json") or b"")
-        lines = (bucket.read(f"{name}/metrics.jsonl") or b"").splitlines()
+        record = json.loads(content(s3, f"{name}/run.json"))
+        lines = content(s3, f"{name}/metrics.jsonl").splitlines()
         epochs = [json.loads(line)["epoch"] for line in lines]
         statuses.append(record["status"])
         assert epochs == [*range(1, len(epochs) + 1)]
@@ -374,7 +494,7 @@ def test_sweep_outlives_its_machine(
 
     assert {"finished", "paused"} == {*statuses}
 
-    recorded = json.loads(bucket.read("sweeps/cloud/sweep.json") or b"")["code"][:16]
+    recorded = json.loads(content(s3, "sweeps/cloud/sweep.json"))["code"][:16]
     assert f"sweeps/cloud/code/{recorded}/sda_ray/nn/unet.py" in keys
 
     third = {"SDA_RAY_ROOT": str(tmp_path / "third")}
@@ -383,7 +503,7 @@ def test_sweep_outlives_its_machine(
 
 
 def test_command_that_cannot_do_with_a_bucket_says_so(
-    bucket: Bucket, account: dict[str, str], cli: Cli
+    s3: Bucket, account: dict[str, str], cli: Cli
 ) -> None:
     done = cli("train", f"--runs={URL}", **account)
 

@@ -44,7 +44,7 @@ def begin(run_id, attempt, **more):
 
 with connect(cpus=1):
     import ray, torch
-    from sda_ray.storage import replica
+    from sda_ray.storage import client
     from sda_ray.storage.client import RemoteRun, shares_files
     from sda_ray.runs.checkpoint import save_checkpoint
     from sda_ray.runs.path import RunPath
@@ -63,7 +63,7 @@ with connect(cpus=1):
         (here / "wandb" / "offline-1" / "run.wandb").write_bytes(b"abc")
         (here / "wandb" / "latest").symlink_to("offline-1")
         append_line(here / "metrics.jsonl", {"epoch": 1})
-        remote.replica.tell()
+        remote.push_lines()
         said["told"] = (there / "metrics.jsonl").read_text()
         large = os.urandom(9 * 2**20)
         write_atomic(here / "checkpoint.pth", large)
@@ -71,7 +71,7 @@ with connect(cpus=1):
         said["large"] = (there / "checkpoint.pth").read_bytes() == large
         write_atomic(here / "checkpoint.pth", b"newer")
         (here / "wandb" / "offline-1" / "run.wandb").open("ab").write(b"def")
-        remote.replica.flush()
+        remote.flush()
         said["files"] = sorted(str(x.relative_to(there)) for x in there.rglob("*") if x.is_file())
         said["wandb"] = (there / "wandb" / "offline-1" / "run.wandb").read_text()
         said["newest"] = (there / "checkpoint.pth").read_text()
@@ -91,9 +91,9 @@ with connect(cpus=1):
         said["late"], said["state"] = late, (there / "state.pth").exists()
 
         # The wish to stop
-        said["wish"] = remote.wish()
+        said["wish"] = remote.stop_request()
         request.with_name("stop.1").touch()
-        until(lambda: remote.wish() == "alone")
+        until(lambda: remote.stop_request() == "alone")
         request.with_name("stop.1").unlink()
 
         # A server that is started again; one that is gone for good comes last
@@ -101,8 +101,8 @@ with connect(cpus=1):
         append_line(here / "metrics.jsonl", {"epoch": 60})
         save_checkpoint(RunPath(here), {"x": torch.zeros(1)}, {"epoch": 1, "step": 0})
         last = (here / "checkpoint.pth").read_bytes()
-        remote.replica.tell()
-        remote.replica.flush()
+        remote.push_lines()
+        remote.flush()
         said["again"] = (there / "checkpoint.pth").read_bytes() == last
         said["lines"] = (there / "metrics.jsonl").read_text().count("\\n")
 
@@ -110,8 +110,8 @@ with connect(cpus=1):
         other, here_too, _ = begin("aaaaaaaa", 2)
         said["fetched"] = sorted(x.name for x in here_too.iterdir())
         write_atomic(here / "checkpoint.pth", b"zombie")
-        said["fenced"] = raised(remote.replica.flush)
-        said["wished"] = raised(remote.wish)
+        said["fenced"] = raised(remote.flush)
+        said["wished"] = raised(remote.stop_request)
         said["lost"] = type(remote.close()).__name__
         write_atomic(here_too / "error.txt", b"from the second attempt")
         said["closed"] = other.close(), other.close()
@@ -121,23 +121,28 @@ with connect(cpus=1):
         said["left"] = list(map(str, (root / "local").glob("*/runs/*")))
 
         # A slow link: checkpoints come less often, unless they are asked for
-        replica.CHECKPOINT_SECONDS = 1.0
+        client.CHECKPOINT_SECONDS = 1.0
         slow, here, there = begin("bbbbbbbb", 1)
         class Slow:
             def __init__(self, link): self.link = link
             def __call__(self, *args, **more):
                 time.sleep(2.0 if args[:2] == ("write", "checkpoint.pth") else 0)
                 return self.link(*args, **more)
-        slow.replica.connection = Slow(slow.connection)
+        slow.head.connection = Slow(slow.connection)
         write_atomic(here / "checkpoint.pth", b"1")
         until((there / "checkpoint.pth").exists)
         write_atomic(here / "checkpoint.pth", b"2")
         write_atomic(here / "config.json", b"{}")
         until((there / "config.json").exists)
         said["waits"] = (there / "checkpoint.pth").read_text()
-        slow.replica.flush()
+        (here / "checkpoint.pth").rename(here / ".checkpoint.tmp")  # absent for a moment
+        write_atomic(here / "error.txt", b"")
+        until((there / "error.txt").exists)
+        said["absent"] = dict(slow.notes)
+        (here / ".checkpoint.tmp").rename(here / "checkpoint.pth")
+        slow.flush()
         said["asked"] = (there / "checkpoint.pth").read_text()
-        said["notes"] = slow.replica.notes
+        said["notes"] = slow.notes
         slow.close()
 
         # A damaged checkpoint: the one before is fetched, and stays the one before
@@ -153,7 +158,7 @@ with connect(cpus=1):
         gone, here, there = begin("cccccccc", 1)
         import shutil; shutil.rmtree(there)
         write_atomic(here / "config.json", b"{}")
-        said["vanished"] = raised(gone.replica.flush)
+        said["vanished"] = raised(gone.flush)
         gone.close()
 
         # A server that is out of reach for long
@@ -161,7 +166,7 @@ with connect(cpus=1):
         ray.kill(actor)
         write_atomic(here / "config.json", b"{}")
         start = time.monotonic()
-        said["cut"] = raised(cut.replica.flush), time.monotonic() - start
+        said["cut"] = raised(cut.flush), time.monotonic() - start
         cut.close()
         said["rest"] = list(map(str, (root / "local").glob("*/runs/*")))
 
@@ -240,6 +245,10 @@ def test_slow_link_stretches_the_time_between_checkpoints_and_is_said(
     assert said["waits"] == "1"
     assert said["asked"] == "2"
     assert "MB/s: a checkpoint of" in said["notes"]["link"]
+
+
+def test_absent_checkpoint_does_not_keep_other_files_from_the_head(said: dict[str, Any]) -> None:
+    assert "disk" not in said["absent"]
 
 
 def test_damaged_checkpoint_is_set_aside_in_favour_of_the_one_before(said: dict[str, Any]) -> None:

@@ -1,17 +1,18 @@
-r"""Tests for sda_ray.storage.replica: copies whose writers die, lose answers, or come too late."""
+r"""Tests for sda_ray.storage.replica: replicas whose writers die, lose answers, or come too late."""
 
 import contextlib
-import json
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import pytest
-from cloud import account, bucket, server, write
+from cloud import bucket, write
 
-from sda_ray.storage.bucket import fetch_sweep
-from sda_ray.storage.replica import RUN, SUMS, Folder, files_of
-from sda_ray.storage.store import Bucket, Unreachable
+from sda_ray.runs.path import COPIED
+from sda_ray.storage.bucket import fetch_records
+from sda_ray.storage.replica import Replica, files_of, run_files
+from sda_ray.storage.store import Bucket, Folder, Unreachable
 
-__all__ = ["account", "bucket", "server"]  # fixtures
+__all__ = ["bucket"]  # fixture
 
 FIRST = {"config.json": "{}", "metrics.jsonl": "1\n", "checkpoint.pth": "at 1", "run.json": "R1"}
 THEN = {
@@ -22,11 +23,34 @@ THEN = {
 }
 
 
-def test_copy_is_whole_at_whatever_moment_its_writer_dies(bucket: Bucket, tmp_path: Path) -> None:
+class Log:
+    r"""A target that notes what it is given."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+        self.order: list[str] = []
+
+    def put(self, name: str, file: BinaryIO, size: int) -> None:
+        self.files[name] = file.read(size)
+        self.order.append(name)
+
+    def remove(self, name: str) -> None:
+        del self.files[name]
+
+
+def texts(bucket: Bucket, folder: str) -> dict[str, str]:
+    r"""Returns the texts of the files in a folder."""
+
+    names = {key: key.removeprefix(f"{folder}/") for key in bucket.list() if folder in key}
+
+    return {name: bucket.get(key).data.decode() for key, name in names.items()}  # type: ignore[union-attr]
+
+
+def test_replica_is_whole_whenever_its_writer_dies(bucket: Bucket, tmp_path: Path) -> None:
     allowed = {"metrics.jsonl": ("1\n", "1\n2\n"), "checkpoint.pth": ("at 1", "at 2")}
 
-    for moment in range(9):
-        here, there, left = tmp_path / f"{moment}", tmp_path / f"to-{moment}", [10**6]
+    for moment in range(6):
+        here, left = tmp_path / f"{moment}", [10**6]
 
         def check(left: list[int] = left) -> None:
             left[0] -= 1
@@ -34,70 +58,116 @@ def test_copy_is_whole_at_whatever_moment_its_writer_dies(bucket: Bucket, tmp_pa
             if left[0] < 0:
                 raise KeyboardInterrupt
 
-        folder = Folder(bucket, f"run-{moment}", here, check)
+        replica = Replica(here, Folder(bucket, f"run-{moment}", check))
         write(here, **FIRST)
-        folder.copy(files_of(here, RUN))
+        replica.push(files_of(here, COPIED))
         write(here, **THEN)
         left[0] = moment
 
         with contextlib.suppress(KeyboardInterrupt):
-            folder.copy(files_of(here, RUN))
+            replica.push(files_of(here, COPIED))
 
-        Folder(bucket, f"run-{moment}", there).fetch(lambda name: True)
-        found = {file.name: file.read_text() for file in there.iterdir()}
+        copy = texts(bucket, f"run-{moment}")
 
-        assert set(FIRST) <= set(found)
-        assert all(found[name] in texts for name, texts in allowed.items())
-        assert len(found["metrics.jsonl"]) >= 2 * int(found["checkpoint.pth"][-1])
-        assert found["run.json"] == "R1" or found["state.pth"] == "weights"
+        assert set(FIRST) <= set(copy)
+        assert all(copy[name] in texts for name, texts in allowed.items())
+        assert len(copy["metrics.jsonl"]) >= 2 * int(copy["checkpoint.pth"][-1])
+        assert copy["run.json"] == "R1" or copy["state.pth"] == "weights"
 
-        # The next writer brings what is missing
-        Folder(bucket, f"run-{moment}", here).copy(files_of(here, RUN))
-        Folder(bucket, f"run-{moment}", there / "again").fetch(lambda name: True)
-        assert {x.name: x.read_text() for x in (there / "again").iterdir()} == FIRST | THEN
+        # The next writer adds what is missing
+        Replica(here, Folder(bucket, f"run-{moment}")).push(files_of(here, COPIED))
+        assert texts(bucket, f"run-{moment}") == FIRST | THEN
 
-    assert found == FIRST | THEN  # the last moment is after the end
+    assert copy == FIRST | THEN  # the last moment is after the end
 
 
-def test_only_what_has_changed_goes_up(bucket: Bucket, tmp_path: Path) -> None:
+def test_only_what_has_changed_is_pushed(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write(tmp_path, **FIRST)
-    folder = Folder(bucket, "run", tmp_path)
-    folder.copy(files_of(tmp_path, RUN))
+    replica = Replica(tmp_path, Folder(bucket, "run"))
+    replica.push(files_of(tmp_path, COPIED))
     written: list[str] = []
+    put = bucket.put
 
-    def note(key: str, data: bytes, version: str | None = None) -> str:
+    def note(key: str, *args: Any) -> Any:
         written.append(key)
-        return "noted"
+        return put(key, *args)
 
-    bucket.write = bucket.swap = note  # type: ignore[method-assign,assignment]
-    folder.copy(files_of(tmp_path, RUN))
-    again = Folder(bucket, "run", tmp_path)
-    again.copy(files_of(tmp_path, RUN))
+    monkeypatch.setattr(bucket, "put", note)
+    replica.push(files_of(tmp_path, COPIED))
+    again = Replica(tmp_path, Folder(bucket, "run"))  # of another process
+    again.push(files_of(tmp_path, COPIED))
 
     assert written == []
 
     write(tmp_path, **{"metrics.jsonl": "1\n2\n"})
-    again.copy(files_of(tmp_path, RUN))
+    again.push(files_of(tmp_path, COPIED))
 
-    assert written == [f"run/{SUMS}", "run/metrics.jsonl"]
+    assert written == ["run/metrics.jsonl"]
 
 
-def test_torn_line_stays_behind(bucket: Bucket, tmp_path: Path) -> None:
+def test_torn_line_is_not_pushed(tmp_path: Path) -> None:
+    log = Log()
     write(tmp_path, **{"metrics.jsonl": '{"epoch": 1}\n{"epo'})
-    Folder(bucket, "run", tmp_path).copy(files_of(tmp_path, RUN))
+    Replica(tmp_path, log).push(["metrics.jsonl"])
 
-    assert bucket.read("run/metrics.jsonl") == b'{"epoch": 1}\n'
+    assert log.files == {"metrics.jsonl": b'{"epoch": 1}\n'}
 
 
-def test_deleted_checkpoint_is_deleted(bucket: Bucket, tmp_path: Path) -> None:
+def test_file_that_grows_is_pushed_up_to_the_size_that_was_asked_for(tmp_path: Path) -> None:
+    log = Log()
+    replica = Replica(tmp_path, log)
+    write(tmp_path, **{"study.journal": "a\nb\nc\n"})
+    replica.push(["study.journal"], {"study.journal": 5})
+
+    assert log.files == {"study.journal": b"a\nb\n"}
+
+    replica.push(["study.journal"])
+
+    assert log.files == {"study.journal": b"a\nb\nc\n"}
+
+
+def test_deleted_file_is_removed(tmp_path: Path) -> None:
+    log = Log()
+    replica = Replica(tmp_path, log)
     write(tmp_path, **FIRST)
-    folder = Folder(bucket, "run", tmp_path)
-    folder.copy(files_of(tmp_path, RUN))
+    replica.push(files_of(tmp_path, COPIED))
     (tmp_path / "checkpoint.pth").unlink()
-    folder.copy([*files_of(tmp_path, RUN), "checkpoint.pth"])
+    replica.push([*files_of(tmp_path, COPIED), "checkpoint.pth"])
 
-    assert "run/checkpoint.pth" not in bucket.sizes()
-    assert "checkpoint.pth" not in json.loads(bucket.read(f"run/{SUMS}") or b"")["files"]
+    assert set(log.files) == set(FIRST) - {"checkpoint.pth"}
+
+
+def test_file_that_is_replaced_during_a_push_is_pushed_as_it_was(tmp_path: Path) -> None:
+    r"""What is pushed last never refers to what was not there when the push started."""
+
+    class Slow(Log):
+        def put(self, name: str, file: BinaryIO, size: int) -> None:
+            super().put(name, file, size)
+
+            if name == "metrics.jsonl":
+                (tmp_path / "new").write_text("at 2")
+                (tmp_path / "new").rename(tmp_path / "checkpoint.pth")
+
+    slow = Slow()
+    write(tmp_path, **FIRST)
+    replica = Replica(tmp_path, slow)
+    replica.push(files_of(tmp_path, COPIED))
+
+    assert slow.files["checkpoint.pth"] == b"at 1" and replica.changed("checkpoint.pth")
+
+
+def test_files_of_a_run_are_in_order_and_none_is_private(tmp_path: Path) -> None:
+    others = {"lease.json": "", "checkpoint.prev.pth": "", ".x.tmp": "", "diff.patch": ""}
+    write(tmp_path, **FIRST, **others, **{"stacks.txt": "", "state.pth": ""})
+    write(tmp_path / "wandb" / "offline-1", **{"run.wandb": "", ".hidden": ""})
+    (tmp_path / "wandb" / "latest").symlink_to("offline-1")
+
+    assert run_files(tmp_path) == [
+        *("config.json", "metrics.jsonl", "diff.patch", "wandb/offline-1/run.wandb"),
+        *("checkpoint.pth", "state.pth", "run.json"),
+    ]
 
 
 @pytest.mark.parametrize("damage", [b"", b"at", b"at 9"])
@@ -105,89 +175,56 @@ def test_damaged_object_is_left_out(
     bucket: Bucket, tmp_path: Path, damage: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     write(tmp_path / "here", **FIRST)
-    Folder(bucket, "run", tmp_path / "here").copy(files_of(tmp_path / "here", RUN))
-    bucket.write("run/checkpoint.pth", damage)
-    Folder(bucket, "run", tmp_path / "there").fetch(lambda name: True)
+    run, here = "calm-cat-1_aaaaaaaa", tmp_path / "here"
+    Replica(here, Folder(bucket, run)).push(files_of(here, COPIED))
+    found = bucket.get(f"{run}/metrics.jsonl")
+    assert found is not None
+    bucket.put(f"{run}/metrics.jsonl", damage, found.version, {**found.attributes})
+    fetch_records(bucket, tmp_path / "there")
 
-    assert "run/checkpoint.pth is damaged: its checksum is wrong" in caplog.text
-    assert files_of(tmp_path / "there", RUN) == ["config.json", "metrics.jsonl", "run.json"]
-
-
-def test_name_that_leads_out_of_the_directory_is_left_out(bucket: Bucket, tmp_path: Path) -> None:
-    sums = {"../out": ["0"], "/tmp/out": ["0"], "a/../../out": ["0"]}
-    bucket.write(f"run/{SUMS}", json.dumps({"attempt": 1, "files": sums}).encode())
-    Folder(bucket, "run", tmp_path / "there").fetch(lambda name: True)
-
-    assert list(tmp_path.iterdir()) == []
+    assert f"{run}/metrics.jsonl is damaged: its checksum is wrong" in caplog.text
+    assert files_of(tmp_path / "there" / run, COPIED) == ["config.json", "run.json"]
 
 
-def test_late_write_of_a_former_owner_is_refused(
-    bucket: Bucket, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    name, texts = "study.journal", {"old": "a\nb\n", "new": "a\nc\n"}
+def test_late_write_of_a_former_owner_is_refused(bucket: Bucket, tmp_path: Path) -> None:
+    name, journals = "study.journal", {"old": "a\nb\n", "new": "a\nc\n"}
     write(tmp_path / "old", **{name: "a\n"})
-    old = Folder(bucket, "x", tmp_path / "old", attempt=1)
-    old.copy([name])
+    old = Replica(tmp_path / "old", Folder(bucket, "x", attributes={"attempt": "1"}))
+    old.push([name])
 
-    for who, text in texts.items():
+    for who, text in journals.items():
         write(tmp_path / who, **{name: text})
 
-    Folder(bucket, "x", tmp_path / "new", attempt=2).copy([name])
+    new = Replica(tmp_path / "new", Folder(bucket, "x", attributes={"attempt": "2"}))
+    new.push([name])
 
-    with pytest.raises(Unreachable, match=r"x/sums\.json was written meanwhile"):
-        old.copy([name])  # which its check has let pass, a minute ago
+    with pytest.raises(Unreachable, match=rf"x/{name} was written meanwhile"):
+        old.push([name])  # its check has let it pass a minute ago
 
-    third = Folder(bucket, "x", tmp_path / "third")
-    third.fetch(lambda name: True)
+    found = bucket.get(f"x/{name}")
 
-    assert (tmp_path / "third" / name).read_text() == texts["new"]
-    assert third.by == 2 and caplog.text == ""
+    assert found and found.data.decode() == journals["new"]
+    assert found.attributes["attempt"] == "2" and not found.damaged
 
 
-def test_write_whose_answer_was_lost_is_made_up_for(
+def test_write_whose_answer_was_lost_is_repeated(
     bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write(tmp_path / "here", **FIRST)
-    folder = Folder(bucket, "run", tmp_path / "here")
-    folder.copy(files_of(tmp_path / "here", RUN))
-    write(tmp_path / "here", **THEN)
-    swap = bucket.swap
+    write(tmp_path, **FIRST)
+    replica = Replica(tmp_path, Folder(bucket, "run"))
+    replica.push(files_of(tmp_path, COPIED))
+    write(tmp_path, **THEN)
+    put = bucket.put
 
-    def lose(key: str, data: bytes, version: str | None) -> str:
-        swap(key, data, version)
+    def lose(*args: Any) -> Any:
+        put(*args)
         raise Unreachable("no answer")
 
-    with monkeypatch.context() as patch, pytest.raises(Unreachable, match="no answer"):
-        patch.setattr(bucket, "swap", lose)
-        folder.copy(files_of(tmp_path / "here", RUN))
+    for _ in range(len(THEN)):
+        with monkeypatch.context() as patch, pytest.raises(Unreachable, match="no answer"):
+            patch.setattr(bucket, "put", lose)
+            replica.push(files_of(tmp_path, COPIED))
 
-    with pytest.raises(Unreachable, match="was written meanwhile"):
-        folder.copy(files_of(tmp_path / "here", RUN))
+    replica.push(files_of(tmp_path, COPIED))
 
-    folder.copy(files_of(tmp_path / "here", RUN))
-    Folder(bucket, "run", tmp_path / "there").fetch(lambda name: True)
-
-    assert {x.name: x.read_text() for x in (tmp_path / "there").iterdir()} == FIRST | THEN
-
-
-def test_copy_whose_first_journal_never_came_is_none(
-    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    here = tmp_path / "here" / "sweeps" / "x"
-    folder = Folder(bucket, "sweeps/x", here)
-
-    def fail(key: str, data: bytes) -> None:
-        raise Unreachable("no answer")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(bucket, "write", fail)
-
-        for i in range(10):
-            write(here, **{"study.journal": "a\n" * (i + 1)})
-
-            with pytest.raises(Unreachable, match="no answer"):
-                folder.copy(["study.journal"])
-
-    fetch_sweep(bucket, tmp_path / "there", "x")
-
-    assert not (tmp_path / "there" / "sweeps" / "x" / "study.journal").exists()
+    assert texts(bucket, "run") == FIRST | THEN

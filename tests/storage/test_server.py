@@ -41,13 +41,13 @@ def put(server: FileServer, name: str, data: bytes, attempt: int = 1, token: str
 
 
 def test_new_run_gets_the_name_that_the_trial_tells(server: FileServer) -> None:
-    assert server.open(RUN, 1) == {"named": "", "sizes": {}}
+    assert server.open(RUN, 1) == {"name": "", "sizes": {}}
     assert [x.name for x in server.runs.iterdir() if x.name != "sweeps"] == [f".{RUN}"]
     server.settle(RUN, 1, NAME)
     server.settle(RUN, 1, NAME)
     put(server, "config.json", b"{}")
     assert (server.runs / NAME / "config.json").read_bytes() == b"{}"
-    assert server.open(RUN, 1) == {"named": NAME, "sizes": {"config.json": 2}}
+    assert server.open(RUN, 1) == {"name": NAME, "sizes": {"config.json": 2}}
 
     for name in ("../x_abcdefgh", f".x_{RUN}", "calm-cat-1_zzzzzzzz", f"a/b_{RUN}"):
         with pytest.raises(ValueError, match="no name"):
@@ -186,7 +186,7 @@ def test_nothing_is_written_or_read_outside_of_a_run(server: FileServer, tmp_pat
         server.open("../../..", 1)
 
     with pytest.raises(ValueError):
-        server.data_piece("../data/test.h5", 0, 1)
+        server.read_data("../data/test.h5", 0, 1)
 
 
 def test_run_that_is_deleted_is_not_made_again(server: FileServer) -> None:
@@ -205,7 +205,7 @@ def test_run_that_is_deleted_is_not_made_again(server: FileServer) -> None:
 
 def test_lease_has_a_heartbeat_as_long_as_the_trial_has(server: FileServer) -> None:
     directory = begin(server)
-    attempt = server.attempts.newest[RUN]
+    attempt = server.newest[RUN]
     assert HEARTBEAT < PULSE and attempt.lease.alive()
     attempt.heard -= PULSE + 1
     assert not attempt.lease.alive()
@@ -232,6 +232,6 @@ def test_stacks_of_a_process_that_hung_are_kept_as_noticed(server: FileServer) -
     from sda_ray.training.watchdog import take_stacks
 
     directory = begin(server)
-    server.leave(RUN, 1, "Thread 0x1:\n  File x\n")
+    server.keep_stacks(RUN, 1, "Thread 0x1:\n  File x\n")
     assert "File x" in (directory / "stacks.txt").read_text()
     assert not take_stacks(directory / "stacks.txt", 2)
