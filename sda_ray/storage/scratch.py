@@ -1,8 +1,8 @@
-r"""Private places on a node that does not see a sweep's files: for attempts, and for data.
+r"""Scratch space on a node that does not see a sweep's files, for attempts and for data.
 
-They lie in `$SDA_RAY_LOCAL`, or else the temporary directory, in `sda-ray-{uid}/`: `runs/` has a
-directory for each attempt, removed with it; `data/` has the data sets that trials of this node and
-user have fetched, each once.
+It is in `$SDA_RAY_LOCAL`, or else the temporary directory, in `sda-ray-{uid}/`: `runs/` has a
+directory for each attempt, which is removed with it; `data/` has the data sets that trials of this
+user have fetched to this node, each once.
 """
 
 import fcntl
@@ -23,18 +23,18 @@ from ..data.dataset import fingerprint
 
 __all__ = ["CHUNK", "Private", "fetch", "find_data", "leftovers", "local_directory"]
 
-CHUNK = 4 * 2**20  # bytes that go through Ray at once
-KEPT = 3  # data sets on a node, those in use apart
-WAIT = 0.5  # seconds, at most, between two looks whether another trial has fetched the data
+CHUNK = 4 * 2**20  # bytes of one message through Ray
+KEPT = 3  # data sets on a node that are not in use
+WAIT = 0.5  # seconds, at most, between two tries to get the data that another trial fetches
 
 Read = Callable[[int, int], tuple[bytes, str]]
 
 
 def local_directory(what: str) -> Path:
-    r"""Returns a directory of this node that is for this user alone.
+    r"""Returns a directory on this node that only this user can read.
 
     Raises:
-        UserError: If there can be none.
+        UserError: If it cannot be created.
     """
 
     parent = Path(os.environ.get("SDA_RAY_LOCAL") or tempfile.gettempdir()).absolute()
@@ -47,7 +47,7 @@ def local_directory(what: str) -> Path:
             root.mkdir(mode=0o700)
 
         if root.is_symlink() or root.stat().st_uid != os.getuid():
-            raise UserError(f"{root} belongs to somebody else. Set SDA_RAY_LOCAL on this node.")
+            raise UserError(f"{root} belongs to another user. Set SDA_RAY_LOCAL on this node.")
 
         root.chmod(0o700)
         (root / what).mkdir(exist_ok=True)
@@ -61,7 +61,7 @@ def local_directory(what: str) -> Path:
 
 
 class Private:
-    r"""Creates a directory for an attempt, locked for as long as this process has it.
+    r"""A directory for an attempt, which is locked as long as this process lives.
 
     Arguments:
         run_id: The run.
@@ -84,24 +84,24 @@ class Private:
 
 @contextmanager
 def leftovers() -> Iterator[list[tuple[str, int, Path]]]:
-    r"""Yields run, attempt and directory of attempts whose process has died; then removes them."""
+    r"""Yields run, attempt and directory of attempts whose process died; then removes them."""
 
-    found, locks = [], []
+    dead, locks = [], []
 
     for directory in local_directory("runs").iterdir():
-        run_id, _, rest = directory.name.partition(".")
-        attempt = rest.partition(".")[0]
+        run_id, _, suffix = directory.name.partition(".")
+        attempt = suffix.partition(".")[0]
 
-        with suppress(OSError):  # in use, or just being made
+        with suppress(OSError):  # in use, or being created
             lock = open(directory / ".lock")  # noqa: SIM115
             locks.append(lock)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            found.append((run_id, int(attempt) if attempt.isdigit() else 0, directory))
+            dead.append((run_id, int(attempt) if attempt.isdigit() else 0, directory))
 
     try:
-        yield found
+        yield dead
     finally:
-        for _, _, directory in found:
+        for _, _, directory in dead:
             shutil.rmtree(directory, ignore_errors=True)
 
         for lock in locks:
@@ -109,10 +109,16 @@ def leftovers() -> Iterator[list[tuple[str, int, Path]]]:
 
 
 def fetch(file: Path, size: int, read: Read, beat: Callable[[], None] = lambda: None) -> None:
-    r"""Fetches a file in pieces, each of which comes with its SHA-256.
+    r"""Fetches a file in chunks, each of which comes with its SHA-256.
+
+    Arguments:
+        file: The file to write.
+        size: The size of the file.
+        read: Returns a chunk, given offset and length.
+        beat: Called after each chunk.
 
     Raises:
-        UserError: If there is no room for it here.
+        UserError: If the file does not fit on this node.
     """
 
     try:
@@ -142,20 +148,20 @@ def find_data(
     read: Callable[[str, int, int], tuple[bytes, str]],
     beat: Callable[[], None] = lambda: None,
 ) -> tuple[Path, Any]:
-    r"""Finds the data of a sweep on this node; what is not there is fetched, once for all trials.
+    r"""Finds the data of a sweep on this node, or fetches them, once for all trials of the node.
 
-    Of data sets that were fetched and are not in use, the three that were used last are kept, or
-    fewer if there is no room otherwise.
+    Of the fetched data sets that are not in use, the three used last are kept, or fewer if the
+    disk is full.
 
     Arguments:
-        data: Where the data are on the node of the driver.
+        data: The directory of the data on the driver's node.
         expected: Their fingerprint.
-        sizes: Returns the bytes of each file there.
-        read: Returns a piece of a file, given its name, the offset and the length.
-        beat: Called now and then while it takes long.
+        sizes: Returns the size of each file there.
+        read: Returns a chunk of a file, given its name, offset and length.
+        beat: Called now and then while that takes long.
 
     Returns:
-        The directory, and what keeps it there until it is closed, if anything.
+        The directory, and a lock that keeps it until it is closed, if it was fetched.
     """
 
     if _has(data, expected):
@@ -171,8 +177,8 @@ def find_data(
                 os.utime(held.fileno())
                 return place, held
 
-            # Others may have seen the same just now. One of them fetches, and then keeps a shared
-            # lock for as long as it trains: who waited for an exclusive one alone would hang.
+            # Other trials may be here, too. The one that fetches keeps a shared lock as long as it
+            # trains: waiting for an exclusive lock alone would hang.
             if not _lock(held, fcntl.LOCK_EX):
                 fcntl.flock(held, fcntl.LOCK_UN)
                 beat()
@@ -211,7 +217,7 @@ def _fetch_all(
 
         if fingerprint(aside) != expected:
             raise UserError(
-                "the data on the node of the driver have changed since the sweep was started."
+                "the data on the driver's node have changed since the sweep was started."
             )
 
         aside.rename(place)
@@ -221,7 +227,7 @@ def _fetch_all(
 
 
 def _make_room(place: Path, size: int) -> None:
-    r"""Removes data sets that nobody uses, the longest unused first: all but some, or for room."""
+    r"""Removes data sets that are not in use, the longest unused first, for others and for space."""
 
     locks = sorted(place.parent.glob("*.lock"), key=lambda x: x.stat().st_mtime)
     others = [x for x in locks if x.stem != place.name]
@@ -237,7 +243,7 @@ def _make_room(place: Path, size: int) -> None:
 
 
 def _has(data: Path, expected: str) -> bool:
-    r"""Tells whether a directory has the data of a fingerprint."""
+    r"""Tells whether a directory has the data with a fingerprint."""
 
     try:
         status = [(data / name).stat() for name in ("train.h5", "valid.h5")]

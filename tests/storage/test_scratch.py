@@ -75,11 +75,11 @@ def test_private_directory_is_for_this_user_and_this_attempt(here: Path) -> None
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
-def test_directory_of_somebody_else_is_refused(here: Path) -> None:
+def test_directory_of_another_user_is_refused(here: Path) -> None:
     here.mkdir(parents=True)
     os.chown(here, 65534, 65534)
 
-    with pytest.raises(UserError, match=r"belongs to somebody else. Set SDA_RAY_LOCAL"):
+    with pytest.raises(UserError, match=r"belongs to another user. Set SDA_RAY_LOCAL"):
         local_directory("runs")
 
 
