@@ -28,6 +28,7 @@ import psutil
 
 from .. import __version__
 from ..core.errors import UserError
+from ..core.files import lock_works
 from ..data.dataset import fingerprint
 from ..runs.inventory import Entry, entries
 from ..storage.scratch import local_directory
@@ -231,6 +232,7 @@ def examine(
         "versions": _versions(),
         "sees": bool(token) and (runs / token).is_file(),
         "writes": os.access(_existing(runs), os.W_OK),
+        "locks": lock_works(_existing(runs)) or "",
         "free": {
             str(place): shutil.disk_usage(place).free
             for place in {_existing(runs), _existing(local)}

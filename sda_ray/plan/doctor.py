@@ -122,7 +122,9 @@ def judge(node: str, facts: Facts, driver: Facts, shared: bool) -> Iterator[Find
         shared: Whether it is a node of a cluster.
     """
 
-    for check in (_versions, _clock, _disk, _storage, _gpus, _wandb, _ports, _token, _limits):
+    checks = (_versions, _clock, _disk, _storage, _locks, _gpus, _wandb, _ports, _token, _limits)
+
+    for check in checks:
         for what, state, found, do in check(facts, driver, shared):
             yield Finding(node, what, state, found, do)
 
@@ -175,6 +177,12 @@ def _storage(facts: Facts, driver: Facts, shared: bool) -> Judgement:
         do = "Share the root, or use a faster network: checkpoints take long." if slow else ""
         found = f"files go through the head, at {rate / 1e6:.0f} MB/s"
         yield "storage", "warning" if slow else "ok", found, do
+
+
+def _locks(facts: Facts, driver: Facts, shared: bool) -> Judgement:
+    if facts["locks"] and (facts["sees"] or not driver):  # leases rely on locks there
+        do = "Mount it with locks for all hosts (Lustre: -o flock), or choose another --runs."
+        yield "locks", "fault", facts["locks"], do
 
 
 def _gpus(facts: Facts, driver: Facts, shared: bool) -> Judgement:

@@ -67,6 +67,7 @@ def test_machine_that_is_well_has_no_fault(facts: dict[str, Any]) -> None:
         ({"free": {"/": 10**8}}, "disk: fault"),
         ({"sees": False, "rate": 1e6}, "storage: warning"),
         ({"faults": ["no room"], "sees": False}, "storage: fault"),
+        ({"locks": "files in /runs cannot be locked"}, "locks: fault"),
         ({"gpus": 0, "expected_gpus": 2}, "GPU: fault"),
         ({"gpus": "no module named torch", "expected_gpus": 2}, "GPU: fault"),
         ({"unreached": "api.wandb.ai:443: timed out"}, "W&B: warning"),
@@ -94,6 +95,17 @@ def test_ray_without_token_is_a_fault_and_with_one_is_not(facts: dict[str, Any])
 
     assert states(node, {}) == {}
     assert "ports: fault" in states(node | {"auth": ""}, {})
+
+
+def test_locks_are_judged_where_the_directory_of_runs_is_used(facts: dict[str, Any]) -> None:
+    local = facts | {
+        "locks": "locks in /runs hold on each host for itself",
+        "rate": 1e9,
+        "skew": 0.0,
+    }
+
+    assert [*states(local, {})] == ["locks: fault"]
+    assert states(local | {"sees": False}, facts) == {}
 
 
 def test_other_version_is_a_fault_that_names_both(facts: dict[str, Any]) -> None:
