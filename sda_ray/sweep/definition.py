@@ -155,7 +155,7 @@ def _method(method: Any) -> str:
 
 @dataclass(frozen=True)
 class Sweep:
-    r"""Creates a sweep.
+    r"""A sweep: a name, a CONFIG, a SPACE and settings.
 
     Arguments:
         name: The name of its record and of its group on W&B.
@@ -166,17 +166,17 @@ class Sweep:
         sampler: `tpe`, `random`, `gp` (a Gaussian process), `grid` (all combinations of options) or
             `nsga2`; or a function of a seed that returns an Optuna sampler, which is called for
             each draw. By default `tpe`, and `nsga2` for several objectives.
-        pruner: What stops trials early. `promotion`, see :mod:`sda_ray.search.promotion`; by final
+        pruner: The rule that stops trials early. `promotion`, see :mod:`sda_ray.search.promotion`; by final
             verdicts `median`, `percentile`, `patience`, `hyperband` or any Optuna pruner, see
             :mod:`sda_ray.search.pruners`; or `none`. By default `promotion`, and `none` for several
             objectives.
         min_epochs: The first rung; for `median`, `percentile`, `patience` and pruners of Optuna the
             distance of all rungs. By default `epochs` over the third power of `eta`.
-        eta: One in `eta` trials goes on at each rung.
+        eta: One in `eta` trials is promoted at each rung.
         finalists: The least number of trials that get the full number of epochs.
-        objectives: What is minimised: `loss_valid` and, after it, any of `parameters`, `seconds`
+        objectives: The metrics to minimise: `loss_valid` and, after it, any of `parameters`, `seconds`
             (of training), `loss_train` and `loss_valid_se`.
-        percentile: The share of trials, in percent, that `pruner="percentile"` lets go on.
+        percentile: The share of trials, in percent, that `pruner="percentile"` lets continue.
         patience: The epochs without a new best value after which `pruner="patience"` stops a
             trial. By default three times `min_epochs`.
         script: The file that the sweep was made in.
@@ -263,7 +263,7 @@ class Sweep:
         return checked, checked._draw_faults(known)
 
     def _draw_faults(self, known: dict[str, int]) -> list[str]:
-        r"""Returns what only a draw can tell: of functions, and of what a grid is made of."""
+        r"""Returns the faults that only draws show: of functions, and of grids."""
 
         if not callable(self.space) and self.sampler != "grid" and isinstance(self.sampler, str):
             return []
@@ -318,7 +318,7 @@ class Sweep:
         )
 
     def stops(self) -> PruneRule | None:
-        r"""Returns the verdicts of the pruner, if they are final."""
+        r"""Returns the rule of the pruner, if its verdicts are final."""
 
         if self.pruner in ("promotion", "none"):
             return None
@@ -330,7 +330,7 @@ class Sweep:
         return prune_rule(self.rules, self.name, self.percentile, self.patience, pruner)
 
     def warnings(self) -> list[str]:
-        r"""Returns what is allowed and may not be what is wanted."""
+        r"""Returns what is allowed and probably not intended."""
 
         said = []
 
@@ -368,7 +368,7 @@ class Sweep:
         )
 
     def definition(self) -> dict[str, Any]:
-        r"""Returns what makes the sweep this one, as JSON. The number of trials is not part."""
+        r"""Returns the definition of the sweep, without the number of trials, as JSON."""
 
         from ..search.sampler import draw_summary
 

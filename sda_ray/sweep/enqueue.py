@@ -1,7 +1,8 @@
-r"""Known configurations that a sweep shall try: from words, or from a run.
+r"""Known configurations and finished runs as parameters of a sweep.
 
-They become parameters in the names and the encoding of the sweep's SPACE, as a trial of Optuna
-has them, all or some: what is not given is drawn.
+A configuration, given as text or by a run, becomes parameters in the names and the encoding of the
+sweep's SPACE, as an Optuna trial has them. A queued configuration may give some of them only: the
+others are drawn.
 """
 
 import random
@@ -42,14 +43,14 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Fit:
-    r"""Creates what a configuration is in the eyes of a sweep.
+    r"""A configuration as parameters of a sweep.
 
     Arguments:
         params: The parameters of SPACE that stand for it.
         distributions: Their distributions.
         values: The values of CONFIG's keys that they stand for.
-        faults: Why SPACE does not have it, a line for each reason.
-        differences: In what it differs from the sweep's CONFIG, by the keys outside SPACE.
+        faults: The reasons why SPACE does not contain it.
+        differences: The keys outside SPACE that differ from the sweep's CONFIG, described.
     """
 
     params: dict[str, Any] = field(default_factory=dict)
@@ -60,13 +61,13 @@ class Fit:
 
 
 def fit(sweep: Sweep, config: Config, known: Mapping[str, Any] | None = None) -> Fit:
-    r"""Looks for a configuration in the SPACE of a sweep.
+    r"""Finds the parameters of a configuration in the SPACE of a sweep.
 
     Arguments:
         sweep: The sweep, checked.
         config: The configuration, checked.
-        known: The parameters that it was drawn with, if there are any. A SPACE that is a function
-            may suggest what is no key of CONFIG.
+        known: The parameters that it was drawn with, if any. A SPACE that is a function may
+            suggest names that are no keys of CONFIG.
     """
 
     faults = _lacking(sweep, config)
@@ -126,7 +127,7 @@ def _value(name: str, config: Config) -> Any:
 
 
 def words(name: str, config: Config) -> str:
-    r"""Returns the values of a key of SPACE, or of a group of keys, as words."""
+    r"""Returns the values of a key of SPACE, or of a group of keys, as text."""
 
     return " ".join(
         f"{key}={format_value(config[key])}" for key in split_group(name) if key in config
@@ -134,7 +135,7 @@ def words(name: str, config: Config) -> str:
 
 
 def has(domain: Choice | Range, value: Any) -> bool:
-    r"""Tells whether a value is in a domain."""
+    r"""Returns whether a value is in a domain."""
 
     if isinstance(domain, Choice):
         return value in domain.options
@@ -156,14 +157,14 @@ def try_draw(sweep: Sweep, trial: CallbackTrial) -> tuple[Config, list[str]]:
 
 
 class Answers:
-    r"""Creates what answers an :class:`sda_ray.search.sampler.CallbackTrial` with given values, or texts of them.
+    r"""Answers a :class:`sda_ray.search.sampler.CallbackTrial` with given values, or texts of them.
 
     Afterwards `faults` has what is wrong with given values, by name, and `free` the names of what
     was asked for but not given.
 
     Arguments:
         given: Values by name.
-        rng: What draws the rest; if None, they are the first options or the lower bounds.
+        rng: Draws the other values; if None, they are the first options or the lower bounds.
     """
 
     def __init__(self, given: Mapping[str, Any], rng: random.Random | None = None) -> None:
@@ -244,17 +245,17 @@ DRAWS = 100  # of a SPACE that is a function, to learn what it suggests
 def parse_item(
     text: str, sweep: Sweep, runs: Path, notice: Callable[[str], None] = print
 ) -> dict[str, Any]:
-    r"""Returns the parameters that a configuration to be queued stands for.
+    r"""Returns the parameters of a configuration to be queued.
 
     Arguments:
         text: `key=value,key=value,…`, where values may have commas, of all keys of SPACE or some;
             or a run, by path, name or id, whose values of all keys of SPACE are taken.
         sweep: The sweep, checked.
         runs: The directory of all runs.
-        notice: Called with a line on what of a run is not taken.
+        notice: Called with a line about values of a run that are not used.
 
     Raises:
-        UserError: If SPACE does not have it. The message has one line for each fault.
+        UserError: If SPACE does not contain it. The message has one line for each fault.
     """
 
     if "=" not in text or (Path(text) / "config.json").is_file():
@@ -294,7 +295,7 @@ def _conflicts(config: Config) -> list[str]:
 
 
 def _split(text: str) -> tuple[dict[str, str], list[str]]:
-    r"""Returns the texts of keys. A comma that no `key=` follows is part of a value."""
+    r"""Returns the texts of keys. A comma without `key=` after it is part of a value."""
 
     given: dict[str, str] = {}
     faults: list[str] = []
@@ -378,7 +379,7 @@ def _unknown(key: str, known: Iterable[str], sweep: Sweep) -> str:
 
 
 def _drawn(sweep: Sweep, given: dict[str, str]) -> tuple[dict[str, Any], list[str]]:
-    r"""Returns parameters of a SPACE that is a function, as some of its draws take them."""
+    r"""Returns parameters of a SPACE that is a function, as found by draws."""
 
     seen: dict[str, None] = {}
     wrong: dict[str, str] = {}
@@ -453,7 +454,7 @@ def bring_in(study: Study, item: Mapping[str, Any]) -> bool:
 
 
 def bring_all(study: Study, items: Iterable[Mapping[str, Any]]) -> str:
-    r"""Adds runs to a study, see :func:`bring_in`, and returns a sentence on it."""
+    r"""Adds runs to a study, see :func:`bring_in`, and returns a sentence about it."""
 
     brought = [bring_in(study, item) for item in items]
     new, before = sum(brought), len(brought) - sum(brought)

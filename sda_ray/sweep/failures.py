@@ -1,4 +1,4 @@
-r"""What is lost in a sweep without any fault of its own, and how often it may be."""
+r"""Failures outside the trials: lost workers, bad nodes, an unreachable W&B server."""
 
 import logging
 import re
@@ -48,7 +48,7 @@ def cause_of(text: str) -> tuple[str, str]:
 
 
 def alike(errors: Sequence[str]) -> bool:
-    r"""Tells whether runs fail for one reason: the same error, paths and numbers apart."""
+    r"""Returns whether runs fail for one reason: the same error but for paths and numbers."""
 
     kinds = {re.sub(r"\S*[/\d]\S*", "", error) for error in errors}
 
@@ -56,26 +56,26 @@ def alike(errors: Sequence[str]) -> bool:
 
 
 class Losses:
-    r"""Creates the count of the workers that were lost under runs, and of those lost on nodes.
+    r"""Counts the workers lost under each run and on each node.
 
-    What is held against a run is counted in the study, by all drivers together; what is held
-    against a node, for this sweep, by this driver.
+    The losses of a run are counted in the study, across drivers; those of a node by this driver,
+    for this sweep.
     """
 
     def __init__(self) -> None:
         self.places: dict[int, tuple[str, str]] = {}  # index of a run -> id and name of its node
         self.strikes: dict[str, list[int]] = defaultdict(list)  # id of a node -> runs lost there
-        self.blamed: set[int] = set()  # runs that are the reason themselves, wherever they are
-        self.avoided: dict[str, str] = {}  # ids of nodes where no trial may start -> why
+        self.blamed: set[int] = set()  # runs that kill their workers on any node
+        self.avoided: dict[str, str] = {}  # id of a node where no trial starts -> why
 
     def count(self, study: Study, record: TrialRecord, cause: str, reason: str) -> str:
-        r"""Counts a loss, and returns why the run is given up, or nothing.
+        r"""Counts a loss, and returns why the run fails, or an empty text.
 
         Arguments:
             study: The study.
             record: The run.
             cause: See :func:`cause_of`. A lost node is never held against a run.
-            reason: What is known of it.
+            reason: A line about the loss.
         """
 
         if cause == "memory":
@@ -109,9 +109,9 @@ class Losses:
             logger.warning("%s. No trial of this sweep starts there any more.", why)
 
     def acquit(self, index: int) -> None:
-        r"""Takes in that an attempt at a run has come to its own end: its node is fine.
+        r"""Records that an attempt has ended by itself, so that its node is fine.
 
-        If it is avoided, then for good, unless all that died there was one other run.
+        An avoided node stays avoided, unless all deaths there belong to one other run.
         """
 
         id, _ = self.places.get(index, ("", ""))
@@ -122,9 +122,9 @@ class Losses:
             self._blame(died)
 
     def forgive(self) -> bool:
-        r"""Gives back the nodes that are avoided for the deaths of one run alone, if there are any.
+        r"""Allows the nodes again that are avoided for the deaths of one run, and blames the run.
 
-        To be called when no other node is left: from now on, the run is held to be the reason.
+        Called when no other node is left. Returns whether there was such a node.
         """
 
         sole = [{*died} for id, died in self.strikes.items() if id in self.avoided]
@@ -134,7 +134,7 @@ class Losses:
         return bool(runs)
 
     def _blame(self, runs: set[int]) -> None:
-        r"""Takes runs for the reason of their deaths, and no longer the nodes where only they died."""
+        r"""Blames runs for their deaths, and allows the nodes again where only they died."""
 
         self.blamed |= runs
 
@@ -148,24 +148,24 @@ class Losses:
                     logger.warning("Trials may start on %s again: only %s died.", node, who)
 
     def leave(self, index: int) -> None:
-        r"""Takes in that the node of a run is about to go: no trial starts there any more."""
+        r"""Records that the node of a run leaves the cluster, so that no trial starts there."""
 
         id, name = self.places.get(index, ("", ""))
 
         if id and self.avoided.get(id) != (why := f"{name} is leaving"):
-            self.strikes.pop(id, None)  # nothing gives it back
+            self.strikes.pop(id, None)  # it stays avoided
             self.avoided[id] = why
-            logger.warning("Node %s is leaving the cluster: its trials go on elsewhere.", name)
+            logger.warning("Node %s leaves the cluster: its trials resume elsewhere.", name)
 
 
 class Outage:
-    r"""Creates the count of the attempts that could not use W&B's server."""
+    r"""Counts the attempts that could not reach W&B's server."""
 
     def __init__(self) -> None:
         self.attempts: set[tuple[int, int]] = set()
 
     def note(self, spec: dict[str, Any], record: TrialRecord, why: str) -> dict[str, Any]:
-        r"""Returns what trials are given from now on: if it fails again and again, to be offline."""
+        r"""Returns the arguments of trials from now on: offline after repeated failures."""
 
         self.attempts.add((record.index, record.attempt))
 

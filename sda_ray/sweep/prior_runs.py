@@ -1,21 +1,26 @@
-r"""Bringing finished runs into a sweep: `sda-ray adopt`, `--warm-start` and `--fork`.
+r"""Finished runs that a sweep learns from: `sda-ray adopt`, `--warm-start` and `--fork`.
 
-Config and metrics of each run are copied into a directory of its own, whole or not at all; then a
-line in the study says that it is there. Whatever is killed in between is found by the next try.
+A run can be brought in if it could be one of the sweep's own: its config is CONFIG with values of
+SPACE, and only the seed may differ. Its loss is taken from its curve if that is the same validation
+loss (a function of the data and the window alone), and is otherwise measured with its weights. Its
+directory may be a stranger's: it is read with care and never written to.
+
+Config and metrics of each run are copied into a directory of its own, as a whole or not at all;
+then a line of the study records it. What is killed in between is found by the next try. In the study
+it is a complete run with a source: the sampler learns from it, and it is compared with at rungs, but
+does not count as a trial.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import math
-import os
 import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import cached_property
@@ -24,7 +29,14 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.config import Config, save_config
 from ..core.errors import UserError
-from ..core.files import cut_torn_lines, remove_leftovers, sync_directory, write_atomic, write_json
+from ..core.files import (
+    cut_torn_lines,
+    locked,
+    remove_leftovers,
+    sync_directory,
+    write_atomic,
+    write_json,
+)
 from ..core.lease import Lease
 from ..data.dataset import check_data, fingerprint
 from ..runs.inventory import Entry, entries, read_entry
@@ -62,17 +74,17 @@ Item = dict[str, Any]  # what the study is told of a run, see `Prior.item`
 
 @dataclass(frozen=True)
 class Prior:
-    r"""Creates a finished run that a sweep covers.
+    r"""A finished run that a sweep can learn from.
 
     Arguments:
-        path: Where it is.
-        origin: Where it comes from: the `path` and `id` of the run itself, if this is a copy.
+        path: Its directory.
+        origin: The `path` and `id` of the original run, if this is a copy.
         run_id: The id of its copy in the sweep, the same for each try to bring it in.
         config: Its config.
         fit: Its parameters in the sweep.
-        lines: Its metrics, by which it is judged.
+        lines: Its metrics.
         finals: The values of all objectives of the sweep.
-        notes: What people should know of it.
+        notes: Remarks for the user.
     """
 
     path: RunPath
@@ -86,7 +98,7 @@ class Prior:
 
     @property
     def item(self) -> dict[str, Any]:
-        r"""What :func:`sda_ray.sweep.enqueue.bring_in` takes, as JSON."""
+        r"""The argument of :func:`sda_ray.sweep.enqueue.bring_in`, as JSON."""
 
         from optuna.distributions import distribution_to_json
 
@@ -105,7 +117,7 @@ class Prior:
 
 
 def place(prior: Prior, name: str, runs: Path, digest: str) -> Path:
-    r"""Copies config and metrics of a run into a directory of a sweep's own, if there is none.
+    r"""Copies config and metrics of a run into a directory of the sweep, unless that exists.
 
     Arguments:
         prior: The run.
@@ -117,7 +129,10 @@ def place(prior: Prior, name: str, runs: Path, digest: str) -> Path:
         The directory.
     """
 
-    with _alone(runs / "sweeps" / name / "priors.lock"):
+    file = runs / "sweeps" / name / "priors.lock"
+    file.parent.mkdir(parents=True, exist_ok=True)
+
+    with locked(file):  # one process at a time copies runs for a sweep
         if (found := RunPath.of_id(runs, prior.run_id)) is not None:
             return found.directory
 
@@ -150,23 +165,9 @@ def place(prior: Prior, name: str, runs: Path, digest: str) -> Path:
         return directory
 
 
-@contextmanager
-def _alone(file: Path) -> Iterator[None]:
-    r"""Lets one process at a time copy runs for a sweep."""
-
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
 @dataclass(frozen=True)
 class Refusal:
-    r"""Creates a run that is not brought in, and why: `known` if it was before."""
+    r"""A run that is not brought in, and the reason; `known` if it is in the sweep already."""
 
     path: Path
     reason: str
@@ -174,12 +175,12 @@ class Refusal:
 
 
 class Measure:
-    r"""Creates what measures the validation loss of networks on the data of a sweep.
+    r"""Measures the validation loss of networks on the data of a sweep.
 
     Arguments:
         data: The directory of the data.
         window: The number of snapshots of a window.
-        device: Where to compute, by default on a GPU if there is one.
+        device: The device, by default a GPU if there is one.
     """
 
     def __init__(self, data: Path, window: int, device: str | None = None) -> None:
@@ -205,7 +206,7 @@ class Measure:
         r"""Returns the metrics of the last epoch of a run, by its weights.
 
         Raises:
-            UserError: If its files do not belong together, or its network is of no use here.
+            UserError: If its files do not belong together, or its network does not fit the data.
         """
 
         from ..nn.diffusion import VPSDE
@@ -238,7 +239,7 @@ def collect(
     known: Known | None = None,
     progress: Callable[[Sequence[Prior]], Iterable[Prior]] = iter,
 ) -> Iterator[Prior | Refusal]:
-    r"""Finds out which finished runs can be prior trials of a sweep, and what they are worth.
+    r"""Yields the finished runs that a sweep can learn from, with their loss.
 
     Arguments:
         sources: The directories of the runs, by SDA or by us.
@@ -246,10 +247,10 @@ def collect(
         runs: The directory of all runs of the sweep.
         data: The directory of its data.
         known: The parameters that runs were drawn with.
-        progress: Wraps the runs whose loss has to be measured, which takes its time.
+        progress: Wraps the runs whose loss has to be measured.
 
     Yields:
-        Each run, as soon as its loss is known, or why it is not taken.
+        Each run as soon as its loss is known, or the reason against it.
     """
 
     digest, measure = fingerprint(data), Measure(data, sweep.config["window"])
@@ -324,7 +325,7 @@ def _covered(path: RunPath, sweep: Sweep, known: Known) -> Prior:
 
 
 def _origin(entry: Entry) -> dict[str, str]:
-    r"""Returns where a run comes from: the copy of a run is that run."""
+    r"""Returns path and id of the original of a run, which may be a copy."""
 
     found, path = entry.record.get("origin"), entry.path
 
@@ -338,9 +339,9 @@ def _origin(entry: Entry) -> dict[str, str]:
 
 
 def _with_curve(prior: Prior, sweep: Sweep, digest: str, copies: dict[str, RunPath]) -> Prior:
-    r"""Returns a run with its metrics, if they are of the validation loss of the sweep.
+    r"""Returns a run with its metrics, if they have the validation loss of the sweep.
 
-    A copy that is there already, as a try before may have left it, has them in any case.
+    A copy that an earlier try has left has it in any case.
     """
 
     path = copies.get(prior.run_id, prior.path)
@@ -363,7 +364,7 @@ def _with_curve(prior: Prior, sweep: Sweep, digest: str, copies: dict[str, RunPa
 
 
 def _judged(prior: Prior, lines: Sequence[dict[str, Any]], sweep: Sweep, *notes: str) -> Prior:
-    r"""Returns a run with metrics, if they are such as a run may have."""
+    r"""Returns a run with metrics, after a check of their epochs and losses."""
 
     last, epochs = lines[-1], [line["epoch"] for line in lines]
 
@@ -407,17 +408,17 @@ def adopt(
     data: Path,
     record_of: Callable[[Sweep, Any], dict[str, Any]],
 ) -> None:
-    r"""Brings finished runs into a sweep, which is running, has run, or has yet to start.
+    r"""Brings finished runs into a sweep that is running, was running, or was never started.
 
     Arguments:
         words: Directories of runs, directories of such directories, or runs by name or id.
         sweep: The sweep.
         runs: The directory of all runs of the sweep.
         data: The directory of its data.
-        record_of: Makes the record of a sweep from its normal form and a summary of the data.
+        record_of: Returns the record of a sweep, given its normal form and a summary of the data.
 
     Raises:
-        UserError: If the sweep is another than what is recorded, or it covers none of the runs.
+        UserError: If another sweep of the name is recorded, or it covers none of the runs.
     """
 
     sources = [path for word in words for path in _expand(word, runs)]
@@ -447,7 +448,7 @@ def adopt(
 
 
 def _expand(word: str, runs: Path) -> list[Path]:
-    r"""Returns the directories of runs that a word stands for."""
+    r"""Returns the directories of runs that an argument names."""
 
     directory = Path(word)
 
@@ -463,7 +464,7 @@ def _expand(word: str, runs: Path) -> list[Path]:
 
 
 def _deliver(items: list[Item], sweep: Sweep, directory: Path, content: dict[str, Any]) -> None:
-    r"""Tells the driver of the sweep of runs, or the study itself if nobody drives it."""
+    r"""Brings runs in through the driver of the sweep, or into the study if none is running."""
 
     with suppress(NotRunning):
         ask_all(directory, priors=items)
@@ -481,11 +482,11 @@ def _deliver(items: list[Item], sweep: Sweep, directory: Path, content: dict[str
 
 
 def warm_start(other: str, sweep: Sweep, runs: Path, data: Path) -> list[Item]:
-    r"""Returns what :func:`sda_ray.sweep.enqueue.bring_all` shall add of the finished runs of a sweep.
+    r"""Copies the finished runs of another sweep, and returns them for the study.
 
     Arguments:
-        other: The name of that sweep, which may be running.
-        sweep: The sweep that they are brought into, checked.
+        other: The name of the other sweep, which may be running.
+        sweep: The sweep that learns from them, checked.
         runs: The directory of all runs.
         data: The directory of the data.
 
@@ -526,10 +527,10 @@ def _drawn(runs: Path, name: str) -> Known:
 
 
 def fork(sweep: Sweep, runs: Path, data: Path) -> Sweep:
-    r"""Returns a sweep by the first name NAME-2, NAME-3, … that is free, or that it has already.
+    r"""Returns a sweep under the first free name NAME-2, NAME-3, …, or the one it has already.
 
     Arguments:
-        sweep: The sweep, by the name of the one that it differs from.
+        sweep: The sweep, with the name of the one that it differs from.
         runs: The directory of all runs.
         data: The directory of the data.
     """
@@ -554,7 +555,7 @@ def fork(sweep: Sweep, runs: Path, data: Path) -> Sweep:
 def gather(
     sources: Iterable[Path], sweep: Sweep, runs: Path, data: Path, known: Known | None = None
 ) -> list[Item]:
-    r"""Copies the runs that a sweep covers into directories of its own, and says which it does not.
+    r"""Copies the runs that a sweep covers into directories of its own, and prints the others.
 
     Arguments:
         sources: The directories of the runs.
@@ -564,7 +565,7 @@ def gather(
         known: The parameters that the runs were drawn with, by their ids.
 
     Returns:
-        What the study is to be told.
+        The runs as items of :func:`sda_ray.sweep.enqueue.bring_all`.
     """
 
     digest = fingerprint(data)
@@ -593,7 +594,7 @@ def gather(
 
 
 def _tracked(todo: Sequence[Prior]) -> Iterator[Prior]:
-    r"""Yields runs whose loss has to be measured, and shows how far that is."""
+    r"""Yields runs whose loss has to be measured, with a progress bar."""
 
     from rich.console import Console
     from rich.progress import track

@@ -1,7 +1,7 @@
-r"""The record of a sweep, `runs/sweeps/{name}/sweep.json`: what makes it this sweep.
+r"""The record of a sweep, `runs/sweeps/{name}/sweep.json`, and what may change in it.
 
-Beside it lie a copy of its script and its study. A sweep whose definition has changed is another
-sweep: carried on, its runs could not be compared. Only its SPACE may grow.
+A copy of its script and its study are in the same directory. A sweep whose definition has changed
+is another sweep, since its runs could not be compared. Only its SPACE may grow.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ __all__ = [
     "write_sweep",
 ]
 
-# What settings are in records of sweeps that were made before there were such settings
+# The settings that older records lack
 LATER: dict[str, Any] = {"objectives": ["loss_valid"], "percentile": 25.0, "patience": None}
 
 
@@ -43,8 +43,8 @@ def definition_of(
 ) -> dict[str, Any]:
     r"""Returns the definition of a sweep as JSON.
 
-    A space that is a function stands there as the digests of its source, and of what it draws from,
-    which hangs on what it refers to as well: see :func:`sda_ray.search.sampler.draw_summary`.
+    A space that is a function is described by the digests of its source and of what it draws from,
+    which depends on what the function refers to as well: see :func:`sda_ray.search.sampler.draw_summary`.
 
     Raises:
         UserError: If the source of the space cannot be found.
@@ -81,8 +81,8 @@ def write_sweep(directory: Path, content: dict[str, Any], script: Path | None) -
     Arguments:
         directory: The directory of the sweep.
         content: `name`, `trials`, `definition`, `fingerprint` of the data, and `options`; and
-            `code`, the hash of the code, if that is not to stay what is recorded.
-        script: The script of the sweep. One that defines what is recorded already is not copied.
+            `code`, the hash of the code, unless the recorded one stays.
+        script: The script of the sweep. It is copied unless the recorded definition is the same.
     """
 
     file, copy = directory / "sweep.json", directory / "script.py"
@@ -97,7 +97,7 @@ def write_sweep(directory: Path, content: dict[str, Any], script: Path | None) -
 
 
 def read_sweep(runs: Path, name: str) -> dict[str, Any]:
-    r"""Returns the record of a sweep, see :func:`write_sweep`. No setting is missing in it.
+    r"""Returns the record of a sweep, see :func:`write_sweep`, complete with all settings.
 
     Raises:
         UserError: If there is no such sweep, or its record is damaged.
@@ -123,25 +123,25 @@ def read_sweep(runs: Path, name: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Changes:
-    r"""Creates what has changed in the definition of a sweep, a line for each.
+    r"""The changes in the definition of a sweep, a line for each.
 
     Arguments:
-        widened: What has grown: the sweep is carried on with it.
-        refused: Whatever else has changed: it is another sweep.
+        widened: The domains that have grown, with which the sweep can be resumed.
+        refused: All other changes, which make it another sweep.
     """
 
     widened: tuple[str, ...] = ()
     refused: tuple[str, ...] = ()
 
     def check(self, name: str, script: Path | None = None) -> None:
-        r"""Raises what has changed, with the choices that there are.
+        r"""Raises a UserError that lists the changes and the choices.
 
         Arguments:
             name: The name of the sweep.
             script: The script that has changed.
 
         Raises:
-            UserError: If the sweep cannot be carried on with the changes.
+            UserError: If the sweep cannot be resumed with the changes.
         """
 
         if not self.refused:
@@ -149,7 +149,7 @@ class Changes:
 
         start = f"sda-ray sweep {script or 'SCRIPT'}"
         choices = {
-            f"sda-ray sweep {name}": "carries it on as it was",
+            f"sda-ray sweep {name}": "resumes it as it was",
             f"{start} --name NEW": "starts another sweep",
             f"{start} --fork": "starts another from the finished runs that both have in common",
         }
@@ -171,7 +171,7 @@ def compare(before: dict[str, Any], now: dict[str, Any]) -> Changes:
     r"""Compares two records of a sweep, see :func:`write_sweep`.
 
     A SPACE may have grown: ranges of the same kind with wider bounds, choices with more options.
-    Where the data is, and how many trials are wanted, is no part of the definition.
+    The place of the data and the number of trials are not part of the definition.
 
     Arguments:
         before: The record of the sweep.
@@ -197,12 +197,12 @@ def compare(before: dict[str, Any], now: dict[str, Any]) -> Changes:
 
 
 def _settings(old: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    r"""Yields the settings of two definitions; those that older versions lack have defaults."""
+    r"""Yields the settings of two definitions; missing ones have defaults."""
 
     default = json.loads(json.dumps(CONFIG))
     was, value = default | old["config"], default | new["config"]
 
-    # What CONFIG has for a key of SPACE plays no role, but that rungs are made of epochs.
+    # The CONFIG value of a key of SPACE does not matter, except that rungs depend on epochs.
     vary = _keys(old["space"]) & _keys(new["space"]) - {"epochs"}
 
     for key in {**was, **value}:
@@ -221,7 +221,7 @@ def _keys(space: dict[str, Any]) -> set[str]:
 
 
 def _spaces(old: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[bool, str]]:
-    r"""Yields lines on what has changed from a space to another, and whether it has grown."""
+    r"""Yields a line for each change between two spaces, and whether a domain has grown."""
 
     if "function" in old or "function" in new:
         if "function" not in new:

@@ -144,7 +144,7 @@ def test_sweep_goes_on_where_there_are_nodes_and_waits_where_there_are_none(
     said = " ".join((printed + said).split())
 
     assert sweep.returncode == 0, said
-    assert "is leaving the cluster: its trials go on elsewhere" in said
+    assert "leaves the cluster: its trials resume elsewhere" in said
     assert "no node has room for a trial of CPU=1 at the moment" in said
     assert [run["status"] for run in found(tmp_path)] == 4 * ["finished"]
 

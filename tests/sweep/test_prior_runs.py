@@ -30,6 +30,7 @@ from adopting import (
     sweep,
 )
 
+from sda_ray.cli import table
 from sda_ray.core.config import CONFIG, load_config
 from sda_ray.core.errors import UserError
 from sda_ray.core.lease import Lease
@@ -49,6 +50,7 @@ from sda_ray.search.study import Study
 from sda_ray.sweep.definition import Sweep
 from sda_ray.sweep.driver import Driver
 from sda_ray.sweep.enqueue import bring_in
+from sda_ray.sweep.launch import LaunchRequests, Options, launch
 from sda_ray.sweep.prior_runs import adopt, fork, warm_start
 from sda_ray.sweep.record import Changes, compare, read_sweep, write_sweep
 from sda_ray.sweep.requests import RequestServer
@@ -362,6 +364,27 @@ def test_warm_start_brings_in_what_both_sweeps_have_in_common(
 
     with pytest.raises(UserError, match="there is no sweep 'w'"):
         warm_start("w", sweep, runs, data)
+
+
+def test_warm_start_copies_no_run_before_the_lease_is_taken(
+    elsewhere: Path, sweep: Sweep, runs: Path, data: Path
+) -> None:
+    adopt([str(by_id(elsewhere, "1" * 8))], sweep, runs, data, record_of)
+    before = sorted(path.name for path in runs.iterdir())
+    directory = sweep_directory(runs, "y")
+    directory.mkdir()
+    lease = Lease(directory / "lease.json", "sweep 'y'")  # of a driver that is about to start it
+
+    with pytest.raises(UserError, match="sweep 'y' is in use"):
+        launch(
+            replace(sweep, name="y"),
+            Options(runs.parent, runs, data, OFF),
+            table,
+            LaunchRequests(warm_start=("x",)),
+        )
+
+    assert sorted(path.name for path in runs.iterdir()) == before
+    lease.release()
 
 
 def halves(trial: Any) -> dict[str, Any]:
