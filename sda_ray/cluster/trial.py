@@ -15,7 +15,7 @@ from signal import SIGTERM
 from typing import Any
 
 from ..core.files import write_atomic
-from ..core.system import give_memory_back
+from ..core.system import release_memory
 
 __all__ = ["REPORT_SECONDS", "Trial", "imports", "limit"]
 
@@ -292,7 +292,7 @@ class Trial:
             watchdog.close()
 
         if run is not None:
-            give_memory_back()  # before a smaller network comes, or nothing for a while
+            release_memory()  # before a smaller network comes, or nothing for a while
 
         if data is not None:
             data.close()

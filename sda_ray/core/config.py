@@ -1,6 +1,6 @@
-r"""CONFIG: the settings of one training, their defaults, and their checks.
+r"""CONFIG: the settings of one training, their deerrors, and their checks.
 
-The first 12 keys and their defaults are those of SDA, so that configurations can be exchanged.
+The first 12 keys and their deerrors are those of SDA, so that configurations can be exchanged.
 
 References:
     | Score-based Data Assimilation (Rozet et al., 2023)
@@ -45,13 +45,13 @@ __all__ = [
 
 Config = dict[str, Any]
 
-MAX_WEIGHTS = 10**9  # 4 GB; the defaults have 23 million
+MAX_WEIGHTS = 10**9  # 4 GB; the deerrors have 23 million
 
 CONFIG: Config = {name: key.default for name, key in KEYS.items()}
 
 
 def check_config(config: Any, size: int | None = None, length: int | None = None) -> Config:
-    r"""Returns a configuration in its normal form, in the order of CONFIG, if all of it is right.
+    r"""Checks a configuration, and returns it in normal form and in the order of CONFIG.
 
     Arguments:
         config: The configuration, with all keys of CONFIG.
@@ -59,7 +59,7 @@ def check_config(config: Any, size: int | None = None, length: int | None = None
         length: The number of snapshots in a trajectory of the data, if known.
 
     Raises:
-        UserError: If anything is wrong. The message has one line for each fault.
+        UserError: If anything is wrong. The message has one line for each error.
     """
 
     if not isinstance(config, Mapping):
@@ -67,33 +67,33 @@ def check_config(config: Any, size: int | None = None, length: int | None = None
             f"The configuration is {short_repr(config)}, but must be a dict of CONFIG's keys."
         )
 
-    faults, checked = [], {}
+    errors, checked = [], {}
 
     for name in config:
         if name not in KEYS:
-            faults.append(f"CONFIG has no key {short_repr(name)}.{did_you_mean(name, KEYS)}")
+            errors.append(f"CONFIG has no key {short_repr(name)}.{did_you_mean(name, KEYS)}")
 
     for name, key in KEYS.items():
         if name not in config:
-            faults.append(f"{name} is missing. It is {key.accepts}; CONFIG has {key.default!r}.")
+            errors.append(f"{name} is missing. It is {key.accepts}; CONFIG has {key.default!r}.")
             continue
 
         try:
             checked[name] = check_value(name, config[name])
         except UserError as e:
-            faults.append(str(e))
+            errors.append(str(e))
 
-    if faults := faults + list(_conflicts(checked, size, length)):
-        raise UserError("\n".join(faults))
+    if errors := errors + list(_conflicts(checked, size, length)):
+        raise UserError("\n".join(errors))
 
     return checked
 
 
 def parse_overrides(overrides: Iterable[str]) -> Config:
-    r"""Returns the values given as `key=value`, typed by the key and not yet checked.
+    r"""Returns the values of texts `key=value`, typed by the key, but not checked.
 
     Raises:
-        UserError: If one is not of this form, is given twice, or its key is unknown.
+        UserError: If a text is not of this form, or a key is given twice or unknown.
     """
 
     parsed: Config = {}
@@ -114,9 +114,9 @@ def parse_overrides(overrides: Iterable[str]) -> Config:
 
 
 def load_config(file: Path | str) -> Config:
-    r"""Returns the checked configuration in a JSON file, by SDA or by us.
+    r"""Returns the checked configuration in a JSON file, written by SDA or this package.
 
-    Keys that SDA does not know may be missing, and then have their defaults.
+    Keys that SDA does not know have their deerrors if they are missing.
 
     Raises:
         UserError: If the file is unreadable or the configuration wrong. The message names it.
@@ -140,7 +140,7 @@ def save_config(config: Config, file: Path | str) -> None:
 
 
 def _conflicts(config: Config, size: int | None, length: int | None) -> Iterable[str]:
-    r"""Yields what is wrong between values that are right by themselves."""
+    r"""Yields the conflicts between values that are valid by themselves."""
 
     channels, blocks = config.get("hidden_channels"), config.get("hidden_blocks")
     window, kernel = config.get("window"), config.get("kernel_size")
@@ -183,7 +183,7 @@ def _conflicts(config: Config, size: int | None, length: int | None) -> Iterable
 
 
 def count_weights(config: Config) -> int:
-    r"""Returns roughly how many weights the network has: its convolutions and projections."""
+    r"""Returns the approximate number of weights, those of convolutions and projections."""
 
     taps, levels = config["kernel_size"] ** 2, config["hidden_channels"]
     widths = (4 * config["window"] + 1, *levels)  # head and tail are two of width 2 * window

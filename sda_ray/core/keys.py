@@ -38,16 +38,16 @@ MAX_LEVELS = 16
 
 @dataclass(frozen=True)
 class Key:
-    r"""Creates the description of a key of CONFIG.
+    r"""The description of a key of CONFIG.
 
     Arguments:
         default: The default value.
-        about: One line for people.
+        about: A description of one line.
         kind: `int`, `float`, `str` or `tuple`.
         low: The lowest number accepted.
         high: The highest number accepted.
-        above: Whether `low` itself is not accepted.
-        below: Whether `high` itself is not accepted.
+        above: Whether `low` itself is excluded.
+        below: Whether `high` itself is excluded.
         odd: Whether the number must be odd.
         options: The words accepted.
         ours: Whether SDA does not know the key, so that a file may lack it.
@@ -72,7 +72,7 @@ class Key:
 
     @property
     def accepts(self) -> str:
-        r"""What the key accepts, in words."""
+        r"""The accepted values, in words."""
 
         if self.options:
             *others, last = self.options
@@ -95,7 +95,7 @@ class Key:
         return f"{what} from {self.low} to {self.high}"
 
 
-# Upper bounds are far from sensible values: they keep a stranger's file from exhausting memory.
+# Upper bounds are far above sensible values. They keep a hostile file from exhausting memory.
 KEYS: dict[str, Key] = {
     "window": Key(
         5, "consecutive snapshots that the network sees", int, 3, 1023, odd=True, network=True
@@ -173,7 +173,7 @@ def check_value(name: str, value: Any) -> Any:
 
 
 def parse_value(name: str, text: str) -> Any:
-    r"""Returns the value that a text stands for, typed by the key and not yet checked.
+    r"""Returns the value of a text, typed by the key, but not checked.
 
     The items of `hidden_channels`, `hidden_blocks` and `betas` are separated by commas, with or
     without brackets.
@@ -214,7 +214,7 @@ def format_value(value: Any) -> str:
 
 
 def short_repr(value: Any) -> str:
-    r"""Returns a value as it is shown in messages: never longer than a line."""
+    r"""Returns a value for messages, shortened to a line."""
 
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

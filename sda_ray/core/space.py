@@ -280,7 +280,7 @@ def check_space(
         pruner: The name of the pruner. `epochs` may vary only with `none`.
 
     Raises:
-        UserError: If anything is wrong. The message has one line for each fault.
+        UserError: If anything is wrong. The message has one line for each error.
     """
 
     if callable(space):
@@ -294,19 +294,19 @@ def check_space(
 
     checked: dict[str, Choice | Range] = {}
     names = {",".join(split_group(str(name))): domain for name, domain in space.items()}
-    faults = list(_misplaced([key for name in space for key in split_group(str(name))], pruner))
+    errors = list(_misplaced([key for name in space for key in split_group(str(name))], pruner))
 
     for name, domain in names.items():
         try:
             checked[name] = _check_domain(name, domain)
         except UserError as e:
-            faults += str(e).split("\n")
+            errors += str(e).split("\n")
 
-    if not faults and config is not None:
-        faults = list(_conflicts(checked, config, size, length))
+    if not errors and config is not None:
+        errors = list(_conflicts(checked, config, size, length))
 
-    if faults:
-        raise UserError("\n".join(faults))
+    if errors:
+        raise UserError("\n".join(errors))
 
     return checked
 
@@ -337,8 +337,8 @@ def draw_values(space: Space, trial: Any, pruner: str = "") -> Config:
             f"SPACE returned {short_repr(values)}, but must return a dict of CONFIG's keys."
         )
 
-    if faults := list(_misplaced(list(values), pruner)):
-        raise UserError("\n".join(faults))
+    if errors := list(_misplaced(list(values), pruner)):
+        raise UserError("\n".join(errors))
 
     return decode_params(values)
 
@@ -417,23 +417,23 @@ def _check_choice(keys: list[str], domain: Choice) -> Choice:
         raise UserError("the choice is empty, but must have at least one option.")
 
     options: list[Any] = []
-    faults = []
+    errors = []
 
     for option in domain.options:
         try:
             options.append(_check_option(keys, option))
         except UserError as e:
-            faults.append(str(e))
+            errors.append(str(e))
 
-    if faults and len(domain.options) == 1 and isinstance(domain.options[0], tuple):
-        faults.append("choice takes its options one by one, as choice(64, 128).")
+    if errors and len(domain.options) == 1 and isinstance(domain.options[0], tuple):
+        errors.append("choice takes its options one by one, as choice(64, 128).")
 
     for option in dict.fromkeys(options):
         if (n := options.count(option)) > 1:
-            faults.append(f"the choice has {short_repr(option)} {n} times, but may have it once.")
+            errors.append(f"the choice has {short_repr(option)} {n} times, but may have it once.")
 
-    if faults:
-        raise UserError("\n".join(faults))
+    if errors:
+        raise UserError("\n".join(errors))
 
     return Choice(tuple(options))
 
@@ -503,19 +503,19 @@ def _conflicts(
         try:
             check_config(config | values, size, length)
         except UserError as e:
-            for fault in str(e).split("\n"):
-                found.setdefault(fault, []).append(values)
+            for error in str(e).split("\n"):
+                found.setdefault(error, []).append(values)
 
-    for fault, where in itertools.islice(found.items(), 8):
+    for error, where in itertools.islice(found.items(), 8):
         if len(where) == len(combinations):
-            yield fault
+            yield error
         else:
-            keys = [key for key in where[0] if key in fault] or list(where[0])
+            keys = [key for key in where[0] if key in error] or list(where[0])
             case = " ".join(f"{key}={format_value(where[0][key])}" for key in keys)
-            yield f"{fault} ({len(where)} of {len(combinations)} combinations, as {case})"
+            yield f"{error} ({len(where)} of {len(combinations)} combinations, as {case})"
 
     if len(found) > 8:
-        yield f"and {len(found) - 8} faults more."
+        yield f"and {len(found) - 8} errors more."
 
     if found and {"hidden_channels", "hidden_blocks"} <= space.keys():
         yield (

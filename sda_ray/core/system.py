@@ -1,4 +1,9 @@
-r"""What the operating system and Slurm offer: memory that a process keeps, and deadlines."""
+r"""The operating system and Slurm: memory that a training process keeps, and deadlines.
+
+The C library maps large blocks of memory on request, and unmaps them when they are freed. Each page
+of a fresh block costs a page fault, and a training step on a CPU requests and frees the same
+gigabytes again and again.
+"""
 
 import ctypes
 import logging
@@ -12,7 +17,7 @@ from collections.abc import Mapping
 
 from .errors import UserError
 
-__all__ = ["deadline", "give_memory_back", "keep_memory", "lacks_memory", "margin"]
+__all__ = ["deadline", "is_out_of_memory", "keep_memory", "margin", "release_memory"]
 
 logger = logging.getLogger(__name__)
 
@@ -22,20 +27,20 @@ TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4  # parameters of mallopt, in mall
 NEVER = -1
 PAD = 64 * 2**20  # bytes by which the heap grows at least
 
-# What torch's allocator for the CPU says, CUDA itself, and cuBLAS and cuDNN
+# Messages of torch's allocator for the CPU, of CUDA itself, and of cuBLAS and cuDNN
 SHORT = ("can't allocate memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
 
 
 def keep_memory() -> bool:
-    r"""Keeps freed memory in this process for what is asked for next, from now on.
+    r"""Makes this process keep freed memory for later requests, with glibc.
 
-    It does so with glibc alone, and not if the environment variable `SDA_RAY_KEEP_MEMORY` is 0.
-    The process then holds as much as it ever used, until :func:`give_memory_back`. That grows for
-    the first few steps: what alignment leaves over behind a piece may keep it from being reused,
-    until the cache of such left-overs is full (7 of each size).
+    The environment variable `SDA_RAY_KEEP_MEMORY=0` prevents it. The process holds as much as it
+    ever used until :func:`release_memory`. Its size grows for the first few steps: remainders of
+    aligned blocks may keep a block from being reused, until the cache of remainders is full (7 of
+    each size).
 
     Returns:
-        Whether it does.
+        Whether memory is kept.
     """
 
     libc = _glibc()
@@ -49,11 +54,8 @@ def keep_memory() -> bool:
     return all(taken)
 
 
-def give_memory_back() -> None:
-    r"""Returns the memory that is free to the system, as when a process goes on to something else.
-
-    What it needs next, it will have to ask for again.
-    """
+def release_memory() -> None:
+    r"""Returns free memory to the system, for a process that turns to another task."""
 
     libc = _glibc()
 
@@ -61,8 +63,8 @@ def give_memory_back() -> None:
         libc.malloc_trim(0)
 
 
-def lacks_memory(error: BaseException) -> bool:
-    r"""Tells whether an error says that there is too little memory, for which torch has several."""
+def is_out_of_memory(error: BaseException) -> bool:
+    r"""Tells whether an error reports a lack of memory; torch raises several kinds."""
 
     import torch
 
@@ -80,19 +82,19 @@ def _glibc() -> ctypes.CDLL | None:
     return libc if hasattr(libc, "gnu_get_libc_version") else None
 
 
-LEAST = 30.0  # seconds between the wish to stop and the end
-SLURM = 120.0  # the same for the end of a Slurm job, which kills
+LEAST = 30.0  # seconds between the request to stop and the end
+SLURM = 120.0  # the same before Slurm kills a job
 
 
 def deadline(hours: float | None, environ: Mapping[str, str]) -> float | None:
-    r"""Returns the end of a sweep's time on the monotonic clock, or None if it has no end.
+    r"""Returns the deadline of a sweep on the monotonic clock, or None if there is none.
 
     Arguments:
-        hours: The hours that the user gives it from now.
-        environ: The variables of the process. Slurm tells the end of its job there.
+        hours: The hours that the user gives the sweep from now.
+        environ: The environment variables, where Slurm sets the end of a job.
 
     Raises:
-        UserError: If the number of hours is none.
+        UserError: If the number of hours is not valid.
     """
 
     ends = []
@@ -108,13 +110,13 @@ def deadline(hours: float | None, environ: Mapping[str, str]) -> float | None:
             left = float(end) - time.time()
             ends.append(time.monotonic() + left - (SLURM - LEAST))
         except ValueError:
-            logger.warning("SLURM_JOB_END_TIME is %r, which is no time: it is ignored.", end)
+            logger.warning("SLURM_JOB_END_TIME is %r, which is not a time: it is ignored.", end)
 
     return min(ends, default=None)
 
 
 def _ask_slurm(job: str | None) -> str:
-    r"""Returns the end of a Slurm job as Slurm before 23.02 does not tell it, or nothing."""
+    r"""Returns the end of a Slurm job by `squeue`, for Slurm before 23.02, or an empty text."""
 
     if job is None:
         return ""
@@ -127,7 +129,7 @@ def _ask_slurm(job: str | None) -> str:
         return ""
 
     if not (parts := re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", left)):
-        return ""  # UNLIMITED, or nothing of use
+        return ""  # UNLIMITED, or no time
 
     days, hours, minutes, seconds = (int(x or 0) for x in parts.groups())
 
@@ -135,11 +137,11 @@ def _ask_slurm(job: str | None) -> str:
 
 
 def margin(longest: float, whole: float) -> float:
-    r"""Returns how many seconds before its end a sweep has to stop.
+    r"""Returns how many seconds before its deadline a sweep stops.
 
     Arguments:
-        longest: The longest that a trial went without looking for the wish to stop, in seconds.
-        whole: The time that the sweep has in all. Half of it is worked in any case.
+        longest: The longest time between two looks of a trial for a request to stop, in seconds.
+        whole: The time of the sweep. At least half of it is used.
     """
 
     return min(max(LEAST, 2 * longest), whole / 2)

@@ -24,7 +24,7 @@ import msgspec
 from ..core.config import MAX_WEIGHTS, count_weights, load_config
 from ..core.errors import UserError
 from ..core.files import open_atomic, open_regular, read_regular, sync_directory, write_atomic
-from ..core.system import lacks_memory
+from ..core.system import is_out_of_memory
 from .path import RunPath
 
 if TYPE_CHECKING:
@@ -177,7 +177,7 @@ def load_checkpoint(path: RunPath) -> tuple[dict[str, Tensor], dict[str, Any]] |
         try:
             return _load(data)
         except Exception as error:  # a damaged file makes torch raise almost anything
-            if lacks_memory(error):  # the file may well be whole
+            if is_out_of_memory(error):  # the file may well be whole
                 raise
 
             reason = _reason(error)

@@ -13,7 +13,7 @@ import torch
 
 from ..core.errors import UserError
 from ..core.lease import LeaseGone, LeaseLost, check_present
-from ..core.system import keep_memory, lacks_memory
+from ..core.system import is_out_of_memory, keep_memory
 from ..data.dataset import TrajectoryDataset
 from ..nn.precision import make_deterministic, warn_slow
 from ..nn.score import load_network
@@ -207,7 +207,7 @@ def _memory(batch_size: int, device: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not lacks_memory(error):
+        if not is_out_of_memory(error):
             raise
 
         raise OutOfMemory(

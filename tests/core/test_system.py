@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from sda_ray.core.errors import UserError
-from sda_ray.core.system import SWITCH, deadline, give_memory_back, keep_memory, margin
+from sda_ray.core.system import SWITCH, deadline, keep_memory, margin, release_memory
 
 GLIBC = sys.platform.startswith("linux") and bool(os.confstr("CS_GNU_LIBC_VERSION"))
 
 FAULTS = """
 import resource, torch
-from sda_ray.core.system import give_memory_back, keep_memory
+from sda_ray.core.system import release_memory, keep_memory
 
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
@@ -29,7 +29,7 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 torch.ones(2**24)
 faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 held = resident()
-give_memory_back()
+release_memory()
 print(int(kept), faults * resource.getpagesize(), held - resident())
 """
 
@@ -63,7 +63,7 @@ def test_systems_without_glibc_are_left_alone(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(sys, "platform", "darwin")
 
     assert not keep_memory()
-    give_memory_back()
+    release_memory()
 
 
 def left(hours: float | None, **environ: str) -> float:
