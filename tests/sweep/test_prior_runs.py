@@ -633,7 +633,7 @@ from sda_ray.runs.inventory import read_entry
 os.fsync = lambda handle: None  # only a power cut would miss it
 left = 0
 
-def count_trials(event, args):
+def counted(event, args):
     r"Dies before the n-th change of a file."
     global left
 

@@ -634,7 +634,7 @@ def test_hung_frozen_killed_and_starved_trials_are_adopted_and_complete(place: P
         place.wait(lambda: is_gone(pid))
 
     stacks = path.directory / "stacks.txt"
-    assert "in _lock" in stacks.read_text()
+    assert "in locked" in stacks.read_text()
 
     _, pid = place.at_work(1, 3)
     os.kill(pid, signal.SIGSTOP)
