@@ -28,9 +28,7 @@ ORDER = [
 ]
 
 # Imports that still run the other way: module -> packages. Nothing is added here.
-UPWARD = {
-    "cluster.executor": {"sweep"},
-}
+UPWARD: dict[str, set[str]] = {}
 
 # Which packages may import the libraries that are heavy, or whose behaviour we work around.
 IMPORTERS = {

@@ -1,64 +1,45 @@
-r"""Ray, started for one command or attached to on request, and never found by accident."""
+r"""Ray: started for one command, or attached to on request. A running Ray is never found by accident."""
 
-import fcntl
+import importlib
+import logging
 import os
 import secrets
-import shutil
 import socket
 import sys
-import tempfile
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ..core.errors import UserError
 from ..storage.server import on_node
-from .patches import started_lean
+from .ray_node import local_cpus, local_gpus, member, private_directory
 
-__all__ = [
-    "RAY",
-    "connect",
-    "gate",
-    "local_cpus",
-    "local_gpus",
-    "map_on_ray",
-    "on_node",
-    "private_directory",
-]
+__all__ = ["connect", "local_cpus", "local_gpus", "map_on_ray", "on_node", "ray_endpoint"]
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-STORE = 100 * 2**20  # bytes of shared memory; nothing large goes through Ray
-PREFIX = "sda-ray-"
-RAY = "r"  # the part of a private directory that Ray 2.60 opens to everybody
-PRELOADED = "RAY_preload_python_modules"
-KNOCK = 10.0  # seconds in which somebody at an address answers
-LONGEST = 24  # characters of a directory in which the paths of Ray's sockets stay short enough
+logger = logging.getLogger(__name__)
 
+CONNECT = 10.0  # seconds that a TCP connection to an address may take
+SHUTDOWN = 15.0  # seconds after which a Ray of our own that does not answer is killed
 
-def local_cpus() -> int:
-    r"""Returns the number of CPUs that this process may use, by its affinity."""
+# The driver's settings; those of nodes are in :data:`sda_ray.cluster.ray_node.SETTINGS`. Tune's
+# own progress table, loggers and signal handler are off: the sweep has its own.
+DRIVER = {
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+}
 
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-
-    return os.cpu_count() or 1
-
-
-def local_gpus() -> int:
-    r"""Returns the number of GPUs that torch can use here. Where there are none, it is not loaded."""
-
-    devices = ("nvidia*", "nvhost*", "nvmap", "kfd", "dxg")  # of NVIDIA, AMD and WSL
-
-    if sys.platform == "linux" and not any(any(Path("/dev").glob(x)) for x in devices):
-        return 0
-
-    import torch
-
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+# Variables that describe another Ray, or processes unlike this one
+FOREIGN = ("RAY_ADDRESS", "RAY_NAMESPACE", "RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_RUNTIME_ENV_HOOK")
 
 
 @contextmanager
@@ -71,86 +52,146 @@ def connect(
     r"""Starts a Ray of our own on this machine, or attaches to the one at an address.
 
     Our own Ray counts the CPUs of this process' affinity, keeps its files in a private directory,
-    asks for a token that only this process and its workers know, and ends with the block.
+    accepts the processes that know its random token only, runs in a session of its own, which
+    signals to this process' group do not reach, and ends with the block or with this process.
 
     Arguments:
         address: The address of a running cluster, such as `auto` on its head.
         cpus: The number of CPUs of our own Ray.
-        package: The package that workers import, instead of what they find themselves.
-        modules: What the workers of our own Ray import as they start, while the driver does other
-            things. There are as many workers as CPUs.
+        package: The directory of the package that workers import, whatever else they could find.
+        modules: What to import in this process while Ray starts.
 
     Yields:
-        A private directory that ends with the block.
+        A private directory that is removed at the end of the block.
 
     Raises:
-        UserError: If there is no cluster at the address.
+        UserError: If Ray does not start, or there is no cluster at the address.
     """
 
-    # Ray would renice its workers, give up on a slow start after 30 s, end workers that wait a
-    # second for their first trial, send usage statistics and print what we print better.
-    os.environ.setdefault("RAY_worker_niceness", "0")
-    os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")
-    os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
+    for name, value in DRIVER.items():
+        os.environ.setdefault(name, value)
 
-    if address is None:
-        os.environ.pop("RAY_ADDRESS", None)
+    if address is not None:
+        _check_port(address)
 
-        if "ray" not in sys.modules:  # Ray 2.60 reads its authentication mode at its import
-            os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
-    else:
-        _knock(address)
+        with private_directory() as directory, _attached(address, package):
+            yield directory
+
+        return
+
+    token = _own_token()
+    _ignore_foreign()
+    importing = threading.Thread(target=_import, args=("ray", *modules), daemon=True)
+    importing.start()
+
+    with ExitStack() as stack:
+        try:
+            own = member(token, cpus=cpus or local_cpus(), gpus=local_gpus(), alone=True)
+            started = stack.enter_context(own)
+            importing.join()
+            stack.enter_context(_attached(started.address, package, started.kill))
+        except UserError as error:
+            raise UserError(
+                f"{error} Nothing is lost; is the machine overloaded, or out of memory or disk? "
+                "The same command tries again."
+            ) from error
+
+        yield started.directory
+
+
+def _own_token() -> str:
+    r"""Returns a token for a Ray of our own, which is set in this process' environment."""
+
+    token = os.environ.get("RAY_AUTH_TOKEN")
+
+    if "ray" not in sys.modules:
+        token = secrets.token_hex(32)
+        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=token)
+    elif os.environ.get("RAY_AUTH_MODE") != "token" or not token:  # Ray reads it when imported
+        raise UserError(
+            "ray was imported before the sweep started a Ray of its own, which could not ask for "
+            "a token then: anyone on this machine could run code as you. Import ray inside the "
+            "functions that need it, or attach to a running Ray with --address."
+        )
+
+    return token
+
+
+def _ignore_foreign() -> None:
+    r"""Drops what the environment says of another Ray, such as that of a job or of `uv run`."""
+
+    for name in FOREIGN:
+        if os.environ.pop(name, None) is not None and name not in ("RAY_ADDRESS", "RAY_NAMESPACE"):
+            logger.warning(
+                "%s is ignored: the sweep starts a Ray of its own, whose workers have the "
+                "environment of this process.",
+                name,
+            )
+
+    os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"  # workers run this very interpreter
+
+
+def _import(*modules: str) -> None:
+    for module in modules:
+        importlib.import_module(module)
+
+
+@contextmanager
+def _attached(
+    address: str, package: Path | None, kill: Callable[[], None] | None = None
+) -> Iterator[None]:
+    r"""Attaches to Ray, and leaves it with the block.
+
+    Arguments:
+        address: The address of Ray.
+        package: See :func:`connect`.
+        kill: Ends the Ray if it does not let go of this process in time.
+    """
 
     import ray
 
-    with private_directory() as directory:
-        local = {
-            "num_cpus": cpus or local_cpus(),
-            "include_dashboard": False,
-            "object_store_memory": STORE,
-            "_temp_dir": str(directory / RAY),
+    options: dict[str, Any] = {}
+
+    if package is not None:
+        # A working directory also keeps Ray from looking for modules in the current one, where
+        # another version of the package may be.
+        os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
+        options["runtime_env"] = {
+            "working_dir": str(package.parent),
+            "excludes": ["**/__pycache__/**"],
         }
 
-        try:
-            with nullcontext() if address else started_lean(), _preloaded(modules):
-                ray.init(
-                    address=address or "local",
-                    log_to_driver=False,
-                    logging_level="ERROR",
-                    **({} if address else local),
-                    **({} if package is None else _code(package, ship=address is not None)),
-                )
-        except Exception as error:  # Ray 2.60 raises just that if it takes more than 30 s
-            ray.shutdown()
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR", **options)
+    except Exception as error:
+        ray.shutdown()
 
-            if address is None:
-                said = (str(error).strip() or type(error).__name__).splitlines()[0]
-                raise UserError(
-                    f"Ray could not be started on this machine: {said} Nothing is lost; is the "
-                    "machine overloaded, or out of memory or disk? The same command tries again."
-                ) from error
+        if kill is not None:
+            lines = (str(error).strip() or type(error).__name__).splitlines()
+            raise UserError(f"Ray could not be started on this machine: {lines[0]}.") from error
 
-            raise UserError(
-                f"there is no Ray at '{address}': {error} Start one, or leave --address out to "
-                "use this machine alone."
-            ) from error
+        raise UserError(_no_ray(address, error)) from error
 
-        try:
-            yield directory
-        finally:
-            ray.shutdown()
+    try:
+        yield
+    finally:
+        timer = threading.Timer(SHUTDOWN, kill) if kill is not None else None
+
+        if timer is not None:
+            timer.daemon = True
+            timer.start()
+
+        ray.shutdown()
+
+        if timer is not None:
+            timer.cancel()
 
 
-def gate(own: bool) -> tuple[str, str | None]:
-    r"""Returns where other machines can reach the Ray that this process is at, and its token.
+def ray_endpoint(own: bool) -> tuple[str, str | None]:
+    r"""Returns the address at which other machines reach the Ray of this process, and its token.
 
     Arguments:
-        own: Whether the Ray is for the sweep alone. The token of another one is not told.
+        own: Whether the Ray belongs to the sweep. The token of any other is not passed on.
     """
 
     import ray
@@ -160,99 +201,33 @@ def gate(own: bool) -> tuple[str, str | None]:
     if not own or os.environ.get("RAY_AUTH_MODE") != "token":
         return address, None
 
-    if file := os.environ.get("RAY_AUTH_TOKEN_PATH"):
-        return address, os.environ.get("RAY_AUTH_TOKEN") or Path(file).read_text().strip()
+    token = os.environ.get("RAY_AUTH_TOKEN")
 
-    return address, os.environ.get("RAY_AUTH_TOKEN")
+    if not token and (file := os.environ.get("RAY_AUTH_TOKEN_PATH")):
+        token = Path(file).read_text().strip()
+
+    return address, token
 
 
-def _knock(address: str) -> None:
-    r"""Raises a UserError if nobody is at an address: Ray 2.60 tries for minutes."""
+def _check_port(address: str) -> None:
+    r"""Raises a UserError if nothing listens at an address: Ray would try for minutes."""
 
     host, colon, port = address.rpartition(":")
 
     if not colon or "/" in host or not port.isdecimal():
-        return  # `auto`, or what Ray itself has to understand
+        return  # `auto`, or a form that Ray resolves
 
     try:
-        socket.create_connection((host.strip("[]"), int(port)), KNOCK).close()
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT).close()
     except (OSError, OverflowError) as error:
-        raise UserError(
-            f"there is no Ray at '{address}': {error}. Start one, or leave --address out to use "
-            "this machine alone."
-        ) from error
+        raise UserError(_no_ray(address, error)) from error
 
 
-@contextmanager
-def _preloaded(modules: Sequence[str]) -> Iterator[None]:
-    r"""Lets the workers of a Ray that starts within the block import modules at once."""
-
-    if modules:
-        os.environ[PRELOADED] = ",".join(modules)
-
-    try:
-        yield
-    finally:
-        os.environ.pop(PRELOADED, None)
-
-
-class _Paths(list[str]):
-    r"""Creates a list of directories that stays as it is."""
-
-    def extend(self, more: Any) -> None:
-        pass
-
-
-def _code(package: Path, ship: bool) -> dict[str, Any]:
-    r"""Returns arguments of `ray.init` that let workers import a package, and no other of its name.
-
-    To a cluster it is shipped, since nodes may not see the directory.
-    """
-
-    from ray.job_config import JobConfig
-
-    # Ray 2.60 lets workers look in the driver's current directory and its script's before all
-    # others: a checkout there would be imported.
-    config = JobConfig()
-    config._py_driver_sys_path = _Paths([] if ship else [str(package.parent)])
-    job: dict[str, Any] = {"job_config": config}
-
-    if ship:
-        job["runtime_env"] = {"py_modules": [str(package)], "excludes": ["**/__pycache__/**"]}
-
-    return job
-
-
-@contextmanager
-def private_directory() -> Iterator[Path]:
-    r"""Makes a directory that ends with the block, and removes those of killed processes.
-
-    Each is locked by its process for as long as that lives, in whatever container.
-    """
-
-    parent = tempfile.gettempdir() if len(tempfile.gettempdir()) <= LONGEST else "/tmp"
-
-    with ExitStack() as held:
-        directory = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
-        held.callback(shutil.rmtree, directory, ignore_errors=True)
-        lock = held.enter_context(open(directory / "new", "w"))
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        os.replace(directory / "new", directory / "lock")  # never there without being locked
-
-        for other in Path(parent).glob(f"{PREFIX}*"):
-            if other != directory and not _is_locked(other):
-                shutil.rmtree(other, ignore_errors=True)
-
-        yield directory
-
-
-def _is_locked(directory: Path) -> bool:
-    try:
-        with open(directory / "lock") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return False
-    except OSError:  # in use, not ours, or just being made
-        return True
+def _no_ray(address: str, error: Exception) -> str:
+    return (
+        f"there is no Ray at '{address}': {error}. Start one, or leave --address out to use this "
+        "machine alone."
+    )
 
 
 def map_on_ray(

@@ -104,7 +104,10 @@ class Leaving:
         from .slots import drain, leaving_nodes
 
         while not self.told.is_set():
-            with suppress(Exception):  # the cluster does not answer: that is others' to see
+            if not ray.is_initialized():
+                return  # any call would start a Ray
+
+            with suppress(Exception):  # the cluster does not answer: others detect that
                 here = ray.get_runtime_context().get_node_id()
 
                 if (when := self.spot()) is not None:

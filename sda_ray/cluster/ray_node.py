@@ -6,6 +6,7 @@ and has a private directory, so that several of them, of whatever jobs, live on 
 """
 
 import ctypes
+import fcntl
 import importlib.util
 import os
 import shutil
@@ -13,13 +14,13 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from ..core.errors import UserError
-from .connect import RAY, local_cpus, private_directory
 
 __all__ = ["DRAIN", "Member", "member", "own_cpus", "own_gpus", "own_ip", "write_secret"]
 
@@ -28,19 +29,51 @@ TRIES = 3  # times that it may, if the machine is busy
 DRAIN = 100.0  # seconds that trials have to save a checkpoint when a node leaves
 END = 10.0  # seconds that Ray may take to end, beyond that
 STORE = 100 * 2**20  # bytes of shared memory; nothing large goes through Ray
+PREFIX = "sda-ray-"
+RAY = "r"  # the part of a private directory that Ray opens to everybody
+LONGEST = 24  # characters of a directory in which the paths of Ray's sockets stay short enough
 
-# As in our own Ray on one machine, see :func:`sda_ray.cluster.connect.connect`; and a node counts as lost
-# after 10 s without an answer.
+# Ray would renice its workers, give up on a slow start after 30 s, start a worker on each CPU that no
+# trial takes, and send usage statistics.
 SETTINGS = {
     "RAY_worker_niceness": "0",
     "RAY_raylet_start_wait_time_s": "120",
+    "RAY_prestart_worker_first_driver": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+# A node among others counts as lost after 10 s without an answer.
+HEALTH = {
     "RAY_health_check_initial_delay_ms": "5000",
     "RAY_health_check_period_ms": "2000",
     "RAY_health_check_timeout_ms": "2000",
     "RAY_health_check_failure_threshold": "5",
 }
+
+_LIBC = ctypes.CDLL(None)
+
+
+def local_cpus() -> int:
+    r"""Returns the number of CPUs that this process may use, by its affinity."""
+
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+
+    return os.cpu_count() or 1
+
+
+def local_gpus() -> int:
+    r"""Returns the number of GPUs that torch can use here. Where there are none, it is not loaded."""
+
+    devices = ("nvidia*", "nvhost*", "nvmap", "kfd", "dxg")  # of NVIDIA, AMD and WSL
+
+    if sys.platform == "linux" and not any(any(Path("/dev").glob(x)) for x in devices):
+        return 0
+
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def own_cpus(environ: Mapping[str, str]) -> int:
@@ -103,6 +136,12 @@ class Member:
         with suppress(ProcessLookupError):
             self.process.terminate()
 
+    def kill(self) -> None:
+        r"""Kills all processes of the node, in whatever state they are."""
+
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
     def end(self) -> None:
         r"""Ends the node, with whatever runs on it."""
 
@@ -112,9 +151,7 @@ class Member:
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(END)
 
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-
+        self.kill()
         self.process.wait()
 
 
@@ -125,6 +162,7 @@ def member(
     ip: str | None = None,
     cpus: int | None = None,
     gpus: int | None = None,
+    alone: bool = False,
 ) -> Iterator[Member]:
     r"""Starts a node of Ray on this machine, which ends with the block.
 
@@ -134,6 +172,7 @@ def member(
         ip: The address of this machine, by default the one that Ray finds.
         cpus: The CPUs that it offers, by default as many as this process may use.
         gpus: The GPUs that it offers, by default those that Slurm gives, or that Ray finds.
+        alone: Whether no other node joins it, as a rule.
 
     Raises:
         UserError: If it does not start.
@@ -143,7 +182,7 @@ def member(
     gpus = own_gpus(os.environ) if gpus is None else gpus
 
     with private_directory() as directory:
-        environment = {**os.environ, **SETTINGS}
+        environment = {**os.environ, **SETTINGS, **({} if alone else HEALTH)}
         environment.pop("RAY_ADDRESS", None)
         environment["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = f"{DRAIN if address else 0:g}"
 
@@ -166,7 +205,7 @@ def member(
             *([f"--node-ip-address={ip}"] if ip else []),
             *["--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"],
             *[f"--object-store-memory={STORE}", f"--temp-dir={directory / RAY}"],
-            *["--disable-usage-stats", "--block"],
+            *["--include-log-monitor=false", "--disable-usage-stats", "--block"],
         ]
 
         process, found = _start(command, environment, directory)
@@ -220,8 +259,8 @@ def _client_port() -> list[str]:
 
 
 def _end_with_parent() -> None:
-    with suppress(OSError):
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG; Linux only
+    with suppress(AttributeError):
+        _LIBC.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG; Linux only
 
 
 def _wait(process: "subprocess.Popen[bytes]", directory: Path) -> str:
@@ -247,3 +286,35 @@ def write_secret(file: Path, text: str) -> None:
 
     with os.fdopen(descriptor, "w") as f:
         f.write(text + "\n")
+
+
+@contextmanager
+def private_directory() -> Iterator[Path]:
+    r"""Makes a directory that ends with the block, and removes those of killed processes.
+
+    Each is locked by its process for as long as that lives, in whatever container.
+    """
+
+    parent = tempfile.gettempdir() if len(tempfile.gettempdir()) <= LONGEST else "/tmp"
+
+    with ExitStack() as held:
+        directory = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+        held.callback(shutil.rmtree, directory, ignore_errors=True)
+        lock = held.enter_context(open(directory / "new", "w"))
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        os.replace(directory / "new", directory / "lock")  # never there without being locked
+
+        for other in Path(parent).glob(f"{PREFIX}*"):
+            if other != directory and not _is_locked(other):
+                shutil.rmtree(other, ignore_errors=True)
+
+        yield directory
+
+
+def _is_locked(directory: Path) -> bool:
+    try:
+        with open(directory / "lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return False
+    except OSError:  # in use, not ours, or just being made
+        return True

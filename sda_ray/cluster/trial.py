@@ -1,8 +1,7 @@
-r"""Ray Tune's view of a run.
+r"""A trial: Ray Tune's view of a run.
 
 Tune receives numbers only: the run's directory, its checkpoints and its resumption are ours. A
-trial's process is kept for the next trial, so that everything ends in :meth:`Trial.close`. It does
-without Tune itself, see :func:`sda_ray.cluster.patches.trials_without_tune`.
+trial's process is kept for the next trial, so that everything ends in :meth:`Trial.close`.
 """
 
 import os
@@ -14,69 +13,96 @@ from pathlib import Path
 from signal import SIGTERM
 from typing import Any
 
+import ray
+from ray import tune
+
 from ..core.files import write_atomic
 from ..core.system import release_memory
 
-__all__ = ["REPORT_SECONDS", "Trial", "imports", "limit"]
+__all__ = ["REPORT_SECONDS", "Trial", "memory_fraction"]
 
 REPORT_SECONDS = 2.0  # epochs shorter than this are reported together
 LOOK = 0.2  # seconds between two looks for the file that asks trials to stop
 CONTEXT = 2**29  # bytes of a GPU that CUDA itself takes for each process
 
 
-class Trial:
-    r"""Creates a trial: one run, or a stretch of one between two rungs.
+class Trial(tune.Trainable):
+    r"""One run, or a stretch of one between two rungs.
 
     Its config has `runs`, `data`, `config`, `run_id`, `index`, `attempt`, `rungs`, `record`,
     `wandb`, `cpus` and `request`; and may have `gpus`, of which it takes no more memory than its
-    share, `stall`, see :mod:`sda_ray.training.watchdog`, `short`, how often the run was short of memory,
-    `objectives`, if there are several, and `server`, see :func:`sda_ray.storage.server.serve_files`, if nodes may
-    not see these directories: the trial finds out itself whether this one does, see
-    :mod:`sda_ray.storage.client`. Tune calls `train` again and again, `reset` for the next trial, and `stop`.
-    A call of `train` goes on for 2 s or up to the next rung, and returns
+    share, `stall`, see :mod:`sda_ray.training.watchdog`, `short`, how often the run was short of
+    memory, `objectives`, if there are several, and `server`, see
+    :func:`sda_ray.storage.server.serve_files`, if nodes may not see these directories: the trial finds
+    out itself whether this one does, see :mod:`sda_ray.storage.client`.
+
+    Tune calls :meth:`step` again and again, :meth:`reset_config` for the next trial in the same
+    process, and :meth:`cleanup` at the end. Tune's checkpoints are not used. The first step of a
+    trial returns at once, so that the driver knows where it is. Each other step lasts 2 s or up
+    to the next rung. It returns
 
     * `epochs`, the list of (epoch, value)
-    * `event`: `running`, `complete`, `diverged`, `interrupted`, `stopped` (by the user, for good),
-      `memory` (which was short) or `failed`. After all but the first the attempt has ended
+    * `event`: `running`, `complete`, `diverged`, `interrupted`, `stopped` (by the user, for
+      good), `memory` (which was short) or `failed`. After all but the first the attempt has ended
     * `error`, and for a complete run `finals`, see :func:`sda_ray.runs.metrics.finals`
     * `unreached`, why W&B's server cannot be used by this attempt, if that was wanted
-    * `longest`, the seconds that it went without looking for the wish to stop
-    * `node`, Ray's id of the node that it runs on
-    * `leaving`, whether that is about to go, which interrupts
-    * `notes`, what the user should know, by what it is about
+    * `longest`, the seconds that it went without looking for a stop request
+    * `node`, Ray's id of the node that it runs on; and from its first step `actor`, its handle
+    * `leaving`, whether that node is about to go, which interrupts
+    * `notes`, what the user should know, by subject
 
     What it returns is on the disk of the driver's node by then. A trial that is cut off from there
     raises :class:`sda_ray.storage.client.Disconnected`.
     """
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def setup(self, config: dict[str, Any]) -> None:
         from .preemption import watch
 
         self.spec = config
         self.leaving = watch()
+        self.greeted = False
         self.remote: Any = None
-        self.data: Any = None  # what keeps data that were fetched
+        self.data: Any = None  # keeps data that were fetched
         self.run: Any = None
         self.tracker: Any = None
         self.training: Iterator[dict[str, Any]] | None = None
         self.watchdog: Any = None
 
-    def reset(self, config: dict[str, Any]) -> bool:
+    def reset_config(self, config: dict[str, Any]) -> bool:
         r"""Ends the attempt and begins that of another config. Never raises."""
 
         self.close("interrupted")
-        Trial.__init__(self, config)
+        self.setup(config)
 
         return True
 
-    def get_auto_filled_metrics(self, **options: Any) -> dict[str, Any]:
-        r"""Returns what Tune knows of a trial before its first result: nothing."""
+    def cleanup(self) -> None:
+        self.close("interrupted")
 
-        return {}
+    def step(self) -> dict[str, Any]:
+        if not self.greeted:
+            self.greeted = True
+            context = ray.get_runtime_context()
 
-    def train(self) -> dict[str, Any]:
-        import ray
+            actor = context.current_actor if context.get_actor_id() else None
 
+            return self._result("running", [], actor=actor)
+
+        return self._advance_run()
+
+    def _result(
+        self, event: str, values: list[tuple[int, float]], error: str = "", **more: Any
+    ) -> dict[str, Any]:
+        return {
+            "event": event,
+            "epochs": values,
+            "error": error,
+            "node": ray.get_runtime_context().get_node_id(),
+            "leaving": self.leaving(),
+            **more,
+        }
+
+    def _advance_run(self) -> dict[str, Any]:
         from ..core.lease import LeaseGone, LeaseLost
         from ..runs.train import Interrupted, OutOfMemory
         from ..storage.client import Disconnected
@@ -103,7 +129,7 @@ class Trial:
             self.close("interrupted")
             raise Disconnected(f"the trial was cut off from the head: {e}") from e
         except Interrupted:
-            event = "stopped" if self.wish.alone else "interrupted"
+            event = "stopped" if self.stop_flag.alone else "interrupted"
         except Diverged as e:
             event, error = "diverged", str(e)
         except OutOfMemory as e:
@@ -130,22 +156,19 @@ class Trial:
             if wrong is not None and event == "complete":
                 event, error = "failed", f"its files cannot be kept on the head: {wrong}"
 
-        return {
-            "event": event,
-            "epochs": values,
-            "error": error,
-            "finals": finals,
-            "unreached": unreached,
-            "longest": longest,
-            "node": ray.get_runtime_context().get_node_id(),
-            "leaving": self.leaving(),
-            "notes": dict(notes),
-        }
+        return self._result(
+            event,
+            values,
+            error,
+            finals=finals,
+            unreached=unreached,
+            longest=longest,
+            notes=dict(notes),
+        )
 
     def _open(self) -> list[tuple[int, float]]:
         r"""Opens the run and returns the values that it has already."""
 
-        import ray
         import torch
 
         from ..runs.run import Run
@@ -180,7 +203,7 @@ class Trial:
 
         if device == "cuda" and share < 1:
             total = torch.cuda.get_device_properties(0).total_memory
-            torch.cuda.set_per_process_memory_fraction(limit(share, total))
+            torch.cuda.set_per_process_memory_fraction(memory_fraction(share, total))
 
         self.run = Run(
             runs,
@@ -197,7 +220,7 @@ class Trial:
         self.watchdog.close()
         self.watchdog = Watchdog(self.run.path.directory / STACKS, stall)
         self.watchdog.phase()
-        self.wish = stop_of(request, spec["index"], self.remote)
+        self.stop_flag = stop_flag(request, spec["index"], self.remote)
 
         if self.remote is not None:
             self.remote.watch(self.run.path)
@@ -207,7 +230,7 @@ class Trial:
             data,
             device,
             spec["rungs"],
-            stop=self.wish,
+            stop=self.stop_flag,
             after_step=self._after_step,
             share=share,
         )
@@ -218,7 +241,7 @@ class Trial:
         self.watchdog.step()
 
         if self.leaving():
-            self.wish.signal = SIGTERM
+            self.stop_flag.signal = SIGTERM
 
         if state.step == len(state.losses):  # the epoch's last
             self.watchdog.phase()
@@ -299,27 +322,20 @@ class Trial:
 
         return wrong
 
-    def stop(self) -> None:
-        self.close("interrupted")
 
-
-def imports(wandb: str) -> list[str]:
-    r"""Returns the modules that take a trial's process seconds to import, given W&B's mode."""
-
-    return ["torch", "h5py"] + ["wandb"] * (wandb != "disabled")
-
-
-def limit(share: float, total: int) -> float:
-    r"""Returns the part of a GPU of `total` bytes that torch may take of a trial's share."""
+def memory_fraction(share: float, total: int) -> float:
+    r"""Returns the part of a GPU of `total` bytes that torch may take, given a trial's share."""
 
     return max(share / 2, share - CONTEXT / total)
 
 
-def stop_of(request: Path, index: int, remote: Any = None) -> Any:
-    r"""Returns the wish to stop that is expressed by the existence of a file.
+def stop_flag(request: Path, index: int, remote: Any = None) -> Any:
+    r"""Returns a stop flag that is set once a stop file exists.
 
-    The file `request` is meant for all trials of the sweep, `request.N` for run N `alone`. Where
-    they cannot be seen, the head node tells; a run that is cut off from it raises an error.
+    Tune creates the actors of trials without concurrency groups, so that a trial answers no call
+    while it trains: it looks for a file instead. The file `request` stops all trials of the
+    sweep, `request.N` only run N, as its `alone` tells. Where the files cannot be seen, the head
+    node tells; a trial that was cut off from there raises.
     """
 
     from ..runs.train import Stop
@@ -333,9 +349,9 @@ def stop_of(request: Path, index: int, remote: Any = None) -> Any:
         def signal(self) -> int | None:
             if self.number is None and time.monotonic() - self.looked > LOOK:
                 self.looked = time.monotonic()
-                wanted = _look(request, index) if remote is None else remote.stop_request()
-                self.alone = wanted == "alone"
-                self.number = SIGTERM if wanted else None
+                scope = _scope(request, index) if remote is None else remote.stop_request()
+                self.alone = scope == "alone"
+                self.number = SIGTERM if scope else None
 
             return self.number
 
@@ -346,11 +362,13 @@ def stop_of(request: Path, index: int, remote: Any = None) -> Any:
     return Request()
 
 
-def _look(request: Path, index: int) -> str:
+def _scope(request: Path, index: int) -> str:
+    r"""Returns whether a stop file asks `all` trials or this one `alone`, or nothing."""
+
     names: list[str] = []
 
-    with suppress(OSError):  # a file system away for a while
-        # A listing is fresh on NFS, where the absence of a file may be remembered
+    with suppress(OSError):  # the file system may be away for a while
+        # A listing is fresh on NFS, where the absence of a file may be cached
         names = os.listdir(request.parent)
 
     if f"{request.name}.{index}" in names:

@@ -81,6 +81,8 @@ class Driver:
         self.errors: list[str] = []
         self.exhausted = False
         self.stopping = False  # no new trials start
+        self.signal = 0  # the signal that asked to stop
+        self.unsaved: set[int] = set()  # runs that ended without a checkpoint since then
         self.why = ""  # the reason, if it is not a signal
         self.done = False  # nothing is left to do
         self.hopeless = False  # all runs fail alike
@@ -302,6 +304,9 @@ class Driver:
             return
 
         record = _record(self.study.records(), index)
+
+        if self.stopping:
+            self.unsaved.add(index)
 
         if error := self.losses.count(self.study, record, cause, reason):
             self.notify("failed", self.study.tell(record, "failed", error))

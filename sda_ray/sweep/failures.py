@@ -9,7 +9,7 @@ from typing import Any
 from ..search.promotion import TrialRecord
 from ..search.study import Study
 
-__all__ = ["Losses", "Outage", "alike", "cause_of"]
+__all__ = ["Losses", "Outage", "alike"]
 
 logger = logging.getLogger(__name__)
 
@@ -18,33 +18,6 @@ LOST = 5  # times that a worker may die under a run
 STRIKES = 3  # workers in a row that may die on a node, before it is avoided
 SHORT = 1  # times that a run may be short of memory
 UNREACHED = 2  # attempts that W&B's server fails, after which new ones start offline
-
-# What Ray 2.60 says; everything else is the death of a worker on a node that lives
-SAYINGS = {
-    "memory": r"[^\n]*node running low on memory[^\n]*|[^\n]*\bOutOfMemory[^\n]*",
-    "node": r"[^\n]*(?:node has died|node was terminated|preempted|was drained|draining"
-    r"|was cut off from the head)[^\n]*",
-    "unclear": r"[^\n]*is unavailable: [^\n]*",  # its node may be dead without Ray knowing it yet
-}
-
-
-def cause_of(text: str) -> tuple[str, str]:
-    r"""Returns what has ended a worker, and one line about it, from what Ray says.
-
-    Returns:
-        `memory`, `node`, `unclear` or `worker`; and the line.
-    """
-
-    # Ray names a lack of memory among the possible causes of any death
-    said = "\n".join(line.partition(". Some common causes")[0] for line in text.splitlines())
-
-    for cause, pattern in SAYINGS.items():
-        if found := re.search(pattern, said):
-            return cause, found[0].strip()[:300]
-
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
-
-    return "worker", lines[-1][:300] if lines else "unknown"
 
 
 def alike(errors: Sequence[str]) -> bool:
@@ -74,7 +47,7 @@ class Losses:
         Arguments:
             study: The study.
             record: The run.
-            cause: See :func:`cause_of`. A lost node is never held against a run.
+            cause: See :func:`~sda_ray.cluster.executor.cause_of`. A lost node is never held against a run.
             reason: A line about the loss.
         """
 

@@ -5,6 +5,7 @@ Starting a sweep, resuming it after a crash and extending it are one operation: 
 
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -12,10 +13,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..cluster.connect import connect, gate, local_cpus, local_gpus
+from ..cluster.connect import connect, local_gpus, ray_endpoint
 from ..cluster.join import announced, is_requeued
 from ..cluster.slots import Slots
-from ..cluster.trial import imports
 from ..core.errors import UserError
 from ..core.files import remove_leftovers
 from ..core.lease import Lease
@@ -34,7 +34,7 @@ from .enqueue import bring_all, parse_item
 from .preflight import check_start
 from .prior_runs import warm_start
 from .record import compare, read_sweep, space_of, write_sweep
-from .requests import NotRunning, ask_all, is_driven, running_driver, serving
+from .requests import NotRunning, RequestServer, ask_all, is_driven, running_driver, serving
 from .retention import Retention
 
 __all__ = [
@@ -382,8 +382,7 @@ def _drive(driver: Driver, slots: Slots, options: Options, table: Table, package
 
     with suppress(KeyboardInterrupt), table, ExitStack() as stack:
         with serving(driver):
-            modules = imports(options.wandb.mode) if slots.local() > local_cpus() / 2 else ()
-            started = connect(options.address, package=package, modules=modules)
+            started = connect(options.address, package=package, modules=["ray.tune"])
             scratch = stack.enter_context(started)
 
         from ..cluster.executor import execute  # imports Ray, which must be set up by then
@@ -397,7 +396,7 @@ def _drive(driver: Driver, slots: Slots, options: Options, table: Table, package
         lease, own = driver.study.journal.lease, options.address is None or bool(options.job)
         assert lease is not None
         tell = stack.enter_context(
-            announced(driver.request.parent, lease, *gate(own), options.job)
+            announced(driver.request.parent, lease, *ray_endpoint(own), options.job)
         )
         house = driver.house
 
@@ -407,7 +406,8 @@ def _drive(driver: Driver, slots: Slots, options: Options, table: Table, package
 
         driver.house = also_tell
         resources = {"cpu": options.cpus, "gpu": slots.wanted.get("GPU", 0)}
-        execute(driver, resources, scratch, own=options.address is None)
+        alone = options.address is None
+        execute(driver, resources, scratch, own=alone, requests=RequestServer(driver))
 
 
 def _end(driver: Driver, command: str) -> None:
@@ -424,8 +424,16 @@ def _end(driver: Driver, command: str) -> None:
         )
 
     why = f", since {driver.why}" if driver.why else ""
-    print(f"Stopped{why}. Nothing is lost: resume with `{command}`.")
-    sys.exit(LATER if driver.why == TIME else 130)
+    unsaved = driver.unsaved | {*driver.live.values()}
+
+    if unsaved:
+        runs = ", ".join(str(index) for index in sorted(unsaved))
+        saved = f"Runs {runs} could not save a checkpoint and resume from their last one"
+    else:
+        saved = "Nothing is lost"
+
+    print(f"Stopped{why}. {saved}: resume with `{command}`.")
+    sys.exit(LATER if driver.why == TIME else 128 + (driver.signal or signal.SIGINT))
 
 
 def _resume_command(name: str, root: Path, runs: Path | str, address: str | None) -> str:

@@ -6,7 +6,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +25,15 @@ from sda_ray.cluster.connect import connect
 from sda_ray.cluster.slots import Slots
 
 def below(pid):
-    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return found + [x for child in found for x in below(child)]
-
-def command(pid):
-    return Path(f"/proc/{pid}/cmdline").read_text().split("\\0")
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return children + [x for child in children for x in below(child)]
 
 with connect(modules=["colorsys"]) as scratch:
     import ray
 
     @ray.remote(num_cpus=1)
     def look():
-        return os.getcwd(), os.nice(0), "RAY_AUTH_TOKEN" in os.environ, "colorsys" in sys.modules
+        return os.getcwd(), os.nice(0), os.environ["RAY_AUTH_MODE"]
 
     node, = ray.nodes()
     said = {
@@ -43,12 +41,8 @@ with connect(modules=["colorsys"]) as scratch:
         "address": ray.get_runtime_context().gcs_address,
         "cpus": node["Resources"]["CPU"],
         "worker": ray.get(look.remote()),
-        "files": sorted({
-            Path(word).name
-            for words in map(command, below(os.getpid()))
-            for word in words
-            if "python" in words[0] and word.endswith(".py")
-        }),
+        "imported": "colorsys" in sys.modules,
+        "processes": [[int(pid), os.getpgid(int(pid))] for pid in below(os.getpid())],
         "slots": [Slots(1, 0)(), Slots(0.5, 0)(), Slots(1, 0, 1)(), Slots(1, 1)()],
     }
     try:
@@ -92,17 +86,18 @@ def place() -> Iterator[Path]:
     shutil.rmtree(place, ignore_errors=True)
 
 
-def start(place: Path, *prefix: str) -> "subprocess.Popen[str]":
+def start(place: Path, *prefix: str, program: str = PROGRAM) -> "subprocess.Popen[str]":
     env = {key: x for key, x in os.environ.items() if not key.startswith("RAY_")} | {
         "HOME": str(place / "home"),
         "TMPDIR": str(place / "tmp"),
         "PYTHONPATH": str(Path(__file__).parents[2]),
         "RAY_ADDRESS": "127.0.0.1:1",
     }
-    command = [*prefix, sys.executable, "-c", PROGRAM]
+    command = [*prefix, sys.executable, "-c", program]
+    pipe = subprocess.PIPE
 
     return subprocess.Popen(
-        command, env=env, cwd=place, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        command, env=env, cwd=place, text=True, stdin=pipe, stdout=pipe, stderr=pipe
     )
 
 
@@ -110,6 +105,15 @@ def hear(process: "subprocess.Popen[str]") -> dict[str, Any]:
     assert process.stdout is not None
 
     return json.loads(process.stdout.readline())
+
+
+def wait_for_end(pids: Iterable[int]) -> None:
+    deadline = time.monotonic() + 60
+
+    for pid in pids:
+        while Path(f"/proc/{pid}").exists():
+            assert time.monotonic() < deadline, Path(f"/proc/{pid}/cmdline").read_text()
+            time.sleep(0.1)
 
 
 def test_ray_of_our_own_is_private_and_leaves_nothing(place: Path) -> None:
@@ -122,10 +126,12 @@ def test_ray_of_our_own_is_private_and_leaves_nothing(place: Path) -> None:
     assert not said["address"].endswith(":1")
     assert scratch.parent == place / "tmp"
     assert said["cpus"] == (1 if shutil.which("taskset") else local_cpus())
-    assert said["worker"] == [str(place), 0, True, True]
+    assert said["worker"] == [str(place), 0, "token"]
+    assert said["imported"]
 
-    # No process that only a cluster has a use for
-    assert said["files"] in ([], ["default_worker.py"])
+    # Ctrl-C in a terminal reaches no process of Ray
+    assert len(said["processes"]) > 3
+    assert os.getpgid(first.pid) not in {group for _, group in said["processes"]}
 
     # What fits
     if shutil.which("taskset"):
@@ -150,10 +156,11 @@ def test_ray_of_our_own_is_private_and_leaves_nothing(place: Path) -> None:
     assert stranger.returncode != 0
     assert "CPU" not in stranger.stdout
 
-    # Killed, it leaves a directory, which the next one removes
+    # Killed, its Ray ends, and leaves a directory, which the next one removes
     first.kill()
     first.communicate()
     assert scratch.exists()
+    wait_for_end(pid for pid, _ in said["processes"])
     stranger_directory = place / "tmp" / "sda-ray-stranger"
     stranger_directory.mkdir()
 
@@ -167,6 +174,30 @@ def test_ray_of_our_own_is_private_and_leaves_nothing(place: Path) -> None:
     assert second.returncode == 0
     assert not Path(said["scratch"]).exists()
     assert list((place / "home").iterdir()) == []
+
+
+def test_script_that_imports_ray_first_is_refused(place: Path) -> None:
+    r"""Ray has read by then that it needs no token, and anyone could run code in it."""
+
+    first = start(place, program="import ray\n" + PROGRAM)
+    _, errors = first.communicate(timeout=120)
+
+    assert first.returncode != 0
+    assert "ray was imported before the sweep started a Ray of its own" in errors
+
+
+def test_job_and_hooks_of_another_ray_do_not_reach_our_own(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = {"runtime_env": {"env_vars": {"A": "1"}, "pip": ["nonsense"]}, "metadata": {}}
+    monkeypatch.setenv("JOB", json.dumps(job))
+    prefix = "import os\nos.environ['RAY_JOB_CONFIG_JSON_ENV_VAR'] = os.environ['JOB']\n"
+    process = start(place, program=prefix + PROGRAM)
+
+    assert hear(process)["worker"] == [str(place), 0, "token"]
+    _, errors = process.communicate("\n", timeout=60)
+    assert process.returncode == 0
+    assert "RAY_JOB_CONFIG_JSON_ENV_VAR is ignored" in errors
 
 
 def test_address_without_a_cluster_is_an_error() -> None:

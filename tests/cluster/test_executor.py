@@ -2,22 +2,35 @@ r"""Tests for sda_ray.cluster.executor: a process without a sign of life is foun
 
 import json
 import os
+import pty
+import select
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import ray
 from byhand import ManualDriver
+from conftest import Cli
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnavailableError,
+    NodeDiedError,
+    OutOfMemoryError,
+    RayActorError,
+    RayTaskError,
+)
 
-from sda_ray.cluster.executor import AWAY, BEATS, Lookout, Vigil, end
+from sda_ray.cluster.connect import local_cpus
+from sda_ray.cluster.executor import BEATS, PAUSE, Housekeeping, Liveness, cause_of, end_frozen
 from sda_ray.core.lease import HEARTBEAT, Lease, read_holder
 from sda_ray.runs.path import RunPath
 from sda_ray.search.promotion import TrialRecord
+from sda_ray.storage.client import Disconnected
 
 HOLD = """
 import sys, time
@@ -49,73 +62,75 @@ def process(path: RunPath, env: dict[str, str]) -> Iterator["subprocess.Popen[st
     process.communicate()
 
 
-def wait(vigil: Vigil, seconds: float) -> None:
+def wait(liveness: Liveness, seconds: float) -> None:
     r"""Lets time pass for the watch: it has looked all the while, and seen nothing new."""
 
-    vigil.seen = {index: (sign, since - seconds) for index, (sign, since) in vigil.seen.items()}
+    liveness.seen = {
+        index: (sign, since - seconds) for index, (sign, since) in liveness.seen.items()
+    }
 
 
 def test_process_that_is_silent_for_long_is_found_and_ended(
     tmp_path: Path, path: RunPath, process: "subprocess.Popen[str]"
 ) -> None:
-    vigil = Vigil(tmp_path, 30.0)
+    liveness = Liveness(tmp_path, 30.0)
     os.kill(process.pid, signal.SIGSTOP)
     os.waitid(os.P_PID, process.pid, os.WSTOPPED)
-    assert vigil.look([RECORD]) == []
-    wait(vigil, 29.0)
-    assert vigil.look([RECORD]) == []
-    wait(vigil, 2.0)
-    ((record, silent),) = vigil.look([RECORD])
+    assert liveness.look([RECORD]) == []
+    wait(liveness, 29.0)
+    assert liveness.look([RECORD]) == []
+    wait(liveness, 2.0)
+    ((record, silent),) = liveness.look([RECORD])
     assert record == RECORD and silent > 30
 
-    said = end(path, record, silent)
-    assert f"from process {process.pid} on " in said and "stopped" in said
+    text = end_frozen(path, record, silent)
+    assert f"from process {process.pid} on " in text and "stopped" in text
     assert process.wait(timeout=10) == -signal.SIGKILL
-    assert said in (path.directory / "stacks.txt").read_text()
+    assert text in (path.directory / "stacks.txt").read_text()
 
 
 def test_heartbeat_and_new_attempt_are_signs_of_life(
     tmp_path: Path, path: RunPath, process: "subprocess.Popen[str]"
 ) -> None:
-    vigil = Vigil(tmp_path, 30.0)
-    vigil.look([RECORD])
-    wait(vigil, 31.0)
+    liveness = Liveness(tmp_path, 30.0)
+    liveness.look([RECORD])
+    wait(liveness, 31.0)
     os.utime(path.lease)
-    assert vigil.look([RECORD]) == []
-    wait(vigil, 31.0)
-    assert [r for r, _ in vigil.look([RECORD])] == [RECORD]
+    assert liveness.look([RECORD]) == []
+    wait(liveness, 31.0)
+    assert [r for r, _ in liveness.look([RECORD])] == [RECORD]
 
 
 def test_start_may_take_longer(tmp_path: Path, path: RunPath) -> None:
-    vigil = Vigil(tmp_path, 30.0)
-    vigil.look([RECORD])
-    wait(vigil, 31.0)
-    assert vigil.look([RECORD]) == []
-    wait(vigil, 60.0)
-    assert len(vigil.look([RECORD])) == 1
+    liveness = Liveness(tmp_path, 30.0)
+    liveness.look([RECORD])
+    wait(liveness, 31.0)
+    assert liveness.look([RECORD]) == []
+    wait(liveness, 60.0)
+    assert len(liveness.look([RECORD])) == 1
 
 
 def test_driver_that_was_frozen_itself_blames_nobody(
     tmp_path: Path, path: RunPath, process: "subprocess.Popen[str]"
 ) -> None:
-    vigil = Vigil(tmp_path, 30.0)
-    vigil.look([RECORD])
-    wait(vigil, 100.0)
-    vigil.looked -= AWAY + 1
-    assert vigil.look([RECORD]) == []
+    liveness = Liveness(tmp_path, 30.0)
+    liveness.look([RECORD])
+    wait(liveness, 100.0)
+    liveness.looked -= PAUSE + 1
+    assert liveness.look([RECORD]) == []
 
 
 def test_missed_heartbeat_is_no_silence_however_short_the_limit(tmp_path: Path) -> None:
-    assert Vigil(tmp_path, 0.1).limit >= BEATS * HEARTBEAT > HEARTBEAT
+    assert Liveness(tmp_path, 0.1).limit >= BEATS * HEARTBEAT > HEARTBEAT
 
 
 def test_run_without_a_directory_or_a_process_is_ended_without_harm(
     tmp_path: Path, path: RunPath
 ) -> None:
-    vigil = Vigil(tmp_path, 30.0)
-    assert vigil.path(TrialRecord(2, "zzzzzzzz", "running", 9, 9)) is None
+    liveness = Liveness(tmp_path, 30.0)
+    assert liveness.path(TrialRecord(2, "zzzzzzzz", "running", 9, 9)) is None
     assert read_holder(path.lease) is None
-    assert "from process None" in end(path, RECORD, time.monotonic())
+    assert "from process None" in end_frozen(path, RECORD, time.monotonic())
 
 
 def test_process_of_which_the_machine_is_not_known_is_left_alone(path: RunPath) -> None:
@@ -123,11 +138,11 @@ def test_process_of_which_the_machine_is_not_known_is_left_alone(path: RunPath) 
     content = json.loads(path.lease.read_text())
     path.lease.write_text(json.dumps({k: x for k, x in content.items() if k != "machine"}))
 
-    assert f"from process {os.getpid()} on " in end(path, RECORD, 31.0)
+    assert f"from process {os.getpid()} on " in end_frozen(path, RECORD, 31.0)
 
 
-# As Ray 2.60 says it of a node that has lost its network, before it takes the node for dead
-CUT = "The actor b3848af is unavailable: The actor is temporarily unavailable: RpcError.\n"
+# What Ray says if a node has lost its network, before it takes the node for dead
+CUT = ActorUnavailableError("The actor is temporarily unavailable: RpcError.", b"a" * 16)
 
 
 def test_trial_whose_node_dies_before_its_first_report_is_lost_to_the_node(
@@ -135,22 +150,185 @@ def test_trial_whose_node_dies_before_its_first_report_is_lost_to_the_node(
 ) -> None:
     nodes = [{"NodeID": "dead", "Alive": False}, {"NodeID": "well", "Alive": True}]
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
-    (tmp_path / "error.txt").write_text(CUT)
     manual = ManualDriver(tmp_path / "sweep")
-    lookout = Lookout(manual.driver)
+    housekeeping = Housekeeping(manual.driver)
 
     for name, node in {"a": "dead", "b": "well"}.items():
         spec = manual.driver.suggest(name)
         assert spec is not None
         manual.driver.losses.places[spec["index"]] = (node, node)
-        lookout.lose(SimpleNamespace(trial_id=name, error_file=str(tmp_path / "error.txt")))
+        housekeeping.lose(name, CUT)
 
     assert [*manual.driver.live] == ["a", "b"]  # not known yet
 
-    lookout._settle_doubts()
+    housekeeping._settle_doubts()
     assert [*manual.driver.live] == ["b"]
 
-    lookout.doubts = {name: (reason, 0.0) for name, (reason, _) in lookout.doubts.items()}
-    lookout._settle_doubts()  # a minute later
+    housekeeping.doubts = {name: (why, 0.0) for name, (why, _) in housekeeping.doubts.items()}
+    housekeeping._settle_doubts()  # a minute later
     assert [*manual.driver.live] == []
     assert [record.worker_deaths for record in manual.study.records()] == [0, 1]
+
+
+def test_death_of_an_actor_is_that_of_its_node_if_that_is_dead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes = [{"NodeID": name, "Alive": True} for name in ("first", "second")]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    manual = ManualDriver(tmp_path / "sweep")
+    housekeeping = Housekeeping(manual.driver)
+    housekeeping._see_nodes()
+
+    for name, node in {"a": "first", "b": "second"}.items():
+        assert manual.driver.suggest(name) is not None
+        housekeeping.nodes[name] = node
+
+    assert manual.driver.suggest("c") is not None  # which has not reported from anywhere
+    nodes[0]["Alive"] = False
+
+    for name in "abc":
+        housekeeping.lose(name, ActorDiedError())
+
+    assert [record.worker_deaths for record in manual.study.records()] == [0, 1, 0]
+
+
+MEMORY = (
+    "1 worker(s) were killed due to the node running low on memory. Memory on the node was 3GB"
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "cause", "words"),
+    [
+        (ActorDiedError(), "worker", "died unexpectedly"),
+        (RayActorError(error_msg="x", preempted=True), "node", "x"),
+        (CUT, "unclear", "is unavailable: "),
+        (OutOfMemoryError(f"{MEMORY}\nRefer to the documentation."), "memory", "was 3GB"),
+        (NodeDiedError("The node died."), "node", "The node died."),
+        (
+            RayTaskError("train", "Traceback\nDisconnected: cut off", Disconnected("cut off")),
+            "node",
+            "cut off",
+        ),
+        (
+            RayTaskError("train", "Traceback\nValueError: a bug", ValueError("a bug")),
+            "worker",
+            "a bug",
+        ),
+        (None, "worker", "unknown"),
+    ],
+)
+def test_cause_is_found(error: BaseException | None, cause: str, words: str) -> None:
+    result, line = cause_of(error)
+
+    assert result == cause
+    assert words in line and "\n" not in line and len(line) <= 300
+
+
+SWEEP = """from sda_ray import CONFIG, Sweep, loguniform, main
+
+SMALL = {"window": 3, "embedding": 8, "hidden_channels": (8, 16), "hidden_blocks": (1, 1)}
+CONFIG = CONFIG | SMALL | {"batch_size": 8, "epochs": 4000}
+sweep = Sweep(
+    "small", CONFIG, {"learning_rate": loguniform(1e-4, 1e-2)}, trials=2, pruner="none"
+)
+
+if __name__ == "__main__":
+    main(sweep)
+"""
+
+
+@pytest.fixture
+def terminal(env: dict[str, str], data: Path, tmp_path: Path) -> Iterator[tuple[int, int]]:
+    r"""A sweep that trains in a terminal of its own: its process, and the terminal."""
+
+    (tmp_path / "small.py").write_text(SWEEP)
+    command = [sys.executable, "-m", "sda_ray", "sweep", "small.py", f"--data={data}"]
+    pid, fd = pty.fork()
+
+    if not pid:
+        os.chdir(tmp_path)
+        os.execve(command[0], command, env | {"SDA_RAY_ROOT": str(tmp_path)})
+
+    deadline = time.monotonic() + 240
+
+    while not training(tmp_path):
+        assert time.monotonic() < deadline
+        read(fd)
+
+    yield pid, fd
+
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def training(root: Path) -> bool:
+    files = [*(root / "runs").glob("*_*/metrics.jsonl")]
+
+    return len(files) == min(2, local_cpus()) and all(
+        len(file.read_text().splitlines()) > 5 for file in files
+    )
+
+
+def read(fd: int, seconds: float = 0.2) -> str:
+    if not select.select([fd], [], [], seconds)[0]:
+        return ""
+
+    try:
+        return os.read(fd, 2**16).decode(errors="replace")
+    except OSError:  # the other side has ended
+        time.sleep(seconds)
+        return ""
+
+
+@pytest.mark.parametrize("way", ["Ctrl-C", "closed"])
+def test_every_trial_saves_a_checkpoint_when_its_terminal_says_so(
+    terminal: tuple[int, int], tmp_path: Path, way: str
+) -> None:
+    r"""All processes of the terminal get the signal; a closed one cannot be printed to."""
+
+    pid, fd = terminal
+    now = time.time()
+
+    if way == "Ctrl-C":
+        os.write(fd, b"\x03")
+    else:
+        os.close(fd)
+
+    text, deadline = "", time.monotonic() + 120
+
+    while not (ended := os.waitpid(pid, os.WNOHANG))[0]:
+        assert time.monotonic() < deadline, text
+        text += read(fd) if way == "Ctrl-C" else ""
+        time.sleep(0.05)
+
+    runs = [*(tmp_path / "runs").glob("*_*")]
+    assert os.waitstatus_to_exitcode(ended[1]) == (130 if way == "Ctrl-C" else 129)
+    assert all((run / "checkpoint.pth").stat().st_mtime > now for run in runs)
+    statuses = [json.loads((run / "run.json").read_text())["status"] for run in runs]
+    assert statuses == len(runs) * ["interrupted"]
+
+    if way == "Ctrl-C":
+        text += read(fd) + read(fd)
+        assert "Nothing is lost" in " ".join(text.split())
+        assert "dead" not in text
+
+
+def test_run_whose_workers_are_killed_by_the_memory_monitor_fails_for_that(
+    cli: Cli, tmp_path: Path
+) -> None:
+    r"""Tune ends with that error of Ray, which it does not expect: the sweep does not."""
+
+    (tmp_path / "small.py").write_text(SWEEP)
+    done = cli(
+        "sweep",
+        "small.py",
+        "--parallel=1",
+        timeout=400,
+        RAY_memory_usage_threshold="0.001",
+        RAY_memory_monitor_refresh_ms="250",
+    )
+
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "out of memory 2 times, last of: " in done.stderr + done.stdout
+    assert "Traceback" not in done.stderr

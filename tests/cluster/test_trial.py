@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sda_ray.cluster.trial import limit
+from sda_ray.cluster.trial import memory_fraction
 from sda_ray.core.config import Config, save_config
 
 # Trials as Tune keeps their process: completed, paused by the driver, or cut off by a reset
@@ -143,8 +143,6 @@ def test_trial_has_the_bits_of_the_first_whatever_came_before(found: dict[str, A
 def test_trial_loads_nothing_that_it_does_not_need(found: dict[str, Any]) -> None:
     not_needed = {
         "optuna",
-        "ray.tune",
-        "pandas",
         "wandb.sdk.launch",
         "matplotlib",
         "scipy",
@@ -159,5 +157,5 @@ def test_trial_loads_nothing_that_it_does_not_need(found: dict[str, Any]) -> Non
 def test_share_of_a_gpu_is_a_limit_that_leaves_room_for_cuda() -> None:
     total = 16 * 2**30
 
-    assert limit(0.5, total) == 0.5 - 1 / 32
-    assert all(4 * limit(0.25, x * 2**30) < 1 for x in (1, 4, 16, 80))
+    assert memory_fraction(0.5, total) == 0.5 - 1 / 32
+    assert all(4 * memory_fraction(0.25, x * 2**30) < 1 for x in (1, 4, 16, 80))
