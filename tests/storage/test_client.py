@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
-# One process is the driver, the server's node and the trial's: what is handed over, and what is not
+from sda_ray.core.config import Config, save_config
+
+# One process is the driver, the server's node and the trial's: what is pushed, and what is not
 PROGRAM = """
 import json, os, sys, time
 from pathlib import Path
@@ -20,7 +22,7 @@ root = Path(sys.argv[1])
 runs, request = root / "runs", root / "runs" / "sweeps" / "s" / "stop"
 request.parent.mkdir(parents=True)
 os.environ["SDA_RAY_LOCAL"] = str(root / "local")
-said = {}
+results = {}
 
 def until(done):
     deadline = time.monotonic() + 120
@@ -52,7 +54,7 @@ with connect(cpus=1):
     from sda_ray.storage.server import serve_files
 
     with serve_files(runs, root / "data", request) as server:
-        said["sees"] = shares_files(server), shares_files(server | {"nonce": "another"})
+        results["sees"] = shares_files(server), shares_files(server | {"nonce": "another"})
         actor = ray.get_actor(server["actor"], server["namespace"])
 
         # All that changes arrives, and nothing that is aside
@@ -64,17 +66,17 @@ with connect(cpus=1):
         (here / "wandb" / "latest").symlink_to("offline-1")
         append_line(here / "metrics.jsonl", {"epoch": 1})
         remote.push_lines()
-        said["told"] = (there / "metrics.jsonl").read_text()
+        results["told"] = (there / "metrics.jsonl").read_text()
         large = os.urandom(9 * 2**20)
         write_atomic(here / "checkpoint.pth", large)
         until((there / "checkpoint.pth").exists)  # without being asked
-        said["large"] = (there / "checkpoint.pth").read_bytes() == large
+        results["large"] = (there / "checkpoint.pth").read_bytes() == large
         write_atomic(here / "checkpoint.pth", b"newer")
         (here / "wandb" / "offline-1" / "run.wandb").open("ab").write(b"def")
         remote.flush()
-        said["files"] = sorted(str(x.relative_to(there)) for x in there.rglob("*") if x.is_file())
-        said["wandb"] = (there / "wandb" / "offline-1" / "run.wandb").read_text()
-        said["newest"] = (there / "checkpoint.pth").read_text()
+        results["files"] = sorted(str(x.relative_to(there)) for x in there.rglob("*") if x.is_file())
+        results["wandb"] = (there / "wandb" / "offline-1" / "run.wandb").read_text()
+        results["newest"] = (there / "checkpoint.pth").read_text()
 
         # The order: a reader finds the lines of each checkpoint, and the weights of `finished`
         late = 0
@@ -88,37 +90,37 @@ with connect(cpus=1):
         write_atomic(here / "state.pth", b"weights")
         write_atomic(here / "run.json", b"finished")
         until((there / "run.json").exists)
-        said["late"], said["state"] = late, (there / "state.pth").exists()
+        results["late"], results["state"] = late, (there / "state.pth").exists()
 
-        # The wish to stop
-        said["wish"] = remote.stop_request()
+        # The request to stop
+        results["request"] = remote.stop_request()
         request.with_name("stop.1").touch()
         until(lambda: remote.stop_request() == "alone")
         request.with_name("stop.1").unlink()
 
-        # A server that is started again; one that is gone for good comes last
+        # A server that is started again; one that is gone comes last
         ray.kill(actor, no_restart=False)
         append_line(here / "metrics.jsonl", {"epoch": 60})
         save_checkpoint(RunPath(here), {"x": torch.zeros(1)}, {"epoch": 1, "step": 0})
         last = (here / "checkpoint.pth").read_bytes()
         remote.push_lines()
         remote.flush()
-        said["again"] = (there / "checkpoint.pth").read_bytes() == last
-        said["lines"] = (there / "metrics.jsonl").read_text().count("\\n")
+        results["again"] = (there / "checkpoint.pth").read_bytes() == last
+        results["lines"] = (there / "metrics.jsonl").read_text().count("\\n")
 
         # Another attempt fences this one
         other, here_too, _ = begin("aaaaaaaa", 2)
-        said["fetched"] = sorted(x.name for x in here_too.iterdir())
+        results["fetched"] = sorted(x.name for x in here_too.iterdir())
         write_atomic(here / "checkpoint.pth", b"zombie")
-        said["fenced"] = raised(remote.flush)
-        said["wished"] = raised(remote.stop_request)
-        said["lost"] = type(remote.close()).__name__
+        results["fenced"] = raised(remote.flush)
+        results["asked_again"] = raised(remote.stop_request)
+        results["lost"] = type(remote.close()).__name__
         write_atomic(here_too / "error.txt", b"from the second attempt")
-        said["closed"] = other.close(), other.close()
-        said["kept"] = (there / "checkpoint.pth").read_bytes() == last
-        said["error"] = (there / "error.txt").read_text()
-        said["holder"] = json.loads((there / "lease.json").read_text())["pid"]
-        said["left"] = list(map(str, (root / "local").glob("*/runs/*")))
+        results["closed"] = other.close(), other.close()
+        results["kept"] = (there / "checkpoint.pth").read_bytes() == last
+        results["error"] = (there / "error.txt").read_text()
+        results["holder"] = json.loads((there / "lease.json").read_text())["pid"]
+        results["left"] = list(map(str, (root / "local").glob("*/runs/*")))
 
         # A slow link: checkpoints come less often, unless they are asked for
         client.CHECKPOINT_SECONDS = 1.0
@@ -134,15 +136,15 @@ with connect(cpus=1):
         write_atomic(here / "checkpoint.pth", b"2")
         write_atomic(here / "config.json", b"{}")
         until((there / "config.json").exists)
-        said["waits"] = (there / "checkpoint.pth").read_text()
+        results["waits"] = (there / "checkpoint.pth").read_text()
         (here / "checkpoint.pth").rename(here / ".checkpoint.tmp")  # absent for a moment
         write_atomic(here / "error.txt", b"")
         until((there / "error.txt").exists)
-        said["absent"] = dict(slow.notes)
+        results["absent"] = dict(slow.notes)
         (here / ".checkpoint.tmp").rename(here / "checkpoint.pth")
         slow.flush()
-        said["asked"] = (there / "checkpoint.pth").read_text()
-        said["notes"] = slow.notes
+        results["asked"] = (there / "checkpoint.pth").read_text()
+        results["notes"] = slow.notes
         slow.close()
 
         # A damaged checkpoint: the one before is fetched, and stays the one before
@@ -150,15 +152,15 @@ with connect(cpus=1):
         write_atomic(there / "checkpoint.prev.pth", last)
         write_atomic(there / "checkpoint.pth", last[:-9])
         third, here, there = begin("aaaaaaaa", 3)
-        said["damaged"] = sorted(x.name for x in here.iterdir())
-        said["aside"] = (there / "checkpoint.damaged.pth").exists()
+        results["damaged"] = sorted(x.name for x in here.iterdir())
+        results["aside"] = (there / "checkpoint.damaged.pth").exists()
         third.close()
 
         # A run whose directory is deleted
         gone, here, there = begin("cccccccc", 1)
         import shutil; shutil.rmtree(there)
         write_atomic(here / "config.json", b"{}")
-        said["vanished"] = raised(gone.flush)
+        results["vanished"] = raised(gone.flush)
         gone.close()
 
         # A server that is out of reach for long
@@ -166,18 +168,18 @@ with connect(cpus=1):
         ray.kill(actor)
         write_atomic(here / "config.json", b"{}")
         start = time.monotonic()
-        said["cut"] = raised(cut.flush), time.monotonic() - start
+        results["cut"] = raised(cut.flush), time.monotonic() - start
         cut.close()
-        said["rest"] = list(map(str, (root / "local").glob("*/runs/*")))
+        results["rest"] = list(map(str, (root / "local").glob("*/runs/*")))
 
-    said["probes"] = list(map(str, request.parent.glob(".probe*")))
+    results["probes"] = list(map(str, request.parent.glob(".probe*")))
 
-print(json.dumps(said))
+print(json.dumps(results))
 """
 
 
 @pytest.fixture(scope="module")
-def said(tmp_path_factory: pytest.TempPathFactory, home: Path) -> dict[str, Any]:
+def results(tmp_path_factory: pytest.TempPathFactory, home: Path) -> dict[str, Any]:
     root = tmp_path_factory.mktemp("remote")
     env = {"PATH": os.environ["PATH"], "HOME": str(home), "TMPDIR": str(home)}
     done = subprocess.run(
@@ -192,14 +194,14 @@ def said(tmp_path_factory: pytest.TempPathFactory, home: Path) -> dict[str, Any]
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def test_node_sees_the_files_if_it_finds_the_very_probe(said: dict[str, Any]) -> None:
-    assert said["sees"] == [True, False] and said["probes"] == []
+def test_node_sees_the_files_if_it_finds_the_very_probe(results: dict[str, Any]) -> None:
+    assert results["sees"] == [True, False] and results["probes"] == []
 
 
-def test_all_that_changes_is_handed_over(said: dict[str, Any]) -> None:
-    assert said["told"] == '{"epoch": 1}\n'
-    assert said["large"] and said["newest"] == "newer" and said["wandb"] == "abcdef"
-    assert said["files"] == [
+def test_all_that_changes_is_pushed(results: dict[str, Any]) -> None:
+    assert results["told"] == '{"epoch": 1}\n'
+    assert results["large"] and results["newest"] == "newer" and results["wandb"] == "abcdef"
+    assert results["files"] == [
         "checkpoint.prev.pth",
         "checkpoint.pth",
         "config.json",
@@ -210,57 +212,127 @@ def test_all_that_changes_is_handed_over(said: dict[str, Any]) -> None:
     ]
 
 
-def test_what_the_server_has_can_be_gone_on_with_at_any_time(said: dict[str, Any]) -> None:
-    assert said["late"] == 0 and said["state"]
+def test_run_on_the_head_can_be_resumed_at_any_time(results: dict[str, Any]) -> None:
+    assert results["late"] == 0 and results["state"]
 
 
-def test_wish_to_stop_arrives(said: dict[str, Any]) -> None:
-    assert said["wish"] == ""
+def test_request_to_stop_arrives(results: dict[str, Any]) -> None:
+    assert results["request"] == ""
 
 
-def test_server_may_be_started_again(said: dict[str, Any]) -> None:
-    assert said["again"] and said["lines"] == 60
+def test_server_may_be_started_again(results: dict[str, Any]) -> None:
+    assert results["again"] and results["lines"] == 60
 
 
-def test_later_attempt_fences_an_earlier_one(said: dict[str, Any]) -> None:
-    for error in (said["fenced"], said["wished"]):
+def test_later_attempt_fences_an_earlier_one(results: dict[str, Any]) -> None:
+    for error in (results["fenced"], results["asked_again"]):
         assert error.startswith(
             "Disconnected: the trial was cut off from the head: run aaaaaaaa is at"
         )
 
-    assert said["lost"] == "Disconnected"
-    assert said["kept"] and said["error"] == "from the second attempt"
-    assert said["closed"] == [None, None] and said["holder"] is None
+    assert results["lost"] == "Disconnected"
+    assert results["kept"] and results["error"] == "from the second attempt"
+    assert results["closed"] == [None, None] and results["holder"] is None
 
 
-def test_attempt_has_what_going_on_needs_and_leaves_nothing(said: dict[str, Any]) -> None:
+def test_attempt_fetches_what_resuming_needs_and_leaves_nothing(results: dict[str, Any]) -> None:
     needed = {"config.json", "run.json", "metrics.jsonl", "checkpoint.pth"}
-    assert needed <= {*said["fetched"]} and "state.pth" not in said["fetched"]
-    assert said["left"] == said["rest"] == []
+    assert needed <= {*results["fetched"]} and "state.pth" not in results["fetched"]
+    assert results["left"] == results["rest"] == []
 
 
 def test_slow_link_stretches_the_time_between_checkpoints_and_is_said(
-    said: dict[str, Any],
+    results: dict[str, Any],
 ) -> None:
-    assert said["waits"] == "1"
-    assert said["asked"] == "2"
-    assert "MB/s: a checkpoint of" in said["notes"]["link"]
+    assert results["waits"] == "1"
+    assert results["asked"] == "2"
+    assert "MB/s: a checkpoint of" in results["notes"]["link"]
 
 
-def test_absent_checkpoint_does_not_keep_other_files_from_the_head(said: dict[str, Any]) -> None:
-    assert "disk" not in said["absent"]
+def test_absent_checkpoint_does_not_keep_other_files_from_the_head(
+    results: dict[str, Any],
+) -> None:
+    assert "disk" not in results["absent"]
 
 
-def test_damaged_checkpoint_is_set_aside_in_favour_of_the_one_before(said: dict[str, Any]) -> None:
-    assert "checkpoint.prev.pth" in said["damaged"] and said["aside"]
+def test_damaged_checkpoint_is_set_aside_in_favour_of_the_one_before(
+    results: dict[str, Any],
+) -> None:
+    assert "checkpoint.prev.pth" in results["damaged"] and results["aside"]
 
 
-def test_run_that_is_deleted_is_told_so(said: dict[str, Any]) -> None:
-    assert said["vanished"].startswith("LeaseGone: ")
+def test_deleted_run_is_reported(results: dict[str, Any]) -> None:
+    assert results["vanished"].startswith("LeaseGone: ")
 
 
-def test_trial_without_the_server_for_long_is_over(said: dict[str, Any]) -> None:
-    error, seconds = said["cut"]
+def test_trial_without_the_server_for_long_is_over(results: dict[str, Any]) -> None:
+    error, seconds = results["cut"]
     assert (
         error.startswith("Disconnected: the trial was cut off from the head for ") and seconds < 60
     )
+
+
+TRIAL = """
+import json, os, sys
+from pathlib import Path
+
+from sda_ray.cluster.connect import connect
+from sda_ray.core.config import load_config
+
+root, data = Path(sys.argv[1]), Path(sys.argv[2])
+os.environ["SDA_RAY_LOCAL"] = str(root / "local")
+runs, request = root / "runs", root / "runs" / "sweeps" / "s" / "stop"
+request.parent.mkdir(parents=True)
+
+with connect(cpus=1):
+    from sda_ray.cluster.trial import Trial
+    from sda_ray.data.dataset import fingerprint
+    from sda_ray.storage.server import serve_files
+
+    with serve_files(runs, data, request) as server:
+        spec = {
+            "runs": str(runs), "data": str(data), "config": load_config(root / "config.json"),
+            "run_id": "aaaa0000", "index": 0, "rungs": [1, 2], "cpus": 1,
+            "record": {"data": fingerprint(data)}, "wandb": {"mode": "disabled"},
+            "request": str(request), "server": server | {"nonce": "another"},
+        }
+        first = Trial(spec | {"attempt": 1})
+        event = first.train()["event"]
+        (directory,) = runs.glob("*_aaaa0000")
+        lines = (directory / "metrics.jsonl").read_text().count("\\n")
+        checkpoint = (directory / "checkpoint.pth").exists()
+        first.close("paused")
+        paused = json.loads((directory / "run.json").read_text())["status"]
+        second = Trial(spec | {"attempt": 2})
+
+        while (result := second.train())["event"] == "running":
+            pass
+
+    print(json.dumps({
+        "first": [event, lines, checkpoint, paused],
+        "second": [result["event"], json.loads((directory / "run.json").read_text())["status"]],
+        "files": sorted(x.name for x in directory.iterdir() if x.is_file()),
+        "left": list(map(str, (root / "local").glob("*/runs/*"))),
+    }))
+"""
+
+
+def test_trial_without_the_files_is_resumed_from_the_head(
+    tmp_path: Path, data: Path, small: Config, home: Path
+) -> None:
+    save_config(small, tmp_path / "config.json")
+    env = {"PATH": os.environ["PATH"], "HOME": str(home), "TMPDIR": str(home)}
+    done = subprocess.run(
+        [sys.executable, "-c", TRIAL, str(tmp_path), str(data)],
+        env=env | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout.splitlines()[-1])
+
+    assert results["first"] == ["running", 1, True, "paused"]
+    assert results["second"] == ["complete", "finished"]
+    assert {"state.pth", "samples.png", "metrics.jsonl"} <= {*results["files"]}
+    assert "checkpoint.prev.pth" not in results["files"] and results["left"] == []
