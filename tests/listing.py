@@ -1,6 +1,5 @@
 r"""Tiny run directories, and the command that lists them."""
 
-import argparse
 import io
 import json
 import shutil
@@ -13,8 +12,9 @@ import h5py
 import numpy as np
 import pytest
 
-from sda_ray.cli.runs import add_runs_parser, runs_command, with_action
+from sda_ray.cli.main import main
 from sda_ray.core.config import CONFIG
+from sda_ray.core.errors import UserError
 from sda_ray.runs.inventory import Entry, read_entry
 from sda_ray.runs.path import RunPath
 from sda_ray.runs.run import Run
@@ -88,20 +88,15 @@ def sda(
 
     monkeypatch.setattr(sys, "stdin", io.StringIO())  # no terminal
 
-    def command(name: str, help: str, description: str) -> argparse.ArgumentParser:
-        return commands.add_parser(name, help=help, description=description)
-
-    parser = argparse.ArgumentParser()
-    commands = parser.add_subparsers(dest="command")
-    add_runs_parser(command)
-
     def run(*words: str) -> Any:
-        args = parser.parse_args(with_action(["runs", *words]))
-        args.runs = runs
-        runs_command(args)
-        printed = capsys.readouterr().out
+        try:
+            main(argv=["runs", *words, "--runs", str(runs), "--root", str(runs.parent)])
+        except SystemExit:
+            raise UserError(capsys.readouterr().err) from None
 
-        return json.loads(printed) if args.json else printed
+        first, _, printed = capsys.readouterr().out.partition("\n")
+
+        return json.loads(f"{first}\n{printed}") if "--json" in words else printed
 
     return run
 

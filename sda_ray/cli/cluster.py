@@ -3,7 +3,6 @@ r"""The commands about machines: `sda-ray slurm | join | cluster | doctor`.
 Names come from files and hosts: they are shown as plain text.
 """
 
-import argparse
 import json
 import os
 import re
@@ -11,7 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,10 @@ from rich.text import Text
 from ..core.console import format_size, printable
 from ..core.errors import UserError
 from ..core.files import write_atomic
-from .chosen import chosen_sweep
-from .sweep import launch_options
+from .options import Args, without
+from .sweep import chosen_sweep, launch_options
 
 __all__ = [
-    "add_doctor_parser",
     "doctor_command",
     "join_command",
     "overview",
@@ -36,21 +34,10 @@ __all__ = [
 ]
 
 CPUS = "-c --cpus-per-task --cpus-per-gpu --exclusive"
-OURS = ("--submit", "--output", "--root", "--runs", "--data")
 STYLES = {"alive": "green", "draining": "yellow", "dead": "red"}
 
-DOCTOR = """
-Checks whether this machine, or a cluster, is fit for sweeps: equal versions on all nodes, clocks,
-disk, files that nodes see or get through the head, GPUs, W&B, open ports, Ray's token, limits.
-Exits with 1 if there is a fault; every fault comes with a remedy.
 
-  sda-ray doctor                    this machine
-  sda-ray doctor --address auto     all nodes of the Ray that this machine is a node of
-  sda-ray doctor cluster.yaml       the file, and then the cluster that it has started
-"""
-
-
-def slurm_command(args: argparse.Namespace, _: Any = None) -> None:
+def slurm_command(args: Args) -> None:
     r"""Writes the script of a job, shows it, and submits it with --submit.
 
     Raises:
@@ -86,7 +73,7 @@ def slurm_command(args: argparse.Namespace, _: Any = None) -> None:
         print(f"Submit it with: sbatch {shlex.quote(str(file))}")
 
 
-def _check_slurm(args: argparse.Namespace) -> None:
+def _check_slurm(args: Args) -> None:
     if args.address is not None:
         raise UserError("--address does not go with Slurm: the job starts a Ray of its own.")
 
@@ -121,16 +108,11 @@ def _check_slurm(args: argparse.Namespace) -> None:
         raise UserError("there is no sbatch here: submit on a machine of the Slurm cluster.")
 
 
-def _words(args: argparse.Namespace) -> list[str]:
+def _words(args: Args) -> list[str]:
     r"""Returns the arguments of `sda-ray sweep` in a job, wherever that starts."""
 
-    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    own.add_argument(OURS[0], action="store_true")
-
-    for option in OURS[1:]:
-        own.add_argument(option)
-
-    words: list[str] = own.parse_known_args(args.words)[1]
+    words = without(args.words, "--submit", flag=True)
+    words = without(words, "--output", "--root", "--runs", "--data")
 
     if args.sweep.endswith(".py"):
         words[words.index(args.sweep)] = os.path.abspath(args.sweep)
@@ -140,7 +122,7 @@ def _words(args: argparse.Namespace) -> list[str]:
     return words + [f"--data={args.data}"] * args.data_given
 
 
-def join_command(args: argparse.Namespace, _: Any = None) -> None:
+def join_command(args: Args) -> None:
     r"""Adds this machine to a sweep that runs."""
 
     from ..cluster.join import join
@@ -153,7 +135,7 @@ def join_command(args: argparse.Namespace, _: Any = None) -> None:
     join(sweep_directory(args.runs, args.sweep), args.cpus, args.gpus, args.wait)
 
 
-def status_command(args: argparse.Namespace, _: Any = None) -> None:
+def status_command(args: Args) -> None:
     r"""Shows the nodes of a cluster and the runs on them."""
 
     from ..cluster.connect import connect
@@ -255,17 +237,7 @@ def _runs(runs: Sequence[tuple[Mapping[str, Any], Any]]) -> Table:
     return table
 
 
-def add_doctor_parser(command: Callable[[str, str, str], argparse.ArgumentParser]) -> None:
-    r"""Adds `doctor` to the command line, see :func:`sda_ray.cli.runs.add_runs_parser`."""
-
-    parser = command("doctor", "is this machine, or a cluster, fit for sweeps?", DOCTOR)
-    parser.add_argument("file", nargs="?", metavar="cluster.yaml", help="the file of a cluster")
-    parser.add_argument("--address", help="a Ray cluster, as `auto` (default: this machine alone)")
-    parser.add_argument("--wandb", choices=("online",), help="check whether W&B can be reached")
-    parser.add_argument("--json", action="store_true", help="for programs")
-
-
-def doctor_command(args: argparse.Namespace, _: Any = None) -> None:
+def doctor_command(args: Args) -> None:
     r"""Prints findings about machines, and exits with 1 if there is a fault."""
 
     if args.file:
@@ -300,7 +272,7 @@ def _check_file(file: Path) -> Iterator[Any]:
         yield Finding(file.name, "file", "ok", "valid")
 
 
-def _on_cluster(args: argparse.Namespace) -> int:
+def _on_cluster(args: Args) -> int:
     r"""Runs the command on the head of a cluster, and returns its exit code."""
 
     ray = shutil.which("ray", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")

@@ -1,6 +1,5 @@
-r"""The command line, `sda-ray COMMAND`: simulations, trainings, and what all commands share."""
+r"""The command line, `sda-ray COMMAND`: how it starts and ends, and simulations and trainings."""
 
-import argparse
 import errno
 import functools
 import logging
@@ -14,26 +13,20 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import click
+
 from .. import __version__
 from ..core.config import CONFIG, Config, check_config, load_config, parse_overrides
 from ..core.errors import UserError
-from ..runs.sync import sync_command
+from ..core.keys import KEYS, did_you_mean
 from ..sweep.code import OtherCode, execute
-from .cluster import doctor_command, join_command, slurm_command, status_command
-from .options import parse
-from .runs import runs_command
-from .sweep import (
-    adopt_command,
-    launch_options,
-    plan_command,
-    stop_command,
-    sweep_command,
-    wandb_options,
-)
+from .options import Args, sda_ray
+from .sweep import launch_options, wandb_options
 
-__all__ = ["main"]
+__all__ = ["main", "simulate_command", "train_command"]
 
-THREADS = 4096  # torch takes any number, and ends in the middle of what it cannot start
+THREADS = 4096  # torch takes any number, and fails later on what it cannot start
+LISTING = ("list", "show", "compare")  # the commands that look at runs, of a bucket too
 
 
 def main(sweep: Any = None, argv: Sequence[str] | None = None) -> None:
@@ -49,7 +42,7 @@ def main(sweep: Any = None, argv: Sequence[str] | None = None) -> None:
     started = argv is None
 
     if started and isinstance(sys.stdout, TextIOWrapper):
-        # A log or pipe is told at once, too, and what it cannot show is no error
+        # A log or pipe gets each line at once, and what it cannot show is no error
         sys.stdout.reconfigure(line_buffering=True, errors="replace")
 
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -59,34 +52,13 @@ def main(sweep: Any = None, argv: Sequence[str] | None = None) -> None:
         sweep = replace(sweep, script=script)
         argv = ["sweep", str(script), *argv]
 
-    commands = {
-        "simulate": _simulate,
-        "train": _train,
-        "plan": plan_command,
-        "sweep": sweep_command,
-        "slurm": slurm_command,
-        "join": join_command,
-        "stop": stop_command,
-        "attach": _attach,
-        "cluster": status_command,
-        "adopt": adopt_command,
-        "runs": runs_command,
-        "sync": sync_command,
-        "doctor": doctor_command,
-    }
-
     try:
-        args = parse(argv)
-        args.argv = argv
-        places = f"data {args.data}" + (
-            "" if args.command == "simulate" else f", runs {args.runs}"
-        )
-        out = sys.stderr if getattr(args, "json", False) else sys.stdout
-        places += f", a copy of which is in {args.bucket}" if args.bucket else ""
-        print(f"sda-ray {__version__}: root {args.root}, {places}", file=out, flush=True)
-        _check_places(args)
-        _check_bucket(args)
-        commands[args.command](args, sweep)
+        _run(argv, sweep)
+    except click.exceptions.Exit as end:  # of --help and --version
+        sys.exit(end.exit_code)
+    except click.UsageError as error:
+        print(f"sda-ray: {_explain(error)}", file=sys.stderr)
+        sys.exit(2)
     except UserError as error:
         if started and isinstance(error, OtherCode):
             print(error, flush=True)
@@ -96,7 +68,7 @@ def main(sweep: Any = None, argv: Sequence[str] | None = None) -> None:
         print(f"sda-ray: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("Interrupted. The same command goes on.", file=sys.stderr)
+        print("Interrupted. The same command resumes.", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(141)
@@ -104,7 +76,9 @@ def main(sweep: Any = None, argv: Sequence[str] | None = None) -> None:
         if error.errno not in (errno.ENAMETOOLONG, errno.ENOSPC):
             raise
 
-        if started and error.errno == errno.ENOSPC:  # Python would try the rest at its end, again
+        if (
+            started and error.errno == errno.ENOSPC
+        ):  # Python would write the rest at its end, again
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
         print(f"sda-ray: {error}", file=sys.stderr)
@@ -115,37 +89,66 @@ def main(sweep: Any = None, argv: Sequence[str] | None = None) -> None:
         exec("")
 
 
+def _run(argv: list[str], sweep: Any) -> None:
+    r"""Parses a command and runs it. Words after `--` are those of sbatch, for `slurm`."""
+
+    split = argv.index("--") if argv[:1] == ["slurm"] and "--" in argv else len(argv)
+    words, sbatch = argv[:split], argv[split + 1 :]
+    invocation = Args(argv=argv, words=words[1:], sbatch=sbatch, script_sweep=sweep, begin=_begin)
+
+    with sda_ray.make_context("sda-ray", words or ["--help"], obj=invocation) as context:
+        sda_ray.invoke(context)
+
+
+def _explain(error: click.UsageError) -> str:
+    r"""Returns what is wrong with a command's words, and how settings are given."""
+
+    text = f"{error.format_message().removesuffix('.')}."
+
+    if isinstance(error, click.NoSuchOption):
+        name = error.option_name
+        key = name.strip("-").replace("-", "_")
+        hint = did_you_mean(name, error.possibilities or ())
+        text = f"there is no option {name}."
+        text += f" Settings are given as {key}=…" if key in KEYS else hint
+
+    return text + (f" `{error.ctx.command_path} --help` says more." if error.ctx else "")
+
+
+def _begin(args: Args) -> None:
+    r"""Prints where files are, and checks that they can be there."""
+
+    places = f"data {args.data}" + ("" if args.command == "simulate" else f", runs {args.runs}")
+    places += f", a copy of which is in {args.bucket}" if args.bucket else ""
+    out = sys.stderr if getattr(args, "json", False) else sys.stdout
+    print(f"sda-ray {__version__}: root {args.root}, {places}", file=out, flush=True)
+
+    for place in (args.root, args.data, args.runs):
+        existing = next(part for part in (place, *place.parents) if part.exists())
+
+        if not existing.is_dir():
+            raise UserError(f"{place} cannot be used: {existing} is a file, no directory.")
+
+    if args.bucket:
+        _check_bucket(args)
+
+
 def _terminate(number: int, frame: FrameType | None) -> None:
     r"""Ends the process in good order: everything that was begun is closed."""
 
     sys.exit(128 + number)
 
 
-def _check_places(args: argparse.Namespace) -> None:
-    for place in (args.root, args.data, args.runs):
-        for part in (place, *place.parents):
-            if part.exists():
-                if not part.is_dir():
-                    raise UserError(f"{place} cannot be used: {part} is a file, no directory.")
+def _check_bucket(args: Args) -> None:
+    r"""Checks that a command can use runs in a bucket, and fetches those that it lists."""
 
-                break
-
-
-def _check_bucket(args: argparse.Namespace) -> None:
-    r"""Looks whether a command can do with runs in a bucket, and fetches what is to be listed."""
-
-    if not args.bucket:
-        return
-
-    if args.command not in ("sweep", "runs", "plan", "stop") or (
-        args.command == "runs" and args.action == "prune"
-    ):
+    if args.command not in ("sweep", "plan", "stop", *LISTING):
         raise UserError(
             f"`sda-ray {args.command}` works on a directory, not on {args.bucket}: give it --runs "
             f"{args.runs}, where runs of this machine are, and those fetched by `sda-ray runs`."
         )
 
-    if args.command == "runs":
+    if args.command in LISTING:
         from ..storage.bucket import fetch_records
         from ..storage.store import Bucket, Unreachable
 
@@ -158,7 +161,9 @@ def _check_bucket(args: argparse.Namespace) -> None:
             raise UserError(f"{args.bucket} does not answer: {error}. Try again.") from error
 
 
-def _simulate(args: argparse.Namespace, _: Any) -> None:
+def simulate_command(args: Args) -> None:
+    r"""Makes a data set."""
+
     from ..cluster.connect import map_on_ray
     from ..data.simulate import PRESETS, simulate
 
@@ -172,14 +177,13 @@ def _simulate(args: argparse.Namespace, _: Any) -> None:
     )
 
 
-def _attach(args: argparse.Namespace, _: Any) -> None:
-    from .attach import attach
+def train_command(args: Args) -> None:
+    r"""Trains a run, resumes or extends one, or trains replicas."""
 
-    attach(args.runs, args.sweep)
-
-
-def _train(args: argparse.Namespace, _: Any) -> None:
     from .train import extend_run, resume_run, start_replicas, start_run
+
+    if sum(bool(given) for given in (args.resume, args.init, args.extend)) > 1:
+        raise UserError("--resume, --init and --extend exclude each other.")
 
     if args.takeover and not args.resume:
         raise UserError("--takeover goes with --resume RUN.")
@@ -209,7 +213,7 @@ def _train(args: argparse.Namespace, _: Any) -> None:
     elif args.resume:
         if args.settings or args.config:
             raise UserError(
-                "--resume goes on with a run as it is. For other settings start a run from its "
+                "--resume continues a run as it is. For other settings start a run from its "
                 f"weights: sda-ray train --init {args.resume} key=value"
             )
 
@@ -229,7 +233,7 @@ def _set_threads(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def _config(args: argparse.Namespace) -> Config:
+def _config(args: Args) -> Config:
     r"""Returns the settings of a training: key=value, before --config or --init, before CONFIG."""
 
     from ..runs.path import RunPath

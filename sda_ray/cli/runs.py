@@ -3,14 +3,15 @@ r"""The command `sda-ray runs`: list, show, compare and prune run directories.
 Parsing is kept apart from reading, which needs torch: `sda-ray --help` stays quick.
 """
 
-import argparse
 import sys
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Sized
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ..core.config import CONFIG, check_value, did_you_mean, parse_overrides
+from ..core.config import CONFIG, parse_overrides
 from ..core.errors import UserError
+from ..core.keys import check_value, did_you_mean
+from .options import Args
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -18,104 +19,7 @@ if TYPE_CHECKING:
     from ..runs.inventory import Entry
     from ..runs.path import RunPath
 
-__all__ = ["add_runs_parser", "runs_command", "with_action"]
-
-RUNS = """
-Shows run directories. RUN is a path, a name, an id or an unambiguous beginning of one.
-Without an action the runs are listed: `sda-ray runs window=5 --sort loss_valid`.
-With --runs s3://BUCKET/PREFIX, what is small of them is fetched first: settings, metrics, records.
-Weights stay there: `aws s3 cp s3://BUCKET/PREFIX/RUN/state.pth .`
-"""
-
-LIST = """
-Lists runs, the newest first. key=value keeps the runs whose config has this value.
-A run that says it is running while no process is at it is `interrupted`; `damaged` is one whose
-files cannot be read, and `sda-ray runs show RUN` says why.
-"""
-
-PRUNE = """
-Removes what serves only to go on with a run (checkpoint.pth, checkpoint.prev.pth) from finished
-runs, all of them or those given. What would be freed is shown first; then you are asked, on a
-terminal, or --yes is needed. Weights, config, metrics and records stay; but a pruned run cannot
-be extended to more epochs. A run that a process is at is never touched.
-"""
-
-ACTIONS = ("list", "show", "compare", "prune")
-
-STATUSES = (
-    *("running", "paused", "interrupted", "stopped", "finished", "diverged", "failed"),
-    *("adopted", "damaged", "unknown"),
-)
-
-
-def add_runs_parser(command: Callable[[str, str, str], argparse.ArgumentParser]) -> None:
-    r"""Adds `runs` to the command line.
-
-    Arguments:
-        command: Makes the parser of a command from its name, help and description. It has the
-            options --root, --data and --runs.
-    """
-
-    parser = command("runs", "list, show, compare and prune runs", RUNS)
-    parser.add_argument("--json", action="store_true", help="for programs")
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-
-    def action(name: str, help: str, description: str = "") -> argparse.ArgumentParser:
-        added = actions.add_parser(
-            name,
-            help=help,
-            description=(description or help).strip(),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-            argument_default=argparse.SUPPRESS,  # else it would undo what stands before it
-        )
-        added.add_argument("--json", action="store_true", help="for programs")
-        where = added.add_argument_group("places")
-
-        for option in ("--root", "--data", "--runs"):
-            where.add_argument(option, help=f"as in sda-ray runs {option}")
-
-        return added
-
-    listing = action("list", "list runs (without an action, too)", LIST)
-    listing.add_argument("settings", nargs="*", metavar="key=value", default=[])
-    listing.add_argument("--sweep", metavar="NAME", default=None, help="only of this sweep")
-    listing.add_argument("--status", choices=STATUSES, default=None, help="only of this status")
-    listing.add_argument(
-        "--sort",
-        metavar="KEY",
-        default="age",
-        help="age, name, status, epoch, loss_valid, sweep, size or a setting (default: age)",
-    )
-    listing.add_argument("--limit", type=int, metavar="N", default=None, help="at most N")
-
-    show = action("show", "show one run: config, curve, where it came from")
-    show.add_argument("run", metavar="RUN")
-
-    compare = action("compare", "compare runs: settings that differ, beside metrics")
-    compare.add_argument("run", metavar="RUN")
-    compare.add_argument("others", nargs="+", metavar="RUN")
-
-    prune = action("prune", "free the resumable state of finished runs", PRUNE)
-    prune.add_argument("run", nargs="*", metavar="RUN", default=[], help="default: all finished")
-    prune.add_argument("--yes", action="store_true", default=False, help="do it without asking")
-
-
-def with_action(argv: Sequence[str]) -> list[str]:
-    r"""Returns the arguments with `list` put in where `sda-ray runs` has no action."""
-
-    rest = list(argv[1:])
-
-    if list(argv[:1]) != ["runs"] or {*ACTIONS, "-h", "--help"} & {*rest}:
-        return list(argv)
-
-    return ["runs", "list", *rest]
-
-
-def runs_command(args: argparse.Namespace, _: Any = None) -> None:
-    r"""Runs `sda-ray runs`, with `args.runs` made absolute."""
-
-    {"list": _list, "show": _show, "compare": _compare, "prune": _prune}[args.action](args)
+__all__ = ["compare_command", "list_command", "prune_command", "show_command"]
 
 
 def _console() -> "Console":
@@ -133,7 +37,9 @@ def _print(*parts: "RenderableType") -> None:
         console.print(part)
 
 
-def _list(args: argparse.Namespace) -> None:
+def list_command(args: Args) -> None:
+    r"""Lists runs."""
+
     from ..core.console import format_size
     from ..runs.inventory import SORTS, as_json, entries, row, select
     from .render import listing
@@ -148,7 +54,7 @@ def _list(args: argparse.Namespace) -> None:
 
     if misplaced := [word for word in args.settings if "=" not in word]:
         raise UserError(
-            f"'{misplaced[0]}' is neither an action ({', '.join(ACTIONS)}) nor of the form "
+            f"'{misplaced[0]}' is neither an action (list, show, compare, prune) nor of the form "
             f"key=value. To see a run: sda-ray runs show {misplaced[0]}"
         )
 
@@ -167,7 +73,7 @@ def _list(args: argparse.Namespace) -> None:
         print(f"There are no runs in {args.runs} yet. `sda-ray train` makes one.")
 
 
-def _find(args: argparse.Namespace, run: str) -> "Entry":
+def _find(args: Args, run: str) -> "Entry":
     from ..runs.inventory import read_entry
     from ..runs.path import RunPath
 
@@ -181,7 +87,9 @@ def _find(args: argparse.Namespace, run: str) -> "Entry":
     return entry
 
 
-def _show(args: argparse.Namespace) -> None:
+def show_command(args: Args) -> None:
+    r"""Shows one run."""
+
     from ..runs.inventory import as_json, changed_settings, in_full, row, source
     from .render import portrait
 
@@ -196,7 +104,9 @@ def _show(args: argparse.Namespace) -> None:
         _print(portrait(entry, lines, labels, _console().width))
 
 
-def _compare(args: argparse.Namespace) -> None:
+def compare_command(args: Args) -> None:
+    r"""Compares runs."""
+
     from ..runs.inventory import as_json, compare, in_full, row
     from .render import comparison
 
@@ -214,7 +124,9 @@ def _compare(args: argparse.Namespace) -> None:
         _print(comparison(entries, found))
 
 
-def _prune(args: argparse.Namespace) -> None:
+def prune_command(args: Args) -> None:
+    r"""Shows what pruning would free, and does it if that is agreed."""
+
     from ..core.console import format_size, printable
     from ..runs.inventory import as_json
     from ..runs.prune import prune
@@ -261,7 +173,7 @@ def _runs(found: Sized) -> str:
 
 
 def _prunable(
-    args: argparse.Namespace,
+    args: Args,
 ) -> tuple[dict["RunPath", dict[Path, int]], dict[str, str]]:
     r"""Returns the resumable state that may go, by run, and why that of other runs must stay."""
 

@@ -1,21 +1,24 @@
 r"""The commands about sweeps: `sda-ray plan | sweep | stop | adopt`."""
 
-import argparse
 import json
 import math
 import os
+import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..core.config import Config, format_value, parse_overrides
 from ..core.errors import UserError
-from .chosen import adjusted, chosen_sweep
+from .options import Args, without
 
 __all__ = [
     "adopt_command",
+    "chosen_sweep",
     "launch_options",
     "plan_command",
     "stop_command",
@@ -23,8 +26,12 @@ __all__ = [
     "wandb_options",
 ]
 
+LOOK = 0.2  # seconds between two looks at whether a detached sweep runs
+PATIENCE = 180.0  # seconds for that
+LINES = 20  # of what it printed, if it ends at once
 
-def wandb_options(args: argparse.Namespace) -> Any:
+
+def wandb_options(args: Args) -> Any:
     r"""Returns how to log to W&B."""
 
     from ..runs.tracking import Wandb
@@ -32,7 +39,7 @@ def wandb_options(args: argparse.Namespace) -> Any:
     return Wandb.from_options(args.wandb, args.project, args.entity, args.tags)
 
 
-def launch_options(args: argparse.Namespace) -> Any:
+def launch_options(args: Args) -> Any:
     r"""Returns how the trials of a sweep, or replicas, are carried out."""
 
     from ..sweep.launch import Options
@@ -58,10 +65,10 @@ def launch_options(args: argparse.Namespace) -> Any:
     )
 
 
-def sweep_command(args: argparse.Namespace, sweep: Any) -> None:
-    r"""Starts a sweep, carries it on, extends it, or steers the one that runs."""
+def sweep_command(args: Args) -> None:
+    r"""Starts, resumes or extends a sweep, or passes changes to the driver that runs it."""
 
-    args = _again(args)
+    args, sweep = _again(args), args.script_sweep
 
     if sweep is None and _taken_up(args):
         return
@@ -79,7 +86,7 @@ def sweep_command(args: argparse.Namespace, sweep: Any) -> None:
     _sweep(args, sweep, None)  # what is detached takes the copy over itself
 
 
-def _name(args: argparse.Namespace, sweep: Any) -> str:
+def _name(args: Args, sweep: Any) -> str:
     r"""Returns the name of the sweep that is meant, before anything of it need be there."""
 
     from ..sweep.definition import load_script
@@ -93,7 +100,7 @@ def _name(args: argparse.Namespace, sweep: Any) -> str:
     return str((sweep or load_script(Path(args.sweep))).name)
 
 
-def _sweep(args: argparse.Namespace, sweep: Any, replica: Any) -> None:
+def _sweep(args: Args, sweep: Any, replica: Any) -> None:
     from ..sweep.definition import load_script
     from ..sweep.launch import LaunchRequests, launch
     from ..sweep.prior_runs import fork
@@ -128,10 +135,7 @@ def _sweep(args: argparse.Namespace, sweep: Any, replica: Any) -> None:
         warm += (parent,)
 
     if args.detach:
-        from ..sweep.launch import count_gpus
-        from .detach import detach
-
-        detach(sweep, options, args.argv, count_gpus())
+        _detach(sweep, options, args.argv)
         return
 
     requests = LaunchRequests(
@@ -140,7 +144,64 @@ def _sweep(args: argparse.Namespace, sweep: Any, replica: Any) -> None:
     launch(sweep, options, table, requests)
 
 
-def _again(args: argparse.Namespace) -> argparse.Namespace:
+def _detach(sweep: Any, options: Any, words: Sequence[str]) -> None:
+    r"""Starts or resumes a sweep in a process without a terminal, and returns once it runs.
+
+    The sweep is checked here first.
+
+    Raises:
+        UserError: If anything is wrong with the sweep.
+    """
+
+    from ..cluster.slots import Slots
+    from ..core.lease import read_holder
+    from ..runs.path import sweep_directory
+    from ..sweep.code import recorded_code
+    from ..sweep.launch import count_gpus
+    from ..sweep.preflight import check_start
+
+    gpus = count_gpus() if options.gpus is None else options.gpus
+    slots = Slots(options.cpus, gpus, options.parallel)
+    start = check_start(sweep, options.runs, options.data, slots, options.wandb, options.address)
+    name = start.sweep.name
+    directory = sweep_directory(options.runs, name)
+    directory.mkdir(parents=True, exist_ok=True)
+    file, deadline = directory / "detached.log", time.monotonic() + PATIENCE
+
+    with open(file, "ab") as log:
+        begin = log.tell()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "sda_ray", *without(words, "--detach", flag=True)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,  # it outlives the terminal
+        )
+
+    # Once the code is recorded, edits of the package change nothing
+    while (read_holder(directory / "lease.json") or {}).get("pid") != process.pid or (
+        recorded_code(directory) is None
+    ):
+        if process.poll() is not None:
+            lines = file.read_bytes()[begin:].decode(errors="replace").splitlines()
+            print("\n".join(["…", *lines[-LINES:]] if len(lines) > LINES else lines), flush=True)
+            sys.exit(process.returncode)
+
+        if time.monotonic() > deadline:
+            print(f"The process has not begun within {PATIENCE:.0f} s, but it has not ended.")
+            break
+
+        time.sleep(LOOK)
+
+    print(
+        f"sweep '{name}' runs in the background, as process {process.pid}; its output goes to "
+        f"{file}.\n"
+        f"  sda-ray attach {name}   # its live table\n"
+        f"  sda-ray stop {name}     # every trial saves a checkpoint first"
+    )
+
+
+def _again(args: Args) -> Args:
     r"""Returns what is asked of the sweep of a Slurm job that has started again: to be carried on.
 
     What was asked beside that has been done, and may have been undone by others since.
@@ -155,13 +216,13 @@ def _again(args: argparse.Namespace) -> argparse.Namespace:
     if not is_requeued(sweep_directory(args.runs, args.job), os.environ.get("SLURM_JOB_ID")):
         return args
 
-    lists: dict[str, Any] = {key: [] for key in ("settings", "fix", "enqueue", "warm_start")}
+    lists: dict[str, Any] = dict.fromkeys(("settings", "fix", "enqueue", "warm_start"), ())
     rest = {"name": None, "trials": None, "fork": False, "retry_failed": False}
 
-    return argparse.Namespace(**vars(args) | lists | rest | {"sweep": args.job})
+    return Args(**vars(args) | lists | rest | {"sweep": args.job})
 
 
-def _taken_up(args: argparse.Namespace) -> bool:
+def _taken_up(args: Args) -> bool:
     r"""Asks a running sweep for what needs no checks here, and tells whether that was all."""
 
     from ..runs.path import sweep_directory
@@ -183,7 +244,7 @@ def _taken_up(args: argparse.Namespace) -> bool:
     return False
 
 
-def stop_command(args: argparse.Namespace, _: Any) -> None:
+def stop_command(args: Args) -> None:
     r"""Stops a sweep that runs somewhere, or one of its trials."""
 
     from ..sweep.requests import stop_sweep
@@ -191,7 +252,7 @@ def stop_command(args: argparse.Namespace, _: Any) -> None:
     stop_sweep(args.runs, args.sweep, args.trial)
 
 
-def plan_command(args: argparse.Namespace, _: Any) -> None:
+def plan_command(args: Args) -> None:
     r"""Says what a sweep would take, and what is wrong with it."""
 
     from ..plan.plan import plan_sweep
@@ -238,7 +299,7 @@ def _status(silent: bool) -> Iterator[Callable[[str], None]]:
         yield status.update
 
 
-def adopt_command(args: argparse.Namespace, _: Any) -> None:
+def adopt_command(args: Args) -> None:
     r"""Brings finished runs into a sweep."""
 
     from ..sweep.launch import record_of
@@ -256,3 +317,96 @@ def adopt_command(args: argparse.Namespace, _: Any) -> None:
         options.data,
         lambda sweep, info: record_of(sweep, options, info),
     )
+
+
+def chosen_sweep(args: Args, sweep: Any, options: Any) -> tuple[Any, Any]:
+    r"""Returns the sweep that is meant by the arguments, and the options that it gets."""
+
+    from ..sweep.definition import load_script
+    from ..sweep.launch import load_record
+
+    if sweep is None and not args.sweep.endswith(".py"):
+        if getattr(args, "fork", False):
+            raise UserError("--fork goes with a script, which says what the new sweep is.")
+
+        if args.settings or args.fix or args.name:
+            raise UserError(
+                f"sweep '{args.sweep}' is carried on as it was started: key=value, --fix and "
+                "--name go with a script, for a new sweep."
+            )
+
+        sweep, before = load_record(args.runs, args.sweep)
+        options = _recorded(args, options, before)
+    elif sweep is None:
+        sweep = load_script(Path(args.sweep))
+
+    return adjusted(sweep, args), options
+
+
+def _recorded(args: Args, options: Any, before: dict[str, Any]) -> Any:
+    r"""Returns options with those that a sweep was last run with, where none are given now."""
+
+    from ..runs.tracking import Wandb
+
+    options = replace(
+        options,
+        job_type=before["wandb"]["job_type"],
+        keep=before.get("keep"),
+        limit=before.get("limit"),
+    )
+
+    if not args.data_given:
+        options = replace(options, data=args.root / before["data"])
+
+    for name in ("cpus", "gpus"):
+        if getattr(args, f"{name}_per_trial") is None:
+            options = replace(options, **{name: before[name]})
+
+    if not (args.wandb or args.project or args.entity or args.tags):
+        wandb = Wandb(**before["wandb"] | {"tags": tuple(before["wandb"]["tags"])})
+        options = replace(options, wandb=wandb)
+
+    return options
+
+
+def adjusted(sweep: Any, args: Args) -> Any:
+    r"""Applies key=value, --fix, --name and --trials to a sweep."""
+
+    settings, fixed = parse_overrides(args.settings), parse_overrides(args.fix)
+
+    if not isinstance(sweep.config, Mapping) or not isinstance(sweep.space, Mapping | Callable):
+        return sweep  # its own check says what is wrong
+
+    return replace(
+        sweep,
+        name=args.name or sweep.name,
+        config={**sweep.config, **settings, **fixed},
+        space=_without(sweep.name, sweep.space, settings, fixed),
+        trials=sweep.trials if args.trials is None else args.trials,
+    )
+
+
+def _without(name: str, space: Any, settings: Config, fixed: Config) -> Any:
+    r"""Returns a space without the keys that are fixed."""
+
+    if callable(space):
+        if fixed:
+            raise UserError("--fix goes with a SPACE that is a dict; this one is a function.")
+
+        return space
+
+    groups = {key.strip(): group for group in space for key in str(group).split(",")}
+
+    for key in settings:
+        if key in groups:
+            raise UserError(
+                f"{key} is in SPACE of sweep '{name}': every trial has its own. To take it out of "
+                f"SPACE, give --fix {key}={format_value(settings[key])}"
+            )
+
+    for key in fixed:
+        if key not in space:
+            joined = f" alone: it is joined in '{groups[key]}'" if key in groups else ""
+            raise UserError(f"--fix {key}: SPACE has no key {key}{joined}.")
+
+    return {key: domain for key, domain in space.items() if key not in fixed}

@@ -1,4 +1,4 @@
-r"""What people look at: the live table of a sweep, its leaderboard, and what to do next."""
+r"""The live table of a sweep, its leaderboard, and what to do next."""
 
 import math
 import os
@@ -6,6 +6,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,16 @@ from rich.text import Text
 
 from ..core.config import format_value
 from ..core.console import format_size
-from ..runs.path import RunPath
+from ..core.errors import UserError
+from ..core.lease import read_holder
+from ..runs.path import RunPath, sweep_directory
 from ..search.promotion import Rules, TrialRecord, count_trials, rank_key
+from ..search.sampler import importances
+from ..search.study import Study
+from ..sweep.record import read_sweep
+from ..sweep.requests import watch
 
-__all__ = ["LiveTable", "announce", "conclude", "leaderboard"]
+__all__ = ["LiveTable", "announce", "attach", "conclude", "leaderboard"]
 
 STYLES = {
     "running": "cyan",
@@ -31,6 +38,8 @@ STYLES = {
     "failed": "bold red",
 }
 REFRESH = 4  # times a second
+LOOK = 1.0  # seconds between two looks at the files of a sweep
+WEIGH = 10.0  # seconds between two looks at the size of its checkpoints
 KEY = 9  # characters that a key of CONFIG has at least
 
 
@@ -99,6 +108,7 @@ class LiveTable:
         self.start = time.monotonic()
         self.console = Console()
         self.names: dict[str, str] = {}
+        self.named = float("-inf")  # when names were last looked for
         self.size: Callable[[], int] = int  # bytes of all checkpoints
         self.now = records()
         self.live: Live | None = None
@@ -201,7 +211,10 @@ class LiveTable:
     def _name(self, records: Sequence[TrialRecord]) -> None:
         r"""Looks for the names of runs that are new. A run has its name from its first start."""
 
-        if any(record.run_id not in self.names for record in records):
+        missing = any(record.run_id not in self.names for record in records)
+
+        if missing and time.monotonic() - self.named > LOOK:
+            self.named = time.monotonic()
             self.names |= {path.id: path.name for path in RunPath.all(self.runs)}
 
 
@@ -316,3 +329,114 @@ def _conclude_repeats(complete: Sequence[TrialRecord]) -> None:
     spread = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
     print(f"\nloss_valid over {len(losses)} seeds: {statistics.mean(losses):.4f}{spread}")
     print("The number behind ± is the standard deviation over seeds.")
+
+
+def attach(runs: Path, name: str) -> None:
+    r"""Shows how a sweep goes on until it ends, then its leaderboard. It is only looked at.
+
+    Ctrl-C ends the look, and leaves the sweep running.
+
+    Arguments:
+        runs: The directory of all runs.
+        name: The name of the sweep.
+
+    Raises:
+        UserError: If there is no such sweep, or it has nothing to show.
+    """
+
+    read_sweep(runs, name)
+    directory = sweep_directory(runs, name)
+    file = directory / "lease.json"
+    found = read_holder(file)
+    runs_now = found is not None and found["pid"] is not None
+    alive = watch(file, found) if found is not None and runs_now else lambda: False
+
+    try:
+        while alive() and not (directory / "study.journal").exists():
+            time.sleep(LOOK)
+
+        if not (directory / "study.journal").exists():
+            raise UserError(f"sweep '{name}' has not begun: sda-ray sweep {name}")
+
+        objectives = read_sweep(runs, name)["definition"]["objectives"]
+        study = Study(directory / "study.journal", name, None, objectives)
+
+        if found is not None and alive():
+            print(
+                f"sweep '{name}' is driven by process {found['pid']} on {found['host']}. Ctrl-C "
+                f"leaves it running; `sda-ray stop {name}` stops it.",
+                flush=True,
+            )
+            _follow(runs, name, study, alive, _seconds(found))
+        else:
+            print(f"sweep '{name}' does not run. This is how it stands:")
+    except KeyboardInterrupt:
+        print(f"\nSweep '{name}' goes on. Look again with `sda-ray attach {name}`.", flush=True)
+        return
+
+    _show_end(runs, name, study)
+
+
+def _follow(runs: Path, name: str, study: Study, alive: Any, seconds: float) -> None:
+    directory = sweep_directory(runs, name)
+    table = LiveTable(name, read_sweep(runs, name)["trials"], runs, study.records)
+    table.start -= seconds
+    size, weighed = 0, float("-inf")
+    table.size = lambda: size
+
+    if not table.console.is_terminal:
+        table.show()
+
+    with table:
+        while alive():
+            time.sleep(LOOK)
+            table.look()
+
+            if time.monotonic() - weighed > WEIGH:
+                size, weighed = _checkpoint_size(runs, table), time.monotonic()
+                table.target = read_sweep(runs, directory.name)["trials"]
+
+        table.look()
+
+
+def _checkpoint_size(runs: Path, table: LiveTable) -> int:
+    r"""Returns the bytes of all checkpoints of the runs in a table."""
+
+    ids, size = {record.run_id for record in table.now}, 0
+
+    for path in RunPath.all(runs):
+        if path.id in ids:
+            for file in path.directory.glob("checkpoint*.pth"):
+                try:
+                    size += file.lstat().st_size
+                except OSError:  # replaced just now
+                    continue
+
+    return size
+
+
+def _seconds(found: dict[str, Any]) -> float:
+    r"""Returns for how long a lease has been held, as far as clocks agree."""
+
+    try:
+        since = datetime.fromisoformat(found["since"])
+        return max(0.0, (datetime.now(timezone.utc) - since).total_seconds())
+    except (ValueError, TypeError):
+        return 0.0
+
+
+def _show_end(runs: Path, name: str, study: Study) -> None:
+    r"""Prints the leaderboard, and what can be done next."""
+
+    records, directory = study.records(), sweep_directory(runs, name)
+    target = read_sweep(runs, name)["trials"]
+    under_way = sum(record.state == "running" for record in records)
+
+    if under_way or not records:
+        leaderboard(name, records, runs)
+        print(
+            f"\n{len(records)} of {target} runs so far, {under_way} of them not at their end: "
+            f"`sda-ray sweep {name}` carries them on."
+        )
+    else:
+        conclude(name, target, records, directory, runs, importances(study.study))

@@ -7,14 +7,13 @@ W&B's steps only increase. So every step is on the server once if its number of 
 step are right.
 """
 
-import argparse
 import fcntl
 import os
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,19 +34,10 @@ __all__ = [
     "Server",
     "Target",
     "Unreachable",
-    "add_sync_parser",
-    "sync_command",
+    "sync",
     "target_of",
     "upload",
 ]
-
-SYNC = """
-Uploads runs that were trained offline, or without reaching the server, to W&B: with --all the
-finished ones. RUN is a path, a name, an id or an unambiguous prefix of one. Each run keeps its
-name, id, group and steps. Rows that are on the server are not sent again; a run in use is left
-out. The server and the account are those of `wandb login`, or of the variables WANDB_BASE_URL and
-WANDB_API_KEY.
-"""
 
 ENDED = ("finished", "diverged")
 
@@ -59,26 +49,10 @@ class Unreachable(RuntimeError):
     r"""Signals that the server is absent, does not answer or refuses."""
 
 
-def add_sync_parser(command: Callable[[str, str, str], argparse.ArgumentParser]) -> None:
-    r"""Adds `sync` to the command line.
+def sync(runs: Path, names: Sequence[str] = ()) -> None:
+    r"""Uploads runs, by default the finished ones. Exits with 1 if one is missing in the end."""
 
-    Arguments:
-        command: Makes the parser of a command from its name, help and description. It has the
-            options --root, --data and --runs.
-    """
-
-    parser = command("sync", "upload runs to W&B", SYNC)
-    parser.add_argument("run", nargs="*", metavar="RUN", default=[])
-    parser.add_argument("--all", action="store_true", help="all finished runs")
-
-
-def sync_command(args: argparse.Namespace, _: Any = None) -> None:
-    r"""Runs `sda-ray sync`, with `args.runs` made absolute. Exits with 1 if a run is missing."""
-
-    if args.all == bool(args.run):
-        raise UserError("give the runs to upload, or --all for the finished ones, and not both.")
-
-    entries = _named(args.runs, args.run) if args.run else _finished(args.runs)
+    entries = _named(runs, names) if names else _finished(runs)
     chosen = {entry.path.directory.name: entry for entry in entries}
     done, failed = 0, 0
 
@@ -92,7 +66,7 @@ def sync_command(args: argparse.Namespace, _: Any = None) -> None:
         for name, entry in chosen.items():
             try:
                 with _locked(entry.path.directory):
-                    print(f"{name}: {upload(server, target_of(entry, args.runs))}", flush=True)
+                    print(f"{name}: {upload(server, target_of(entry, runs))}", flush=True)
 
                 done += 1
             except (UserError, OSError) as error:
@@ -111,7 +85,7 @@ def sync_command(args: argparse.Namespace, _: Any = None) -> None:
     sys.exit(1 if failed else 0)
 
 
-def _named(runs: Path, names: list[str]) -> "list[Entry]":
+def _named(runs: Path, names: Sequence[str]) -> "list[Entry]":
     from .inventory import read_entry
 
     entries = {path: read_entry(path) for path in (RunPath.find(runs, name) for name in names)}

@@ -1,4 +1,4 @@
-r"""Tests for sda_ray.cli.attach and sda_ray.cli.detach, and for studies that are only read."""
+r"""Tests for `sda-ray attach` and `--detach`, and for studies that are only read."""
 
 import os
 import signal
@@ -10,7 +10,6 @@ import pytest
 from conftest import Cli, Start
 from recorded_code import SCRIPT
 
-from sda_ray.cli.detach import _without
 from sda_ray.core.lease import Lease, LeaseLost, read_holder
 from sda_ray.search.study import Study
 
@@ -51,12 +50,6 @@ def test_study_is_read_without_touching_it(tmp_path: Path) -> None:
     lease.release()
 
     assert list(reader.queue().values()) == [{"seed": 2}]  # what is written later is seen
-
-
-def test_options_are_left_out_with_their_values() -> None:
-    words = ["sweep", "x", "--address", "auto", "--address=1:2", "--trials", "3"]
-
-    assert _without(words, "--address") == ["sweep", "x", "--trials", "3"]
 
 
 def test_attaching_to_nothing_says_so(cli: Cli, tmp_path: Path) -> None:

@@ -140,13 +140,8 @@ def test_prune_frees_finished_runs_only(runs: Path, a: RunPath, sda: Callable[..
 
 @pytest.mark.parametrize(("answer", "gone"), [(b"y\n", True), (b"\n", False)])
 def test_prune_asks_on_a_terminal(runs: Path, a: RunPath, answer: bytes, gone: bool) -> None:
-    code = (
-        "import argparse, pathlib, sys; from sda_ray.cli.runs import runs_command; runs_command("
-        "argparse.Namespace(action='prune', run=['aaaaaaaa'], yes=False, json=False, "
-        "runs=pathlib.Path(sys.argv[1])))"
-    )
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-c", code, str(runs)]
+    command = [sys.executable, "-m", "sda_ray", "runs", "prune", "aaaaaaaa", "--runs", str(runs)]
 
     with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs) as child:
         os.close(theirs)

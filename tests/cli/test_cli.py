@@ -236,4 +236,4 @@ def test_what_the_encoding_of_an_output_lacks_is_no_error(root: Path, encoding: 
     )
 
     assert done.returncode == 0, done.stderr
-    assert b"N runs with seeds seed ?" in done.stdout
+    assert b"N runs with the seeds seed " in done.stdout

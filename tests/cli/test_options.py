@@ -7,6 +7,7 @@ import pytest
 from refusing import Refuse, handlers, refuse, root
 
 from sda_ray.cli.main import main
+from sda_ray.cli.options import without
 
 __all__ = ["handlers", "refuse", "root"]  # fixtures
 
@@ -19,7 +20,7 @@ __all__ = ["handlers", "refuse", "root"]  # fixtures
         ("sweep data", "there is no sweep 'data' in "),
         ("sweep ../x", "there is no sweep '../x' in "),
         ("sweep tiny.py --trials 0", "trials is 0, but must be an integer from 1"),
-        ("sweep tiny.py --trials x", "--trials: invalid int value: 'x'"),
+        ("sweep tiny.py --trials x", "Invalid value for '--trials': 'x' is not a valid integer"),
         ("sweep tiny.py --name a/b", "the sweep's name is 'a/b'"),
         ("sweep tiny.py --parallel 0", "--parallel is 0, but must be above 0"),
         ("sweep tiny.py --cpus-per-trial 0", "--cpus-per-trial is 0, but must be above 0"),
@@ -28,20 +29,20 @@ __all__ = ["handlers", "refuse", "root"]  # fixtures
         ("sweep tiny.py --gpus-per-trial inf", "--gpus-per-trial is inf, but must be finite"),
         ("sweep tiny.py --cpus-per-trial 64", "a trial wants CPU=64, but this machine has CPU="),
         ("sweep tiny.py --gpus-per-trial 64", "a trial wants CPU=1 GPU=64, but this machine has"),
-        ("sweep tiny.py --trails 8", "unrecognized arguments: --trails 8"),
+        ("sweep tiny.py --trails 8", "Did you mean '--trials'?"),
         ("sweep tiny.py --fix seed=1", "--fix seed: SPACE has no key seed."),
         ("sweep tiny.py --fix activatio=SiLU", "Did you mean 'activation'?"),
         ("sweep tiny.py activation=SiLU", "--fix activation=SiLU"),
-        ("sweep tiny.py --wandb=of", "--wandb: invalid choice: 'of'"),
-        ("sweep", "the following arguments are required: SWEEP"),
+        ("sweep tiny.py --wandb=of", "Invalid value for '--wandb': 'of' is not one of"),
+        ("sweep", "Missing argument 'SWEEP'"),
         ("train --resume none", "there is no run 'none' in "),
         ("train --init none", "there is no run 'none' in "),
         ("train --config none", "there is no run 'none' in "),
         ("train --config tiny.py", "tiny.py is damaged, or not JSON"),
         ("train --replicas 0", "--replicas is 0, but must be at least 1"),
         ("train --replicas 2 --resume x", "--replicas goes with none of --init, --resume"),
-        ("train --resume x epochs=2", "--resume goes on with a run as it is"),
-        ("train --resume x --init y", "not allowed with argument"),
+        ("train --resume x epochs=2", "--resume continues a run as it is"),
+        ("train --resume x --init y", "--resume, --init and --extend exclude each other"),
         ("train --takeover", "--takeover goes with --resume RUN"),
         ("train --parallel 2", "--parallel goes with --replicas N"),
         ("train --device abacus", "device 'abacus' cannot be used"),
@@ -58,9 +59,9 @@ __all__ = ["handlers", "refuse", "root"]  # fixtures
         ("train epochs=1 --data nowhere", "/nowhere"),
         ("train epochs=1 --runs tiny.py", "tiny.py cannot be used: "),
         ("sweep tiny.py --root tiny.py", "tiny.py is a file, no directory"),
-        ("train --epochs 3", "arguments: --epochs. Settings are given as epochs=…"),
-        ("bake", "invalid choice: 'bake'"),
-        ("", "the following arguments are required: COMMAND"),
+        ("train --epochs 3", "there is no option --epochs. Settings are given as epochs=…"),
+        ("bake", "there is no command 'bake'"),
+        ("trian", "Did you mean 'train'?"),
         ("train --resume=", "--resume is empty, but must say something, or be left out."),
         ("train --init=", "--init is empty"),
         ("train --extend= epochs=9", "--extend is empty"),
@@ -71,7 +72,7 @@ __all__ = ["handlers", "refuse", "root"]  # fixtures
         ("sweep tiny.py --runs=", "--runs is empty"),
         ("simulate --data=", "--data is empty"),
         ("runs --root=", "--root is empty"),
-        ("simulate x=1", "unrecognized arguments: x=1"),
+        ("simulate x=1", "Got unexpected extra argument (x=1)"),
     ],
 )
 def test_fault_of_a_command_is_refused(refuse: Refuse, words: str, message: str) -> None:
@@ -120,3 +121,26 @@ def test_scratch_is_the_root_where_nothing_is(
         main(argv=["sweep", "none"])
 
     assert "root /scratch/me/sda/kolmogorov, " in capsys.readouterr().out
+
+
+def test_no_command_is_a_request_for_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(argv=[])
+
+    assert end.value.code == 0
+    assert "Commands:" in capsys.readouterr().out
+
+
+def test_runs_are_listed_where_no_action_is_named(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (root / "runs").mkdir()
+
+    for words in (["--sort", "epoch", "window=5"], ["list"], ["--json"]):
+        main(argv=["runs", *words])
+        assert "run" in capsys.readouterr().out or words == ["--json"]
+
+
+def test_options_are_taken_out_of_the_words_of_a_command() -> None:
+    assert without(["a", "--x", "1", "--y=2", "b"], "--x", "--y") == ["a", "b"]
+    assert without(["a", "--x", "1"], "--x", flag=True) == ["a", "1"]

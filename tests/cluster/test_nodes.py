@@ -210,7 +210,7 @@ def test_sweep_is_a_job_and_runs_the_code_that_was_recorded(
 
     out = run("sweep", "tiny.py", "--detach", "--address", address, "--parallel", "1")
 
-    assert "as job sda-ray-tiny-" in out and "sda-ray stop tiny" in out
+    assert "in the background" in out and "sda-ray stop tiny" in out
 
     shutil.rmtree(tmp_path / "sda_ray" / "__pycache__", ignore_errors=True)
     whole = {name: (tmp_path / "sda_ray" / f"{name}.py").read_bytes() for name in ("trial", "nn")}

@@ -1,6 +1,5 @@
 r"""Tests for the upload of runs to W&B, by its own client, to a server on this machine."""
 
-import argparse
 import json
 import socket
 import struct
@@ -18,25 +17,13 @@ import pytest
 from offline import EPOCHS, ID, NAME, STEPS, WANDB, attempted, make_run, run
 from wandb_server import HISTORY, DyingServer, Refusal, RewindingServer, WandbServer
 
+from sda_ray.cli.main import main
 from sda_ray.core.config import CONFIG
-from sda_ray.core.errors import UserError
 from sda_ray.core.files import write_json
 from sda_ray.core.lease import Lease
 from sda_ray.runs.path import RunPath
-from sda_ray.runs.sync import sync_command
 
 __all__ = ["attempted", "run"]  # fixtures
-
-SYNC = """
-import argparse
-from pathlib import Path
-from sda_ray.runs.sync import add_sync_parser, sync_command
-
-parser = argparse.ArgumentParser()
-parser.add_argument("--runs", type=Path)
-add_sync_parser(lambda *_: parser)
-sync_command(parser.parse_args())
-"""
 
 Sync = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -47,7 +34,7 @@ def sync(env: dict[str, str], tmp_path: Path) -> Sync:
 
     def start(server: dict[str, str], *words: str) -> Any:
         return subprocess.run(
-            [sys.executable, "-c", SYNC, f"--runs={tmp_path / 'runs'}", *words],
+            [sys.executable, "-m", "sda_ray", "sync", f"--runs={tmp_path / 'runs'}", *words],
             cwd=tmp_path,
             env={**env, **server},
             capture_output=True,
@@ -269,7 +256,11 @@ def test_only_finished_runs_that_nobody_is_at_are_uploaded(
     assert [row["_step"] for row in server.runs["unended1"].history] == STEPS[:-1]
 
 
-@pytest.mark.parametrize("words", [{"all": False, "run": []}, {"all": True, "run": [ID]}])
-def test_either_runs_or_all_are_given(tmp_path: Path, words: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match="give the runs to upload, or --all"):
-        sync_command(argparse.Namespace(runs=tmp_path, **words))
+@pytest.mark.parametrize("words", [[], ["--all", ID]])
+def test_either_runs_or_all_are_given(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(argv=["sync", f"--root={tmp_path}", *words])
+
+    assert "give the runs to upload, or --all" in capsys.readouterr().err
