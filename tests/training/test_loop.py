@@ -316,7 +316,7 @@ def test_training_is_that_of_the_plain_formulation(
 ) -> None:
     r"""The losses of 50 steps of the small network, in single precision."""
 
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
     reference = importlib.import_module("reference")
     config = CONFIG | {"hidden_channels": (16, 32, 64), "hidden_blocks": (1, 1, 1), "window": 3}
     ours, theirs = TrainState(config, SIZE), TrainState(config, SIZE)
