@@ -22,7 +22,7 @@ from rich.text import Text
 from ..core.console import format_size, printable
 from ..core.errors import UserError
 from ..core.files import write_atomic
-from .options import Args, without
+from .arguments import Args, without
 from .sweep import chosen_sweep, launch_options
 
 __all__ = [

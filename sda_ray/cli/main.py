@@ -1,7 +1,6 @@
-r"""The command line, `sda-ray COMMAND`: how it starts and ends, and simulations and trainings."""
+r"""The command line, `sda-ray COMMAND`: how it starts and ends."""
 
 import errno
-import functools
 import logging
 import os
 import signal
@@ -16,16 +15,14 @@ from typing import Any
 import click
 
 from .. import __version__
-from ..core.config import CONFIG, Config, check_config, load_config, parse_overrides
 from ..core.errors import UserError
 from ..core.keys import KEYS, did_you_mean
 from ..sweep.code import OtherCode, execute
-from .options import Args, sda_ray
-from .sweep import launch_options, wandb_options
+from .arguments import Args
+from .options import sda_ray
 
-__all__ = ["main", "simulate_command", "train_command"]
+__all__ = ["main"]
 
-THREADS = 4096  # torch takes any number, and fails later on what it cannot start
 LISTING = ("list", "show", "compare")  # the commands that look at runs, of a bucket too
 
 
@@ -159,90 +156,3 @@ def _check_bucket(args: Args) -> None:
             fetch_records(bucket, args.runs)
         except Unreachable as error:
             raise UserError(f"{args.bucket} does not answer: {error}. Try again.") from error
-
-
-def simulate_command(args: Args) -> None:
-    r"""Makes a data set."""
-
-    from ..cluster.connect import map_on_ray
-    from ..data.simulate import PRESETS, simulate
-
-    preset = PRESETS[args.preset]
-    simulate(
-        args.data,
-        preset["trajectories"] if args.trajectories is None else args.trajectories,
-        preset["size"] if args.size is None else args.size,
-        args.seed,
-        functools.partial(map_on_ray, workers=args.workers, address=args.address),
-    )
-
-
-def train_command(args: Args) -> None:
-    r"""Trains a run, resumes or extends one, or trains replicas."""
-
-    from .train import extend_run, resume_run, start_replicas, start_run
-
-    if sum(bool(given) for given in (args.resume, args.init, args.extend)) > 1:
-        raise UserError("--resume, --init and --extend exclude each other.")
-
-    if args.takeover and not args.resume:
-        raise UserError("--takeover goes with --resume RUN.")
-
-    if args.replicas is not None:
-        if args.init or args.resume or args.extend or args.device or args.threads:
-            raise UserError(
-                "--replicas goes with none of --init, --resume, --extend, --device and --threads."
-            )
-
-        start_replicas(_config(args), args.replicas, launch_options(args))
-        return
-
-    for name in ("address", "cpus_per_trial", "gpus_per_trial", "parallel"):
-        if getattr(args, name) is not None:
-            raise UserError(f"--{name.replace('_', '-')} goes with --replicas N.")
-
-    if args.threads is not None:
-        _set_threads(args.threads)
-
-    if args.extend:
-        if args.config:
-            raise UserError("--extend takes the settings of RUN, and so goes without --config.")
-
-        changes = parse_overrides(args.settings)
-        extend_run(args.runs, args.data, args.extend, changes, args.device, wandb_options(args))
-    elif args.resume:
-        if args.settings or args.config:
-            raise UserError(
-                "--resume continues a run as it is. For other settings start a run from its "
-                f"weights: sda-ray train --init {args.resume} key=value"
-            )
-
-        given = args.wandb or args.project or args.entity or args.tags
-        wandb = wandb_options(args) if given else None
-        resume_run(args.runs, args.data, args.resume, args.device, wandb, args.takeover)
-    else:
-        start_run(args.runs, args.data, _config(args), args.init, args.device, wandb_options(args))
-
-
-def _set_threads(threads: int) -> None:
-    import torch
-
-    if not 1 <= threads <= THREADS:
-        raise UserError(f"--threads is {threads}, but must be from 1 to {THREADS}.")
-
-    torch.set_num_threads(threads)
-
-
-def _config(args: Args) -> Config:
-    r"""Returns the settings of a training: key=value, before --config or --init, before CONFIG."""
-
-    from ..runs.path import RunPath
-
-    base = dict(CONFIG)
-
-    if args.config and Path(args.config).is_file():
-        base = load_config(Path(args.config).resolve())
-    elif args.config or args.init:
-        base = load_config(RunPath.find(args.runs, args.config or args.init).config)
-
-    return check_config(base | parse_overrides(args.settings))

@@ -6,10 +6,9 @@ The functions that do the work are imported when a command runs, so that `--help
 import functools
 import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from textwrap import indent
-from types import SimpleNamespace
 from typing import Any
 
 import click
@@ -18,10 +17,10 @@ from .. import __version__
 from ..core.config import format_value
 from ..core.errors import UserError
 from ..core.keys import KEYS, did_you_mean
+from .arguments import Args
 
-__all__ = ["Args", "sda_ray", "without"]
+__all__ = ["sda_ray"]
 
-Args = SimpleNamespace  # the values of a command's options and arguments, by name
 Function = Callable[..., Any]
 
 STATUSES = (
@@ -158,22 +157,6 @@ def _find_root(given: str | None) -> Path:
     return Path(os.path.abspath(root.expanduser()))
 
 
-def without(words: Sequence[str], *options: str, flag: bool = False) -> list[str]:
-    r"""Returns the words of a command without some options and their values, or without flags."""
-
-    kept: list[str] = []
-    rest = iter(words)
-
-    for word in rest:
-        if word in options:
-            if not flag:
-                next(rest, None)
-        elif word.partition("=")[0] not in options:
-            kept.append(word)
-
-    return kept
-
-
 def _all(*decorators: Function) -> Callable[[Function], Function]:
     r"""Returns one decorator for several, which appear in this order in the help."""
 
@@ -276,7 +259,7 @@ def simulate(args: Args) -> None:
       sda-ray simulate --preset full --data /scratch/kolmogorov
     """
 
-    from .main import simulate_command
+    from .train import simulate_command
 
     simulate_command(args)
 
@@ -295,7 +278,7 @@ Settings are those of SDA unless KEY=VALUE says otherwise:
 
 
 def train(args: Args) -> None:
-    from .main import train_command
+    from .train import train_command
 
     train_command(args)
 

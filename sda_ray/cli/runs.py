@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ..core.config import CONFIG, parse_overrides
 from ..core.errors import UserError
 from ..core.keys import check_value, did_you_mean
-from .options import Args
+from .arguments import Args
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType

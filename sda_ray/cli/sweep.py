@@ -14,7 +14,7 @@ from typing import Any
 
 from ..core.config import Config, format_value, parse_overrides
 from ..core.errors import UserError
-from .options import Args, without
+from .arguments import Args, without
 
 __all__ = [
     "adopt_command",

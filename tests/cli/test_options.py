@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from refusing import Refuse, handlers, refuse, root
 
+from sda_ray.cli.arguments import without
 from sda_ray.cli.main import main
-from sda_ray.cli.options import without
 
 __all__ = ["handlers", "refuse", "root"]  # fixtures
 
