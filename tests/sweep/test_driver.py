@@ -1,5 +1,6 @@
 r"""Tests for sda_ray.sweep.driver: failures, lost workers, and the wish to stop."""
 
+import inspect
 import os
 import sys
 import time
@@ -334,3 +335,28 @@ def test_queued_configuration_that_does_not_fit_is_left_out(
     assert spec is not None and spec["config"]["learning_rate"] == 0.002
     assert "is left out" in caplog.text
     assert manual.study.queue() == {}
+
+
+def test_any_number_of_paused_runs_is_pruned_for_one_slot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+    manual = ManualDriver(tmp_path, 300, 1, stops=lambda record, records: True)
+    _, drawn = manual.driver.propose([], None)
+    config = {"learning_rate": 1e-3}
+
+    for i in range(1, 301):
+        record = TrialRecord(i, f"{i:08}", "running", 1, 9, {1: 1.0}, attempt=1, config=config)
+        manual.study.add(record, drawn)
+
+    # Nothing nests for each run, which a sweep of 1,000 would not survive
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(len(inspect.stack(0)) + 200)
+
+    try:
+        spec = manual.driver.suggest("a")  # the least number of finished models is 1
+    finally:
+        sys.setrecursionlimit(limit)
+
+    assert spec is not None and spec["index"] == 1
+    assert manual.events == ["pruned"] * 300 + ["promote"]
