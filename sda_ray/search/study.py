@@ -84,9 +84,9 @@ class Study:
 
         with self._lock:
             trials, attrs = self.study.get_trials(deepcopy=False), self._study_attrs()
-            known = self._trials if attrs is self._known_attrs else []
+            known = self._trials if attrs == self._known_attrs else []
 
-            # Optuna never changes a trial or these attributes, it replaces them. A later trial of a
+            # Optuna never changes a trial, it replaces it; version 4 changes the attributes in place. A later trial of a
             # run supersedes the earlier ones.
             for number, trial in enumerate(trials):
                 if number < len(known) and known[number] is trial:
@@ -95,7 +95,7 @@ class Study:
                 if run_id := trial.user_attrs.get("run_id"):
                     self._newest[run_id] = _record(trial, attrs)
 
-            self._trials, self._known_attrs = trials, attrs
+            self._trials, self._known_attrs = trials, dict(attrs)
 
             return sorted(self._newest.values(), key=attrgetter("index"))
 
