@@ -225,7 +225,9 @@ def view(
     for record in records:
         distributions = record.trial.distributions if current is None else current
 
-        if record.state == "failed" or not _has_params(distributions, record.trial.params):
+        outside = current is not None and not _has_params(current, record.trial.params)
+
+        if record.state == "failed" or outside:
             continue
 
         if (trial := _seen_by_sampler(record, distributions, objectives)) is not None:
