@@ -19,7 +19,6 @@ __all__ = [
     "fitting",
     "growth",
     "leaving_nodes",
-    "node_of",
 ]
 
 logger = logging.getLogger(__name__)
@@ -309,19 +308,3 @@ def drain(node: str, why: str, when: float = 0) -> None:
     client.drain_node(
         node, DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"), why, int(1000 * when)
     )
-
-
-def node_of(actor: Any) -> tuple[str, str]:
-    r"""Returns the id and the name of the node of an actor, dead or alive; else nothing."""
-
-    import ray
-    from ray._private.state import actors  # Ray 2.60 has no public call without a dashboard
-
-    if actor is None:
-        return "", ""
-
-    found = actors(actor._actor_id.hex()) or {}
-    id = (found.get("Address") or {}).get("NodeID", "")
-    names = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes()}
-
-    return id, names.get(id, "")
