@@ -297,6 +297,7 @@ with connect(cpus=1):
             "request": str(request), "server": server | {"nonce": "another"},
         }
         first = Trial(spec | {"attempt": 1})
+        first.train()  # tells where it runs
         event = first.train()["event"]
         (directory,) = runs.glob("*_aaaa0000")
         lines = (directory / "metrics.jsonl").read_text().count("\\n")
