@@ -119,7 +119,7 @@ def run(trials: int, seconds: float, slots: int, place: Path) -> Found:
     r"""Runs the sweep and returns how busy slots and driver were."""
 
     from sda_ray.cluster import executor
-    from sda_ray.cluster.connect import connect
+    from sda_ray.cluster.connect import connected
     from sda_ray.cluster.slots import Slots
     from sda_ray.core.lease import Lease
     from sda_ray.search.promotion import Rules
@@ -153,7 +153,7 @@ def run(trials: int, seconds: float, slots: int, place: Path) -> Found:
         if event in ("draw", "adopt", "promote"):
             starts.append(time.time())
 
-    with connect(cpus=slots) as scratch:
+    with connected(cpus=slots) as scratch:
         driver = Watched(
             study,
             Rules(trials, REPORTS, pruner="none"),

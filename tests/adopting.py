@@ -13,7 +13,7 @@ from sda_ray.data.dataset import fingerprint
 from sda_ray.runs.path import RunPath, sweep_directory
 from sda_ray.runs.run import Run
 from sda_ray.runs.tracking import Wandb
-from sda_ray.runs.train import train
+from sda_ray.runs.train import train_run
 from sda_ray.search.promotion import TrialRecord
 from sda_ray.search.study import Study
 from sda_ray.sweep.definition import Sweep
@@ -52,7 +52,7 @@ def elsewhere(data: Path, small: Config, tmp_path_factory: pytest.TempPathFactor
     for number, more in enumerate(changes, 1):
         run = Run(runs, small | more, f"{number}" * 8, number, OFF, record=record)
 
-        for metrics in train(run, data):
+        for metrics in train_run(run, data):
             if "ema" in more and metrics["epoch"] == 2:
                 break
 

@@ -12,7 +12,7 @@ from sda_ray.runs.path import RunPath
 from sda_ray.runs.prune import resumable
 from sda_ray.runs.run import Run
 from sda_ray.runs.tracking import Wandb
-from sda_ray.runs.train import train
+from sda_ray.runs.train import train_run
 from sda_ray.search.promotion import TrialRecord
 from sda_ray.sweep.retention import Retention
 
@@ -53,7 +53,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, data: Path, small: Config) ->
             attempt=1,
             record={"sweep": "width", "trial": index},
         )
-        training = train(run, data, rungs=(1, 2, 3))
+        training = train_run(run, data, rungs=(1, 2, 3))
 
         for metrics in training:
             if metrics["epoch"] == last < 3:

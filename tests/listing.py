@@ -19,7 +19,7 @@ from sda_ray.runs.inventory import Entry, read_entry
 from sda_ray.runs.path import RunPath
 from sda_ray.runs.run import Run
 from sda_ray.runs.tracking import Wandb
-from sda_ray.runs.train import train
+from sda_ray.runs.train import train_run
 
 __all__ = ["SMALL", "a", "entry_of", "lease_of", "made", "rewrite", "runs", "sda"]
 
@@ -38,7 +38,7 @@ def make(runs: Path, data: Path, id: str, epochs: int | None = None, **more: Any
 
     record = {"sweep": more.pop("sweep", None)}
     run = Run(runs, SMALL | more, id=id, wandb=Wandb("disabled"), record=record)
-    training = train(run, data)
+    training = train_run(run, data)
 
     for metrics in training:
         if metrics["epoch"] == epochs:

@@ -8,7 +8,7 @@ import pytest
 from sda_ray.core.config import Config
 from sda_ray.runs.run import Run
 from sda_ray.runs.tracking import Wandb
-from sda_ray.runs.train import train
+from sda_ray.runs.train import train_run
 
 __all__ = ["DISABLED", "finished", "reopen", "runs"]
 
@@ -23,7 +23,7 @@ def runs(tmp_path: Path) -> Path:
 @pytest.fixture
 def finished(runs: Path, data: Path, small: Config) -> Run:
     run = Run(runs, small, wandb=DISABLED)
-    list(train(run, data))
+    list(train_run(run, data))
     run.close("finished")
 
     return run

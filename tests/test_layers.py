@@ -2,6 +2,7 @@ r"""Tests for the layout: what each package may import, and what it must not loa
 
 import ast
 import graphlib
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -95,6 +96,26 @@ def test_imports_have_no_cycle() -> None:
     assert set(graph) <= set(graphlib.TopologicalSorter(graph).static_order())
 
 
+@pytest.mark.parametrize("module", MODULES)
+def test_packages_are_imported_through_their_faces(module: str) -> None:
+    tree = ast.parse(PACKAGE.joinpath(*module.split(".")).with_suffix(".py").read_text())
+
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level == 2 and node.module:
+            face = importlib.import_module(f"sda_ray.{node.module}")
+            assert node.module in ORDER
+            assert {alias.name for alias in node.names} <= set(face.__all__)
+
+
+@pytest.mark.parametrize("package", ORDER[:-1])
+def test_face_offers_what_is_there_and_no_module_by_that_name(package: str) -> None:
+    face = importlib.import_module(f"sda_ray.{package}")
+    modules = {file.stem for file in (PACKAGE / package).glob("*.py")}
+
+    assert all(getattr(face, name) is not None for name in face.__all__)
+    assert not modules & set(face.__all__)
+
+
 @pytest.mark.parametrize("library", IMPORTERS)
 def test_library_is_imported_only_where_it_may(library: str) -> None:
     importers = {module.split(".")[0] for module in MODULES if library in imports(module)}
@@ -132,10 +153,11 @@ def test_package_is_light() -> None:
 
 
 def test_public_names_are_found() -> None:
-    assert all(getattr(sda_ray, name) is not None for name in sda_ray.__all__)
+    assert {"CONFIG", "Sweep", "load_score", "main"} < set(dir(sda_ray))
+    assert all(getattr(sda_ray, name) is not None for name in dir(sda_ray))
 
-    with pytest.raises(AttributeError, match="has no attribute 'Swep'"):
-        _ = sda_ray.Swep
+    with pytest.raises(AttributeError, match="Swep"):
+        _ = sda_ray.Swep  # type: ignore[attr-defined]
 
 
 def test_version_is_that_of_the_installed_package() -> None:

@@ -19,9 +19,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..core.console import format_size, printable
-from ..core.errors import UserError
-from ..core.files import write_atomic
+from ..core import UserError, format_size, printable, write_atomic
 from .arguments import Args, without
 from .sweep import chosen_sweep, launch_options
 
@@ -44,10 +42,9 @@ def slurm_command(args: Args) -> None:
         UserError: If anything is wrong with the sweep, or with the options of sbatch.
     """
 
-    from ..cluster.slots import Slots
-    from ..cluster.slurm import job_script, names
-    from ..runs.path import sweep_directory
-    from ..sweep.preflight import check_start
+    from ..cluster import Slots, job_script, names
+    from ..runs import sweep_directory
+    from ..sweep import check_start
 
     _check_slurm(args)
     sweep, options = chosen_sweep(args, None, launch_options(args))
@@ -125,24 +122,23 @@ def _words(args: Args) -> list[str]:
 def join_command(args: Args) -> None:
     r"""Adds this machine to a sweep that runs."""
 
-    from ..cluster.join import join
-    from ..runs.path import sweep_directory
-    from ..sweep.record import read_sweep
+    from ..cluster import join_sweep
+    from ..runs import sweep_directory
+    from ..sweep import read_sweep
 
     if not args.wait:
         read_sweep(args.runs, args.sweep)
 
-    join(sweep_directory(args.runs, args.sweep), args.cpus, args.gpus, args.wait)
+    join_sweep(sweep_directory(args.runs, args.sweep), args.cpus, args.gpus, args.wait)
 
 
 def status_command(args: Args) -> None:
     r"""Shows the nodes of a cluster and the runs on them."""
 
-    from ..cluster.connect import connect
-    from ..cluster.nodes import cluster_status
+    from ..cluster import cluster_status, connected
 
     try:
-        with connect(args.address):
+        with connected(args.address):
             status = cluster_status(args.runs)
     except UserError as error:
         raise UserError(
@@ -249,7 +245,7 @@ def doctor_command(args: Args) -> None:
 
             sys.exit(_on_cluster(args))
     else:
-        from ..plan.doctor import diagnose
+        from ..plan import diagnose
 
         findings = diagnose(args.runs, args.address, _server(args.wandb))
 
@@ -260,8 +256,8 @@ def doctor_command(args: Args) -> None:
 def _check_file(file: Path) -> Iterator[Any]:
     r"""Yields the findings about a cluster file."""
 
-    from ..cluster.clusterfile import check_cluster
-    from ..plan.doctor import Finding
+    from ..cluster import check_cluster
+    from ..plan import Finding
 
     faults = check_cluster(file)
 
@@ -289,8 +285,8 @@ def _on_cluster(args: Args) -> int:
 def _server(asked: str | None) -> str | None:
     r"""Returns the address of W&B's server if it was asked for, or there is a key for it."""
 
-    from ..runs.tracking import Wandb
-    from ..sweep.preflight import check_wandb, wandb_server
+    from ..runs import Wandb
+    from ..sweep import check_wandb, wandb_server
 
     if asked != "online":
         try:

@@ -15,9 +15,8 @@ from typing import Any
 import click
 
 from .. import __version__
-from ..core.errors import UserError
-from ..core.keys import KEYS, did_you_mean
-from ..sweep.code import OtherCode, execute
+from ..core import KEYS, UserError, did_you_mean
+from ..sweep import OtherCode, execute
 from .arguments import Args
 from .options import sda_ray
 
@@ -146,8 +145,7 @@ def _check_bucket(args: Args) -> None:
         )
 
     if args.command in LISTING:
-        from ..storage.bucket import fetch_records
-        from ..storage.store import Bucket, Unreachable
+        from ..storage import Bucket, Unreachable, fetch_records
 
         bucket = Bucket(args.bucket)
         bucket.check()

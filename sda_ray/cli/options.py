@@ -14,9 +14,7 @@ from typing import Any
 import click
 
 from .. import __version__
-from ..core.config import format_value
-from ..core.errors import UserError
-from ..core.keys import KEYS, did_you_mean
+from ..core import KEYS, UserError, did_you_mean, format_value
 from .arguments import Args
 
 __all__ = ["sda_ray"]
@@ -577,12 +575,12 @@ def sync(args: Args) -> None:
       sda-ray sync --all
     """
 
-    from ..runs.sync import sync
+    from ..runs import sync_runs
 
     if args.all == bool(args.run):
         raise UserError("give the runs to upload, or --all for the finished ones, and not both.")
 
-    sync(args.runs, args.run)
+    sync_runs(args.runs, args.run)
 
 
 @command("doctor", "Check whether this machine, or a cluster, is fit for sweeps.")

@@ -14,10 +14,16 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..core.config import CONFIG, Config, format_value
-from ..core.console import format_duration, format_size, make_table, printable
-from ..runs.inventory import Entry, changed_settings
-from ..runs.metrics import best
+from ..core import (
+    CONFIG,
+    Config,
+    format_duration,
+    format_size,
+    format_value,
+    make_table,
+    printable,
+)
+from ..runs import Entry, best, changed_settings
 
 __all__ = ["comparison", "listing", "portrait", "savings"]
 

@@ -8,16 +8,13 @@ from collections.abc import Sized
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..core.config import CONFIG, parse_overrides
-from ..core.errors import UserError
-from ..core.keys import check_value, did_you_mean
+from ..core import CONFIG, UserError, check_value, did_you_mean, parse_overrides
 from .arguments import Args
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-    from ..runs.inventory import Entry
-    from ..runs.path import RunPath
+    from ..runs import Entry, RunPath
 
 __all__ = ["compare_command", "list_command", "prune_command", "show_command"]
 
@@ -40,8 +37,8 @@ def _print(*parts: "RenderableType") -> None:
 def list_command(args: Args) -> None:
     r"""Lists runs."""
 
-    from ..core.console import format_size
-    from ..runs.inventory import SORTS, as_json, entries, row, select
+    from ..core import format_size
+    from ..runs import SORTS, as_json, entries, row, select
     from .render import listing
 
     if args.limit is not None and args.limit < 1:
@@ -74,8 +71,7 @@ def list_command(args: Args) -> None:
 
 
 def _find(args: Args, run: str) -> "Entry":
-    from ..runs.inventory import read_entry
-    from ..runs.path import RunPath
+    from ..runs import RunPath, read_entry
 
     directory = Path(run)  # a damaged run has no config.json to know its path by
     known = directory.is_dir() and directory.absolute().parent == args.runs
@@ -90,7 +86,7 @@ def _find(args: Args, run: str) -> "Entry":
 def show_command(args: Args) -> None:
     r"""Shows one run."""
 
-    from ..runs.inventory import as_json, changed_settings, in_full, row, source
+    from ..runs import as_json, changed_settings, in_full, row, source
     from .render import portrait
 
     entry, lines = in_full(_find(args, args.run))
@@ -107,7 +103,7 @@ def show_command(args: Args) -> None:
 def compare_command(args: Args) -> None:
     r"""Compares runs."""
 
-    from ..runs.inventory import as_json, compare, in_full, row
+    from ..runs import as_json, compare, in_full, row
     from .render import comparison
 
     full = [in_full(_find(args, run)) for run in (args.run, *args.others)]
@@ -127,9 +123,8 @@ def compare_command(args: Args) -> None:
 def prune_command(args: Args) -> None:
     r"""Shows what pruning would free, and does it if that is agreed."""
 
-    from ..core.console import format_size, printable
-    from ..runs.inventory import as_json
-    from ..runs.prune import prune
+    from ..core import format_size, printable
+    from ..runs import as_json, prune_run
     from .render import savings
 
     paths, spared = _prunable(args)
@@ -147,7 +142,7 @@ def prune_command(args: Args) -> None:
     if files and (args.yes or (not args.json and _agreed())):
         for path in paths:
             try:
-                done[path.directory.name] = prune(path)
+                done[path.directory.name] = prune_run(path)
             except UserError as error:
                 errors[path.directory.name] = str(error)
 
@@ -177,8 +172,7 @@ def _prunable(
 ) -> tuple[dict["RunPath", dict[Path, int]], dict[str, str]]:
     r"""Returns the resumable state that may go, by run, and why that of other runs must stay."""
 
-    from ..runs.inventory import entries
-    from ..runs.prune import refusal, resumable
+    from ..runs import entries, refusal, resumable
 
     chosen = [_find(args, run) for run in args.run] if args.run else list(entries(args.runs))
     reasons = {entry.path.directory.name: refusal(entry) for entry in chosen}

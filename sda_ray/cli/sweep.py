@@ -12,8 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..core.config import Config, format_value, parse_overrides
-from ..core.errors import UserError
+from ..core import Config, UserError, format_value, parse_overrides
 from .arguments import Args, without
 
 __all__ = [
@@ -34,7 +33,7 @@ LINES = 20  # of what it printed, if it ends at once
 def wandb_options(args: Args) -> Any:
     r"""Returns how to log to W&B."""
 
-    from ..runs.tracking import Wandb
+    from ..runs import Wandb
 
     return Wandb.from_options(args.wandb, args.project, args.entity, args.tags)
 
@@ -42,7 +41,7 @@ def wandb_options(args: Args) -> Any:
 def launch_options(args: Args) -> Any:
     r"""Returns how the trials of a sweep, or replicas, are carried out."""
 
-    from ..sweep.launch import Options
+    from ..sweep import Options
 
     for name in ("cpus_per_trial", "gpus_per_trial", "parallel", "hours", "stall"):
         value = getattr(args, name, None)
@@ -76,7 +75,7 @@ def sweep_command(args: Args) -> None:
     if not args.bucket:
         return _sweep(args, sweep, None)
 
-    from ..storage.bucket import replicated
+    from ..storage import replicated
 
     with replicated(args.bucket, args.runs, _name(args, sweep)) as replica:
         if not args.detach:
@@ -89,7 +88,7 @@ def sweep_command(args: Args) -> None:
 def _name(args: Args, sweep: Any) -> str:
     r"""Returns the name of the sweep that is meant, before anything of it need be there."""
 
-    from ..sweep.definition import load_script
+    from ..sweep import load_script
 
     if args.fork and not args.name:
         raise UserError("--fork with runs in a bucket goes with --name: what to call the sweep.")
@@ -101,10 +100,7 @@ def _name(args: Args, sweep: Any) -> str:
 
 
 def _sweep(args: Args, sweep: Any, replica: Any) -> None:
-    from ..sweep.definition import load_script
-    from ..sweep.launch import LaunchRequests, launch
-    from ..sweep.prior_runs import fork
-    from ..sweep.retention import parse_size
+    from ..sweep import LaunchRequests, fork, launch_sweep, load_script, parse_size
     from . import table
 
     if args.keep_checkpoints is not None and args.keep_checkpoints < 0:
@@ -141,7 +137,7 @@ def _sweep(args: Args, sweep: Any, replica: Any) -> None:
     requests = LaunchRequests(
         tuple(args.enqueue), warm, args.retry_failed, args.trials is not None
     )
-    launch(sweep, options, table, requests)
+    launch_sweep(sweep, options, table, requests)
 
 
 def _detach(sweep: Any, options: Any, words: Sequence[str]) -> None:
@@ -153,12 +149,10 @@ def _detach(sweep: Any, options: Any, words: Sequence[str]) -> None:
         UserError: If anything is wrong with the sweep.
     """
 
-    from ..cluster.slots import Slots
-    from ..core.lease import read_holder
-    from ..runs.path import sweep_directory
-    from ..sweep.code import recorded_code
-    from ..sweep.launch import count_gpus
-    from ..sweep.preflight import check_start
+    from ..cluster import Slots
+    from ..core import read_holder
+    from ..runs import sweep_directory
+    from ..sweep import check_start, count_gpus, recorded_code
 
     gpus = count_gpus() if options.gpus is None else options.gpus
     slots = Slots(options.cpus, gpus, options.parallel)
@@ -207,8 +201,8 @@ def _again(args: Args) -> Args:
     What was asked beside that has been done, and may have been undone by others since.
     """
 
-    from ..cluster.join import is_requeued
-    from ..runs.path import sweep_directory
+    from ..cluster import is_requeued
+    from ..runs import sweep_directory
 
     if args.job is None:
         return args
@@ -225,8 +219,8 @@ def _again(args: Args) -> Args:
 def _taken_up(args: Args) -> bool:
     r"""Asks a running sweep for what needs no checks here, and tells whether that was all."""
 
-    from ..runs.path import sweep_directory
-    from ..sweep.requests import NotRunning, ask_all
+    from ..runs import sweep_directory
+    from ..sweep import NotRunning, ask_all
 
     if args.sweep.endswith(".py") or args.enqueue or args.warm_start:
         return False
@@ -247,7 +241,7 @@ def _taken_up(args: Args) -> bool:
 def stop_command(args: Args) -> None:
     r"""Stops a sweep that runs somewhere, or one of its trials."""
 
-    from ..sweep.requests import stop_sweep
+    from ..sweep import stop_sweep
 
     stop_sweep(args.runs, args.sweep, args.trial)
 
@@ -255,8 +249,7 @@ def stop_command(args: Args) -> None:
 def plan_command(args: Args) -> None:
     r"""Says what a sweep would take, and what is wrong with it."""
 
-    from ..plan.plan import plan_sweep
-    from ..plan.report import plan_to_json, print_plan
+    from ..plan import plan_sweep, plan_to_json, print_plan
 
     options = launch_options(args)
     source: Any = Path(args.sweep)
@@ -302,8 +295,7 @@ def _status(silent: bool) -> Iterator[Callable[[str], None]]:
 def adopt_command(args: Args) -> None:
     r"""Brings finished runs into a sweep."""
 
-    from ..sweep.launch import record_of
-    from ..sweep.prior_runs import adopt
+    from ..sweep import adopt, record_of
 
     sweep, options = chosen_sweep(args, None, launch_options(args))
 
@@ -322,8 +314,7 @@ def adopt_command(args: Args) -> None:
 def chosen_sweep(args: Args, sweep: Any, options: Any) -> tuple[Any, Any]:
     r"""Returns the sweep that is meant by the arguments, and the options that it gets."""
 
-    from ..sweep.definition import load_script
-    from ..sweep.launch import load_record
+    from ..sweep import load_record, load_script
 
     if sweep is None and not args.sweep.endswith(".py"):
         if getattr(args, "fork", False):
@@ -346,7 +337,7 @@ def chosen_sweep(args: Args, sweep: Any, options: Any) -> tuple[Any, Any]:
 def _recorded(args: Args, options: Any, before: dict[str, Any]) -> Any:
     r"""Returns options with those that a sweep was last run with, where none are given now."""
 
-    from ..runs.tracking import Wandb
+    from ..runs import Wandb
 
     options = replace(
         options,

@@ -15,16 +15,10 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from ..core.config import format_value
-from ..core.console import format_size
-from ..core.errors import UserError
-from ..core.lease import read_holder
-from ..runs.path import RunPath, sweep_directory
-from ..search.promotion import Rules, TrialRecord, count_trials, rank_key
-from ..search.sampler import importances
-from ..search.study import Study
-from ..sweep.record import read_sweep
-from ..sweep.requests import watch
+from ..core import UserError, format_size, format_value, read_holder
+from ..runs import RunPath, sweep_directory
+from ..search import Rules, Study, TrialRecord, count_trials, importances, rank_key
+from ..sweep import read_sweep, watch
 
 __all__ = ["LiveTable", "announce", "attach", "conclude", "leaderboard"]
 

@@ -10,20 +10,35 @@ from typing import Any
 
 import torch
 
-from ..core.config import CONFIG, Config, check_config, load_config, parse_overrides
-from ..core.console import ProgressBar
-from ..core.errors import UserError
-from ..core.keys import NETWORK
-from ..core.lease import LeaseGone, LeaseLost
-from ..data.dataset import check_data
-from ..nn.score import load_network
-from ..runs.extend import check_extension, describe_extension
-from ..runs.path import RunPath
-from ..runs.record import read_record
-from ..runs.run import CHECKPOINT_SECONDS, Run
-from ..runs.tracking import Wandb
-from ..runs.train import Interrupted, OutOfMemory, Stop, default_device, train
-from ..training.loop import Diverged
+from ..core import (
+    CONFIG,
+    NETWORK,
+    Config,
+    LeaseGone,
+    LeaseLost,
+    ProgressBar,
+    UserError,
+    check_config,
+    load_config,
+    parse_overrides,
+)
+from ..data import check_data
+from ..nn import load_network
+from ..runs import (
+    CHECKPOINT_SECONDS,
+    Interrupted,
+    OutOfMemory,
+    Run,
+    RunPath,
+    Stop,
+    Wandb,
+    check_extension,
+    default_device,
+    describe_extension,
+    read_record,
+    train_run,
+)
+from ..training import Diverged
 from .arguments import Args
 from .sweep import launch_options, wandb_options
 
@@ -206,10 +221,9 @@ def start_replicas(config: Config, count: int, options: Any) -> None:
         options: How they are carried out, :class:`sda_ray.sweep.launch.Options`.
     """
 
-    from ..core.space import choice
-    from ..runs.path import sweep_directory
-    from ..sweep.definition import Sweep
-    from ..sweep.launch import launch
+    from ..core import choice
+    from ..runs import sweep_directory
+    from ..sweep import Sweep, launch_sweep
     from . import table
 
     if count < 1:
@@ -221,7 +235,7 @@ def start_replicas(config: Config, count: int, options: Any) -> None:
     sweep = Sweep(
         name, config, {"seed": choice(*seeds)}, trials=count, sampler="grid", pruner="none"
     )
-    launch(sweep, replace(options, job_type="replica"), table)
+    launch_sweep(sweep, replace(options, job_type="replica"), table)
 
 
 def _check_init(parent: RunPath, config: Config, size: int) -> None:
@@ -267,7 +281,7 @@ def _follow(run: Run, data: Path, device: str, parent: RunPath | None) -> None:
 
     try:
         with Stop().on_signals() as stop, ProgressBar("epoch", total, done) as progress:
-            for metrics in train(run, data, device, init=init, stop=stop):
+            for metrics in train_run(run, data, device, init=init, stop=stop):
                 losses = (f"{key} {metrics[key]:.4f}" for key in ("loss_train", "loss_valid"))
                 progress.update(metrics["epoch"], ", ".join(losses))
 
@@ -296,11 +310,11 @@ def _follow(run: Run, data: Path, device: str, parent: RunPath | None) -> None:
 def simulate_command(args: Args) -> None:
     r"""Makes a data set."""
 
-    from ..cluster.connect import map_on_ray
-    from ..data.simulate import PRESETS, simulate
+    from ..cluster import map_on_ray
+    from ..data import PRESETS, simulate_dataset
 
     preset = PRESETS[args.preset]
-    simulate(
+    simulate_dataset(
         args.data,
         preset["trajectories"] if args.trajectories is None else args.trajectories,
         preset["size"] if args.size is None else args.size,

@@ -13,11 +13,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..core.errors import UserError
-from ..storage.server import on_node
+from ..core import UserError
+from ..storage import on_node
 from .ray_node import local_cpus, local_gpus, member, private_directory
 
-__all__ = ["connect", "local_cpus", "local_gpus", "map_on_ray", "on_node", "ray_endpoint"]
+__all__ = ["connected", "local_cpus", "local_gpus", "map_on_ray", "on_node", "ray_endpoint"]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -43,7 +43,7 @@ FOREIGN = ("RAY_ADDRESS", "RAY_NAMESPACE", "RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_R
 
 
 @contextmanager
-def connect(
+def connected(
     address: str | None = None,
     cpus: int | None = None,
     package: Path | None = None,
@@ -255,7 +255,7 @@ def map_on_ray(
     def run(item: T) -> R:
         return function(item)
 
-    with connect(address, workers):
+    with connected(address, workers):
         import ray
 
         cpus = workers or int(ray.cluster_resources().get("CPU", 1))

@@ -30,13 +30,11 @@ from ray.tune import Callback
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from ..core.errors import UserError
-from ..core.lease import HEARTBEAT, is_alive, is_local, last_heartbeat, read_holder
-from ..runs.path import RunPath
-from ..search.promotion import TrialRecord
-from ..search.study import Study
-from ..storage.client import Disconnected
-from ..training.watchdog import OTHER, STACKS, STALL, TAKEN, take_stacks
+from ..core import HEARTBEAT, UserError, is_alive, is_local, last_heartbeat, read_holder
+from ..runs import RunPath
+from ..search import Study, TrialRecord
+from ..storage import Disconnected
+from ..training import OTHER, STACKS, STALL, TAKEN, take_stacks
 from .trial import Trial
 
 __all__ = ["Driver", "Housekeeping", "Liveness", "cause_of", "end_frozen", "execute"]

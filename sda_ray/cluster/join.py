@@ -17,13 +17,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import UserError
-from ..core.files import read_json, write_json
-from ..core.lease import Lease, LeaseLost
-from ..core.system import LEAST, deadline
+from ..core import LEAST, Lease, LeaseLost, UserError, deadline, read_json, write_json
 from .ray_node import DRAIN, END, Member, member, own_cpus, own_gpus, own_ip, write_secret
 
-__all__ = ["announced", "find_token", "is_requeued", "join", "read_head", "stay"]
+__all__ = ["announced", "find_token", "is_requeued", "join_sweep", "read_head", "stay"]
 
 POLL = 2.0  # seconds between two reads of head.json
 REPEAT = 1.0  # seconds within which `timeout` and srun may send the same signal twice
@@ -152,7 +149,7 @@ def is_requeued(directory: Path, job: str | None) -> bool:
     return job is not None and isinstance(found, dict) and found.get("job") == job
 
 
-def join(
+def join_sweep(
     directory: Path, cpus: int | None = None, gpus: int | None = None, wait: float = 0.0
 ) -> None:
     r"""Adds this machine to a running sweep, until the sweep ends or this process has to leave.

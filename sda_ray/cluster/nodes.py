@@ -27,11 +27,10 @@ from urllib.parse import urlparse
 import psutil
 
 from .. import __version__
-from ..core.errors import UserError
-from ..core.files import lock_works
-from ..data.dataset import fingerprint
-from ..runs.inventory import Entry, entries
-from ..storage.scratch import local_directory
+from ..core import UserError, lock_works
+from ..data import fingerprint
+from ..runs import Entry, entries
+from ..storage import local_directory
 from .connect import on_node
 from .join import read_head
 from .slots import HEAD, leaving_nodes

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from ..core.errors import UserError
+from ..core import UserError
 
 __all__ = ["DRAIN", "Member", "member", "own_cpus", "own_gpus", "own_ip", "write_secret"]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import UserError
+from ..core import UserError
 from .connect import local_cpus, local_gpus, on_node
 
 __all__ = [

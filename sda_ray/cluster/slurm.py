@@ -25,8 +25,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import UserError
-from ..core.system import deadline
+from ..core import UserError, deadline
 from .join import stay
 from .ray_node import Member, member, own_cpus, own_ip
 

@@ -16,8 +16,7 @@ from typing import Any
 import ray
 from ray import tune
 
-from ..core.files import write_atomic
-from ..core.system import release_memory
+from ..core import release_memory, write_atomic
 
 __all__ = ["REPORT_SECONDS", "Trial", "memory_fraction"]
 
@@ -103,10 +102,10 @@ class Trial(tune.Trainable):
         }
 
     def _advance_run(self) -> dict[str, Any]:
-        from ..core.lease import LeaseGone, LeaseLost
-        from ..runs.train import Interrupted, OutOfMemory
-        from ..storage.client import Disconnected
-        from ..training.loop import Diverged
+        from ..core import LeaseGone, LeaseLost
+        from ..runs import Interrupted, OutOfMemory
+        from ..storage import Disconnected
+        from ..training import Diverged
 
         values: list[tuple[int, float]] = []
         event, error, finals = "running", "", None
@@ -171,11 +170,9 @@ class Trial(tune.Trainable):
 
         import torch
 
-        from ..runs.run import Run
-        from ..runs.tracking import Wandb
-        from ..runs.train import train
-        from ..storage.client import RemoteRun, data_of, shares_files
-        from ..training.watchdog import STACKS, STALL, Watchdog
+        from ..runs import Run, Wandb, train_run
+        from ..storage import RemoteRun, data_of, shares_files
+        from ..training import STACKS, STALL, Watchdog
 
         spec = self.spec
         request, stall = Path(spec["request"]), spec.get("stall") or STALL
@@ -225,7 +222,7 @@ class Trial(tune.Trainable):
         if self.remote is not None:
             self.remote.watch(self.run.path)
 
-        self.training = train(
+        self.training = train_run(
             self.run,
             data,
             device,
@@ -272,7 +269,7 @@ class Trial(tune.Trainable):
             self.remote.push_lines()
 
     def _finals(self) -> list[float] | None:
-        from ..runs.metrics import finals
+        from ..runs import finals
 
         objectives = self.spec.get("objectives") or ()
 
@@ -338,7 +335,7 @@ def stop_flag(request: Path, index: int, remote: Any = None) -> Any:
     node tells; a trial that was cut off from there raises.
     """
 
-    from ..runs.train import Stop
+    from ..runs import Stop
 
     class Request(Stop):
         looked = 0.0

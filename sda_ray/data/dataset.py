@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import h5py
 import numpy as np
 
-from ..core.errors import UserError
+from ..core import UserError
 
 __all__ = [
     "DataInfo",

@@ -21,12 +21,10 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from ..core.console import ProgressBar
-from ..core.errors import UserError
-from ..core.files import locked
+from ..core import ProgressBar, UserError, locked
 from .dataset import Origin, get_dataset, read_origin
 
-__all__ = ["PRESETS", "SHAPE", "simulate"]
+__all__ = ["PRESETS", "SHAPE", "simulate_dataset"]
 
 PRESETS = {
     "full": {"trajectories": 1024, "size": 256},
@@ -56,7 +54,7 @@ def map_here(
         yield item, function(item)
 
 
-def simulate(
+def simulate_dataset(
     directory: Path,
     trajectories: int,
     size: int,

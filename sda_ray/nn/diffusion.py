@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 from torch import Size, Tensor, nn
 
-from ..core.config import ALPHAS
-from ..core.errors import UserError
+from ..core import ALPHAS, UserError
 from .score import load_network
 
 __all__ = ["VPSDE", "SubSubVPSDE", "SubVPSDE", "load_sde"]

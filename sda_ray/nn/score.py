@@ -11,9 +11,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
-from ..core.config import ACTIVATIONS, Config, check_config, load_config
-from ..core.errors import UserError
-from ..core.keys import ALPHAS
+from ..core import ACTIVATIONS, ALPHAS, Config, UserError, check_config, load_config
 from .precision import full
 from .unet import UNet
 

@@ -22,12 +22,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..core.config import Config, count_weights
-from ..core.keys import NETWORK
-from ..data.dataset import DataInfo
-from ..nn.diffusion import VPSDE
-from ..nn.score import MCScoreNet, make_score
-from ..training.validation import Validation
+from ..core import NETWORK, Config, count_weights
+from ..data import DataInfo
+from ..nn import VPSDE, MCScoreNet, make_score
+from ..training import Validation
 
 __all__ = [
     "Cost",

@@ -11,7 +11,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..cluster.nodes import (
+from ..cluster import (
     Facts,
     bandwidth,
     clock_skew,
@@ -67,9 +67,9 @@ def diagnose(runs: Path, address: str | None, url: str | None) -> list[Finding]:
         gpus = bool(shutil.which("nvidia-smi"))
         return [*judge("this machine", examine(runs, gpus=gpus, url=url), {}, shared=False)]
 
-    from ..cluster.connect import connect
+    from ..cluster import connected
 
-    with connect(address):
+    with connected(address):
         return _diagnose_nodes(runs, url)
 
 

@@ -27,15 +27,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..cluster.connect import local_gpus
-from ..cluster.nodes import memory_limit
-from ..cluster.slots import Slots
-from ..core.errors import UserError
-from ..data.dataset import DataInfo
-from ..runs.tracking import Wandb
-from ..search.promotion import PruneRule, Rules, TrialRecord, decide
-from ..sweep.definition import Sweep, load_script
-from ..sweep.preflight import find_faults, free_disk
+from ..cluster import Slots, local_gpus, memory_limit
+from ..core import UserError
+from ..data import DataInfo
+from ..runs import Wandb
+from ..search import PruneRule, Rules, TrialRecord, decide
+from ..sweep import Sweep, find_faults, free_disk, load_script
 from .probe import Node, Speed, epoch_seconds, probe_nodes
 
 if TYPE_CHECKING:

@@ -22,11 +22,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import psutil
 
-from ..cluster.connect import connect, on_node
-from ..cluster.nodes import Facts, bandwidth, examine, live_nodes, marker, survey
-from ..cluster.slots import Slots, fitting
-from ..core.config import Config
-from ..data.dataset import DataInfo, TrajectoryDataset
+from ..cluster import (
+    Facts,
+    Slots,
+    bandwidth,
+    connected,
+    examine,
+    fitting,
+    live_nodes,
+    marker,
+    on_node,
+    survey,
+)
+from ..core import Config
+from ..data import DataInfo, TrajectoryDataset
 
 if TYPE_CHECKING:
     from .cost import Cost  # which imports torch
@@ -148,7 +157,7 @@ def speed_of(
 def take_steps(
     configs: Sequence[Config], data: Path, cpus: float, gpu: bool, seconds: float = SECONDS
 ) -> Iterator[tuple[int, Sample, int]]:
-    r"""Takes training steps as :func:`sda_ray.runs.train.train` does, and leaves nothing behind.
+    r"""Takes training steps as :func:`sda_ray.runs.train.train_run` does, and leaves nothing behind.
 
     Batches grow from one item up to the config's, as long as time remains for it.
 
@@ -165,8 +174,8 @@ def take_steps(
 
     import torch
 
-    from ..nn.precision import make_deterministic
-    from ..training.loop import TrainState
+    from ..nn import make_deterministic
+    from ..training import TrainState
 
     torch.set_num_threads(max(1, int(cpus)))
     device = "cuda" if gpu else "cpu"
@@ -195,7 +204,7 @@ def _batches(state: Any, dataset: Any, until: float) -> Iterator[tuple[int, floa
 
     import torch
 
-    from ..training.loop import train_epoch
+    from ..training import train_epoch
 
     class Enough(Exception):
         pass
@@ -325,7 +334,7 @@ def probe_nodes(
 
     report("starting Ray" if address is None else f"attaching to the Ray at {address}")
 
-    with connect(address), marker(runs) as token:
+    with connected(address), marker(runs) as token:
         able = {
             id: record
             for id, record in live_nodes().items()
@@ -457,7 +466,10 @@ class _Probe:
         self.samples: list[tuple[int, Sample, int]] = []
 
     def start(self) -> None:
-        from ..runs import run, train  # noqa: F401  # all that a trial imports
+        from ..runs import (
+            Run,  # noqa: F401  # all that a trial imports
+            train_run,  # noqa: F401
+        )
 
     def take_steps(self, *args: Any) -> None:
         for sample in take_steps(*args):

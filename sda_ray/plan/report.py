@@ -7,8 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..core.config import format_value
-from ..core.keys import NETWORK
+from ..core import NETWORK, format_value
 from .cost import Shape
 from .plan import Forecast, Plan, at_a_time, format_duration, memory_of
 from .probe import Node, epoch_seconds

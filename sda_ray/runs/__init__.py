@@ -1,1 +1,5 @@
 r"""What a training leaves on disk and on W&B."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -21,10 +21,18 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from ..core.config import MAX_WEIGHTS, count_weights, load_config
-from ..core.errors import UserError
-from ..core.files import open_atomic, open_regular, read_regular, sync_directory, write_atomic
-from ..core.system import is_out_of_memory
+from ..core import (
+    MAX_WEIGHTS,
+    UserError,
+    count_weights,
+    is_out_of_memory,
+    load_config,
+    open_atomic,
+    open_regular,
+    read_regular,
+    sync_directory,
+    write_atomic,
+)
 from .path import RunPath
 
 if TYPE_CHECKING:
@@ -244,7 +252,7 @@ def _read(file: Path) -> bytes:
 def _load(data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
     import torch
 
-    from ..nn.score import check_archive, total_size
+    from ..nn import check_archive, total_size
 
     stream = io.BytesIO(data)
     check_archive(stream)

@@ -11,9 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..core.config import Config, load_config
-from ..core.errors import UserError
-from ..training.loop import Metrics, TrainState, steady_epochs
+from ..core import Config, UserError, load_config
+from ..training import Metrics, TrainState, steady_epochs
 from .checkpoint import keep_checkpoint, read_checkpoint
 from .metrics import read_history
 from .path import RunPath

@@ -15,9 +15,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from ..core.config import CONFIG, Config, load_config
-from ..core.errors import UserError
-from ..core.lease import STALE, holder_alive, read_holder
+from ..core import CONFIG, STALE, Config, UserError, holder_alive, load_config, read_holder
 from .metrics import best, last_metrics, read_metrics, seconds_per_epoch
 from .path import RESUMED, RunPath
 from .record import read_record

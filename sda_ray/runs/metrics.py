@@ -17,15 +17,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 
-from ..core.config import load_config
-from ..core.errors import UserError
-from ..core.files import append_line, cut_torn_lines, open_regular, read_lines
-from ..core.lease import LeaseGone
+from ..core import (
+    LeaseGone,
+    UserError,
+    append_line,
+    cut_torn_lines,
+    load_config,
+    open_regular,
+    read_lines,
+)
 from .path import RunPath
 from .record import read_record
 
 if TYPE_CHECKING:
-    from ..training.loop import Metrics
+    from ..training import Metrics
 
 __all__ = [
     "History",
@@ -166,7 +171,7 @@ def finals(path: RunPath, objectives: Sequence[str]) -> list[float]:
 def _parameters(path: RunPath) -> int:
     import torch
 
-    from ..nn.score import make_score
+    from ..nn import make_score
 
     with torch.device("meta"):
         return sum(p.numel() for p in make_score(**load_config(path.config)).parameters())

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import UserError
+from ..core import UserError
 
 __all__ = [
     "COPIED",

@@ -12,13 +12,11 @@ from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 
-from ..core.errors import UserError
-from ..core.files import locked, write_json
-from ..core.lease import read_holder
+from ..core import UserError, locked, read_holder, write_json
 from .inventory import Entry, is_held, read_entry
 from .path import RunPath
 
-__all__ = ["give_back", "prune", "refusal", "resumable"]
+__all__ = ["give_back", "prune_run", "refusal", "resumable"]
 
 QUIET = 3600.0  # seconds without a heartbeat after which a holder on another host is dead
 
@@ -74,7 +72,7 @@ def _in_use(path: RunPath) -> str | None:
     return "a process uses it." if is_held(path, QUIET) else None
 
 
-def prune(path: RunPath) -> int:
+def prune_run(path: RunPath) -> int:
     r"""Removes the checkpoints of a finished run and returns the bytes freed.
 
     The lock of the run's lease is held meanwhile, so that no process can take the run. The
@@ -154,7 +152,7 @@ def _stays(entry: Entry, sweep: str) -> str | None:
 
 
 def _check_weights(path: RunPath) -> None:
-    from ..nn.score import load_network
+    from ..nn import load_network
 
     try:
         load_network(path.directory)

@@ -23,9 +23,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from .. import __version__
-from ..core.config import Config
-from ..core.errors import UserError
-from ..core.files import read_json, write_atomic, write_json
+from ..core import Config, UserError, read_json, write_atomic, write_json
 from .path import RunPath
 
 if TYPE_CHECKING:

@@ -9,12 +9,19 @@ from typing import Any
 
 import torch
 
-from ..core.config import Config, load_config, save_config
-from ..core.errors import UserError
-from ..core.files import remove_leftovers, write_atomic
-from ..core.lease import Lease, LeaseLost, check_present, is_present
-from ..training.loop import Metrics, TrainState
-from ..training.samples import draw_samples
+from ..core import (
+    Config,
+    Lease,
+    LeaseLost,
+    UserError,
+    check_present,
+    is_present,
+    load_config,
+    remove_leftovers,
+    save_config,
+    write_atomic,
+)
+from ..training import Metrics, TrainState, draw_samples
 from .checkpoint import load_checkpoint, save_checkpoint, save_state
 from .metrics import History
 from .path import RunPath, new_id, new_name

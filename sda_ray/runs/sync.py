@@ -19,9 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.config import Config
-from ..core.errors import UserError
-from ..core.files import open_regular, read_json
+from ..core import Config, UserError, open_regular, read_json
 from .metrics import read_history
 from .path import RunPath, sweep_directory
 from .record import logged_config
@@ -34,7 +32,7 @@ __all__ = [
     "Server",
     "Target",
     "Unreachable",
-    "sync",
+    "sync_runs",
     "target_of",
     "upload",
 ]
@@ -49,7 +47,7 @@ class Unreachable(RuntimeError):
     r"""Signals that the server is absent, does not answer or refuses."""
 
 
-def sync(runs: Path, names: Sequence[str] = ()) -> None:
+def sync_runs(runs: Path, names: Sequence[str] = ()) -> None:
     r"""Uploads runs, by default the finished ones. Exits with 1 if one is missing in the end."""
 
     entries = _named(runs, names) if names else _finished(runs)

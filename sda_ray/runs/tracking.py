@@ -18,8 +18,7 @@ from typing import Any
 
 import msgspec
 
-from ..core.config import Config
-from ..core.errors import UserError
+from ..core import Config, UserError
 
 __all__ = ["Tracker", "Wandb", "own_environment", "safe_name", "wandb_settings"]
 

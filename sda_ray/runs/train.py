@@ -11,19 +11,15 @@ from types import FrameType
 
 import torch
 
-from ..core.errors import UserError
-from ..core.lease import LeaseGone, LeaseLost, check_present
-from ..core.system import is_out_of_memory, keep_memory
-from ..data.dataset import TrajectoryDataset
-from ..nn.precision import make_deterministic, warn_slow
-from ..nn.score import load_network
-from ..training.loop import Diverged, Metrics, TrainState, epochs, steady_epochs, validate
-from ..training.validation import Validation
+from ..core import LeaseGone, LeaseLost, UserError, check_present, is_out_of_memory, keep_memory
+from ..data import TrajectoryDataset
+from ..nn import load_network, make_deterministic, warn_slow
+from ..training import Diverged, Metrics, TrainState, Validation, epochs, steady_epochs, validate
 from .extend import carry_over, keep_start
 from .path import RunPath
 from .run import Run
 
-__all__ = ["Interrupted", "OutOfMemory", "Stop", "default_device", "train"]
+__all__ = ["Interrupted", "OutOfMemory", "Stop", "default_device", "train_run"]
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +70,7 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def train(
+def train_run(
     run: Run,
     data: Path,
     device: str = "cpu",

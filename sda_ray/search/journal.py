@@ -21,9 +21,16 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import BaseJournalBackend
 from optuna.study import StudyDirection
 
-from ..core.errors import UserError
-from ..core.files import append, cut_torn_lines, find_torn_lines, open_regular, write_atomic
-from ..core.lease import Lease, LeaseLost
+from ..core import (
+    Lease,
+    LeaseLost,
+    UserError,
+    append,
+    cut_torn_lines,
+    find_torn_lines,
+    open_regular,
+    write_atomic,
+)
 
 __all__ = ["Journal", "open_journal", "open_study"]
 

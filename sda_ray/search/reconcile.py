@@ -13,12 +13,8 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..core.errors import UserError
-from ..core.files import write_json
-from ..core.lease import Lease, LeaseLost, read_holder
-from ..runs.metrics import finals, read_history
-from ..runs.path import RunPath
-from ..runs.record import read_record
+from ..core import Lease, LeaseLost, UserError, read_holder, write_json
+from ..runs import RunPath, finals, read_history, read_record
 from .promotion import Action, PruneRule, Rules, TrialRecord, decide
 from .study import Study
 

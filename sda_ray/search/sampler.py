@@ -30,9 +30,7 @@ from optuna.samplers import BaseSampler
 from optuna.storages import InMemoryStorage
 from optuna.trial import FixedTrial, FrozenTrial, TrialState
 
-from ..core.config import format_value
-from ..core.errors import UserError
-from ..core.space import Range
+from ..core import Range, UserError, format_value
 from .promotion import TrialRecord
 
 __all__ = [

@@ -16,9 +16,8 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from ..core.errors import UserError
-from ..core.lease import Lease
-from ..runs.path import new_id
+from ..core import Lease, UserError
+from ..runs import new_id
 from .journal import open_study
 from .promotion import Rules, TrialRecord, count_trials
 from .sampler import quiet_optuna

@@ -20,11 +20,18 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import UserError
-from ..core.files import read_json, write_atomic, write_json
-from ..core.lease import STALE, holder_alive, is_alive, this_process
-from ..runs.path import COPIED, RECORDS, RunPath, sweep_directory
-from ..search.study import Study
+from ..core import (
+    STALE,
+    UserError,
+    holder_alive,
+    is_alive,
+    read_json,
+    this_process,
+    write_atomic,
+    write_json,
+)
+from ..runs import COPIED, RECORDS, RunPath, sweep_directory
+from ..search import Study
 from .replica import Replica, files_of
 from .store import Bucket, Conflict, Damaged, Folder, Found, Unreachable
 

@@ -15,11 +15,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..core.lease import LeaseGone, LeaseLost
-from ..runs.checkpoint import read_checkpoint
-from ..runs.path import RunPath
-from ..runs.run import CHECKPOINT_SECONDS
-from ..training.watchdog import STACKS
+from ..core import LeaseGone, LeaseLost
+from ..runs import CHECKPOINT_SECONDS, RunPath, read_checkpoint
+from ..training import STACKS
 from .replica import Replica, run_files
 from .scratch import CHUNK, Private, fetch, find_data, leftovers
 from .server import APPENDED, UnknownAttempt

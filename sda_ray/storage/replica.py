@@ -12,8 +12,8 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from ..runs.path import COPIED, LOCAL
-from ..training.watchdog import STACKS
+from ..runs import COPIED, LOCAL
+from ..training import STACKS
 
 __all__ = ["Replica", "Target", "files_of", "run_files"]
 

@@ -18,8 +18,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import UserError
-from ..data.dataset import fingerprint
+from ..core import UserError
+from ..data import fingerprint
 
 __all__ = ["CHUNK", "Private", "fetch", "find_data", "leftovers", "local_directory"]
 

@@ -17,10 +17,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..core.files import cut_torn_lines, remove_leftovers, sync_directory
-from ..core.lease import Lease, LeaseLost, check_present
-from ..runs.path import RESUMED
-from ..training.watchdog import STACKS, TAKEN
+from ..core import (
+    Lease,
+    LeaseLost,
+    check_present,
+    cut_torn_lines,
+    remove_leftovers,
+    sync_directory,
+)
+from ..runs import RESUMED
+from ..training import STACKS, TAKEN
 
 __all__ = [
     "APPENDED",

@@ -15,8 +15,7 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..core.errors import UserError
-from ..core.files import open_atomic
+from ..core import UserError, open_atomic
 
 __all__ = [
     "Bucket",

@@ -20,9 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from ..core.errors import UserError
-from ..core.files import sync_directory
-from ..runs.record import PACKAGE, code_of, digests, origin
+from ..core import UserError, sync_directory
+from ..runs import PACKAGE, code_of, digests, origin
 
 __all__ = [
     "Code",

@@ -7,12 +7,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.config import Config, check_config
-from ..core.errors import UserError
-from ..core.keys import check_value
-from ..core.space import Space, check_space, draw_values, split_group
-from ..data.dataset import DataInfo
-from ..search.promotion import FINAL, PruneRule, Rules, TrialRecord
+from ..core import (
+    Config,
+    Space,
+    UserError,
+    check_config,
+    check_space,
+    check_value,
+    draw_values,
+    split_group,
+)
+from ..data import DataInfo
+from ..search import FINAL, PruneRule, Rules, TrialRecord
 from .record import definition_of
 
 if TYPE_CHECKING:
@@ -148,7 +154,7 @@ def _method(method: Any) -> str:
     if isinstance(method, str):
         return method
 
-    from ..search.sampler import method_text
+    from ..search import method_text
 
     return method_text(method(0) if callable(method) else method)
 
@@ -268,7 +274,7 @@ class Sweep:
         if not callable(self.space) and self.sampler != "grid" and isinstance(self.sampler, str):
             return []
 
-        from ..search.sampler import check_kinds, sample
+        from ..search import check_kinds, sample
 
         try:
             if self.sampler == "grid" or callable(self.sampler):
@@ -296,12 +302,12 @@ class Sweep:
     def propose(self, records: Sequence[TrialRecord], fixed: dict[str, Any] | None = None) -> Any:
         r"""Draws a configuration that no run has, see :func:`sda_ray.search.sampler.propose`."""
 
-        from ..search.sampler import distributions, propose
+        from ..search import distributions, propose
 
         group = None
 
         if self.pruner == "hyperband":
-            from ..search.pruners import hyperband_brackets
+            from ..search import hyperband_brackets
 
             group = hyperband_brackets(self.rules, self.name)
 
@@ -323,7 +329,7 @@ class Sweep:
         if self.pruner in ("promotion", "none"):
             return None
 
-        from ..search.pruners import prune_rule
+        from ..search import prune_rule
 
         pruner = None if isinstance(self.pruner, str) else self.pruner
 
@@ -354,7 +360,7 @@ class Sweep:
         if not callable(self.space):
             return {key for name in self.space for key in split_group(name)}
 
-        from ..search.sampler import sample
+        from ..search import sample
 
         return {key for values, _ in sample(self.draw, count=32) for key in values}
 
@@ -370,7 +376,7 @@ class Sweep:
     def definition(self) -> dict[str, Any]:
         r"""Returns the definition of the sweep, without the number of trials, as JSON."""
 
-        from ..search.sampler import draw_summary
+        from ..search import draw_summary
 
         drawn = draw_summary(self.draw) if callable(self.space) else ()
 

@@ -11,9 +11,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..core.system import margin
-from ..search.promotion import Action, PruneRule, Rules, TrialRecord, decide, unhide
-from ..search.study import Propose, Study, draw_run
+from ..core import margin
+from ..search import (
+    Action,
+    Propose,
+    PruneRule,
+    Rules,
+    Study,
+    TrialRecord,
+    decide,
+    draw_run,
+    unhide,
+)
 from .failures import Losses, Outage, alike
 
 __all__ = ["TIME", "Driver", "Notify"]

@@ -11,21 +11,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..core.config import (
+from ..core import (
+    KEYS,
+    Choice,
     Config,
+    Range,
+    UserError,
     check_config,
+    check_value,
+    decode_params,
     did_you_mean,
+    encode_option,
     format_value,
     load_config,
     parse_value,
+    short_repr,
+    split_group,
 )
-from ..core.errors import UserError
-from ..core.keys import KEYS, check_value, short_repr
-from ..core.space import Choice, Range, decode_params, encode_option, split_group
-from ..runs.path import RunPath
-from ..search.promotion import TrialRecord
-from ..search.sampler import CallbackTrial, has_value
-from ..search.study import Study
+from ..runs import RunPath
+from ..search import CallbackTrial, Study, TrialRecord, has_value
 from .definition import Sweep
 
 __all__ = [

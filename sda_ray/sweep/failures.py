@@ -6,8 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from ..search.promotion import TrialRecord
-from ..search.study import Study
+from ..search import Study, TrialRecord
 
 __all__ = ["Losses", "Outage", "alike"]
 

@@ -13,20 +13,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..cluster.connect import connect, local_gpus, ray_endpoint
-from ..cluster.join import announced, is_requeued
-from ..cluster.slots import Slots
-from ..core.errors import UserError
-from ..core.files import remove_leftovers
-from ..core.lease import Lease
-from ..core.system import deadline
-from ..data.dataset import DataInfo
-from ..runs.path import sweep_directory
-from ..runs.tracking import Wandb
-from ..search.promotion import Rules, TrialRecord, decide
-from ..search.reconcile import catch_up
-from ..search.sampler import importances
-from ..search.study import Study, queue_warning
+from ..cluster import Slots, announced, connected, is_requeued, local_gpus, ray_endpoint
+from ..core import Lease, UserError, deadline, remove_leftovers
+from ..data import DataInfo
+from ..runs import Wandb, sweep_directory
+from ..search import Rules, Study, TrialRecord, catch_up, decide, importances, queue_warning
 from .code import check_code, keep_code, running
 from .definition import PRUNERS, SAMPLERS, SETTINGS, Sweep, load_script
 from .driver import TIME, Driver
@@ -44,7 +35,7 @@ __all__ = [
     "Table",
     "View",
     "count_gpus",
-    "launch",
+    "launch_sweep",
     "load_record",
     "record_of",
 ]
@@ -153,7 +144,9 @@ class View(Protocol):
     ) -> None: ...
 
 
-def launch(sweep: Sweep, options: Options, view: View, requests: LaunchRequests = NOTHING) -> None:
+def launch_sweep(
+    sweep: Sweep, options: Options, view: View, requests: LaunchRequests = NOTHING
+) -> None:
     r"""Starts, resumes or extends a sweep, as its record calls for.
 
     Everything is checked before anything is written and before Ray starts. A sweep has one driver
@@ -382,11 +375,11 @@ def _drive(driver: Driver, slots: Slots, options: Options, table: Table, package
 
     with suppress(KeyboardInterrupt), table, ExitStack() as stack:
         with serving(driver):
-            started = connect(options.address, package=package, modules=["ray.tune"])
+            started = connected(options.address, package=package, modules=["ray.tune"])
             scratch = stack.enter_context(started)
 
-        from ..cluster.executor import execute  # imports Ray, which must be set up by then
-        from ..storage.server import serve_files
+        from ..cluster import execute  # imports Ray, which must be set up by then
+        from ..storage import serve_files
 
         if options.address is not None:  # whose nodes may not see our files
             server = serve_files(options.runs, options.data, driver.request)

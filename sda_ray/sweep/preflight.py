@@ -19,16 +19,19 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from ..cluster.connect import local_cpus
-from ..cluster.slots import Slots
-from ..core.config import Config, check_config, format_value
-from ..core.errors import UserError
-from ..core.files import read_json, write_json
-from ..core.lease import is_alive
-from ..core.space import Choice
-from ..data.dataset import DataInfo, check_data, check_file
-from ..runs.path import sweep_directory
-from ..runs.tracking import Wandb
+from ..cluster import Slots, local_cpus
+from ..core import (
+    Choice,
+    Config,
+    UserError,
+    check_config,
+    format_value,
+    is_alive,
+    read_json,
+    write_json,
+)
+from ..data import DataInfo, check_data, check_file
+from ..runs import Wandb, sweep_directory
 from .definition import Sweep
 from .record import compare, read_sweep
 
@@ -238,7 +241,7 @@ def _examine_draws(
 ) -> tuple[list[Config], list[str]]:
     r"""Returns configurations drawn from a sweep, and what is wrong with draws, and how often."""
 
-    from ..search.sampler import check_kinds, sample
+    from ..search import check_kinds, sample
 
     counts: Counter[str] = Counter()
     cases: dict[str, str] = {}

@@ -27,30 +27,29 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.config import Config, save_config
-from ..core.errors import UserError
-from ..core.files import (
+from ..core import (
+    Config,
+    Lease,
+    UserError,
     cut_torn_lines,
     locked,
     remove_leftovers,
+    save_config,
     sync_directory,
     write_atomic,
     write_json,
 )
-from ..core.lease import Lease
-from ..data.dataset import check_data, fingerprint
-from ..runs.inventory import Entry, entries, read_entry
-from ..runs.metrics import read_metrics
-from ..runs.path import RunPath, new_name, sweep_directory
-from ..search.study import Study
+from ..data import check_data, fingerprint
+from ..runs import Entry, RunPath, entries, new_name, read_entry, read_metrics, sweep_directory
+from ..search import Study
 from .definition import Sweep
 from .enqueue import Fit, bring_all, fit
 from .record import compare, read_sweep, write_sweep
 from .requests import NotRunning, ask_all, running_driver
 
 if TYPE_CHECKING:
-    from ..data.dataset import TrajectoryDataset
-    from ..training.validation import Validation
+    from ..data import TrajectoryDataset
+    from ..training import Validation
 
 __all__ = [
     "Measure",
@@ -186,19 +185,19 @@ class Measure:
     def __init__(self, data: Path, window: int, device: str | None = None) -> None:
         self.file = data / "valid.h5"
         self.window = window
-        from ..runs.train import default_device
+        from ..runs import default_device
 
         self.device = device or default_device()
 
     @cached_property
     def validset(self) -> TrajectoryDataset:
-        from ..data.dataset import TrajectoryDataset
+        from ..data import TrajectoryDataset
 
         return TrajectoryDataset(self.file, self.window)
 
     @cached_property
     def validation(self) -> Validation:
-        from ..training.validation import Validation
+        from ..training import Validation
 
         return Validation(self.validset, self.device)
 
@@ -209,9 +208,8 @@ class Measure:
             UserError: If its files do not belong together, or its network does not fit the data.
         """
 
-        from ..nn.diffusion import VPSDE
-        from ..nn.score import load_network
-        from ..training.validation import DRAWS
+        from ..nn import VPSDE, load_network
+        from ..training import DRAWS
 
         score, found = load_network(path.directory, self.device)
         kernel: Any = score.kernel
@@ -387,7 +385,7 @@ def _final(name: str, prior: Prior, lines: Sequence[dict[str, Any]]) -> float:
     if name == "parameters":
         import torch
 
-        from ..nn.score import make_score
+        from ..nn import make_score
 
         with torch.device("meta"):
             value = sum(x.numel() for x in make_score(**prior.config).parameters())
@@ -514,7 +512,7 @@ def _drawn(runs: Path, name: str) -> Known:
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
 
-    from ..search.sampler import quiet_optuna
+    from ..search import quiet_optuna
 
     with tempfile.TemporaryDirectory() as place, quiet_optuna():
         copy = Path(place) / "study.journal"

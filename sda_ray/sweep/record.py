@@ -12,18 +12,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..core.config import CONFIG
-from ..core.errors import UserError
-from ..core.files import read_json, write_atomic, write_json
-from ..core.space import (
+from ..core import (
+    CONFIG,
     Space,
+    UserError,
     covers,
     domain_from_json,
+    read_json,
     space_from_json,
     space_to_json,
     split_group,
+    write_atomic,
+    write_json,
 )
-from ..runs.path import sweep_directory
+from ..runs import sweep_directory
 
 __all__ = [
     "Changes",

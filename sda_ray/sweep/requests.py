@@ -22,12 +22,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.errors import UserError
-from ..core.files import read_json, write_json
-from ..core.lease import STALE, Lease, LeaseLost, is_alive, is_local, last_heartbeat, read_holder
-from ..runs.path import RunPath, sweep_directory
-from ..runs.record import read_record
-from ..search.promotion import TrialRecord, count_trials
+from ..core import (
+    STALE,
+    Lease,
+    LeaseLost,
+    UserError,
+    is_alive,
+    is_local,
+    last_heartbeat,
+    read_holder,
+    read_json,
+    write_json,
+)
+from ..runs import RunPath, read_record, sweep_directory
+from ..search import TrialRecord, count_trials
 from .record import read_sweep
 
 if TYPE_CHECKING:
@@ -555,7 +563,7 @@ class RequestServer:
         )
 
     def _enqueue(self, content: dict[str, Any]) -> str:
-        from ..search.study import queue_warning
+        from ..search import queue_warning
 
         driver, items = self.driver, content.get("items")
 

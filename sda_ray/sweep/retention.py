@@ -13,12 +13,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from ..core.console import format_size
-from ..core.errors import UserError
-from ..runs.path import RunPath
-from ..runs.prune import give_back, resumable
-from ..runs.record import read_record
-from ..search.promotion import TrialRecord, rank_key
+from ..core import UserError, format_size
+from ..runs import RunPath, give_back, read_record, resumable
+from ..search import TrialRecord, rank_key
 
 __all__ = ["Retention", "parse_size"]
 

@@ -17,13 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from ..core.config import Config
-from ..core.errors import UserError
-from ..core.keys import KEYS, short_repr
-from ..data.dataset import TrajectoryDataset
-from ..nn.diffusion import VPSDE
-from ..nn.precision import allowing_tf32, lowered
-from ..nn.score import MCScoreNet, make_score
+from ..core import KEYS, Config, UserError, short_repr
+from ..data import TrajectoryDataset
+from ..nn import VPSDE, MCScoreNet, allowing_tf32, lowered, make_score
 from .rng import DROPOUT, INIT, NOISE, ORDER, START, rng, seeded
 from .validation import DRAWS, Validation
 

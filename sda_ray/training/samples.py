@@ -4,8 +4,8 @@ import io
 
 import numpy as np
 
-from ..data.flow import vorticity
-from ..nn.diffusion import VPSDE
+from ..data import vorticity
+from ..nn import VPSDE
 from .rng import SAMPLES, rng
 
 __all__ = ["draw_samples"]

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..data.dataset import TrajectoryDataset
-from ..nn.diffusion import VPSDE
+from ..data import TrajectoryDataset
+from ..nn import VPSDE
 from .rng import VALID, rng
 
 __all__ = ["DRAWS", "Items", "Validation"]

@@ -22,7 +22,7 @@ from sda_ray.core.lease import Lease
 from sda_ray.runs.inventory import compare
 from sda_ray.runs.metrics import read_metrics
 from sda_ray.runs.path import RunPath
-from sda_ray.runs.prune import prune, refusal, resumable
+from sda_ray.runs.prune import prune_run, refusal, resumable
 
 __all__ = ["a", "made", "runs", "sda"]  # fixtures
 
@@ -177,10 +177,10 @@ def test_run_in_use_is_never_pruned(a: RunPath, sda: Callable[..., Any]) -> None
     assert a.checkpoint.exists()
 
     with lease.hold(), pytest.raises(UserError, match="cannot be locked"):
-        prune(a)
+        prune_run(a)
 
     lease.release()
-    assert prune(a) > 0
+    assert prune_run(a) > 0
 
 
 @pytest.mark.parametrize("seconds", [0, 600])
@@ -189,7 +189,7 @@ def test_run_in_use_elsewhere_is_never_pruned(a: RunPath, seconds: float) -> Non
     os.utime(a.lease, times=(time.time() - seconds,) * 2)
 
     with pytest.raises(UserError, match="a process uses it"):
-        prune(a)
+        prune_run(a)
 
 
 def test_checkpoint_stays_while_it_is_all_there_is(a: RunPath) -> None:
@@ -197,12 +197,12 @@ def test_checkpoint_stays_while_it_is_all_there_is(a: RunPath) -> None:
     a.state.write_bytes(weights[:-100])
 
     with pytest.raises(UserError, match="does not load"):
-        prune(a)
+        prune_run(a)
 
     a.state.unlink()
 
     with pytest.raises(UserError, match="the weights are only in the checkpoint"):
-        prune(a)
+        prune_run(a)
 
     assert a.checkpoint.exists()
 
@@ -214,7 +214,7 @@ def test_damaged_run_is_never_pruned(a: RunPath, name: str) -> None:
     assert "damaged" in (refusal(entry_of(a)) or "")
 
     with pytest.raises(UserError, match="damaged"):
-        prune(a)
+        prune_run(a)
 
 
 @pytest.mark.parametrize("status", ["running", "paused", "failed", "diverged"])
@@ -222,11 +222,11 @@ def test_unfinished_run_is_never_pruned(a: RunPath, status: str) -> None:
     rewrite(a, status=status)
 
     with pytest.raises(UserError, match="only finished runs are pruned"):
-        prune(a)
+        prune_run(a)
 
 
 def test_pruned_run_still_loads(a: RunPath) -> None:
     from sda_ray.nn.score import load_score
 
-    prune(a)
+    prune_run(a)
     assert all(torch.isfinite(p).all() for p in load_score(a.directory).parameters())

@@ -15,7 +15,7 @@ from sda_ray.core.config import Config
 from sda_ray.runs.path import RunPath
 from sda_ray.runs.run import Run
 from sda_ray.runs.tracking import Wandb
-from sda_ray.runs.train import train
+from sda_ray.runs.train import train_run
 
 EPOCHS = "epochs=40"
 
@@ -36,7 +36,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, small: Config, data: Path) -
 
     runs = tmp_path_factory.mktemp("whole") / "runs"
     run = Run(runs, small | {"epochs": 40}, wandb=Wandb("disabled"))
-    list(train(run, data))
+    list(train_run(run, data))
     run.close("finished")
 
     return run.path

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from sda_ray.cluster.connect import connect, local_cpus, map_on_ray
+from sda_ray.cluster.connect import connected, local_cpus, map_on_ray
 from sda_ray.cluster.slots import Slots, fitting
 from sda_ray.core.errors import UserError
 
@@ -21,7 +21,7 @@ from sda_ray.core.errors import UserError
 PROGRAM = """
 import json, os, sys
 from pathlib import Path
-from sda_ray.cluster.connect import connect
+from sda_ray.cluster.connect import connected
 from sda_ray.cluster.slots import Slots
 
 def below(pid):
@@ -202,7 +202,7 @@ def test_job_and_hooks_of_another_ray_do_not_reach_our_own(
 
 def test_address_without_a_cluster_is_an_error() -> None:
     # Not `auto`: that would find a Ray of somebody else on this machine, and wait for it.
-    with pytest.raises(UserError, match="no Ray at 'nonsense'"), connect("nonsense"):
+    with pytest.raises(UserError, match="no Ray at 'nonsense'"), connected("nonsense"):
         pass
 
 

@@ -21,7 +21,7 @@ from sda_ray.cluster.join import (
     announced,
     find_token,
     is_requeued,
-    join,
+    join_sweep,
     read_head,
 )
 from sda_ray.core.errors import UserError
@@ -154,13 +154,13 @@ def test_machine_is_told_when_there_is_nothing_to_join(cli: Any, tmp_path: Path)
     write_sweep(directory, {key: {} for key in keys}, None)
 
     with pytest.raises(UserError, match="sweep 'shared' is not running"):
-        join(directory)
+        join_sweep(directory)
 
     with pytest.raises(UserError, match="--cpus is 0, but must be at least 1"):
-        join(directory, cpus=0)
+        join_sweep(directory, cpus=0)
 
     with pytest.raises(UserError, match="--gpus is -1, but must be at least 0"):
-        join(directory, gpus=-1)
+        join_sweep(directory, gpus=-1)
 
 
 def test_who_waits_passes_over_an_address_where_nobody_answers(
@@ -199,7 +199,7 @@ def test_ray_that_only_its_own_host_reaches_is_not_waited_for(tmp_path: Path) ->
     (directory / "head.json").write_text(json.dumps(head))
 
     with pytest.raises(UserError, match=r"runs on elsewhere, whose Ray listens on 127\.0\.0\.1"):
-        join(directory, wait=0.05)
+        join_sweep(directory, wait=0.05)
 
 
 def wait(condition: Callable[[], Any], *processes: "subprocess.Popen[str]") -> None:

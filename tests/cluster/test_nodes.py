@@ -25,7 +25,7 @@ PACKAGE = Path(sda_ray.__file__).parent
 BUSY = """
 import json, sys, time
 from pathlib import Path
-from sda_ray.cluster.connect import connect
+from sda_ray.cluster.connect import connected
 from sda_ray.cluster.nodes import bandwidth, clock_skew, cluster_status, live_nodes, survey
 from sda_ray.cluster.nodes import examine, machine
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy
 
-from sda_ray.cluster.connect import connect
+from sda_ray.cluster.connect import connected
 from sda_ray.core.config import load_config
 
 root, data, count = Path(sys.argv[1]), sys.argv[2], 50

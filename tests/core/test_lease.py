@@ -36,7 +36,7 @@ from sda_ray.core.lease import (
 from sda_ray.runs.path import RunPath
 from sda_ray.runs.run import Run
 from sda_ray.runs.tracking import Wandb
-from sda_ray.runs.train import train
+from sda_ray.runs.train import train_run
 from sda_ray.sweep.requests import watch
 
 HOLD = """
@@ -372,7 +372,7 @@ def test_training_ends_and_nothing_is_made_again(
     tmp_path: Path, small: Config, data: Path, caplog: pytest.LogCaptureFixture, closed: bool
 ) -> None:
     run = Run(tmp_path / "runs", small, wandb=Wandb("disabled"))
-    training = train(run, data)
+    training = train_run(run, data)
     next(training)
     shutil.rmtree(tmp_path / "runs")
 

@@ -23,7 +23,7 @@ from sda_ray.data.simulate import (
     create_files,
     find_missing,
     lock_directory,
-    simulate,
+    simulate_dataset,
     split_indices,
     write_trajectory,
 )
@@ -202,7 +202,7 @@ def test_directory_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
 SCRIPT = """
 import sys
 from pathlib import Path
-from sda_ray.data.simulate import simulate
+from sda_ray.data.simulate import simulate_dataset
 simulate(Path(sys.argv[1]), 11, 64, 7)
 """
 
@@ -242,7 +242,7 @@ def test_killed_simulation_goes_on_to_the_same_bits(
             time.sleep(0.01)
 
         with pytest.raises(UserError, match=f"in use: .* process {process.pid} is simulating"):
-            simulate(directory, 11, 64, 7)
+            simulate_dataset(directory, 11, 64, 7)
 
         process.send_signal(signal.SIGKILL)
 
@@ -276,12 +276,12 @@ def test_killed_simulation_goes_on_to_the_same_bits(
     # Once more: nothing is done
     times = {file: file.stat().st_mtime_ns for file in directory.glob("*.h5")}
 
-    assert simulate(directory, 11, 64, 7) == 0
+    assert simulate_dataset(directory, 11, 64, 7) == 0
     assert "There is nothing to do" in capfd.readouterr().out
     assert times == {file: file.stat().st_mtime_ns for file in directory.glob("*.h5")}
 
     with pytest.raises(UserError, match="another --data"):
-        simulate(directory, 12, 64, 7)
+        simulate_dataset(directory, 12, 64, 7)
 
 
 @pytest.mark.parametrize(
@@ -297,7 +297,7 @@ def test_bad_arguments_are_refused_and_nothing_is_written(
     tmp_path: Path, arguments: tuple[int, int, int], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        simulate(tmp_path / "data", *arguments)
+        simulate_dataset(tmp_path / "data", *arguments)
 
     assert os.listdir(tmp_path) == []
 

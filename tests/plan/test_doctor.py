@@ -171,7 +171,7 @@ def test_command_looks_at_this_machine_without_ray(cli: Cli, home: Path) -> None
 
 DRIVER = """
 import json, sys
-from sda_ray.cluster.connect import connect
+from sda_ray.cluster.connect import connected
 from sda_ray.cluster.nodes import listening
 with connect(sys.argv[1]):
     print(json.dumps([command for _, _, command in listening() if "sys.argv[1]" in command]))

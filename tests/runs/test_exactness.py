@@ -15,7 +15,7 @@ from sda_ray.runs.checkpoint import load_checkpoint, save_checkpoint
 from sda_ray.runs.path import RunPath
 from sda_ray.runs.run import Run
 from sda_ray.runs.tracking import Wandb
-from sda_ray.runs.train import Interrupted, Stop, train
+from sda_ray.runs.train import Interrupted, Stop, train_run
 from sda_ray.training.loop import TrainState, train_epoch
 
 DISABLED = Wandb("disabled")
@@ -129,7 +129,7 @@ def test_run_stopped_every_few_steps_equals_uninterrupted(
         run = Run(runs, config, id, wandb=DISABLED)
 
         try:
-            list(train(run, data, stop=EachTime(every)))
+            list(train_run(run, data, stop=EachTime(every)))
         except Interrupted:
             run.close("interrupted")
             return run.path, False

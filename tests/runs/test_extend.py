@@ -19,7 +19,7 @@ from sda_ray.runs.path import RunPath
 from sda_ray.runs.record import read_record
 from sda_ray.runs.run import Run
 from sda_ray.runs.tracking import Wandb
-from sda_ray.runs.train import Interrupted, Stop, train
+from sda_ray.runs.train import Interrupted, Stop, train_run
 
 DISABLED = Wandb("disabled")
 MORE: Config = {"ema": 0.9, "dropout": 0.1, "warmup": 3}
@@ -27,7 +27,7 @@ MORE: Config = {"ema": 0.9, "dropout": 0.1, "warmup": 3}
 
 def trained(runs: Path, config: Config, data: Path) -> RunPath:
     run = Run(runs, config, wandb=DISABLED)
-    list(train(run, data))
+    list(train_run(run, data))
     run.close("finished")
 
     return run.path
@@ -106,7 +106,7 @@ def test_extended_run_of_a_sweep_is_judged_as_the_longer_one_would_be(
     def swept(name: str, epochs: int) -> RunPath:
         config = small | {"scheduler": "constant", "epochs": epochs}
         run = Run(tmp_path / name, config, wandb=DISABLED, record={"rungs": [1, 2]})
-        list(train(run, data))
+        list(train_run(run, data))
         run.close("finished")
 
         return run.path
@@ -149,7 +149,7 @@ def test_unfinished_run_is_extended_from_within_an_epoch(
     run = Run(tmp_path, config, wandb=DISABLED)
 
     with pytest.raises(Interrupted):
-        list(train(run, data, stop=Fifth()))
+        list(train_run(run, data, stop=Fifth()))
 
     run.close("interrupted")
     assert find_start(run.path)[1] == {"epoch": 1, "step": 2}
@@ -175,7 +175,7 @@ def test_start_of_the_decay_is_kept_by_the_next_attempt_if_need_be(
     config = small | {"scheduler": "wsd", "epochs": 11}
     run = Run(tmp_path, config, wandb=DISABLED)
 
-    for metrics in train(run, data):
+    for metrics in train_run(run, data):
         if metrics["epoch"] == 10:
             break
 
@@ -184,7 +184,7 @@ def test_start_of_the_decay_is_kept_by_the_next_attempt_if_need_be(
     run.path.decay.unlink()
 
     run = Run(tmp_path, config, run.id, wandb=DISABLED)
-    list(train(run, data))
+    list(train_run(run, data))
     run.close("finished")
     assert run.path.decay.read_bytes() == kept
 

@@ -15,7 +15,7 @@ from sda_ray.core.errors import UserError
 from sda_ray.core.lease import is_alive
 from sda_ray.runs.checkpoint import load_checkpoint
 from sda_ray.runs.run import Run
-from sda_ray.runs.train import train
+from sda_ray.runs.train import train_run
 from sda_ray.training.loop import Diverged
 
 __all__ = ["finished", "runs"]  # fixtures
@@ -135,7 +135,7 @@ def test_full_disk_keeps_the_old_checkpoint_and_training_goes_on(
     disk: Path, small: Config, data: Path, caplog: pytest.LogCaptureFixture, finished: Run
 ) -> None:
     run = Run(disk / "runs", small, wandb=DISABLED)
-    training = train(run, data, rungs=(1, 2, 3))
+    training = train_run(run, data, rungs=(1, 2, 3))
     assert next(training)["epoch"] == 1
     filler = fill(disk)
     assert next(training)["epoch"] == 2
@@ -155,7 +155,7 @@ def test_full_disk_at_the_end_is_no_success_and_can_be_mended(
     disk: Path, small: Config, data: Path, finished: Run
 ) -> None:
     run = Run(disk / "runs", small, wandb=DISABLED)
-    training = train(run, data)
+    training = train_run(run, data)
     next(training)
     filler = fill(disk)
 
@@ -169,7 +169,7 @@ def test_full_disk_at_the_end_is_no_success_and_can_be_mended(
 
     filler.unlink()
     again = reopen(run)
-    list(train(again, data))
+    list(train_run(again, data))
     assert again.record["status"] == "finished"
     assert run.path.state.read_bytes() == finished.path.state.read_bytes()
     again.close("finished")
@@ -186,6 +186,6 @@ def test_run_that_diverges_on_a_full_disk_has_diverged(
     fill(disk)
 
     with pytest.raises(Diverged):
-        list(train(run, data))
+        list(train_run(run, data))
 
     run.close("failed")

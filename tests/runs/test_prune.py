@@ -19,7 +19,7 @@ from sda_ray.runs.path import RunPath
 from sda_ray.runs.prune import give_back, resumable
 from sda_ray.runs.run import Run
 from sda_ray.runs.tracking import Wandb
-from sda_ray.runs.train import train
+from sda_ray.runs.train import train_run
 from sda_ray.search.promotion import Rules, TrialRecord
 
 __all__ = ["made", "runs"]  # fixtures
@@ -27,7 +27,7 @@ __all__ = ["made", "runs"]  # fixtures
 
 def go_on(runs: Path, index: int, data: Path, **options: Any) -> Run:
     run = Run(runs, {}, identity(index), attempt=2, takeover=True, **options)
-    list(train(run, data, rungs=(1, 2, 3)))
+    list(train_run(run, data, rungs=(1, 2, 3)))
     run.close("finished")
 
     return run
@@ -70,13 +70,13 @@ def test_epochs_done_again_are_not_sent_to_wandb_resume_command(
 ) -> None:
     offline, record = Wandb("offline"), {"sweep": "width"}
     run = Run(tmp_path / "runs", small, "a" * 8, wandb=offline, attempt=1, record=record)
-    training = train(run, data, rungs=(2, 3))
+    training = train_run(run, data, rungs=(2, 3))
     next(training), next(training)
     training.close()  # type: ignore[attr-defined]
     run.close("paused")
     give_back(run.path, "width")
     again = Run(tmp_path / "runs", {}, "a" * 8, wandb=offline, attempt=2)
-    list(train(again, data))
+    list(train_run(again, data))
     again.close("finished")
     logs = sorted(run.path.directory.glob("wandb/offline-run-*/*.wandb"), key=os.path.getmtime)
     losses = [str(read_history(run.path.metrics)[e]["loss_valid"]).encode() for e in (1, 2, 3)]

@@ -18,7 +18,7 @@ from sda_ray.core.lease import Lease
 from sda_ray.nn.score import load_score
 from sda_ray.runs.checkpoint import checkpoint_info
 from sda_ray.runs.run import Run
-from sda_ray.runs.train import train
+from sda_ray.runs.train import train_run
 from sda_ray.training.loop import TrainState
 
 __all__ = ["finished", "runs"]  # fixtures
@@ -134,10 +134,10 @@ def test_owner_that_lost_the_run_changes_nothing(
     runs: Path, small: Config, data: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     old = Run(runs, small, wandb=DISABLED)
-    training = train(old, data)
+    training = train_run(old, data)
     next(training)
     new = reopen(old, takeover=True)
-    list(train(new, data))
+    list(train_run(new, data))
     new.close("finished")
     before = {file: file.read_bytes() for file in new.path.directory.iterdir()}
 
@@ -165,13 +165,13 @@ def test_torn_last_line_is_cut_off_and_its_epoch_done_again(
 ) -> None:
     whole = finished.path.metrics.read_bytes()
     other = Run(runs, small, wandb=DISABLED)
-    next(train(other, data))  # its generator is closed: a checkpoint at epoch 1
+    next(train_run(other, data))  # its generator is closed: a checkpoint at epoch 1
     other.close("interrupted")
     lines = whole.splitlines(keepends=True)
     other.path.metrics.write_bytes(lines[0] + lines[1][:20])
 
     again = reopen(other)
-    list(train(again, data))
+    list(train_run(again, data))
     assert list(again.lines) == [1, 2, 3]
 
     for epoch, line in finished.lines.items():
@@ -241,7 +241,7 @@ def test_every_file_is_announced_once_it_is_on_the_disk(
 
     run = Run(runs, small, wandb=DISABLED)
     run.on_saved = on_saved
-    list(train(run, data, rungs=(1,)))
+    list(train_run(run, data, rungs=(1,)))
     run.close("finished")
     names = [name for name, _ in saved]
 
@@ -280,7 +280,7 @@ def test_two_damaged_checkpoints_start_the_run_again_to_the_same_bits(
     finished.path.checkpoint.write_bytes(b"damaged")
     finished.path.previous.write_bytes(b"damaged")
     again = reopen(finished)
-    list(train(again, data))
+    list(train_run(again, data))
     assert finished.path.state.read_bytes() == state
     assert "has no whole checkpoint: it restarts" in caplog.text
     assert "came out different" not in caplog.text
@@ -293,4 +293,4 @@ def test_checkpoint_of_another_config_is_a_clear_error(
     shutil.copy(finished.path.checkpoint, other.path.checkpoint)
 
     with pytest.raises(UserError, match=r"checkpoint\.pth does not fit config\.json: 'score"):
-        next(train(other, data))
+        next(train_run(other, data))

@@ -12,7 +12,7 @@ from sda_ray.core.errors import UserError
 from sda_ray.runs.path import RunPath
 from sda_ray.runs.run import Run
 from sda_ray.runs.tracking import Wandb
-from sda_ray.runs.train import Interrupted, Stop, train
+from sda_ray.runs.train import Interrupted, Stop, train_run
 from sda_ray.training.loop import Diverged
 
 DISABLED = Wandb("disabled")
@@ -54,7 +54,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, small: Config, data: Path) -
     r"""A run that was never interrupted."""
 
     run = begin(tmp_path_factory.mktemp("whole") / "runs", small)
-    list(train(run, data))
+    list(train_run(run, data))
     run.close("finished")
 
     return run.path
@@ -67,7 +67,7 @@ def test_run_stopped_after_every_step_equals_uninterrupted(
 
     while not run.path.state.exists():
         try:
-            list(train(run, data, stop=AtEachStep(lambda: True)))
+            list(train_run(run, data, stop=AtEachStep(lambda: True)))
         except Interrupted:
             run.close("interrupted")
             run, attempts = begin(tmp_path / "runs", small, run.id), attempts + 1
@@ -83,7 +83,7 @@ def test_run_closed_after_every_epoch_equals_uninterrupted(
     run = begin(tmp_path / "runs", small)
 
     for _ in range(4):
-        training = train(run, data)
+        training = train_run(run, data)
         next(training, None)
         training.close()  # type: ignore[attr-defined]
         run.close("interrupted")
@@ -107,13 +107,13 @@ def test_power_cut_at_any_step_loses_nothing(
         return False
 
     run = Run(tmp_path / "runs", small, wandb=DISABLED, interval=0.0)
-    list(train(run, data, stop=AtEachStep(cut)))
+    list(train_run(run, data, stop=AtEachStep(cut)))
     run.close("finished")
     assert len(cuts) == 9
 
     for copy in cuts:
         again = Run(copy.parent, small, run.id, wandb=DISABLED, takeover=True)
-        list(train(again, data))
+        list(train_run(again, data))
         again.close("finished")
         assert same(again.path, whole), copy
 
@@ -123,7 +123,7 @@ def test_metrics_are_on_disk_before_they_are_yielded(
 ) -> None:
     run = begin(tmp_path / "runs", small)
 
-    for metrics in train(run, data, rungs=(2,)):
+    for metrics in train_run(run, data, rungs=(2,)):
         assert history(run.path)[-1]["epoch"] == metrics["epoch"]
         assert run.path.checkpoint.exists() == (metrics["epoch"] >= 2)
 
@@ -137,7 +137,7 @@ def test_batch_size_does_not_change_the_validation(
 
     for batch_size in (7, 32, 102):
         config = small | {"batch_size": batch_size, "learning_rate": 1e-30, "weight_decay": 0.0}
-        metrics = next(train(begin(tmp_path / "runs", config), data))
+        metrics = next(train_run(begin(tmp_path / "runs", config), data))
         losses.add(metrics["loss_valid"])
 
     assert len(losses) == 1
@@ -148,7 +148,7 @@ def test_init_starts_from_the_weights_of_another_run(
 ) -> None:
     config = small | {"seed": 1, "learning_rate": 1e-30, "weight_decay": 0.0}
     run = begin(tmp_path / "runs", config, parent=whole.id)
-    metrics = next(train(run, data, rungs=[1], init=whole.directory))
+    metrics = next(train_run(run, data, rungs=[1], init=whole.directory))
     assert metrics["loss_valid"] == pytest.approx(history(whole)[-1]["loss_valid"], rel=1e-5)
 
 
@@ -160,14 +160,14 @@ def test_run_whose_parent_is_gone_does_not_start_from_random_weights(
     with pytest.raises(
         UserError, match="started with the weights of run 'abcd1234', which is gone"
     ):
-        next(train(run, data))
+        next(train_run(run, data))
 
 
 def test_diverged_run_is_marked_with_the_reason(tmp_path: Path, small: Config, data: Path) -> None:
     run = begin(tmp_path / "runs", small | {"learning_rate": 100.0, "epochs": 50})
 
     with pytest.raises(Diverged):
-        list(train(run, data))
+        list(train_run(run, data))
 
     record = json.loads(run.path.record.read_text())
     assert record["status"] == "diverged" and "after epoch" in record["reason"]

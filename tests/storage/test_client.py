@@ -16,7 +16,7 @@ PROGRAM = """
 import json, os, sys, time
 from pathlib import Path
 
-from sda_ray.cluster.connect import connect
+from sda_ray.cluster.connect import connected
 
 root = Path(sys.argv[1])
 runs, request = root / "runs", root / "runs" / "sweeps" / "s" / "stop"
@@ -276,7 +276,7 @@ TRIAL = """
 import json, os, sys
 from pathlib import Path
 
-from sda_ray.cluster.connect import connect
+from sda_ray.cluster.connect import connected
 from sda_ray.core.config import load_config
 
 root, data = Path(sys.argv[1]), Path(sys.argv[2])

@@ -25,7 +25,7 @@ from sda_ray.runs.inventory import entries
 from sda_ray.runs.path import RunPath
 from sda_ray.runs.run import Run
 from sda_ray.runs.tracking import Wandb
-from sda_ray.runs.train import train
+from sda_ray.runs.train import train_run
 from sda_ray.training.loop import Diverged
 
 NAME = "misty-river-1_abcd1234"
@@ -42,7 +42,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, data: Path, small: Config) ->
 
     runs = tmp_path_factory.mktemp("made")
     run = Run(runs, small, id="abcd1234", number=1, wandb=Wandb("disabled"))
-    list(train(run, data))
+    list(train_run(run, data))
     run.close("interrupted")
     run.path.directory.rename(runs / NAME)
 
@@ -121,7 +121,7 @@ def go_on(runs: Path, data: Path) -> None:
     run = Run(runs, {}, "abcd1234", wandb=Wandb("disabled"))
 
     try:
-        for _, _ in zip(range(2), train(run, data), strict=False):
+        for _, _ in zip(range(2), train_run(run, data), strict=False):
             pass
     finally:
         run.close("interrupted")

@@ -19,7 +19,7 @@ from sda_ray.core.lease import read_holder
 from sda_ray.runs.path import RunPath
 from sda_ray.search.promotion import TrialRecord
 from sda_ray.sweep.definition import load_script
-from sda_ray.sweep.launch import Options, _resume_command, launch, load_record
+from sda_ray.sweep.launch import Options, _resume_command, launch_sweep, load_record
 from sda_ray.sweep.record import compare, write_sweep
 
 __all__ = ["place"]  # fixtures
@@ -195,7 +195,7 @@ def test_sweep_in_a_bucket_is_not_driven_without_what_copies_it(place: Place) ->
     options = Options(place.root, runs, place.root / "data", bucket="s3://lab-bucket/runs")
 
     with pytest.raises(UserError, match=r"has just ended.*with a copy in s3://lab-bucket/runs"):
-        launch(load_script(place.root / "tiny.py"), options, table)
+        launch_sweep(load_script(place.root / "tiny.py"), options, table)
 
     directory = runs / "sweeps" / "tiny"
     assert (read_holder(directory / "lease.json") or {"pid": 1})["pid"] is None

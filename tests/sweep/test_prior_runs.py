@@ -43,14 +43,14 @@ from sda_ray.runs.metrics import read_history
 from sda_ray.runs.path import RunPath, sweep_directory
 from sda_ray.runs.record import read_record
 from sda_ray.runs.run import Run
-from sda_ray.runs.train import train
+from sda_ray.runs.train import train_run
 from sda_ray.search.promotion import TrialRecord, decide
 from sda_ray.search.sampler import distributions, memory_study, propose, view
 from sda_ray.search.study import Study
 from sda_ray.sweep.definition import Sweep
 from sda_ray.sweep.driver import Driver
 from sda_ray.sweep.enqueue import bring_in
-from sda_ray.sweep.launch import LaunchRequests, Options, launch
+from sda_ray.sweep.launch import LaunchRequests, Options, launch_sweep
 from sda_ray.sweep.prior_runs import adopt, fork, warm_start
 from sda_ray.sweep.record import Changes, compare, read_sweep, write_sweep
 from sda_ray.sweep.requests import RequestServer
@@ -376,7 +376,7 @@ def test_warm_start_copies_no_run_before_the_lease_is_taken(
     lease = Lease(directory / "lease.json", "sweep 'y'")  # of a driver that is about to start it
 
     with pytest.raises(UserError, match="sweep 'y' is in use"):
-        launch(
+        launch_sweep(
             replace(sweep, name="y"),
             Options(runs.parent, runs, data, OFF),
             table,
@@ -410,7 +410,7 @@ def test_parameters_of_functions_come_from_the_study_of_the_other_sweep(
         OFF,
         record={"sweep": "x", "data": fingerprint(data)},
     )
-    list(train(run, data))
+    list(train_run(run, data))
     run.close("finished")
     study.add(TrialRecord(1, "b" * 8, "running", 3, 3, config=drawn[0]), drawn[1])
 

@@ -413,7 +413,7 @@ PROGRAM = """
 import os, sys
 from contextlib import ExitStack
 from pathlib import Path
-from sda_ray.cluster.connect import connect
+from sda_ray.cluster.connect import connected
 from sda_ray.core.config import CONFIG
 from sda_ray.sweep.requests import RequestServer, serving
 from sda_ray.sweep.driver import Driver

@@ -18,7 +18,7 @@ from sda_ray.nn.score import load_score
 from sda_ray.runs.checkpoint import load_checkpoint
 from sda_ray.runs.run import Run
 from sda_ray.runs.tracking import Wandb
-from sda_ray.runs.train import train
+from sda_ray.runs.train import train_run
 from sda_ray.training.loop import (
     Diverged,
     TrainState,
@@ -450,7 +450,7 @@ def test_state_holds_the_average_and_the_checkpoint_both(
     small: Config, data: Path, tmp_path: Path
 ) -> None:
     run = Run(tmp_path, small | {"epochs": 1, "ema": 0.999}, wandb=DISABLED)
-    list(train(run, data))
+    list(train_run(run, data))
     run.close("finished")
 
     checkpoint = load_checkpoint(run.path)

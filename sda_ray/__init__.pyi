@@ -1,0 +1,23 @@
+r"""Hyperparameter sweeps for score-based data assimilation, on Ray Tune and Optuna."""
+
+from .cli.main import main as main
+from .core import CONFIG as CONFIG
+from .core import choice as choice
+from .core import integer as integer
+from .core import loguniform as loguniform
+from .core import uniform as uniform
+from .data import KolmogorovFlow as KolmogorovFlow
+from .data import TrajectoryDataset as TrajectoryDataset
+from .data import coarsen as coarsen
+from .data import vorticity as vorticity
+from .nn import VPSDE as VPSDE
+from .nn import DPSGaussianScore as DPSGaussianScore
+from .nn import GaussianScore as GaussianScore
+from .nn import SubSubVPSDE as SubSubVPSDE
+from .nn import SubVPSDE as SubVPSDE
+from .nn import load_score as load_score
+from .nn import load_sde as load_sde
+from .nn import make_score as make_score
+from .sweep import Sweep as Sweep
+
+__version__: str

@@ -1,0 +1,13 @@
+r"""Copies of run directories, on the head node and in a bucket."""
+
+from .bucket import fetch_records as fetch_records
+from .bucket import replicated as replicated
+from .client import Disconnected as Disconnected
+from .client import RemoteRun as RemoteRun
+from .client import data_of as data_of
+from .client import shares_files as shares_files
+from .scratch import local_directory as local_directory
+from .server import on_node as on_node
+from .server import serve_files as serve_files
+from .store import Bucket as Bucket
+from .store import Unreachable as Unreachable

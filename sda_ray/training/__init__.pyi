@@ -1,0 +1,18 @@
+r"""The training loop, which knows no files."""
+
+from .loop import Diverged as Diverged
+from .loop import Metrics as Metrics
+from .loop import TrainState as TrainState
+from .loop import epochs as epochs
+from .loop import steady_epochs as steady_epochs
+from .loop import train_epoch as train_epoch
+from .loop import validate as validate
+from .samples import draw_samples as draw_samples
+from .validation import DRAWS as DRAWS
+from .validation import Validation as Validation
+from .watchdog import OTHER as OTHER
+from .watchdog import STACKS as STACKS
+from .watchdog import STALL as STALL
+from .watchdog import TAKEN as TAKEN
+from .watchdog import Watchdog as Watchdog
+from .watchdog import take_stacks as take_stacks
