@@ -1,5 +1,6 @@
 # make demo    from nothing to a finished sweep
 # make test    all tests but those on a real cluster
+# make test-oldest    the demo and the main guarantees on the oldest versions in pyproject.toml
 # make test-cluster   those: hosts on this machine, which needs root
 # make cluster-check  what is wrong with a cluster file (FILE=cluster.yaml)
 # make bench   measure what we claim about speed, into benchmarks/results/
@@ -16,7 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PIP_NO_INPUT = 1
 export PIP_REQUIRE_VIRTUALENV = 0
 
-.PHONY: help demo bench test test-cluster cluster-check lint types check format clean
+.PHONY: help demo bench test test-oldest test-cluster cluster-check lint types check format clean
 .DELETE_ON_ERROR:
 
 help:
@@ -33,6 +34,16 @@ bench: .venv/installed-dev
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest $(ARGS)
+
+# Reading and resuming runs, a resume after SIGKILL, promotion, and the sampler.
+OLDEST := tests/test_earlier_files.py tests/search/test_pruners.py tests/sweep/test_launch.py
+OLDEST_ONLY := earlier_files or pruners or killed_and_extended or ends_with_all_runs
+
+test-oldest: .venv-oldest/installed
+	rm -rf .venv-oldest/root
+	.venv-oldest/bin/sda-ray simulate --preset demo --root .venv-oldest/root
+	.venv-oldest/bin/sda-ray sweep sweeps/demo.py --root .venv-oldest/root
+	.venv-oldest/bin/python -m pytest $(OLDEST) -k "$(OLDEST_ONLY)" $(ARGS)
 
 # Hosts with their own network, disk and sshd, on which Ray is launched as on machines of a lab.
 test-cluster: .venv/installed-dev .venv/installed-cluster
@@ -57,7 +68,7 @@ format: .venv/installed-dev
 	$(BIN)/ruff format
 
 clean:
-	rm -rf .venv build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-oldest build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find sda_ray sweeps tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is made after everything is installed: an interrupted installation is done again.
@@ -71,6 +82,11 @@ clean:
 
 .venv/installed-cluster: .venv/installed
 	$(PIP) --editable '.[cluster]'
+	@touch $@
+
+.venv-oldest/installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv --clear .venv-oldest
+	.venv-oldest/bin/python -m pip install --constraint constraints-oldest.txt --editable '.[test]' boto3
 	@touch $@
 
 .venv/created:

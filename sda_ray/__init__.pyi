@@ -18,6 +18,7 @@ from .nn import SubVPSDE as SubVPSDE
 from .nn import load_score as load_score
 from .nn import load_sde as load_sde
 from .nn import make_score as make_score
+from .nn import network_settings as network_settings
 from .sweep import Sweep as Sweep
 
 __version__: str

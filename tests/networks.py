@@ -3,7 +3,7 @@ r"""Score networks: a small one, and that of a run by SDA."""
 from pathlib import Path
 
 from sda_ray.core.config import CONFIG
-from sda_ray.nn.score import MCScoreNet, make_score
+from sda_ray.nn.score import MCScoreNet, make_score, network_settings
 
 __all__ = ["REFERENCE", "RUN", "SMALL", "small"]
 
@@ -15,9 +15,8 @@ SMALL = CONFIG | {
     "embedding": 8,
     "hidden_channels": (4, 6),
     "hidden_blocks": (1, 1),
-    "size": 16,
 }
 
 
-def small(**changes: object) -> MCScoreNet:
-    return make_score(**{**SMALL, **changes})
+def small(size: int = 16, **changes: object) -> MCScoreNet:
+    return make_score(**network_settings(SMALL | changes), size=size)

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
-from ..core import ACTIVATIONS, ALPHAS, Config, UserError, check_config, load_config
+from ..core import ACTIVATIONS, ALPHAS, NETWORK, Config, UserError, check_config, load_config
 from .precision import full
 from .unet import UNet
 
@@ -23,6 +23,7 @@ __all__ = [
     "load_network",
     "load_score",
     "make_score",
+    "network_settings",
     "total_size",
 ]
 
@@ -177,6 +178,12 @@ class MCScoreNet(nn.Module):
         return torch.cat((x[:, 0, :k], x[:, :, k], x[:, -1, k + 1 :]), dim=1)
 
 
+def network_settings(config: Config) -> Config:
+    r"""Returns the settings of a config that describe its network, for :func:`make_score`."""
+
+    return {key: config[key] for key in (*NETWORK, "dropout") if key in config}
+
+
 def make_score(
     window: int,
     embedding: int,
@@ -187,9 +194,10 @@ def make_score(
     size: int = 64,
     alpha: str = "cos",
     dropout: float = 0.0,
-    **absorb: Any,
 ) -> MCScoreNet:
-    r"""Creates the score network that a config describes.
+    r"""Creates a score network.
+
+    That of a config is `make_score(**network_settings(config))`.
 
     The weights of a network for another `alpha` than SDA's are of no use without it. A buffer
     `alpha_lin` or `alpha_exp` in the state dict keeps SDA from loading them as if they were.
@@ -205,7 +213,6 @@ def make_score(
         alpha: The decay of the signal that the network is for, see
             :class:`sda_ray.nn.diffusion.VPSDE`.
         dropout: The probability that a feature within a block is zero in training.
-        absorb: The settings of the config that do not concern the network.
     """
 
     if activation not in ACTIVATIONS:
@@ -285,7 +292,7 @@ def load_network(
         raise UserError(f"{file} is for fields of {size}x{size}, but {run / 'config.json'}: {e}")
 
     with torch.device("meta"):
-        score = make_score(**config, size=size)
+        score = make_score(**network_settings(config), size=size)
 
     check_alpha(file, state, config["alpha"])
     check_weights(file, state, score.state_dict())

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..core import NETWORK, Config, count_weights
 from ..data import DataInfo
-from ..nn import VPSDE, MCScoreNet, make_score
+from ..nn import VPSDE, MCScoreNet, make_score, network_settings
 from ..training import Validation
 
 __all__ = [
@@ -86,7 +86,7 @@ def measure(config: Config, size: int) -> Cost:
     """
 
     with torch.device("meta"):
-        score = make_score(**config, size=size).eval()
+        score = make_score(**network_settings(config), size=size).eval()
         sde = VPSDE(score.kernel, (2 * config["window"], size, size), config["alpha"])
 
     score.train()

@@ -171,10 +171,13 @@ def finals(path: RunPath, objectives: Sequence[str]) -> list[float]:
 def _parameters(path: RunPath) -> int:
     import torch
 
-    from ..nn import make_score
+    from ..nn import make_score, network_settings
 
     with torch.device("meta"):
-        return sum(p.numel() for p in make_score(**load_config(path.config)).parameters())
+        return sum(
+            p.numel()
+            for p in make_score(**network_settings(load_config(path.config))).parameters()
+        )
 
 
 class History:

@@ -385,10 +385,12 @@ def _final(name: str, prior: Prior, lines: Sequence[dict[str, Any]]) -> float:
     if name == "parameters":
         import torch
 
-        from ..nn import make_score
+        from ..nn import make_score, network_settings
 
         with torch.device("meta"):
-            value = sum(x.numel() for x in make_score(**prior.config).parameters())
+            value = sum(
+                x.numel() for x in make_score(**network_settings(prior.config)).parameters()
+            )
     elif name == "seconds":
         known = [line["seconds"] for line in lines if "seconds" in line]
         value = sum(known) if len(known) == prior.config["epochs"] else None

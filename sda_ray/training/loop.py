@@ -19,7 +19,7 @@ from torch.optim.adamw import adamw
 
 from ..core import KEYS, Config, UserError, short_repr
 from ..data import TrajectoryDataset
-from ..nn import VPSDE, MCScoreNet, allowing_tf32, lowered, make_score
+from ..nn import VPSDE, MCScoreNet, allowing_tf32, lowered, make_score, network_settings
 from .rng import DROPOUT, INIT, NOISE, ORDER, START, rng, seeded
 from .validation import DRAWS, Validation
 
@@ -63,7 +63,7 @@ class TrainState:
 
     def __init__(self, config: Config, size: int, device: str | torch.device = "cpu") -> None:
         with seeded(INIT, config["seed"]):
-            self.score = make_score(**config, size=size).to(device).eval()
+            self.score = make_score(**network_settings(config), size=size).to(device).eval()
 
         self.config = config
         self.device = torch.device(device)

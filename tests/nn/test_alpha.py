@@ -13,7 +13,7 @@ from torch import nn
 from sda_ray.core.config import CONFIG
 from sda_ray.core.errors import UserError
 from sda_ray.nn.diffusion import load_sde
-from sda_ray.nn.score import MCScoreNet, load_score, make_score
+from sda_ray.nn.score import MCScoreNet, load_score, make_score, network_settings
 from sda_ray.training.loop import TrainState
 
 SMALL = CONFIG | {
@@ -28,7 +28,7 @@ def saved(directory: Path, **changes: object) -> MCScoreNet:
     r"""Makes a finished run, as far as its network is concerned."""
 
     config = SMALL | changes
-    score = make_score(**config, size=16)
+    score = make_score(**network_settings(config), size=16)
     (directory / "config.json").write_text(json.dumps(config))
     torch.save(score.state_dict(), directory / "state.pth")
 
@@ -37,8 +37,8 @@ def saved(directory: Path, **changes: object) -> MCScoreNet:
 
 @pytest.mark.parametrize("alpha", ["lin", "exp"])
 def test_strict_load_of_sda_refuses_other_alphas(alpha: str) -> None:
-    state = make_score(**SMALL | {"alpha": alpha}, size=16).state_dict()
-    theirs = make_score(**SMALL, size=16)
+    state = make_score(**network_settings(SMALL | {"alpha": alpha}), size=16).state_dict()
+    theirs = make_score(**network_settings(SMALL), size=16)
 
     with pytest.raises(RuntimeError, match=f'Unexpected key.*"alpha_{alpha}"'):
         theirs.load_state_dict(state)
@@ -46,9 +46,9 @@ def test_strict_load_of_sda_refuses_other_alphas(alpha: str) -> None:
 
 def test_names_of_the_weights_are_those_of_sda_whatever_else_is_set() -> None:
     more = {"dropout": 0.1, "ema": 0.999, "warmup": 3, "grad_clip": 1.0, "precision": "bf16"}
-    theirs = make_score(**SMALL, size=16).state_dict()
+    theirs = make_score(**network_settings(SMALL), size=16).state_dict()
 
-    assert list(make_score(**SMALL | more, size=16).state_dict()) == list(theirs)
+    assert list(make_score(**network_settings(SMALL | more), size=16).state_dict()) == list(theirs)
 
 
 @pytest.mark.parametrize("alpha", ["cos", "lin", "exp"])

@@ -14,7 +14,7 @@ from sda_ray.data.dataset import TrajectoryDataset
 from sda_ray.nn.conv import CircularConv2d
 from sda_ray.nn.diffusion import VPSDE
 from sda_ray.nn.precision import allowing_tf32, full, lower, lowered, strict, warn_slow
-from sda_ray.nn.score import MCScoreNet, make_score
+from sda_ray.nn.score import MCScoreNet, make_score, network_settings
 from sda_ray.nn.unet import LayerNorm, UNet, UpTail
 from sda_ray.training.loop import TrainState, train_epoch
 from sda_ray.training.validation import Validation
@@ -25,7 +25,7 @@ Flags = Callable[[], tuple[bool, bool]]
 
 @pytest.fixture
 def score(small: Config) -> MCScoreNet:
-    return make_score(**small, size=16)
+    return make_score(**network_settings(small), size=16)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sda_ray.core.config import CONFIG
 from sda_ray.core.errors import UserError
-from sda_ray.nn.score import ScoreUNet, load_score, make_score
+from sda_ray.nn.score import ScoreUNet, load_score, make_score, network_settings
 
 
 @pytest.fixture(autouse=True)
@@ -174,7 +174,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def test_default_config_has_the_weights_of_sda() -> None:
-    state = make_score(**CONFIG).state_dict()
+    state = make_score(**network_settings(CONFIG)).state_dict()
 
     assert len(state) == 126
     assert round(sum(x.numel() * x.element_size() for x in state.values()) / 1e5) == 915
@@ -182,7 +182,9 @@ def test_default_config_has_the_weights_of_sda() -> None:
 
 def test_names_and_shapes_are_those_of_sda() -> None:
     theirs = torch.load(RUN / "state.pth", weights_only=True)
-    ours = make_score(**json.loads((RUN / "config.json").read_text())).state_dict()
+    ours = make_score(
+        **network_settings(json.loads((RUN / "config.json").read_text()))
+    ).state_dict()
 
     assert list(ours) == list(theirs)
     assert [x.shape for x in ours.values()] == [x.shape for x in theirs.values()]
@@ -336,3 +338,13 @@ def test_files_that_are_not_regular_are_refused(run: Path) -> None:
 
     with pytest.raises(UserError, match=r"state\.pth is missing, or not a regular file"):
         load_score(run)
+
+
+def test_setting_that_is_none_of_the_network_is_an_error() -> None:
+    settings = network_settings(CONFIG)
+
+    with pytest.raises(TypeError, match="kernel_sise"):
+        make_score(**settings, kernel_sise=5)  # type: ignore[call-arg]
+
+    with pytest.raises(TypeError, match="epochs"):
+        make_score(**CONFIG)

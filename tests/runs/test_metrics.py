@@ -7,7 +7,7 @@ import pytest
 
 from sda_ray.core.config import Config, save_config
 from sda_ray.core.errors import UserError
-from sda_ray.nn.score import make_score
+from sda_ray.nn.score import make_score, network_settings
 from sda_ray.runs.metrics import finals
 from sda_ray.runs.path import RunPath
 
@@ -25,7 +25,7 @@ def path(tmp_path: Path, small: Config) -> RunPath:
 
 
 def test_values_come_in_the_order_of_the_objectives(path: RunPath, small: Config) -> None:
-    parameters = sum(p.numel() for p in make_score(**small).parameters())
+    parameters = sum(p.numel() for p in make_score(**network_settings(small)).parameters())
     names = ("loss_valid", "parameters", "seconds", "energy", "lr")
 
     assert finals(path, names) == [0.5, parameters, 5.0, 7.0, 0.1]
