@@ -3,7 +3,7 @@ r"""Measures all that we claim about speed, and writes it to `benchmarks/results
 
 Each suite is a script of its own here that yields its results as it finds them; it runs in a
 process of its own, one after another. What was measured is saved at once: a run that was
-interrupted goes on where it was when the same command is given again.
+interrupted resumes where it was when the same command is given again.
 
     python benchmarks/bench.py [--only step sampling ...] [--quick] [--again]
 """

@@ -165,7 +165,7 @@ def ours_pruner(place: Place) -> Seen:
     )
 
 
-# A finished sweep that shall have more trials
+# A finished sweep that is given more trials
 
 
 def raw_extended(place: Place) -> Seen:
@@ -223,7 +223,7 @@ CASES = {
     "nan": "a loss that is not a number",
     "killed": "a killed driver, with the study in a file",
     "pruner": "what the pruner knows after a kill",
-    "extended": "a finished sweep that shall have more trials",
+    "extended": "a finished sweep that is given more trials",
     "infeasible": "a request that no node can meet",
 }
 

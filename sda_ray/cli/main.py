@@ -130,7 +130,7 @@ def _begin(args: Args) -> None:
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
-    r"""Ends the process in good order: everything that was begun is closed."""
+    r"""Ends the process gracefully: context managers and `finally` blocks run."""
 
     sys.exit(128 + number)
 

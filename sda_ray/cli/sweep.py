@@ -196,7 +196,7 @@ def _detach(sweep: Any, options: Any, words: Sequence[str]) -> None:
 
 
 def _again(args: Args) -> Args:
-    r"""Returns what is asked of the sweep of a Slurm job that has started again: to be carried on.
+    r"""Returns the arguments of a requeued Slurm job: it only resumes its sweep.
 
     What was asked beside that has been done, and may have been undone by others since.
     """
@@ -282,7 +282,7 @@ def plan_command(args: Args) -> None:
 
 @contextmanager
 def _status(silent: bool) -> Iterator[Callable[[str], None]]:
-    r"""Yields what shows on standard error what goes on, for as long as the block lasts."""
+    r"""Yields a function that shows the current step on standard error."""
 
     from rich.console import Console
 
@@ -322,7 +322,7 @@ def chosen_sweep(args: Args, sweep: Any, options: Any) -> tuple[Any, Any]:
 
         if args.settings or args.fix or args.name:
             raise UserError(
-                f"sweep '{args.sweep}' is carried on as it was started: key=value, --fix and "
+                f"sweep '{args.sweep}' resumes as it was started: key=value, --fix and "
                 "--name go with a script, for a new sweep."
             )
 

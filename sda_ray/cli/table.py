@@ -141,7 +141,7 @@ class LiveTable:
             self._print(event, record)
 
     def look(self) -> None:
-        r"""Shows what has happened since the last look. For those whom nobody notifies."""
+        r"""Reads the study again, and shows what has changed. For views outside the driver."""
 
         before = {record.run_id: record for record in self.now}
         self.now = self.records()
@@ -235,7 +235,7 @@ def announce(title: str, rules: Rules, records: Sequence[TrialRecord], directory
         under_way = sum(r.state == "running" and not r.paused for r in records)
         paused = sum(r.state == "running" and r.paused for r in records)
         print(
-            f"carried on: {len(records) - brought} runs so far, {under_way} of them under way, "
+            f"resumed: {len(records) - brought} runs so far, {under_way} of them in progress, "
             f"{paused} paused" + (f"; {brought} brought in" if brought else ""),
             flush=True,
         )
@@ -326,7 +326,7 @@ def _conclude_repeats(complete: Sequence[TrialRecord]) -> None:
 
 
 def attach(runs: Path, name: str) -> None:
-    r"""Shows how a sweep goes on until it ends, then its leaderboard. It is only looked at.
+    r"""Shows the live table of a sweep until it ends, then its leaderboard. Writes nothing.
 
     Ctrl-C ends the look, and leaves the sweep running.
 
@@ -365,7 +365,7 @@ def attach(runs: Path, name: str) -> None:
         else:
             print(f"sweep '{name}' does not run. This is how it stands:")
     except KeyboardInterrupt:
-        print(f"\nSweep '{name}' goes on. Look again with `sda-ray attach {name}`.", flush=True)
+        print(f"\nSweep '{name}' keeps running. Attach again with `sda-ray attach {name}`.", flush=True)
         return
 
     _show_end(runs, name, study)

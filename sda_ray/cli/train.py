@@ -105,7 +105,7 @@ def extend_run(
         runs: The directory of all runs.
         data: The directory of the data.
         name: The run, see :meth:`sda_ray.runs.checkpoint.RunPath.find`.
-        changes: What shall change: `epochs`.
+        changes: The settings that change: `epochs`.
         device: Where to train, by default on a GPU if there is one.
         wandb: How to log to W&B.
         interval: The least time between two checkpoints, in seconds.
@@ -136,7 +136,7 @@ def resume_run(
     takeover: bool = False,
     interval: float = CHECKPOINT_SECONDS,
 ) -> None:
-    r"""Goes on with a run from its newest checkpoint.
+    r"""Resumes a run from its newest checkpoint.
 
     Arguments:
         runs: The directory of all runs.
@@ -144,7 +144,7 @@ def resume_run(
         name: The run, see :meth:`sda_ray.runs.checkpoint.RunPath.find`.
         device: Where to train, by default on a GPU if there is one.
         wandb: How to log to W&B, by default as before.
-        takeover: Whether to end a process that is at the run.
+        takeover: Whether to take the run over from a process that trains it.
         interval: The least time between two checkpoints, in seconds.
     """
 
@@ -179,13 +179,13 @@ def resume_run(
 
 
 def _check_resume(path: RunPath) -> dict[str, Any]:
-    r"""Returns the record of a run, if it is one that can be gone on with by itself."""
+    r"""Returns the record of a run that can be resumed by itself."""
 
     name = path.directory.name
 
     if RunPath.of_id(path.directory.parent, path.id) != path:
         raise UserError(
-            f"{path.directory} cannot be gone on with: a run is a directory of its own "
+            f"{path.directory} cannot be resumed: a run is a directory of its own "
             "{name}_{id}, with an id of 8 characters a-z and 0-9. Start from its weights with "
             "`sda-ray train --init`."
         )
@@ -289,7 +289,7 @@ def _follow(run: Run, data: Path, device: str, parent: RunPath | None) -> None:
         print(f"finished: {os.path.relpath(path.state)}, {os.path.relpath(path.samples)}")
     except (Interrupted, KeyboardInterrupt):
         status, code = "interrupted", 128 + (stop.signal or signal.SIGINT)
-        print(f"Stopped. Go on with `sda-ray train --resume {path.id}`.")
+        print(f"Stopped. Resume with `sda-ray train --resume {path.id}`.")
     except Diverged as error:
         status, code = "diverged", 1
         print(f"diverged: {error}. Try a smaller learning_rate.", file=sys.stderr)

@@ -355,7 +355,7 @@ def steady_epochs(config: Config) -> int:
 
 
 def average_of(module: M) -> M:
-    r"""Returns a copy of a module that shall follow it: it neither learns nor drops out."""
+    r"""Returns a copy of a module for its running average: without gradients or dropout."""
 
     return copy.deepcopy(module).requires_grad_(False).eval()
 

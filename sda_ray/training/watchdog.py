@@ -115,7 +115,7 @@ class Watchdog:
 
 
 def take_stacks(file: Path, attempt: int) -> bool:
-    r"""Tells whether stacks were saved that nobody has taken notice of, and notes that now."""
+    r"""Returns whether new stacks were saved since the last call."""
 
     try:
         if not (text := file.read_text(errors="replace")) or TAKEN in text.splitlines()[-1]:

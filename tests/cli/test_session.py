@@ -315,5 +315,5 @@ def test_directory_that_is_no_run_of_ours_is_not_resumed(
     finished.directory.rename(tmp_path / "upstream")
     done = cli("train", "--resume", str(tmp_path / "upstream"))
     assert done.returncode == 2
-    assert "cannot be gone on with: a run is a directory of its own" in done.stderr
+    assert "cannot be resumed: a run is a directory of its own" in done.stderr
     assert not list(RunPath.all(tmp_path))

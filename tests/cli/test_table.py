@@ -133,4 +133,4 @@ def test_announcement_tells_what_is_carried_on(
     announce("demo", Rules(8, 9, 1), records(6), tmp_path)
 
     assert "8 trials, rungs at epochs 1, 3, 9" in (out := capsys.readouterr().out)
-    assert "6 runs so far, 2 of them under way" in out
+    assert "6 runs so far, 2 of them in progress" in out

@@ -88,7 +88,7 @@ def test_finished_sweep_run_again_changes_nothing(place: Place, finished: str) -
     journal = (place.runs / "sweeps" / "tiny" / "study.journal").read_bytes()
     out = place.run("sweep", "tiny")
 
-    assert "carried on: 8 runs so far, 0 of them under way" in out
+    assert "resumed: 8 runs so far, 0 of them in progress" in out
     assert "Leaderboard of tiny" in out
     assert (place.runs / "sweeps" / "tiny" / "study.journal").read_bytes() == journal
 
@@ -119,7 +119,7 @@ def test_complete_run_has_the_bits_of_a_training_alone(place: Place, finished: s
         (["other.py"], "SPACE['weight_decay'] was "),
         (["tiny.py", "--data", "other"], "the data was "),
         (["tiny.py", "--cpus-per-trial", "64"], "a trial wants CPU=64, but this machine has CPU="),
-        (["tiny", "epochs=18"], "is carried on as it was started"),
+        (["tiny", "epochs=18"], "resumes as it was started"),
     ],
 )
 def test_sweep_that_differs_from_its_record_is_refused(
