@@ -102,7 +102,7 @@ def wait_for_move(lab: Lab, name: str, before: Runs, seconds: float = 300) -> No
 def per_epoch(lab: Lab) -> float:
     r"""Returns the seconds that an epoch takes on this machine at its best."""
 
-    words = "window=3 embedding=8 hidden_channels=8,16 hidden_blocks=1,1 batch_size=8 epochs=200"
+    words = "window=3 embedding=8 hidden_channels=8,16 hidden_blocks=1,1 batch_size=8 epochs=200 --threads=1"
     lab.run("head", f"python -m sda_ray train {words} --data {ROOT}/data --runs /tmp/speed", 300)
     lines = lab.run("head", "cat /tmp/speed/*/metrics.jsonl").splitlines()
 
