@@ -365,7 +365,10 @@ def attach(runs: Path, name: str) -> None:
         else:
             print(f"sweep '{name}' does not run. This is how it stands:")
     except KeyboardInterrupt:
-        print(f"\nSweep '{name}' keeps running. Attach again with `sda-ray attach {name}`.", flush=True)
+        print(
+            f"\nSweep '{name}' keeps running. Attach again with `sda-ray attach {name}`.",
+            flush=True,
+        )
         return
 
     _show_end(runs, name, study)

@@ -40,7 +40,7 @@ def test_study_is_read_without_touching_it(tmp_path: Path) -> None:
 
     assert reader.records() == []
 
-    with pytest.raises(LeaseLost, match="was opened to be read"):
+    with pytest.raises(LeaseLost, match="was opened for reading only"):
         reader.enqueue({"seed": 1})
 
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

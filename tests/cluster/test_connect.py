@@ -8,6 +8,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -240,9 +242,14 @@ def test_nodes_of_one_name_are_all_looked_at() -> None:
         Slots(8, 0)._check(nodes)
 
 
+def mapped() -> dict[int, tuple[int, int]]:
+    return dict(map_on_ray(lambda i: (i, os.getpid()), range(5), workers=2))
+
+
 def test_every_item_is_mapped_on_workers() -> None:
-    results = map_on_ray(lambda i: (i, os.getpid()), range(5), workers=2)
-    found = dict(results)
+    # A process in which Ray was imported, as by other tests, cannot start one of its own
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        found = pool.submit(mapped).result()
 
     assert {i: result[0] for i, result in found.items()} == {i: i for i in range(5)}
     assert os.getpid() not in {pid for _, pid in found.values()}

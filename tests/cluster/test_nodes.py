@@ -213,7 +213,10 @@ def test_sweep_is_a_job_and_runs_the_code_that_was_recorded(
     assert "in the background" in out and "sda-ray stop tiny" in out
 
     shutil.rmtree(tmp_path / "sda_ray" / "__pycache__", ignore_errors=True)
-    whole = {name: (tmp_path / "sda_ray" / f"{name}.py").read_bytes() for name in ("trial", "nn")}
+    whole = {
+        name: (tmp_path / "sda_ray" / f"{name}.py").read_bytes()
+        for name in ("cluster/trial", "nn/unet")
+    }
     spoil(tmp_path, *whole)  # before its workers have started
     deadline = time.monotonic() + 240
 

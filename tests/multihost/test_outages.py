@@ -172,7 +172,7 @@ def test_sweep_survives_the_loss_of_every_node(lab: Lab, epochs: int, tmp_path: 
     # A node on which workers die, and die, and die: no more trials there
     for _ in range(3):
         name, before = lose("w1")
-        lab.run("w1", "kill -9 $(pgrep -f [r]ay::Trial)")
+        lab.run("w1", "kill -9 $(pgrep -f [r]ay::ResourceTrainable)")
         wait_for_death(lab, name, before, log)
 
     assert "w1: 3 workers in a row died there" in wait_for_words(log, "No trial of this sweep")

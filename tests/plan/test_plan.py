@@ -4,7 +4,9 @@ import io
 import json
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -35,7 +37,9 @@ def made(place: Path, data: Path) -> Plan:
         "CONFIG['compile'] = 'on'",
     )
 
-    return plan_sweep(script, place / "runs", data, gpus=0)
+    # A process in which Ray was imported, as by other tests, cannot start one of its own
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(plan_sweep, script, place / "runs", data, gpus=0).result()
 
 
 def test_plan_of_a_good_sweep_leaves_nothing_behind(made: Plan, place: Path) -> None:

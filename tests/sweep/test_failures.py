@@ -92,7 +92,7 @@ def test_node_that_leaves_is_avoided(study: Study, caplog: pytest.LogCaptureFixt
     losses.leave(1)
 
     assert losses.avoided == {"id-1": "spot is leaving"}
-    assert caplog.text.count("Node spot is leaving") == 1
+    assert caplog.text.count("Node spot leaves the cluster") == 1
 
 
 def die(losses: Losses, study: Study, index: int, node: str, times: int = 1) -> str:
