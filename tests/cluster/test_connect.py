@@ -30,7 +30,7 @@ def below(pid):
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return children + [x for child in children for x in below(child)]
 
-with connect(modules=["colorsys"]) as scratch:
+with connected(modules=["colorsys"]) as scratch:
     import ray
 
     @ray.remote(num_cpus=1)

@@ -29,7 +29,7 @@ from sda_ray.cluster.connect import connected
 from sda_ray.cluster.nodes import bandwidth, clock_skew, cluster_status, live_nodes, survey
 from sda_ray.cluster.nodes import examine, machine
 
-with connect(sys.argv[1]):
+with connected(sys.argv[1]):
     import ray
 
     class Trial:

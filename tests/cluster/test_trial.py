@@ -46,7 +46,7 @@ def curve(i):
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     return [(line["epoch"], line["loss_train"], line["loss_valid"]) for line in lines]
 
-with connect(cpus=1):
+with connected(cpus=1):
     from sda_ray.cluster.trial import Trial
 
     trial, said, sizes = Trial(spec(0, 0)), [], []

@@ -203,7 +203,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from sda_ray.data.simulate import simulate_dataset
-simulate(Path(sys.argv[1]), 11, 64, 7)
+simulate_dataset(Path(sys.argv[1]), 11, 64, 7)
 """
 
 DEMO = Origin(trajectories=11, size=64, seed=7)

@@ -173,7 +173,7 @@ DRIVER = """
 import json, sys
 from sda_ray.cluster.connect import connected
 from sda_ray.cluster.nodes import listening
-with connect(sys.argv[1]):
+with connected(sys.argv[1]):
     print(json.dumps([command for _, _, command in listening() if "sys.argv[1]" in command]))
 """
 

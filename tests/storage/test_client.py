@@ -44,7 +44,7 @@ def begin(run_id, attempt, **more):
     remote.watch(RunPath(directory))
     return remote, directory, runs / directory.name
 
-with connect(cpus=1):
+with connected(cpus=1):
     import ray, torch
     from sda_ray.storage import client
     from sda_ray.storage.client import RemoteRun, shares_files
@@ -284,7 +284,7 @@ os.environ["SDA_RAY_LOCAL"] = str(root / "local")
 runs, request = root / "runs", root / "runs" / "sweeps" / "s" / "stop"
 request.parent.mkdir(parents=True)
 
-with connect(cpus=1):
+with connected(cpus=1):
     from sda_ray.cluster.trial import Trial
     from sda_ray.data.dataset import fingerprint
     from sda_ray.storage.server import serve_files

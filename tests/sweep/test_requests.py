@@ -455,7 +455,7 @@ driver = Driver(
 
 with ExitStack() as stack:
     with serving(driver):
-        scratch = stack.enter_context(connect(cpus=2))
+        scratch = stack.enter_context(connected(cpus=2))
 
     from sda_ray.cluster.executor import execute
     execute(driver, {"cpu": 1, "gpu": 0}, scratch, own=True, requests=RequestServer(driver))
