@@ -151,7 +151,7 @@ class Study:
 
         record = self._refreshed(record)
         new = sorted(e for e in values.keys() - record.values.keys() if e <= record.until)
-        trial_id = self._trial_id(record)
+        trial_id = self._storage_id(record)
 
         with self.journal.batch():
             for epoch in new:
@@ -296,7 +296,7 @@ class Study:
 
     def _set_attr(self, record: TrialRecord, key: str, value: Any) -> None:
         if record.trial.user_attrs.get(key) != value:
-            self.storage.set_trial_user_attr(self._trial_id(record), key, value)
+            self.storage.set_trial_user_attr(self._storage_id(record), key, value)
 
     def _set_study_attr(self, key: str, value: Any) -> None:
         self.storage.set_study_user_attr(self._study_id, key, value)
@@ -304,7 +304,7 @@ class Study:
     def _study_attrs(self) -> dict[str, Any]:
         return self.storage.get_study_user_attrs(self._study_id)
 
-    def _trial_id(self, record: TrialRecord) -> int:
+    def _storage_id(self, record: TrialRecord) -> int:
         return self.storage.get_trial_id_from_study_id_trial_number(
             self._study_id, record.trial.number
         )
@@ -313,7 +313,7 @@ class Study:
         return {int(k[6:]): x for k, x in self._study_attrs().items() if k.startswith("queue/")}
 
     def _refreshed(self, record: TrialRecord) -> TrialRecord:
-        return _record(self.storage.get_trial(self._trial_id(record)), self._study_attrs())
+        return _record(self.storage.get_trial(self._storage_id(record)), self._study_attrs())
 
 
 def _record(trial: FrozenTrial, notes: dict[str, Any]) -> TrialRecord:

@@ -202,7 +202,7 @@ def test_sweep_survives_the_loss_of_every_node(lab: Lab, epochs: int, tmp_path: 
     name, before = lose("w1")
     spot = lab.start("w1", f"python - <<'END'\n{SPOT}END", tmp_path / "spot.log")
     wait("the trial to make way", lambda: runs(lab)[name]["ended"][-1], 60)
-    assert "w1 is leaving" in wait_for_words(log, "is leaving")
+    assert "w1 leaves the cluster" in wait_for_words(log, "leaves the cluster")
     lab.hosts("kill", "w1")
     spot.wait(60)
 
