@@ -86,7 +86,7 @@ clean:
 
 .venv-oldest/installed: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv --clear .venv-oldest
-	.venv-oldest/bin/python -m pip install --constraint constraints-oldest.txt --editable '.[test]' boto3
+	.venv-oldest/bin/python -m pip install --constraint constraints-oldest.txt --editable '.[test]' boto3 obstore
 	@touch $@
 
 .venv/created:
