@@ -45,10 +45,12 @@ test-oldest: .venv-oldest/installed
 	.venv-oldest/bin/sda-ray sweep sweeps/demo.py --root .venv-oldest/root
 	.venv-oldest/bin/python -m pytest $(OLDEST) -k "$(OLDEST_ONLY)" $(ARGS)
 
-# Hosts with their own network, disk and sshd, on which Ray is launched as on machines of a lab.
+# Hosts with their own network, disk and sshd, on which Ray is launched as on machines of a lab,
+# and what needs the dashboard of ray[default].
 test-cluster: .venv/installed-dev .venv/installed-cluster
 	tests/multihost/prepare
-	$(BIN)/python -m pytest --override-ini addopts=-ra --numprocesses 2 --dist loadfile --timeout 2400 tests/multihost $(ARGS)
+	$(BIN)/python -m pytest --override-ini addopts=-ra --numprocesses 2 --dist loadfile --timeout 2400 \
+	    tests/multihost tests/cluster/test_nodes.py $(ARGS)
 
 cluster-check: FILE ?= cluster.yaml
 cluster-check: .venv/installed-cluster
@@ -86,7 +88,7 @@ clean:
 
 .venv-oldest/installed: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv --clear .venv-oldest
-	.venv-oldest/bin/python -m pip install --constraint constraints-oldest.txt --editable '.[test]' boto3 obstore
+	.venv-oldest/bin/python -m pip install --constraint constraints-oldest.txt --editable '.[test]'
 	@touch $@
 
 .venv/created:

@@ -5,11 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from moto.server import ThreadedMotoServer
+from obstore.store import MemoryStore
 
 from sda_ray.storage.store import Bucket
-
-pytest.importorskip("moto.server")
-pytest.importorskip("obstore")
 
 __all__ = ["URL", "account", "bucket", "s3", "server", "write"]
 
@@ -20,15 +19,11 @@ URL = "s3://lab-bucket/kolmogorov/runs"
 def bucket() -> Bucket:
     r"""An empty bucket in memory."""
 
-    from obstore.store import MemoryStore
-
     return Bucket(URL, MemoryStore())
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
-    from moto.server import ThreadedMotoServer
-
     logging.getLogger("werkzeug").setLevel(logging.WARNING)
     started = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     started.start()
