@@ -90,7 +90,7 @@ def test_detached_sweep_goes_on_without_who_started_or_watched_it(
         watcher.send_signal(signal.SIGINT)
         out, error = watcher.communicate(timeout=60)
 
-        assert watcher.returncode == 0 and "Sweep 'tiny' goes on" in out, (out, error)
+        assert watcher.returncode == 0 and "Sweep 'tiny' keeps running" in out, (out, error)
         assert read_holder(directory / "lease.json") == found
 
         # Two at a time: one sees how it ends
