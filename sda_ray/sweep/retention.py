@@ -5,8 +5,8 @@ result: a run that continues without one trains again from its first epoch, to t
 its recorded epochs are compared with the new ones.
 """
 
-import contextlib
 import logging
+import math
 import re
 import shutil
 import time
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from ..core import UserError, format_size
-from ..runs import RunPath, give_back, read_record, resumable
+from ..runs import RunPath, give_back, resumable
 from ..search import TrialRecord, rank_key
 
 __all__ = ["Retention", "parse_size"]
@@ -23,13 +23,13 @@ logger = logging.getLogger(__name__)
 
 UNITS = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+SHORT = {unit.removesuffix("B"): size for unit, size in UNITS.items()}  # as 50G
 
 LOW = 0.1  # the free part of a disk below which a warning is given
 AGAIN = 3600.0  # seconds until a warning is repeated
-REFRESH = 300.0  # seconds after which all runs are examined, not only those that changed
 RETRY = 60.0  # seconds until a run whose checkpoint could not be deleted is tried again
 TURN = 0.5  # seconds that one call may take for deletions; the next one continues
-COST = 0.02  # the part of the driver's time that the examination may take
+COST = 0.02  # the part of the driver's time that all calls may take
 
 
 def parse_size(text: str, option: str = "--disk") -> int:
@@ -40,8 +40,7 @@ def parse_size(text: str, option: str = "--disk") -> int:
     """
 
     match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([a-z]*)\s*", text, re.IGNORECASE)
-    units = {unit.lower(): x for unit, x in UNITS.items()}
-    units |= {unit[0].lower(): x for unit, x in UNITS.items() if "i" not in unit}
+    units = {unit.lower(): size for unit, size in (UNITS | SHORT).items()}
 
     if match is None or (unit := match[2].lower()) not in units:
         hint = f". Did you mean {match[1]}GB?" if match is not None and not match[2] else "."
@@ -68,7 +67,7 @@ class Retention:
     3. of complete runs, from the worst on: their weights stay, but they cannot be extended.
 
     Under `keep`, all are deleted but those of running and paused runs and of the best `keep`
-    runs. The attributes `keep` and `limit` may be changed at any time.
+    runs.
 
     Arguments:
         runs: The directory of all runs.
@@ -98,14 +97,11 @@ class Retention:
         self.notify = notify
         self.final = final
 
-        self._paths: dict[str, RunPath] = {}
         self._sizes: dict[str, int] = {}  # bytes by run
-        self._states: dict[str, object] = {}  # state of a run when it was last examined
         self._retries: dict[str, float] = {}  # when to try again to delete a run's checkpoint
-        self._attempts = {record.run_id: record.attempt for record in records()}
         self._warned: dict[str, float] = {}
-        self._over = float("inf")  # when the limit was first exceeded
-        self._refreshed = self._next = float("-inf")
+        self._over = math.inf  # when the limit was first exceeded
+        self._next = -math.inf
 
     @property
     def size(self) -> int:
@@ -126,62 +122,23 @@ class Retention:
         r"""Deletes all that is to be deleted, at the end of a sweep."""
 
         self._retries.clear()
-        self._refreshed = float("-inf")
-        self._turn(float("inf"))
+        self._turn(math.inf)
 
     def _turn(self, deadline: float) -> None:
         records = [record for record in self.records() if not record.source]
 
         try:
-            self._examine(records)
-            self._report_restarts(records)
-            self._delete(self._candidates(records), deadline)
-            self._check_limit(0.0 if deadline == float("inf") else 2 * RETRY)
+            paths = {path.id: path for path in RunPath.all(self.runs)}
+            self._sizes = {
+                record.run_id: sum(resumable(paths[record.run_id]).values())
+                for record in records
+                if record.run_id in paths
+            }
+            self._delete(records, paths, deadline)
+            self._check_limit(patience=0.0 if deadline == math.inf else 2 * RETRY)
             self._check_disk()
         except OSError as error:  # a file system that is away for a while must not end a sweep
             self._warn("error", f"checkpoints cannot be examined: {error}.")
-
-    def _examine(self, records: Sequence[TrialRecord]) -> None:
-        r"""Sums up files. A run at rest is examined twice after a change, then seldom."""
-
-        if time.monotonic() - self._refreshed > REFRESH:
-            self._refreshed = time.monotonic()
-            self._states.clear()
-            self._paths.clear()
-
-        if any(record.run_id not in self._paths for record in records):
-            self._paths = {path.id: path for path in RunPath.all(self.runs)}
-            self._sizes = {id: x for id, x in self._sizes.items() if id in self._paths}
-
-        for record in records:
-            state = (record.state, record.attempt, record.last)
-            before = self._states.get(record.run_id)
-
-            if before != (state, "settled") and (path := self._paths.get(record.run_id)):
-                settled = before == state and not _running(record)
-                self._states[record.run_id] = (state, "settled") if settled else state
-                self._sizes[record.run_id] = sum(resumable(path).values())
-
-    def _report_restarts(self, records: Sequence[TrialRecord]) -> None:
-        r"""Reports once why a new attempt began from epoch 0."""
-
-        for record in records:
-            path = self._paths.get(record.run_id)
-
-            if path is None or self._attempts.get(record.run_id) == record.attempt:
-                continue
-
-            with contextlib.suppress(UserError, OSError):
-                last = (read_record(path).get("attempts") or [{}])[-1]
-
-                if last.get("number", 0) >= record.attempt:  # otherwise it is about to begin
-                    self._attempts[record.run_id] = record.attempt
-
-                    if why := last.get("restarted"):
-                        self.notify(
-                            f"run {record.index} ({record.run_id}) starts again at epoch 0, to "
-                            f"the same bits: {why}."
-                        )
 
     def _candidates(self, records: Sequence[TrialRecord]) -> Iterator[TrialRecord]:
         r"""Yields the runs whose checkpoints are to be deleted, while there is a reason to."""
@@ -205,11 +162,13 @@ class Retention:
 
         return 0 if record.state in dead else 2 if record.state == "complete" else 1
 
-    def _delete(self, candidates: Iterator[TrialRecord], deadline: float) -> None:
+    def _delete(
+        self, records: Sequence[TrialRecord], paths: dict[str, RunPath], deadline: float
+    ) -> None:
         deleted: list[TrialRecord] = []
         freed = 0
 
-        for record in candidates:
+        for record in self._candidates(records):
             if time.monotonic() > deadline:
                 break
 
@@ -217,13 +176,12 @@ class Retention:
                 continue
 
             try:
-                freed += give_back(self._paths[record.run_id], self.sweep)
+                freed += give_back(paths[record.run_id], self.sweep)
             except UserError as error:
                 logger.debug("%s", error)
                 self._retries[record.run_id] = time.monotonic() + RETRY
             else:
                 self._sizes[record.run_id] = 0
-                self._states.pop(record.run_id)
                 deleted.append(record)
 
         if deleted:
@@ -237,7 +195,7 @@ class Retention:
 
     def _check_limit(self, patience: float) -> None:
         if self.limit is None or self.size <= self.limit:
-            self._over = float("inf")
+            self._over = math.inf
             return
 
         self._over = min(self._over, time.monotonic())  # a process may be about to end
@@ -263,7 +221,7 @@ class Retention:
             )
 
     def _warn(self, kind: str, text: str) -> None:
-        if time.monotonic() - self._warned.get(kind, float("-inf")) >= AGAIN:
+        if time.monotonic() - self._warned.get(kind, -math.inf) >= AGAIN:
             self._warned[kind] = time.monotonic()
             self.notify(text)
 

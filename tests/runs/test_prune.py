@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kept import Keeping, identity, made, path_of, runs
+from kept import identity, made, path_of, runs
 from simulated import Sweeping, outcomes
 
 from sda_ray.core.config import Config
@@ -20,7 +20,7 @@ from sda_ray.runs.prune import give_back, resumable
 from sda_ray.runs.run import Run
 from sda_ray.runs.tracking import Wandb
 from sda_ray.runs.train import train_run
-from sda_ray.search.promotion import Rules, TrialRecord
+from sda_ray.search.promotion import Rules
 
 __all__ = ["made", "runs"]  # fixtures
 
@@ -141,23 +141,6 @@ def test_deletion_killed_at_any_file_leaves_a_whole_run(
     run = go_on(runs, 3, data, wandb=Wandb("disabled"))
     assert run.record["exact"] is True and "given_back" not in run.record
     assert sorted(run.lines) == [1, 2, 3] and path.state.exists()
-
-
-def test_keeper_tells_once_that_a_promoted_run_starts_resume_command(
-    runs: Path, data: Path
-) -> None:
-    kept = Keeping(runs, limit=1)
-    kept.said.clear()
-    go_on(runs, 3, data, wandb=Wandb("disabled"))
-    kept.records[2] = TrialRecord(3, identity(3), "complete", 3, 3, {3: 1.0}, attempt=2)
-
-    for _ in range(2):
-        kept.retention.finish()
-
-    told = [text for text in kept.said if text.startswith("run 3")]
-    assert told == [
-        "run 3 (00000003) starts again at epoch 0, to the same bits: its checkpoint was removed to free space."
-    ]
 
 
 def test_sweep_whose_paused_runs_keep_no_checkpoint_ends_the_same(tmp_path: Path) -> None:
