@@ -462,6 +462,6 @@ def bring_all(study: Study, items: Iterable[Mapping[str, Any]]) -> str:
 
     brought = [bring_in(study, item) for item in items]
     new, before = sum(brought), len(brought) - sum(brought)
-    said = f"{new} run{'s' * (new != 1)} brought in, for the sampler to learn from"
+    text = f"{new} run{'s' * (new != 1)} brought in, for the sampler to learn from"
 
-    return said + (f"; {before} had been before." if before else ".")
+    return text + f"; {before} had been before" * (before > 0)

@@ -17,15 +17,23 @@ from ..cluster import Slots, announced, connected, is_requeued, local_gpus, ray_
 from ..core import Lease, UserError, deadline, remove_leftovers
 from ..data import DataInfo
 from ..runs import Wandb, sweep_directory
-from ..search import Rules, Study, TrialRecord, catch_up, decide, importances, queue_warning
+from ..search import Rules, Study, TrialRecord, catch_up, decide, importances
 from .code import check_code, keep_code, running
 from .definition import PRUNERS, SAMPLERS, SETTINGS, Sweep, load_script
 from .driver import TIME, Driver
 from .enqueue import bring_all, parse_item
 from .preflight import check_start
 from .prior_runs import warm_start
-from .record import compare, read_sweep, space_of, write_sweep
-from .requests import NotRunning, RequestServer, ask_all, is_driven, running_driver, serving
+from .record import check_changes, read_sweep, space_of, write_sweep
+from .requests import (
+    NotRunning,
+    RequestServer,
+    ask_all,
+    enqueue_all,
+    is_driven,
+    retry_failed,
+    serving,
+)
 from .retention import Retention
 
 __all__ = [
@@ -173,7 +181,7 @@ def launch_sweep(
     start = check_start(sweep, options.runs, options.data, slots, wandb, options.address)
     sweep = start.sweep
     record = record_of(sweep, options, start.info)
-    widened = _widened(sweep, options, record)
+    widened = check_changes(options.runs, record, sweep.script)
     queue = [parse_item(text, sweep, options.runs) for text in requests.enqueue]
     requeued = is_requeued(directory, options.job)
 
@@ -227,30 +235,6 @@ def launch_sweep(
     view.conclude(sweep.name, target, study.records(), directory, options.runs, matter)
 
 
-def _widened(sweep: Sweep, options: Options, record: dict[str, Any]) -> tuple[str, ...]:
-    r"""Returns how the SPACE of a sweep has grown since it was recorded.
-
-    Raises:
-        UserError: If the sweep differs otherwise, or is running.
-    """
-
-    directory = sweep_directory(options.runs, sweep.name)
-
-    if not (directory / "sweep.json").exists():
-        return ()
-
-    changes = compare(read_sweep(options.runs, sweep.name), record)
-    changes.check(sweep.name, sweep.script)
-
-    if changes.widened and running_driver(directory):
-        raise UserError(
-            f"sweep '{sweep.name}' is running with another SPACE: {'; '.join(changes.widened)}. "
-            f"Stop it first: sda-ray stop {sweep.name}"
-        )
-
-    return changes.widened
-
-
 def _priors(sweep: Sweep, options: Options, requests: LaunchRequests) -> list[dict[str, Any]]:
     return [
         item
@@ -265,21 +249,13 @@ def _serve(
     r"""Serves the requests of a launch before trials start."""
 
     if priors:
-        print(bring_all(study, priors))
+        print(f"{bring_all(study, priors)}.")
 
     if requests.retry:
-        failed = [record for record in study.records() if record.state == "failed"]
-        print(f"{len(failed)} failed runs are retried")
+        print(f"{retry_failed(study)}.")
 
-        for record in failed:
-            study.revive(record)
-
-    for params in queue:
-        if params not in study.queue().values():
-            study.enqueue(params)
-
-    if queue and (warning := queue_warning(study, target)):
-        print(f"{warning}.")
+    if queue:
+        print(f"{enqueue_all(study, queue, target)}.")
 
 
 def _run(

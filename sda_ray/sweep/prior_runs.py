@@ -18,20 +18,19 @@ import json
 import math
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
-from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core import (
     Config,
     Lease,
+    ProgressBar,
     UserError,
-    cut_torn_lines,
     locked,
     remove_leftovers,
     save_config,
@@ -40,19 +39,26 @@ from ..core import (
     write_json,
 )
 from ..data import check_data, fingerprint
-from ..runs import Entry, RunPath, entries, new_name, read_entry, read_metrics, sweep_directory
+from ..runs import (
+    Entry,
+    RunPath,
+    entries,
+    finals,
+    new_name,
+    read_entry,
+    read_metrics,
+    sweep_directory,
+)
 from ..search import Study
 from .definition import Sweep
 from .enqueue import Fit, bring_all, fit
-from .record import compare, read_sweep, write_sweep
-from .requests import NotRunning, ask_all, running_driver
+from .record import Changes, check_changes, compare, read_sweep, write_sweep
+from .requests import NotRunning, ask_all
 
 if TYPE_CHECKING:
-    from ..data import TrajectoryDataset
     from ..training import Validation
 
 __all__ = [
-    "Measure",
     "Prior",
     "Refusal",
     "adopt",
@@ -65,6 +71,7 @@ __all__ = [
 
 
 LONGEST = 100_000  # epochs of a curve: it enters the study in one line
+FINISHED = ("finished", "adopted")
 ALPHABET = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 Known = Mapping[str, Mapping[str, Any]]  # the parameters that runs were drawn with, by their ids
@@ -77,8 +84,8 @@ class Prior:
 
     Arguments:
         path: Its directory.
-        origin: The `path` and `id` of the original run, if this is a copy.
-        run_id: The id of its copy in the sweep, the same for each try to bring it in.
+        origin: The `path` and `id` of the original run: it may be a copy.
+        run_id: The id of its copy in the sweep, always the same.
         config: Its config.
         fit: Its parameters in the sweep.
         lines: Its metrics.
@@ -116,16 +123,13 @@ class Prior:
 
 
 def place(prior: Prior, name: str, runs: Path, digest: str) -> Path:
-    r"""Copies config and metrics of a run into a directory of the sweep, unless that exists.
+    r"""Copies config and metrics of a run into a directory of a sweep, unless that exists.
 
     Arguments:
         prior: The run.
         name: The name of the sweep.
         runs: The directory of all runs.
         digest: The fingerprint of the sweep's data.
-
-    Returns:
-        The directory.
     """
 
     file = runs / "sweeps" / name / "priors.lock"
@@ -166,67 +170,10 @@ def place(prior: Prior, name: str, runs: Path, digest: str) -> Path:
 
 @dataclass(frozen=True)
 class Refusal:
-    r"""A run that is not brought in, and the reason; `known` if it is in the sweep already."""
+    r"""A run that is not brought in, and the reason."""
 
     path: Path
     reason: str
-    known: bool = False
-
-
-class Measure:
-    r"""Measures the validation loss of networks on the data of a sweep.
-
-    Arguments:
-        data: The directory of the data.
-        window: The number of snapshots of a window.
-        device: The device, by default a GPU if there is one.
-    """
-
-    def __init__(self, data: Path, window: int, device: str | None = None) -> None:
-        self.file = data / "valid.h5"
-        self.window = window
-        from ..runs import default_device
-
-        self.device = device or default_device()
-
-    @cached_property
-    def validset(self) -> TrajectoryDataset:
-        from ..data import TrajectoryDataset
-
-        return TrajectoryDataset(self.file, self.window)
-
-    @cached_property
-    def validation(self) -> Validation:
-        from ..training import Validation
-
-        return Validation(self.validset, self.device)
-
-    def __call__(self, path: RunPath, config: Config) -> dict[str, Any]:
-        r"""Returns the metrics of the last epoch of a run, by its weights.
-
-        Raises:
-            UserError: If its files do not belong together, or its network does not fit the data.
-        """
-
-        from ..nn import VPSDE, load_network
-        from ..training import DRAWS
-
-        score, found = load_network(path.directory, self.device)
-        kernel: Any = score.kernel
-        size, wanted = kernel.forcing.shape[-1], self.validset.shape[-1]
-
-        if found != config:
-            raise UserError("its config.json changes while it is read")
-
-        if size != wanted:
-            raise UserError(
-                f"its network is for fields of {size}x{size}, but the data has {wanted}x{wanted}"
-            )
-
-        sde = VPSDE(kernel, self.validset.shape, config["alpha"]).to(self.device)
-        loss, error = self.validation(sde, DRAWS)
-
-        return {"epoch": config["epochs"], "loss_valid": loss, "loss_valid_se": error}
 
 
 def collect(
@@ -235,65 +182,99 @@ def collect(
     runs: Path,
     data: Path,
     known: Known | None = None,
-    progress: Callable[[Sequence[Prior]], Iterable[Prior]] = iter,
 ) -> Iterator[Prior | Refusal]:
     r"""Yields the finished runs that a sweep can learn from, with their loss.
 
     Arguments:
-        sources: The directories of the runs, by SDA or by us.
+        sources: The directories of the runs, of this package or of SDA.
         sweep: The sweep, checked.
         runs: The directory of all runs of the sweep.
         data: The directory of its data.
-        known: The parameters that runs were drawn with.
-        progress: Wraps the runs whose loss has to be measured.
+        known: The parameters that the runs were drawn with, by their ids.
 
     Yields:
         Each run as soon as its loss is known, or the reason against it.
     """
 
-    digest, measure = fingerprint(data), Measure(data, sweep.config["window"])
+    digest = fingerprint(data)
     copies = {path.id: path for path in RunPath.all(runs)}
     seen: dict[str, Path] = {}
     todo: list[Prior] = []
 
     for source in sources:
         try:
-            prior = _covered(RunPath(source.resolve()), sweep, known or {})
+            prior = _covered(RunPath(source.resolve()), sweep, runs, known or {})
 
-            if _is_own(prior.path, runs, sweep.name):
-                yield Refusal(source, "it is a run of this very sweep", known=True)
-            elif prior.run_id in seen:
-                yield Refusal(source, f"it is the same run as {seen[prior.run_id]}", known=True)
+            if prior.run_id in seen:
+                raise UserError(f"it is the same run as {seen[prior.run_id]}")
+
+            prior = _with_curve(prior, sweep, digest, copies)
+            seen[prior.run_id] = source
+
+            if prior.lines:
+                yield prior
             else:
-                prior = _with_curve(prior, sweep, digest, copies)
-                seen[prior.run_id] = source
-
-                if prior.lines:
-                    yield prior
-                else:
-                    todo.append(prior)
+                todo.append(prior)
         except (UserError, OSError) as error:
             yield Refusal(source, _line(error))
 
-    for prior in progress(todo):
-        try:
-            line = measure(prior.path, prior.config)
-            yield _judged(prior, [line], sweep, "its loss is that of its state.pth on this data")
-        except (UserError, OSError) as error:
-            yield Refusal(prior.path.directory, _line(error))
+    if not todo:
+        return
+
+    from ..data import TrajectoryDataset
+    from ..runs import default_device
+    from ..training import Validation
+
+    print(f"measuring the loss of {len(todo)} runs by their weights …", flush=True)
+    validset = TrajectoryDataset(data / "valid.h5", sweep.config["window"])
+    validation = Validation(validset, default_device())
+
+    with ProgressBar("run", len(todo)) as bar:
+        for prior in todo:
+            try:
+                line = _measure(prior, validation)
+                note = "its loss is that of its state.pth on this data"
+                yield _judged(prior, [line], sweep, note)
+            except (UserError, OSError) as error:
+                yield Refusal(prior.path.directory, _line(error))
+
+            bar.advance()
+
+
+def _measure(prior: Prior, validation: Validation) -> dict[str, Any]:
+    r"""Returns the metrics of the last epoch of a run, by its weights.
+
+    Raises:
+        UserError: If its files do not belong together, or its network does not fit the data.
+    """
+
+    from ..nn import VPSDE, load_network
+    from ..training import DRAWS
+
+    score, config = load_network(prior.path.directory, validation.device)
+    kernel: Any = score.kernel
+    shape = validation.validset.shape
+    size, wanted = kernel.forcing.shape[-1], shape[-1]
+
+    if config != prior.config:
+        raise UserError("its config.json changes while it is read")
+
+    if size != wanted:
+        raise UserError(
+            f"its network is for fields of {size}x{size}, but the data has {wanted}x{wanted}"
+        )
+
+    sde = VPSDE(kernel, shape, config["alpha"]).to(validation.device)
+    loss, error = validation(sde, DRAWS)
+
+    return {"epoch": config["epochs"], "loss_valid": loss, "loss_valid_se": error}
 
 
 def _line(error: Exception) -> str:
     return "; ".join(str(error).rstrip(".").split("\n"))
 
 
-def _is_own(path: RunPath, runs: Path, name: str) -> bool:
-    entry = read_entry(path)
-
-    return path.directory.parent == runs.resolve() and entry is not None and entry.sweep == name
-
-
-def _covered(path: RunPath, sweep: Sweep, known: Known) -> Prior:
+def _covered(path: RunPath, sweep: Sweep, runs: Path, known: Known) -> Prior:
     r"""Returns a run without its metrics, if the sweep covers it."""
 
     entry = read_entry(path) if path.directory.is_dir() else None
@@ -302,24 +283,23 @@ def _covered(path: RunPath, sweep: Sweep, known: Known) -> Prior:
         raise UserError("it is not the directory of a run")
     elif entry.faults:
         raise UserError(entry.faults[0])
-    elif entry.status not in ("finished", "adopted") or entry.config is None:
+    elif entry.status not in FINISHED or entry.config is None:
         raise UserError(f"it is {entry.status}, and only finished runs are brought in")
+    elif entry.sweep == sweep.name and path.directory.parent == runs.resolve():
+        raise UserError("it is a run of this very sweep")
 
     found = fit(sweep, entry.config, known.get(path.id))
-    faults = found.faults + [
-        f"it has {text}" for key, text in found.differences.items() if key != "seed"
-    ]
+    notes = {key: f"it has {text}" for key, text in found.differences.items()}
 
-    if faults:
+    if faults := found.faults + [text for key, text in notes.items() if key != "seed"]:
         raise UserError("\n".join(faults))
 
-    notes = [f"it has {text}" for text in found.differences.values()]
     origin = _origin(entry)
     text = json.dumps([sweep.name, origin["id"], entry.config], sort_keys=True)
     number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "big")
     digits = (ALPHABET[number // 36**i % 36] for i in range(8))
 
-    return Prior(path, origin, "".join(digits), entry.config, found, notes=tuple(notes))
+    return Prior(path, origin, "".join(digits), entry.config, found, notes=tuple(notes.values()))
 
 
 def _origin(entry: Entry) -> dict[str, str]:
@@ -383,14 +363,7 @@ def _final(name: str, prior: Prior, lines: Sequence[dict[str, Any]]) -> float:
     value: Any = lines[-1].get(name)
 
     if name == "parameters":
-        import torch
-
-        from ..nn import make_score, network_settings
-
-        with torch.device("meta"):
-            value = sum(
-                x.numel() for x in make_score(**network_settings(prior.config)).parameters()
-            )
+        (value,) = finals(prior.path, [name])
     elif name == "seconds":
         known = [line["seconds"] for line in lines if "seconds" in line]
         value = sum(known) if len(known) == prior.config["epochs"] else None
@@ -425,26 +398,29 @@ def adopt(
     info = check_data(data)
     sweep = sweep.check(info)
     directory = sweep_directory(runs, sweep.name)
-    content = record_of(sweep, info)
-
-    if (directory / "sweep.json").exists():
-        before = read_sweep(runs, sweep.name)
-        content["trials"] = before["trials"]
-        changes = compare(before, content)
-        changes.check(sweep.name, sweep.script)
-
-        if changes.widened and running_driver(directory):
-            raise UserError(
-                f"sweep '{sweep.name}' is running, with a SPACE that is not as wide: "
-                f"{'; '.join(changes.widened)}. Stop it first: sda-ray stop {sweep.name}"
-            )
-
+    record = record_of(sweep, info)
+    check_changes(runs, record, sweep.script)
     items = gather(sources, sweep, runs, data)
 
     if not items:
         raise UserError(f"sweep '{sweep.name}' covers none of the {len(sources)} runs.")
 
-    _deliver(items, sweep, directory, content)
+    with suppress(NotRunning):
+        ask_all(directory, priors=items)
+        return
+
+    lease = Lease(directory / "lease.json", f"sweep '{sweep.name}'")
+
+    try:
+        if (directory / "sweep.json").exists():
+            record["trials"] = read_sweep(runs, sweep.name)["trials"]
+
+        remove_leftovers(directory)
+        write_sweep(directory, record, sweep.script)
+        study = Study(directory / "study.journal", sweep.name, lease, sweep.objectives)
+        print(f"{bring_all(study, items)}.")
+    finally:
+        lease.release()
 
 
 def _expand(word: str, runs: Path) -> list[Path]:
@@ -461,24 +437,6 @@ def _expand(word: str, runs: Path) -> list[Path]:
         return found
 
     return [RunPath.find(runs, word).directory]
-
-
-def _deliver(items: list[Item], sweep: Sweep, directory: Path, content: dict[str, Any]) -> None:
-    r"""Brings runs in through the driver of the sweep, or into the study if none is running."""
-
-    with suppress(NotRunning):
-        ask_all(directory, priors=items)
-        return
-
-    lease = Lease(directory / "lease.json", f"sweep '{sweep.name}'")
-
-    try:
-        remove_leftovers(directory)
-        write_sweep(directory, content, sweep.script)
-        study = Study(directory / "study.journal", sweep.name, lease, sweep.objectives)
-        print(bring_all(study, items))
-    finally:
-        lease.release()
 
 
 def warm_start(other: str, sweep: Sweep, runs: Path, data: Path) -> list[Item]:
@@ -499,31 +457,19 @@ def warm_start(other: str, sweep: Sweep, runs: Path, data: Path) -> list[Item]:
     if other == sweep.name:
         raise UserError(f"sweep '{other}' has its own runs already: give another.")
 
-    finished = ("finished", "adopted")
-    mine = [e.path for e in entries(runs) if e.sweep == other and e.status in finished]
-    known = _drawn(runs, other) if callable(sweep.space) else {}
+    mine = [e.path for e in entries(runs) if e.sweep == other and e.status in FINISHED]
+    known = _drawn(runs, other) if mine and callable(sweep.space) else {}
     print(f"sweep '{other}' has {len(mine)} finished runs", flush=True)
 
     return gather([path.directory for path in mine], sweep, runs, data, known)
 
 
 def _drawn(runs: Path, name: str) -> Known:
-    r"""Returns the parameters of the runs of a sweep, from a copy of its study."""
+    r"""Returns the parameters of the runs of a sweep, which may be running."""
 
-    import optuna
-    from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
+    study = Study(sweep_directory(runs, name) / "study.journal", name, None)
 
-    from ..search import quiet_optuna
-
-    with tempfile.TemporaryDirectory() as place, quiet_optuna():
-        copy = Path(place) / "study.journal"
-        shutil.copyfile(sweep_directory(runs, name) / "study.journal", copy)
-        cut_torn_lines(copy)
-        storage = JournalStorage(JournalFileBackend(str(copy)))
-        trials = optuna.load_study(storage=storage, study_name=name).get_trials(deepcopy=False)
-
-    return {t.user_attrs["run_id"]: t.params for t in trials if "run_id" in t.user_attrs}
+    return {record.run_id: record.trial.params for record in study.records()}
 
 
 def fork(sweep: Sweep, runs: Path, data: Path) -> Sweep:
@@ -536,20 +482,14 @@ def fork(sweep: Sweep, runs: Path, data: Path) -> Sweep:
     """
 
     now = {"definition": sweep.check().definition(), "fingerprint": fingerprint(data)}
-    number = 2
 
-    while True:
-        name = f"{sweep.name}-{number}"
+    for name in (f"{sweep.name}-{number}" for number in count(2)):
+        recorded = (sweep_directory(runs, name) / "sweep.json").exists()
 
-        if not (sweep_directory(runs, name) / "sweep.json").exists():
-            return replace(sweep, name=name)
+        if not recorded or compare(read_sweep(runs, name), now) == Changes():
+            break  # a free name, or a fork that was killed
 
-        changes = compare(read_sweep(runs, name), now)
-
-        if not changes.widened and not changes.refused:  # killed, and tried again
-            return replace(sweep, name=name)
-
-        number += 1
+    return replace(sweep, name=name)
 
 
 def gather(
@@ -557,57 +497,29 @@ def gather(
 ) -> list[Item]:
     r"""Copies the runs that a sweep covers into directories of its own, and prints the others.
 
-    Arguments:
-        sources: The directories of the runs.
-        sweep: The sweep, checked.
-        runs: The directory of all runs.
-        data: The directory of the data.
-        known: The parameters that the runs were drawn with, by their ids.
-
-    Returns:
-        The runs as items of :func:`sda_ray.sweep.enqueue.bring_all`.
+    Returns the items for :func:`sda_ray.sweep.enqueue.bring_all`; see :func:`collect` for the
+    arguments.
     """
 
     digest = fingerprint(data)
     items = []
 
-    for found in collect(sources, sweep, runs, data, known, _tracked):
-        if isinstance(found, Refusal):
-            said = "passed over" if found.known else "left out"
-            print(f"  {said}: {found.path.name}: {found.reason}", flush=True)
+    for prior in collect(sources, sweep, runs, data, known):
+        if isinstance(prior, Refusal):
+            print(f"  left out: {prior.path.name}: {prior.reason}", flush=True)
             continue
 
+        name, loss = prior.path.directory.name, prior.lines[-1]["loss_valid"]
+
         try:
-            copy = place(found, sweep.name, runs, digest)
+            copy = place(prior, sweep.name, runs, digest)
         except OSError as error:
             raise UserError(
-                f"{found.path.directory} cannot be copied to {runs}: {error}."
+                f"{prior.path.directory} cannot be copied to {runs}: {error}."
             ) from error
 
-        loss = found.lines[-1]["loss_valid"]
-        notes = "".join(f"; {note}" for note in found.notes)
-        name = found.path.directory.name
+        notes = "".join(f"; {note}" for note in prior.notes)
         print(f"  covered: {name}: loss_valid {loss:.4f}{notes} ({copy.name})", flush=True)
-        items.append(found.item)
+        items.append(prior.item)
 
     return items
-
-
-def _tracked(todo: Sequence[Prior]) -> Iterator[Prior]:
-    r"""Yields runs whose loss has to be measured, with a progress bar."""
-
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console()
-
-    if todo:
-        print(f"measuring the loss of {len(todo)} runs by their weights …", flush=True)
-
-    for i, prior in enumerate(
-        track(todo, "measuring", console=console, disable=not console.is_terminal), start=1
-    ):
-        if not console.is_terminal:
-            print(f"  {i}/{len(todo)} {prior.path.directory.name} …", flush=True)
-
-        yield prior

@@ -18,6 +18,7 @@ from ..core import (
     UserError,
     covers,
     domain_from_json,
+    is_alive,
     read_json,
     space_from_json,
     space_to_json,
@@ -29,6 +30,7 @@ from ..runs import sweep_directory
 
 __all__ = [
     "Changes",
+    "check_changes",
     "compare",
     "definition_of",
     "read_sweep",
@@ -196,6 +198,38 @@ def compare(before: dict[str, Any], now: dict[str, Any]) -> Changes:
         refused.append(f"the data was {_digest(was)} and is {_digest(value)}")
 
     return Changes(tuple(widened), tuple(refused))
+
+
+def check_changes(
+    runs: Path, record: dict[str, Any], script: Path | None = None
+) -> tuple[str, ...]:
+    r"""Returns how the SPACE of a sweep has grown since it was recorded, if it was.
+
+    Arguments:
+        runs: The directory of all runs.
+        record: What would be recorded now. A new number of trials is no change.
+        script: The script that it comes from, for messages.
+
+    Raises:
+        UserError: If the sweep differs otherwise, or is running with a SPACE that is not as wide.
+    """
+
+    name = record["name"]
+    directory = sweep_directory(runs, name)
+
+    if not (directory / "sweep.json").exists():
+        return ()
+
+    changes = compare(read_sweep(runs, name), record)
+    changes.check(name, script)
+
+    if changes.widened and is_alive(directory / "lease.json"):
+        raise UserError(
+            f"sweep '{name}' is running with a SPACE that is not as wide: "
+            f"{'; '.join(changes.widened)}. Stop it first: sda-ray stop {name}"
+        )
+
+    return changes.widened
 
 
 def _settings(old: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:

@@ -2,7 +2,7 @@ r"""Requests to a running sweep: files in its directory, posted by any process, 
 
 A request is a file `requests/{id}.json`, its answer `requests/{id}.answer.json`, both whole or
 absent. The driver deletes a request before it serves it: a request is served at most once, whatever
-dies meanwhile, and one that still exists was not begun. What it changes is recorded before it is
+dies meanwhile, and one that still exists was not begun. Its changes are recorded before it is
 answered, and no request, whatever its content, can harm the sweep.
 
 A request that a driver left unserved when it died is served by the next driver, unless it asks for
@@ -12,61 +12,54 @@ a stop, which was meant for the dead driver.
 from __future__ import annotations
 
 import logging
-import os
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from ..core import (
     STALE,
     Lease,
     LeaseLost,
     UserError,
-    is_alive,
-    is_local,
+    holder_alive,
     last_heartbeat,
     read_holder,
-    read_json,
+    read_regular,
     write_json,
 )
 from ..runs import RunPath, read_record, sweep_directory
-from ..search import TrialRecord, count_trials
+from ..search import Study, TrialRecord, count_trials, queue_warning
+from .enqueue import bring_all
 from .record import read_sweep
 
 if TYPE_CHECKING:
     from .driver import Driver
 
 __all__ = [
-    "Answer",
+    "Mailbox",
     "NotRunning",
-    "Request",
     "RequestServer",
-    "answer",
     "ask",
     "ask_all",
+    "enqueue_all",
     "is_driven",
-    "pending",
-    "post",
-    "request_directory",
-    "running_driver",
+    "retry_failed",
     "serving",
     "stop_sweep",
-    "take",
-    "tidy",
-    "wait",
     "watch",
 ]
 
 logger = logging.getLogger(__name__)
 
-ANSWER = ".answer.json"
-LOOK = 0.1  # seconds between two checks for an answer
-CHECK = 1.0  # seconds between two checks of whether the driver lives
+REQUESTS, ANSWER = "requests", ".answer.json"
+LOOK = 0.2  # seconds between two checks for an answer
 OLD = 3600.0  # seconds after which nobody waits for an answer
 BATCH = 100  # finished runs in a request
 PATIENCE = 120.0  # seconds for an answer; a driver that starts Ray answers meanwhile
@@ -77,25 +70,16 @@ class NotRunning(UserError):
     r"""Raised if no driver is running, so the caller may change the sweep itself."""
 
 
-@dataclass(frozen=True)
-class Request:
-    r"""A request.
+class Request(msgspec.Struct, frozen=True):
+    r"""A request. Ids sort by the time of posting; `fault` says why a file holds no request."""
 
-    Arguments:
-        id: The name of its file. Ids sort by the time of posting.
-        kind: What is asked for.
-        content: The particulars.
-        fault: Why the file is not a request, if it is none.
-    """
-
-    id: str
-    kind: str = ""
-    content: dict[str, Any] = field(default_factory=dict)
+    kind: str
+    content: dict[str, Any]
+    id: str = ""
     fault: str = ""
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(msgspec.Struct, frozen=True):
     r"""An answer: a sentence, and whether the request was served."""
 
     text: str
@@ -105,161 +89,116 @@ class Answer:
 # Files
 
 
-def request_directory(sweep: Path) -> Path:
-    r"""Returns the directory of requests in the directory of a sweep."""
+class Mailbox:
+    r"""Creates a mailbox: a directory of requests and answers."""
 
-    return sweep / "requests"
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
 
+    def post(self, kind: str, **content: Any) -> str:
+        r"""Posts a request and returns its id."""
 
-def post(directory: Path, kind: str, **content: Any) -> str:
-    r"""Posts a request and returns its id.
+        self.directory.mkdir(parents=True, exist_ok=True)
+        id = f"{time.time_ns():020}-{secrets.token_hex(4)}"
+        write_json(self.directory / f"{id}.json", {"kind": kind, "content": content})
 
-    Raises:
-        OSError: If it cannot be written.
-    """
+        return id
 
-    directory.mkdir(parents=True, exist_ok=True)
-    id = f"{time.time_ns():020}-{secrets.token_hex(4)}"
-    write_json(directory / f"{id}.json", {"kind": kind, "content": content})
+    def pending(self) -> list[Request]:
+        r"""Returns the requests that wait, the oldest first."""
 
-    return id
+        files = sorted(self.directory.glob("[!.]*.json"))
 
+        return [_read(file) for file in files if not file.name.endswith(ANSWER)]
 
-def pending(directory: Path) -> list[Request]:
-    r"""Returns the requests that wait, the oldest first."""
+    def take(self, id: str) -> bool:
+        r"""Deletes a request and returns whether it existed: it is then the caller's."""
 
-    try:
-        names = sorted(os.listdir(directory))
-    except OSError:  # no request yet, or a file system away for a while
-        return []
+        try:
+            (self.directory / f"{id}.json").unlink()
+        except OSError:  # withdrawn, or a stranger's directory
+            return False
 
-    names = [x for x in names if x.endswith(".json") and not x.endswith(ANSWER) and x[0] != "."]
+        return True
 
-    return [_read(directory, name.removesuffix(".json")) for name in names]
+    def answer(self, id: str, text: str, good: bool = True) -> None:
+        r"""Answers a request with a sentence, and whether the request is served."""
 
+        write_json(self.directory / f"{id}{ANSWER}", {"text": text, "good": good})
 
-def _read(directory: Path, id: str) -> Request:
-    try:
-        request = read_json(directory / f"{id}.json")
-    except UserError as error:
-        return Request(id, fault=str(error))
+    def wait(
+        self, id: str, alive: Callable[[], bool], patience: float = PATIENCE
+    ) -> Answer | None:
+        r"""Waits for an answer and deletes it; returns None if the driver is dead or silent."""
 
-    if not isinstance(request, dict):
-        return Request(id, fault="a request must be a JSON object.")
+        file, deadline = self.directory / f"{id}{ANSWER}", time.monotonic() + patience
 
-    kind, content = request.get("kind"), request.get("content")
+        while time.monotonic() < deadline:
+            lives = alive()  # asked first: it may answer just before its death
 
-    if not isinstance(kind, str) or not isinstance(content, dict):
-        return Request(id, fault="a request must have a kind, a text, and a content, an object.")
+            with suppress(FileNotFoundError):
+                reply = msgspec.json.decode(read_regular(file), type=Answer)
+                file.unlink()
+                return reply
 
-    return Request(id, kind, content)
+            if not lives:
+                break
 
+            time.sleep(LOOK)
 
-def take(directory: Path, id: str) -> bool:
-    r"""Deletes a request and returns whether it existed: it is then the caller's."""
-
-    try:
-        (directory / f"{id}.json").unlink()
-    except OSError:  # withdrawn, or a stranger's directory
-        return False
-
-    return True
-
-
-def answer(directory: Path, id: str, text: str, good: bool = True) -> None:
-    r"""Answers a request.
-
-    Raises:
-        OSError: If the answer cannot be written.
-    """
-
-    write_json(directory / f"{id}{ANSWER}", {"text": text, "good": good})
-
-
-def wait(
-    directory: Path, id: str, alive: Callable[[], bool], patience: float = 60.0
-) -> Answer | None:
-    r"""Waits for an answer, and deletes it.
-
-    Arguments:
-        directory: The directory of requests.
-        id: The id of the request.
-        alive: Tells whether the driver lives. Called about once a second.
-        patience: The most seconds to wait.
-
-    Returns:
-        The answer, or None if the driver is dead or silent.
-    """
-
-    deadline = time.monotonic() + patience
-    check = time.monotonic() + CHECK
-
-    while (found := _collect(directory, id)) is None and time.monotonic() < deadline:
-        if time.monotonic() >= check:
-            if not alive():
-                return _collect(directory, id)  # written just before its death
-
-            check = time.monotonic() + CHECK
-
-        time.sleep(LOOK)
-
-    return found
-
-
-def _collect(directory: Path, id: str) -> Answer | None:
-    file = directory / f"{id}{ANSWER}"
-
-    try:
-        content = read_json(file)
-    except UserError:  # not there yet
         return None
 
-    with suppress(OSError):
-        file.unlink()
+    def tidy(self) -> None:
+        r"""Deletes answers and half-written requests for which nobody waits any more."""
 
-    return Answer(str(content["text"]), bool(content["good"]))
+        for file in [*self.directory.glob(f"*{ANSWER}"), *self.directory.glob(".*.tmp")]:
+            with suppress(OSError):
+                if time.time() - file.lstat().st_mtime > OLD:
+                    file.unlink()
 
 
-def tidy(directory: Path) -> None:
-    r"""Deletes answers and half-written requests that nobody waits for any more."""
+def _read(file: Path) -> Request:
+    try:
+        request = msgspec.json.decode(read_regular(file), type=Request)
+    except (UserError, OSError, RecursionError, msgspec.DecodeError) as error:
+        return Request("", {}, file.stem, f"{file.name} is no request: {error}.")
 
-    with suppress(OSError):
-        for entry in list(os.scandir(directory)):
-            left = entry.name.endswith(ANSWER) or entry.name.startswith(".")
-            age = time.time() - entry.stat(follow_symlinks=False).st_mtime
-
-            if left and entry.is_file(follow_symlinks=False) and age > OLD:
-                os.unlink(entry.path)
+    return Request(request.kind, request.content, file.stem)
 
 
 # The caller
 
 
-def running_driver(directory: Path) -> dict[str, Any] | None:
-    r"""Returns the driver of a sweep (`host`, `pid`, `since`), or None if none is running.
-
-    A driver on another host is watched for a heartbeat: up to 60 s, 10 s as a rule.
-    """
-
-    file = directory / "lease.json"
-    found = read_holder(file)
-
-    return found if found is not None and is_alive(file) else None
-
-
 def is_driven(directory: Path) -> bool:
     r"""Returns whether a sweep seems to have a driver, without waiting for a heartbeat."""
 
-    file = directory / "lease.json"
-
-    return _seems_alive(file, read_holder(file))
+    return _seems_alive(read_holder(directory / "lease.json"))
 
 
-def _seems_alive(file: Path, found: dict[str, Any] | None) -> bool:
-    if found is None or found["pid"] is None:
-        return False
+def _seems_alive(holder: dict[str, Any] | None) -> bool:
+    return holder is not None and holder_alive(holder) is not False
 
-    return not is_local(found) or is_alive(file)
+
+def watch(file: Path, holder: dict[str, Any]) -> Callable[[], bool]:
+    r"""Returns a function that tells whether the holder of a lease seems alive, without waiting."""
+
+    last, since = last_heartbeat(file), time.monotonic()
+
+    def alive() -> bool:
+        nonlocal last, since
+
+        if read_holder(file) != holder:
+            return False
+
+        if (known := holder_alive(holder)) is not None:
+            return known
+
+        if (now := last_heartbeat(file)) != last:
+            last, since = now, time.monotonic()
+
+        return time.monotonic() - since < STALE
+
+    return alive
 
 
 def ask(directory: Path, kind: str, **content: Any) -> str:
@@ -276,53 +215,49 @@ def ask(directory: Path, kind: str, **content: Any) -> str:
         UserError: If the driver refuses, or ends before it has answered.
     """
 
-    file, box, name = directory / "lease.json", request_directory(directory), directory.name
+    file, name, box = directory / "lease.json", directory.name, Mailbox(directory / REQUESTS)
     resume = f"Resume the sweep with `sda-ray sweep {name}`"
-    found = read_holder(file)
+    holder = read_holder(file)
 
-    if not _seems_alive(file, found):
+    if holder is None or not _seems_alive(holder):
         raise NotRunning(f"sweep '{name}' is not running. {resume} and pass changes as options.")
 
-    assert found is not None
-
     try:
-        id = post(box, kind, attempt=found["attempt"], **content)
+        id = box.post(kind, attempt=holder["attempt"], **content)
     except OSError as error:
         raise UserError(f"no request can be posted to sweep '{name}': {error}.") from error
 
-    untouched = False
-
     try:
-        reply = wait(box, id, watch(file, found), PATIENCE)
+        reply = box.wait(id, watch(file, holder))
     finally:
-        untouched = take(box, id)  # it must not be served later
+        untouched = box.take(id)  # it must not be served later
 
-    if reply is None:
-        driver = f"process {found['pid']} on {found['host']}, the driver of sweep '{name}',"
+    if reply is not None:
+        if not reply.good:
+            raise UserError(reply.text)
 
-        if not untouched:
-            raise UserError(
-                f"{driver} ended while it served the request, which may be done or not. {resume}: "
-                "it prints the state of the sweep."
-            )
+        print(reply.text + "." * (not reply.text.endswith(".")), flush=True)
 
-        if read_holder(file) == found and _seems_alive(file, found):
-            raise UserError(
-                f"{driver} does not answer. Nothing was changed. The process may be frozen, or its "
-                f"disk. If it is dead, `sda-ray sweep {name}` takes over."
-            )
+        return reply.text
 
-        raise NotRunning(
-            f"{driver} ended before it served the request. Nothing was changed. {resume} and pass "
-            "changes as options."
+    driver = f"process {holder['pid']} on {holder['host']}, the driver of sweep '{name}',"
+
+    if not untouched:
+        raise UserError(
+            f"{driver} ended while it served the request, which may be done or not. {resume}: "
+            "it prints the state of the sweep."
         )
 
-    if not reply.good:
-        raise UserError(reply.text)
+    if read_holder(file) == holder and _seems_alive(holder):
+        raise UserError(
+            f"{driver} does not answer. Nothing was changed. The process may be frozen, or its "
+            f"disk. If it is dead, `sda-ray sweep {name}` takes over."
+        )
 
-    print(reply.text + "." * (not reply.text.endswith(".")), flush=True)
-
-    return reply.text
+    raise NotRunning(
+        f"{driver} ended before it served the request. Nothing was changed. {resume} and pass "
+        "changes as options."
+    )
 
 
 def ask_all(
@@ -332,15 +267,7 @@ def ask_all(
     queue: Sequence[Any] = (),
     priors: Sequence[Any] = (),
 ) -> None:
-    r"""Posts several requests to the driver of a sweep, and prints its answers, see :func:`ask`.
-
-    Arguments:
-        directory: The directory of the sweep.
-        trials: A new number of trials.
-        retry: Whether to retry failed runs.
-        queue: Parameters to try before others.
-        priors: Finished runs to bring in.
-    """
+    r"""Posts the requests of a command to the driver of a sweep, see :func:`ask`."""
 
     for i in range(0, len(priors), BATCH):
         ask(directory, "prior", runs=list(priors[i : i + BATCH]))
@@ -353,28 +280,6 @@ def ask_all(
 
     if queue:
         ask(directory, "enqueue", items=list(queue))
-
-
-def watch(file: Path, found: dict[str, Any]) -> Callable[[], bool]:
-    r"""Returns a function that tells whether the holder of a lease seems alive, without waiting."""
-
-    last, since = last_heartbeat(file), time.monotonic()
-
-    def alive() -> bool:
-        nonlocal last, since
-
-        if read_holder(file) != found:
-            return False
-
-        if is_local(found):
-            return is_alive(file)
-
-        if (now := last_heartbeat(file)) != last:
-            last, since = now, time.monotonic()
-
-        return time.monotonic() - since < STALE
-
-    return alive
 
 
 def stop_sweep(runs: Path, name: str, trial: int | None = None) -> str:
@@ -390,6 +295,38 @@ def stop_sweep(runs: Path, name: str, trial: int | None = None) -> str:
         return ask(sweep_directory(runs, name), "stop", trial=trial)
     except NotRunning as error:
         raise NotRunning(f"nothing to stop: {error}") from error
+
+
+# The study of a sweep, with a driver or without
+
+
+def retry_failed(study: Study) -> str:
+    r"""Lets the failed runs of a sweep be adopted again, and returns a sentence about it."""
+
+    failed = [record for record in study.records() if record.state == "failed"]
+
+    for record in failed:
+        study.revive(record)
+
+    if not failed:
+        return "no run has failed"
+
+    numbers = ", ".join(str(record.index) for record in failed)
+
+    return f"retried from the last checkpoint: run{'s' * (len(failed) > 1)} {numbers}"
+
+
+def enqueue_all(study: Study, items: Sequence[Mapping[str, Any]], target: int) -> str:
+    r"""Queues configurations, unless they are queued already, and returns a sentence about it."""
+
+    for item in items:
+        if item not in study.queue().values():
+            study.enqueue(dict(item))
+
+    text = f"{len(items)} configuration{'s' * (len(items) > 1)} queued, to be tried next"
+    warning = queue_warning(study, target)
+
+    return f"{text}. {warning}" if warning else text
 
 
 # The driver
@@ -426,25 +363,26 @@ class RequestServer:
 
     def __init__(self, driver: Driver) -> None:
         self.driver = driver
-        self.directory = driver.request.parent
-        self.name = self.directory.name
-        self.box = request_directory(self.directory)
-        self.attempt = (read_holder(self.directory / "lease.json") or {}).get("attempt")
-        tidy(self.box)
+        self.study = driver.study
+        self.name = driver.request.parent.name
+        self.box = Mailbox(driver.request.parent / REQUESTS)
+        self.lease = driver.study.journal.lease
+        self.box.tidy()
 
-        for file in self.directory.glob(f"{driver.request.name}.*"):
-            known = {str(record.index): record.index for record in driver.study.records()}
+        for record in self.study.records():
+            if self._stop_file(record.index).exists():
+                driver.cancelled.add(record.index)
 
-            if (index := known.get(file.suffix[1:])) is not None:
-                driver.cancelled.add(index)
+    def _stop_file(self, index: int) -> Path:
+        return self.driver.request.with_name(f"{self.driver.request.name}.{index}")
 
     def __call__(self) -> None:
         r"""Serves the requests posted since the last call. Never raises."""
 
         try:
-            for request in pending(self.box):
-                if take(self.box, request.id):
-                    answer(self.box, request.id, *self._serve(request))
+            for request in self.box.pending():
+                if self.box.take(request.id):
+                    self.box.answer(request.id, *self._serve(request))
 
             self._record_stopped()
         except LeaseLost as error:
@@ -459,8 +397,8 @@ class RequestServer:
             "stop": self._stop,
             "trials": self._trials,
             "enqueue": self._enqueue,
-            "prior": self._prior,
-            "retry": self._retry,
+            "prior": lambda content: bring_all(self.study, content["runs"]),
+            "retry": lambda content: self._retry(),
         }
 
         try:
@@ -487,7 +425,7 @@ class RequestServer:
             return f"the request cannot be served: {type(error).__name__}: {error}", False
 
     def _stop(self, content: dict[str, Any]) -> str:
-        if content.get("attempt", self.attempt) != self.attempt:
+        if self.lease is not None and content.get("attempt") not in (None, self.lease.attempt):
             raise UserError("the request was for a previous driver, which has ended.")
 
         if content.get("trial") is not None:
@@ -502,7 +440,7 @@ class RequestServer:
         )
 
     def _stop_run(self, trial: Any) -> str:
-        driver, records = self.driver, self.driver.study.records()
+        driver, records = self.driver, self.study.records()
         matches = [record for record in records if trial in (record.index, record.run_id)]
 
         if not matches or isinstance(trial, bool):
@@ -513,10 +451,10 @@ class RequestServer:
         record = matches[0]
         n = record.index
 
-        if record.state != "running" and not _promotable(driver, record):
+        if record.state != "running" and not self._resumable(record):
             raise UserError(f"run {n} is {record.state} already.")
 
-        driver.request.with_name(f"{driver.request.name}.{n}").touch()
+        self._stop_file(n).touch()
         driver.cancelled.add(n)
 
         if n in driver.live.values():
@@ -524,24 +462,34 @@ class RequestServer:
 
         return f"run {n}, paused at epoch {record.last}, is stopped"
 
+    def _retry(self) -> str:
+        self.driver.errors.clear()
+
+        return retry_failed(self.study)
+
+    def _resumable(self, record: TrialRecord) -> bool:
+        r"""Returns whether a closed run may be promoted, once the sweep has more trials."""
+
+        return record.state == "pruned" and self.driver.rules.pruner == "promotion"
+
     def _record_stopped(self) -> None:
         r"""Records the runs that were stopped, once their processes have ended."""
 
         driver = self.driver
 
         for index in sorted(driver.cancelled - driver.at_work()):
-            record = next(r for r in driver.study.records() if r.index == index)
+            record = next(r for r in self.study.records() if r.index == index)
 
-            if record.state == "pruned" and _promotable(driver, record):
-                record = driver.study.revive(record)
+            if self._resumable(record):
+                record = self.study.revive(record)
 
             if record.state == "running":
-                record = driver.study.tell(record, "stopped")
-                _write_status(Path(driver.spec["runs"]), record)
+                record = self.study.tell(record, "stopped")
+                _write_stopped(Path(driver.spec["runs"]), record)
                 driver.notify("stopped", record)
 
             driver.cancelled.discard(index)
-            driver.request.with_name(f"{driver.request.name}.{index}").unlink(missing_ok=True)
+            self._stop_file(index).unlink(missing_ok=True)
 
     def _trials(self, content: dict[str, Any]) -> str:
         driver, target = self.driver, content.get("trials")
@@ -552,7 +500,7 @@ class RequestServer:
         driver.retarget(target)
         driver.rules = replace(driver.rules, target=target)
         driver.exhausted = False
-        more = target - count_trials(driver.study.records())
+        more = target - count_trials(self.study.records())
 
         if more > 0:
             return f"sweep '{self.name}' continues to {target} trials: {more} more"
@@ -563,18 +511,14 @@ class RequestServer:
         )
 
     def _enqueue(self, content: dict[str, Any]) -> str:
-        from ..search import queue_warning
-
-        driver, items = self.driver, content.get("items")
-
-        if not isinstance(items, list) or not items:
-            raise UserError("items must be a list of at least one configuration.")
+        driver = self.driver
+        items = content["items"]
 
         for item in items:
             if not isinstance(item, dict) or not item:
                 raise UserError(f"{item!r} is no configuration.")
 
-            if (drawn := driver.propose(driver.study.records(), item)) is None:
+            if (drawn := driver.propose(self.study.records(), item)) is None:
                 raise UserError(
                     f"{item} has a run already, or is not in SPACE: nothing is queued."
                 )
@@ -582,47 +526,12 @@ class RequestServer:
             if unknown := item.keys() - drawn[1].params.keys():
                 raise UserError(f"{', '.join(unknown)} is not in SPACE: nothing is queued.")
 
-        for item in items:
-            driver.study.enqueue(item)
-
         driver.exhausted = False
-        count = len(items)
-        text = f"{count} configuration{'s' * (count > 1)} queued, to be tried next"
-        warning = queue_warning(driver.study, driver.rules.target)
 
-        return f"{text}. {warning}" if warning else text
-
-    def _prior(self, content: dict[str, Any]) -> str:
-        from .enqueue import bring_all
-
-        runs = content.get("runs")
-
-        if not isinstance(runs, list) or not runs:
-            raise UserError("runs must be a list of at least one run.")
-
-        return bring_all(self.driver.study, runs).rstrip(".")
-
-    def _retry(self, content: dict[str, Any]) -> str:
-        driver = self.driver
-        failed = [record for record in driver.study.records() if record.state == "failed"]
-
-        if not failed:
-            return f"no run of sweep '{self.name}' has failed"
-
-        for record in failed:
-            driver.study.revive(record)
-
-        driver.errors.clear()
-        numbers = ", ".join(str(record.index) for record in failed)
-
-        return f"retried from the last checkpoint: run{'s' * (len(failed) > 1)} {numbers}"
+        return enqueue_all(self.study, items, driver.rules.target)
 
 
-def _promotable(driver: Driver, record: TrialRecord) -> bool:
-    return record.state == "pruned" and driver.rules.pruner == "promotion"
-
-
-def _write_status(runs: Path, record: TrialRecord) -> None:
+def _write_stopped(runs: Path, record: TrialRecord) -> None:
     r"""Writes to `run.json` of a run without a process that it was stopped."""
 
     path = RunPath.of_id(runs, record.run_id)

@@ -743,7 +743,7 @@ def test_driver_of_a_live_sweep_takes_them_in(
         adopt([str(elsewhere)], sweep, runs, data, record_of)
         wider = replace(sweep, space=SPACE | {"learning_rate": loguniform(1e-5, 1e-1)})
 
-        with pytest.raises(UserError, match="is running, with a SPACE that is not as wide"):
+        with pytest.raises(UserError, match="is running with a SPACE that is not as wide"):
             adopt([str(elsewhere)], wider, runs, data, record_of)
     finally:
         over.set()
