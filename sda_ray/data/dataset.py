@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -21,6 +20,10 @@ import numpy as np
 
 from ..core import UserError
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
 __all__ = [
     "DataInfo",
     "Origin",
@@ -31,10 +34,11 @@ __all__ = [
     "get_dataset",
     "open_trajectories",
     "read_origin",
-    "view",
 ]
 
 logger = logging.getLogger(__name__)
+
+SPLITS = ("train", "valid")
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,6 @@ def open_trajectories(file: Path) -> Iterator[h5py.Dataset]:
         with h5py.File(file, "r") as f:
             dataset = get_dataset(file, f, "x")
             _check_form(file, dataset)
-            _check_storage(file, dataset)
             _check_done(file, f, len(dataset))
 
             yield dataset
@@ -142,19 +145,8 @@ def _check_form(file: Path, dataset: h5py.Dataset) -> None:
             "float64 are converted)."
         )
 
-
-def _check_storage(file: Path, dataset: h5py.Dataset) -> None:
     if dataset.id.get_storage_size() == 0:
-        raise UserError(f"{file} declares a dataset `x` of {dataset.shape}, but holds no data.")
-
-    offset = dataset.id.get_offset()
-    size = os.path.getsize(file)
-
-    if offset is not None and offset + dataset.id.get_storage_size() > size:
-        raise UserError(
-            f"{file} is truncated: it has {size} bytes, but `x` of shape {dataset.shape} needs "
-            f"{offset + dataset.id.get_storage_size()}. Make or copy it again."
-        )
+        raise UserError(f"{file} declares a dataset `x` of {shape}, but holds no data.")
 
 
 def _check_done(file: Path, f: h5py.File, n: int) -> None:
@@ -180,15 +172,10 @@ def _check_done(file: Path, f: h5py.File, n: int) -> None:
         )
 
 
-def view(file: Path, dataset: h5py.Dataset) -> np.ndarray:
-    r"""Maps a dataset into memory, read only; or reads it, with a notice, if it is not contiguous.
+def _view(file: Path, dataset: h5py.Dataset) -> np.ndarray:
+    r"""Maps a dataset into memory, read only; or reads it, with a warning, if it is not contiguous.
 
-    Arguments:
-        file: The file of the dataset.
-        dataset: The dataset, from :func:`open_trajectories`.
-
-    Returns:
-        The array, which outlives the open file.
+    The array outlives the open file.
     """
 
     offset = dataset.id.get_offset()
@@ -197,34 +184,17 @@ def view(file: Path, dataset: h5py.Dataset) -> np.ndarray:
     if offset is not None and exact:
         return np.memmap(file, dtype=dataset.dtype, mode="r", offset=offset, shape=dataset.shape)
 
-    size = 4 * int(np.prod(dataset.shape, dtype=object))
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-    if size > memory:
-        raise UserError(
-            f"{file} is chunked or compressed, must therefore be read into memory and needs "
-            f"{size / 2**30:.1f} GiB of it; this machine has {memory / 2**30:.1f} GiB. Rewrite "
-            "it: `h5repack -l x:CONTI -f x:NONE OLD NEW`."
-        )
-
     logger.warning(
-        "%s is chunked or compressed: each process reads all of it into memory (%.2f GiB).",
+        "%s is chunked or compressed: each process reads all of it into memory (%.2f GiB). "
+        "`h5repack -l x:CONTI -f x:NONE OLD NEW` makes a file that processes share.",
         file,
-        size / 2**30,
+        4 * dataset.size / 2**30,
     )
 
     x = np.empty(dataset.shape, dtype=np.float32)
     dataset.read_direct(x)
 
     return x
-
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-
-SPLITS = ("train", "valid")
 
 
 @dataclass(frozen=True)
@@ -265,7 +235,7 @@ class TrajectoryDataset:
         self._moved: Tensor | None = None
 
         with open_trajectories(self.file) as dataset:
-            self.x = view(self.file, dataset)
+            self.x = _view(self.file, dataset)
 
         if not 1 <= window <= self.x.shape[1]:
             raise UserError(
@@ -278,7 +248,7 @@ class TrajectoryDataset:
         return len(self.x)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A pickled memmap would carry the data along.
+        # A pickled memmap would carry the data.
         return type(self), (self.file, self.window)
 
     @property
@@ -328,35 +298,30 @@ class TrajectoryDataset:
 
         import torch
 
-        if self._moved is not None:
-            return self._cut(self._moved, torch.as_tensor(indices), torch.as_tensor(starts))
+        indices, starts = torch.as_tensor(indices).tolist(), torch.as_tensor(starts).tolist()
+        pairs = list(zip(indices, starts, strict=True))
 
-        out = torch.empty(len(indices), self.window, *self.x.shape[2:], dtype=torch.float32)
-        rows = out.numpy()
+        for i, j in pairs:
+            if not (0 <= i < len(self) and 0 <= j < self.starts):
+                raise IndexError(
+                    f"trajectory {i}, start {j} is not in {len(self)} × {self.starts} windows"
+                )
 
-        for row, i, j in zip(rows, map(int, indices), map(int, starts), strict=True):
-            self._check(i, j)
-            row[...] = self.x[i, j : j + self.window]
+        if self._moved is None:
+            out = torch.empty(len(pairs), self.window, *self.x.shape[2:], dtype=torch.float32)
 
-        return out.flatten(1, 2)
+            for row, (i, j) in zip(out.numpy(), pairs, strict=True):
+                row[...] = self.x[i, j : j + self.window]
 
-    def _cut(self, x: Tensor, indices: Tensor, starts: Tensor) -> Tensor:
-        import torch
+            return out.flatten(1, 2)
 
-        for i, j in zip(indices.tolist(), starts.tolist(), strict=True):
-            self._check(i, j)
-
-        first = indices * x.shape[1] + starts
+        first = torch.tensor([i * self.x.shape[1] + j for i, j in pairs])
         snapshots = (first[:, None] + torch.arange(self.window)).flatten()
-        windows = x.flatten(0, 1).index_select(0, snapshots.to(x.device, non_blocking=True))
+        out = self._moved.flatten(0, 1).index_select(
+            0, snapshots.to(self._moved.device, non_blocking=True)
+        )
 
-        return windows.view(len(indices), -1, *x.shape[3:])
-
-    def _check(self, i: int, j: int) -> None:
-        if not (0 <= i < len(self) and 0 <= j < self.starts):
-            raise IndexError(
-                f"trajectory {i}, start {j} is not in {len(self)} × {self.starts} windows"
-            )
+        return out.view(len(pairs), -1, *self.x.shape[3:])
 
 
 def check_data(directory: Path, window: int = 1) -> DataInfo:
@@ -373,43 +338,37 @@ def check_data(directory: Path, window: int = 1) -> DataInfo:
             names the file, its fault and what is expected.
     """
 
-    directory = Path(directory)
-    train, valid = (_header(directory / f"{split}.h5") for split in SPLITS)
+    files = [Path(directory) / f"{split}.h5" for split in SPLITS]
+    (train, made), (valid, made_valid) = map(_shape_and_origin, files)
 
-    if train.shape[1:] != valid.shape[1:]:
+    if train[1:] != valid[1:]:
         raise UserError(
-            f"{directory / 'valid.h5'} holds trajectories of shape {valid.shape[1:]}, but those "
-            f"of train.h5 are of shape {train.shape[1:]}. Both must be the same."
+            f"{files[1]} holds trajectories of shape {valid[1:]}, but those of train.h5 are of "
+            f"shape {train[1:]}. Both must be the same."
         )
 
-    if train.origin and valid.origin and train.origin != valid.origin:
+    if made and made_valid and made != made_valid:
         raise UserError(
-            f"{directory / 'valid.h5'} was simulated with {valid.origin.options}, but train.h5 "
-            f"with {train.origin.options}. Files of different data sets may share trajectories: "
-            "use files of one."
+            f"{files[1]} was simulated with {made_valid.options}, but train.h5 with "
+            f"{made.options}. Files of different data sets may share trajectories: use files of "
+            "one."
         )
 
-    for split in SPLITS:
-        check_file(directory / f"{split}.h5", window)
+    for file in files:
+        check_file(file, window)
 
-    return DataInfo(
-        size=train.shape[-1],
-        length=train.shape[1],
-        trajectories={"train": train.shape[0], "valid": valid.shape[0]},
-        fingerprint=fingerprint(directory),
-    )
+    trajectories = {"train": train[0], "valid": valid[0]}
+
+    return DataInfo(train[-1], train[1], trajectories, fingerprint(directory))
+
+
+def _shape_and_origin(file: Path) -> tuple[tuple[int, ...], Origin | None]:
+    with open_trajectories(file) as dataset:
+        return dataset.shape, read_origin(dataset.file)
 
 
 def check_file(file: Path, window: int = 1) -> None:
-    r"""Checks a file of trajectories, to the last number.
-
-    Arguments:
-        file: The HDF5 file.
-        window: The number of snapshots that a trajectory must have at least.
-
-    Raises:
-        UserError: See :func:`check_data`.
-    """
+    r"""Checks a file of trajectories, to the last number, see :func:`check_data`."""
 
     dataset = TrajectoryDataset(file, window)
 
@@ -438,12 +397,6 @@ def fingerprint(directory: Path) -> str:
 
     It covers the shape and type of `x` in `train.h5` and `valid.h5`, and a page (1024 numbers) of
     each trajectory. It depends neither on how HDF5 stores them, nor on names and times of files.
-
-    Arguments:
-        directory: The directory of the data set.
-
-    Returns:
-        The digest, as 64 hexadecimal digits.
     """
 
     sha = hashlib.sha256()
@@ -459,14 +412,3 @@ def fingerprint(directory: Path) -> str:
                 sha.update(page.astype(dataset.dtype.newbyteorder("<")).tobytes())
 
     return sha.hexdigest()
-
-
-@dataclass(frozen=True)
-class _Header:
-    shape: tuple[int, ...]
-    origin: Origin | None
-
-
-def _header(file: Path) -> _Header:
-    with open_trajectories(file) as dataset:
-        return _Header(dataset.shape, read_origin(dataset.file))

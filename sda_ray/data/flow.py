@@ -15,11 +15,7 @@ from torch import Tensor
 
 from .solver import Solver
 
-__all__ = [
-    "KolmogorovFlow",
-    "coarsen",
-    "vorticity",
-]
+__all__ = ["KolmogorovFlow", "coarsen", "vorticity"]
 
 SPEED = 3.0  # of the initial field, at most
 SPEED_LIMIT = 5.0  # that the time step allows
@@ -52,19 +48,13 @@ class KolmogorovFlow:
     """
 
     def __init__(
-        self,
-        size: int = 256,
-        dt: float = 0.2,
-        device: torch.device | str = "cpu",
+        self, size: int = 256, dt: float = 0.2, device: torch.device | str = "cpu"
     ) -> None:
+        h = 2 * math.pi / size
         self.size = size
         self.dt = dt
         self.device = torch.device(device)
-
-        h = 2 * math.pi / size
-
         self.steps = math.ceil(dt / (0.5 * h / SPEED_LIMIT))
-
         self._solvers: dict[int, Solver] = {}
 
     def prior(self, seeds: Sequence[int]) -> Tensor:

@@ -64,7 +64,7 @@ def simulate_dataset(
     r"""Simulates the trajectories of a data set that are missing in its directory.
 
     It may be killed at any time and called again with the same arguments: a trajectory is marked
-    as done after all its numbers are on the disk. On machines of one kind, its bits depend on the
+    as done once all its numbers are on the disk. On machines of one kind, its bits depend on the
     seed and its index alone. A second call for the same directory at the same time is refused.
 
     Arguments:
@@ -215,11 +215,7 @@ def _read_done(file: Path, origin: Origin, n: int) -> list[bool]:
     try:
         with h5py.File(file, "r") as f:
             recorded = read_origin(f)
-            done = (
-                np.atleast_1d(get_dataset(file, f, "done")[...])
-                if recorded == origin
-                else np.empty(0)
-            )
+            done = get_dataset(file, f, "done")[...] if recorded == origin else None
     except UserError:
         raise
     except (OSError, RuntimeError, LookupError, TypeError, ValueError, ArithmeticError) as e:
@@ -231,7 +227,7 @@ def _read_done(file: Path, origin: Origin, n: int) -> list[bool]:
             "for. These are fixed when a data set is created: use the same, or another --data."
         )
 
-    if recorded is None or len(done) != n:
+    if done is None or done.shape != (n,):
         raise UserError(
             f"{file} exists, but was not written by `sda-ray simulate` with {origin.options}. "
             "Use another --data."
@@ -243,12 +239,9 @@ def _read_done(file: Path, origin: Origin, n: int) -> list[bool]:
 def create_files(directory: Path, origin: Origin) -> None:
     r"""Creates the files that do not exist, with all their space on the disk."""
 
-    files = {
-        directory / f"{split}.h5": len(indices)
-        for split, indices in split_indices(origin.trajectories).items()
-        if not (directory / f"{split}.h5").exists()
-    }
-
+    splits = split_indices(origin.trajectories).items()
+    files = {directory / f"{split}.h5": len(indices) for split, indices in splits}
+    files = {file: n for file, n in files.items() if not file.exists()}
     need, free = BYTES * sum(files.values()), shutil.disk_usage(directory).free
 
     if files and need + 2**24 > free:
@@ -292,11 +285,8 @@ def _create_file(file: Path, n: int, origin: Origin) -> None:
 def write_trajectory(directory: Path, origin: Origin, i: int, x: np.ndarray) -> None:
     r"""Writes a trajectory past HDF5, whose metadata need not change, and then its mark."""
 
-    split, indices = next(
-        (split, indices)
-        for split, indices in split_indices(origin.trajectories).items()
-        if i in indices
-    )
+    splits = split_indices(origin.trajectories).items()
+    split, indices = next(item for item in splits if i in item[1])
     file, row = directory / f"{split}.h5", i - indices.start
 
     with h5py.File(file, "r") as f:
