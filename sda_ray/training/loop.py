@@ -1,8 +1,8 @@
 r"""The training loop: one epoch at a time, every step a function of `(seed, epoch, step)`.
 
-Nothing random is remembered between steps. What step :math:`k` of epoch :math:`e` draws (windows,
-times, noise, dropout) comes from generators seeded by :math:`(\text{seed}, e, k)`, so that a run may stop
-after any step and go on elsewhere as if nothing had happened.
+No random state is kept between steps. What step :math:`k` of epoch :math:`e` draws (windows, times,
+noise, dropout) comes from generators seeded by :math:`(\text{seed}, e, k)`, so that a run may stop
+after any step and resume elsewhere to the same bits.
 """
 
 import copy
@@ -45,13 +45,13 @@ EXPLODED = 1e3  # a network that predicts no noise at all has a loss of 1
 
 
 class Diverged(RuntimeError):
-    r"""Signals a loss that is not finite or has exploded: a result, not a failure."""
+    r"""Raised if a loss is not finite or has exploded: a result, not a failure."""
 
 
 class TrainState:
     r"""Creates everything that training changes: network, moments of AdamW and position.
 
-    The network drops out during a step alone.
+    Dropout is active during a step only.
 
     Arguments:
         config: A checked config.
@@ -69,7 +69,7 @@ class TrainState:
         self.device = torch.device(device)
         self.shape = 2 * config["window"], size, size
         self.sde = self._sde(self.score)
-        self.compiled = compiled(self.sde, config["compile"])  # what a step of training sees
+        self.compiled = compiled(self.sde, config["compile"])  # for steps of training
         self.average = average_of(self.score) if config["ema"] else None
         self.lr = config["learning_rate"]
         self.moments = {
@@ -91,7 +91,7 @@ class TrainState:
 
     @property
     def result(self) -> MCScoreNet:
-        r"""The network that the run is judged by and leaves: the averaged one, if there is one."""
+        r"""The network that the run is judged by and saves: the averaged one, if there is one."""
 
         return self.score if self.average is None else self.average
 
@@ -105,7 +105,7 @@ class TrainState:
         return VPSDE(score.kernel, self.shape, self.config["alpha"]).to(self.device)
 
     def begin(self, weights: dict[str, Tensor]) -> None:
-        r"""Takes over the weights that another run left."""
+        r"""Loads the weights of another run."""
 
         self.score.load_state_dict(weights)
         self.result.load_state_dict(weights)
@@ -128,31 +128,31 @@ class TrainState:
 
     @torch.no_grad()
     def load(self, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
-        r"""Takes over a checkpoint.
+        r"""Loads a checkpoint.
 
         Raises:
             ValueError: If names, shapes or dtypes are not those of this state.
         """
 
         epoch, step = int(info["epoch"]), int(info["step"])
-        here = {**self.tensors(), "losses": torch.zeros(step)}
+        own = {**self.tensors(), "losses": torch.zeros(step)}
 
-        if wrong := _differences(here, tensors):
-            raise ValueError(wrong)
+        if difference := _difference(own, tensors):
+            raise ValueError(difference)
 
-        for key, x in here.items():
+        for key, x in own.items():
             x.copy_(tensors[key])
 
         self.epoch, self.step = epoch, step
-        self.losses = here["losses"].to(self.device)
+        self.losses = own["losses"].to(self.device)
         self.saved = self.position
 
     @torch.no_grad()
     def update(self, n: int) -> None:
         r"""Takes step number n, from 1, of AdamW along the gradients, and clears them.
 
-        The function rather than the class `torch.optim.AdamW`, whose constructor imports
-        torch._dynamo: seconds for each process that trains. The bits are the same.
+        The constructor of the class `torch.optim.AdamW` would import torch._dynamo, which takes
+        seconds. The function has the same bits.
         """
 
         parameters: list[Tensor] = list(self.score.parameters())
@@ -186,14 +186,14 @@ class TrainState:
             follow(self.average, self.score, self.config["ema"], n)
 
 
-def _differences(expected: dict[str, Tensor], found: dict[str, Tensor]) -> str:
-    for key in [*expected, *found]:
-        if key not in found:
+def _difference(expected: dict[str, Tensor], given: dict[str, Tensor]) -> str:
+    for key in [*expected, *given]:
+        if key not in given:
             return f"'{key}' is missing"
         if key not in expected:
             return f"'{key}' is unknown"
-        if (found[key].shape, found[key].dtype) != (expected[key].shape, expected[key].dtype):
-            return f"'{key}' is {found[key].dtype} of shape {tuple(found[key].shape)}"
+        if (given[key].shape, given[key].dtype) != (expected[key].shape, expected[key].dtype):
+            return f"'{key}' is {given[key].dtype} of shape {tuple(given[key].shape)}"
 
     return ""
 
@@ -203,10 +203,10 @@ def train_epoch(
     trainset: TrajectoryDataset,
     after_step: Callable[[TrainState], None] = lambda state: None,
 ) -> float:
-    r"""Trains for one epoch, or for what is left of it.
+    r"""Trains to the end of the current epoch.
 
     Each trajectory is seen once, through one window at a random start. `after_step` may save the
-    state or raise to end the training there.
+    state, or raise to end the training there.
 
     Returns:
         The mean of the denoising loss over the items of the epoch.
@@ -253,7 +253,7 @@ def train_epoch(
 
 
 def validate(state: TrainState, validation: Validation, rungs: Collection[int] = ()) -> Metrics:
-    r"""Returns what :func:`epochs` says of validation, for a state at the end of an epoch."""
+    r"""Returns the validation losses of a state at the end of an epoch, see :func:`epochs`."""
 
     draws = DRAWS if state.epoch in {*rungs, state.config["epochs"]} else 1
     losses: Metrics = {}
@@ -275,10 +275,10 @@ def epochs(
     r"""Trains to the end of the config's epochs and yields the metrics of each.
 
     A run is judged by its loss at a rung and at the end: there it is the mean of several draws,
-    of which the first is that of all other epochs.
+    the first of which is that of all other epochs.
 
     Yields:
-        `epoch` (from 1), `loss_train`, `loss_valid`, `loss_valid_se`, `lr` and `seconds`, and
+        `epoch` (from 1), `loss_train`, `loss_valid`, `loss_valid_se`, `lr` and `seconds`; and
         `loss_valid_raw`, that of the weights themselves, if they are averaged.
 
     Raises:
@@ -340,10 +340,10 @@ def learning_rate(config: Config, epoch: int) -> float:
 
 
 def steady_epochs(config: Config) -> int:
-    r"""Returns how many epochs, from the first, are those of every longer run as well.
+    r"""Returns how many epochs, from the first, are the same in every longer run.
 
-    It is all of them for `constant`, those before the decay for `wsd` and none for schedules that
-    decay over `epochs`.
+    All are for `constant`, those before the decay for `wsd`, and none for schedules that decay
+    over `epochs`.
     """
 
     if config["scheduler"] == "constant":
@@ -381,12 +381,12 @@ def follow(average: nn.Module, module: nn.Module, decay: float, n: int) -> None:
 def compiled(sde: VPSDE, how: str) -> VPSDE:
     r"""Returns a diffusion with a compiled network, which shares its weights with the given one.
 
-    The maths are the same, but the bits are not those of the eager network. Dropout draws what it
-    draws there. The first step of each shape of batch takes as long as the compilation.
+    The maths and the draws of dropout are those of the eager network, but the bits differ. The
+    first step of each batch size takes as long as the compilation.
 
     Arguments:
-        sde: The diffusion, which is left as it is.
-        how: `off`; `on`; or `graphs`, for CUDA graphs in addition. Elsewhere that means `on`.
+        sde: The diffusion. It does not change.
+        how: `off`; `on`; or `graphs`, which adds CUDA graphs. On a CPU that means `on`.
 
     Raises:
         UserError: If there is no compiler for the CPU.
@@ -402,10 +402,10 @@ def compiled(sde: VPSDE, how: str) -> VPSDE:
         )
 
     import torch._dynamo.config as limits
-    import torch._inductor.config as settings  # seconds, for those who want it
+    import torch._inductor.config as settings  # takes seconds
 
     settings.fallback_random = True
-    # torch 2.13 counts the graphs of all networks of a process; after 8 of them it compiles no more
+    # torch 2.13 counts the graphs of all networks of a process, and stops to compile after 8
     limits.recompile_limit = limits.accumulated_recompile_limit = 2**20
     graphs = how == "graphs" and sde.device.type == "cuda"
 
@@ -421,7 +421,7 @@ class _Compiled(nn.Module):
         self.graphs = graphs
 
     def forward(self, *args: Any) -> Any:
-        if self.graphs:  # what the step before has returned may be overwritten
+        if self.graphs:  # the outputs of the previous step may be overwritten
             torch.compiler.cudagraph_mark_step_begin()
 
         return self.network(*args)

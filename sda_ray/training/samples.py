@@ -1,4 +1,4 @@
-r"""Pictures of what a network has learnt: the vorticity of unconditional samples."""
+r"""Pictures of unconditional samples of a network: their vorticity."""
 
 import io
 
@@ -18,9 +18,7 @@ COLORS = "053061 2166ac 4393c3 92c5de d1e5f0 f7f7f7 fddbc7 f4a582 d6604d b2182b 
 
 
 def draw_samples(sde: VPSDE, seed: int, count: int = 2, steps: int = 64) -> bytes:
-    r"""Draws windows from the prior and draws their vorticity.
-
-    Each row is a sample, each column a snapshot of its window.
+    r"""Samples windows and paints their vorticity: a sample in each row, a snapshot in each column.
 
     Arguments:
         sde: The diffusion over windows, of shape :math:`(2K, H, W)`.
@@ -32,7 +30,7 @@ def draw_samples(sde: VPSDE, seed: int, count: int = 2, steps: int = 64) -> byte
         The picture as a PNG.
     """
 
-    from PIL import Image  # a tenth of what matplotlib takes, for each process that trains
+    from PIL import Image  # takes a tenth of the time and memory of matplotlib
 
     generator = rng(SAMPLES, seed, device=sde.device)
     x = sde.sample((count,), steps=steps, generator=generator)
@@ -44,7 +42,7 @@ def draw_samples(sde: VPSDE, seed: int, count: int = 2, steps: int = 64) -> byte
 
 
 def _paint(w: np.ndarray) -> np.ndarray:
-    r"""Returns fields of shape :math:`(N, K, H, W)` as an image, with the origins down left."""
+    r"""Returns fields of shape :math:`(N, K, H, W)` as an image, with the origin at the lower left."""
 
     w = np.nan_to_num(w).astype(np.float64)
     limit = float(np.abs(w).max()) or 1.0

@@ -1,4 +1,4 @@
-r"""The validation loss: one number for a network, with as little noise as can be had."""
+r"""The validation loss: one number for a network, with as little noise as possible."""
 
 import math
 from typing import NamedTuple
@@ -16,7 +16,7 @@ DRAWS = 4  # independent draws whose mean a run is judged by
 
 
 class Items(NamedTuple):
-    r"""What the loss is a mean over: windows, times, noise, weights, and each one's part."""
+    r"""The items that the loss is a mean over: windows, times, noise, weights, parts."""
 
     x: Tensor
     t: Tensor

@@ -1,7 +1,7 @@
-r"""The watch over a training from within: a process that hangs saves its stacks and ends.
+r"""The watchdog of a training: a process that hangs saves its stacks and ends.
 
-It does so from a thread of the interpreter's own (:mod:`faulthandler`) that needs no lock of
-Python's, so that nothing a training can hang in keeps it from doing so.
+It does so from a thread of :mod:`faulthandler`, which needs no lock of Python, so that it works
+wherever a training hangs.
 """
 
 import faulthandler
@@ -16,18 +16,18 @@ from typing import BinaryIO
 __all__ = ["STACKS", "STALL", "Watchdog", "take_stacks"]
 
 STACKS = "stacks.txt"
-STALL = 600.0  # seconds that a step may take in any case
-SLOW = 20  # times that a step may take longer than usual
-OTHER = 3  # times that what is no step may take longer: start-up, compilation, validation, samples
+STALL = 600.0  # seconds that every step may take
+SLOW = 20  # times the usual step that a step may take
+OTHER = 3  # times longer that start-up, compilation, validation and samples may take
 OFTEN = 1.0  # seconds between two settings of the alarm: each costs a thread
 TAKEN = "so its process was ended: attempt"
 
 
 class Watchdog:
-    r"""Creates the watch over one attempt at a run, at rest.
+    r"""Creates the watchdog of an attempt at a run, at rest.
 
     Arguments:
-        file: Where stacks are saved. It is deleted in the end if there are none.
+        file: Where stacks are saved. It is deleted in the end if it is empty.
         least: The least number of seconds after which a step counts as hanging.
     """
 
@@ -43,7 +43,7 @@ class Watchdog:
         self._doing, self._since = "", time.monotonic()
         self._set_at, self._set_for = -self._often, ""
 
-        with suppress(OSError):  # no watch is better than no training
+        with suppress(OSError):  # training without a watchdog is better than none
             self._stream = open(file, "ab")  # noqa: SIM115
 
     @property
@@ -53,12 +53,12 @@ class Watchdog:
         return max(self.least, SLOW * self._usual)
 
     def step(self) -> None:
-        r"""Says that a step has ended, and another begins."""
+        r"""Notes that a step has ended, and another begins."""
 
         before = self._since
         self._turn("step")
 
-        if not self._begun:  # all that is known of a step by now
+        if not self._begun:  # no step has been timed yet
             self._usual = (self._since - before) * OTHER / SLOW
 
         if not self._begun or self._since - self._set_at >= self._often:
@@ -68,7 +68,7 @@ class Watchdog:
         self._begun = True
 
     def phase(self) -> None:
-        r"""Says that something begins that is no step. It may take longer."""
+        r"""Notes that something other than a step begins, which may take longer."""
 
         self._turn("phase")
 
@@ -88,20 +88,20 @@ class Watchdog:
 
     def _set(self, what: str, seconds: float) -> None:
         if self._stream is not None:
-            with suppress(RuntimeError):  # no memory for a thread, which the training will notice
+            with suppress(RuntimeError):  # no memory for a thread: the training will fail anyway
                 faulthandler.dump_traceback_later(seconds, exit=True, file=self._stream)
 
         self._set_at, self._set_for = time.monotonic(), what
 
     def rest(self) -> None:
-        r"""Says that nothing is to be done for now."""
+        r"""Notes that the training waits."""
 
         faulthandler.cancel_dump_traceback_later()
         self._set_at, self._set_for = -self._often, ""
         self._doing = ""
 
     def close(self) -> None:
-        r"""Ends the watch. Safe to repeat."""
+        r"""Stops the watchdog. May be repeated."""
 
         self.rest()
 
