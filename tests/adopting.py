@@ -1,4 +1,4 @@
-r"""What the tests of runs from elsewhere share: such runs, and a sweep that covers them."""
+r"""Runs from elsewhere, and a sweep that covers them."""
 
 from pathlib import Path
 from typing import Any
@@ -106,7 +106,7 @@ def collected(
 
 
 def bytes_of(directory: Path) -> dict[str, Any]:
-    r"""Returns all that is in a directory, and when it was changed."""
+    r"""Returns the files in a directory, with their times and bytes."""
 
     return {
         str(path.relative_to(directory)): (

@@ -18,7 +18,7 @@ from sda_ray.sweep.retention import Retention
 
 __all__ = ["MADE", "Keeping", "identity", "keeping", "made", "path_of", "runs", "snapshot"]
 
-# What became of the runs of a sweep, by their numbers: status, epochs done
+# The status of the runs of a sweep, and their epochs
 MADE = {
     1: ("paused", 1),
     2: ("paused", 1),
@@ -79,7 +79,7 @@ def path_of(runs: Path, index: int) -> RunPath:
 
 
 def records_of(runs: Path) -> list[TrialRecord]:
-    r"""Returns what the study of the sweep would say; lower numbers have lower losses."""
+    r"""Returns the records in the study of the sweep; lower numbers have lower losses."""
 
     return [
         TrialRecord(
@@ -96,7 +96,7 @@ def records_of(runs: Path) -> list[TrialRecord]:
 
 
 class Keeping:
-    r"""Creates a retention and listens to what it says."""
+    r"""Creates a retention and collects its messages."""
 
     def __init__(self, runs: Path, **options: Any) -> None:
         self.runs = runs

@@ -1,4 +1,4 @@
-r"""Tests for sda_ray.sweep.enqueue and sda_ray.sweep.enqueue: known configurations that a sweep shall try."""
+r"""Tests for sda_ray.sweep.enqueue: configurations of users and of runs in a SPACE."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -77,7 +77,7 @@ def test_values_may_have_commas(sweep: Sweep) -> None:
 
 
 @pytest.mark.parametrize("text", ["learning_rate=2e-3", "betas=(0.9, 0.99),activation=ReLU"])
-def test_what_is_not_given_is_drawn(sweep: Sweep, text: str) -> None:
+def test_other_keys_are_drawn(sweep: Sweep, text: str) -> None:
     params = parse_item(text, sweep, Path())
     drawn = propose(sweep.draw, [], sampler="random", fixed=params)
 
@@ -88,13 +88,13 @@ def test_what_is_not_given_is_drawn(sweep: Sweep, text: str) -> None:
     assert values.keys() >= {"learning_rate", "betas", "hidden_blocks"}
 
 
-def test_one_key_of_a_group_is_enough_if_it_tells_the_option(sweep: Sweep) -> None:
+def test_one_key_of_a_group_is_enough_if_only_one_option_has_it(sweep: Sweep) -> None:
     assert parse_item("hidden_channels=8,32", sweep, Path()) == {GROUP: "8,32;1,2"}
     assert "several options. Give hidden_blocks" in faults("hidden_channels=8,16", sweep)[0]
     assert "not in SPACE" in faults("hidden_channels=8,32,hidden_blocks=1,1", sweep)[0]
 
 
-def test_all_faults_are_told_at_once(sweep: Sweep) -> None:
+def test_all_faults_are_reported_at_once(sweep: Sweep) -> None:
     text = "learning_rate=1,embedding=10,batch_size=4,activatoin=ReLU,betas=0.9,activation=Swish"
     found = faults(text, sweep)
 
@@ -135,7 +135,7 @@ def test_run_gives_all_keys_of_space(sweep: Sweep, run: Config, tmp_path: Path, 
     assert sweep.config | drawn[0] == run
 
 
-def test_what_is_not_taken_of_a_run_is_said(sweep: Sweep, run: Config, tmp_path: Path) -> None:
+def test_ignored_settings_of_a_run_are_reported(sweep: Sweep, run: Config, tmp_path: Path) -> None:
     said: list[str] = []
     other = replace(sweep, config=sweep.config | {"epochs": 9, "seed": 7}).check()
     parse_item("aaaaaaaa", other, tmp_path, said.append)
@@ -199,13 +199,13 @@ def test_parameters_of_a_function_are_those_that_it_suggests(
         ("epochs=9", "epochs is not in SPACE"),
     ],
 )
-def test_what_a_function_never_suggests_is_refused(
+def test_parameters_that_a_function_never_suggests_are_refused(
     conditional: Sweep, text: str, said: str
 ) -> None:
     assert said in faults(text, conditional)[0]
 
 
-def test_run_is_drawn_again_from_a_function(conditional: Sweep, small: Config) -> None:
+def test_run_is_replayed_by_a_function(conditional: Sweep, small: Config) -> None:
     config = small | {"learning_rate": 5e-3, "dropout": 0.25}
     known = {"averaged": False}
 

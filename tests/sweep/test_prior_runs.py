@@ -1,4 +1,4 @@
-r"""Tests for sda_ray.sweep.prior_runs: runs are brought in whole, once, also into a running sweep."""
+r"""Tests for sda_ray.sweep.prior_runs: finished runs enter a sweep whole, once, also while it runs."""
 
 import json
 import math
@@ -61,10 +61,10 @@ __all__ = ["elsewhere", "runs", "sweep"]  # fixtures
 REFERENCE = Path(__file__).parents[1] / "reference" / "runs" / "crimson-cloud-4_6k7cjnx7"
 
 
-# Runs by us
+# Runs of this package
 
 
-def test_what_the_sweep_does_not_cover_is_refused_with_all_reasons(
+def test_run_that_the_sweep_does_not_cover_is_refused_with_all_reasons(
     elsewhere: Path, sweep: Sweep, runs: Path, data: Path
 ) -> None:
     space = SPACE | {"learning_rate": loguniform(2e-3, 1e-2)}
@@ -91,7 +91,7 @@ def test_seed_in_space_is_not_another_seed(
     assert refused[0].reason == "seed=7 is not in SPACE, which has 0, 1, 2"
 
 
-def test_run_on_other_data_is_measured_on_those_of_the_sweep(
+def test_run_on_other_data_is_measured_on_the_data_of_the_sweep(
     elsewhere: Path, sweep: Sweep, runs: Path, data: Path, tmp_path: Path
 ) -> None:
     other = tmp_path / "other"
@@ -165,7 +165,7 @@ def test_all_objectives_have_values_or_the_run_is_refused(
     assert record.finals == prior.finals
 
 
-# Runs by SDA
+# Runs of SDA
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +226,7 @@ def test_network_for_other_fields_is_refused(upstream: Sweep, runs: Path, data: 
     assert "for fields of 64x64, but the data has 16x16" in refused[0].reason
 
 
-# Strangers
+# Runs that cannot be trusted
 
 
 def spoilt(elsewhere: Path, tmp_path: Path, what: Callable[[Path], Any]) -> Path:
@@ -247,7 +247,7 @@ def rewrite(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 
 def bare(path: Path) -> Path:
-    r"""Leaves nothing but the config of a run, and returns where its weights have been."""
+    r"""Deletes all files of a run but its config, and returns the path of its weights."""
 
     for file in path.iterdir():
         if file.name != "config.json":
@@ -275,7 +275,7 @@ def weigh(path: Path, weights: Any) -> None:
         (lambda p: bare(p).symlink_to("/etc/passwd"), "out of the run directory"),
     ],
 )  # fmt: skip
-def test_files_of_strangers_are_refused(
+def test_damaged_and_hostile_files_are_refused(
     elsewhere: Path,
     sweep: Sweep,
     runs: Path,
@@ -305,7 +305,7 @@ def test_infinite_values_and_lines_beyond_the_end_are_not_taken(
     assert [line["epoch"] for line in prior.lines] == [1, 3]
 
 
-def test_nonsense_is_not_brought_in(sweep: Sweep, runs: Path, data: Path) -> None:
+def test_malformed_items_are_not_brought_in(sweep: Sweep, runs: Path, data: Path) -> None:
     directory = sweep_directory(runs, "x")
     directory.mkdir(parents=True)
     lease = Lease(directory / "lease.json", "x")
@@ -422,7 +422,7 @@ def test_parameters_of_functions_come_from_the_study_of_the_other_sweep(
     assert "SPACE suggests 'power', which is no key of CONFIG" in refusal.reason
 
 
-def test_fork_takes_the_next_name_and_the_same_one_resume_command(
+def test_fork_takes_the_next_name_and_keeps_it_after_a_kill(
     sweep: Sweep, runs: Path, data: Path
 ) -> None:
     info = check_data(data)
@@ -440,7 +440,7 @@ def test_fork_takes_the_next_name_and_the_same_one_resume_command(
     assert fork(replace(sweep, seed=2), runs, data).name == "x-3"
 
 
-def test_prior_is_not_drawn_resume_command(
+def test_configuration_of_a_prior_run_is_not_drawn_again(
     sweep: Sweep, runs: Path, data: Path, elsewhere: Path
 ) -> None:
     space = {"activation": choice("SiLU", "ReLU"), "learning_rate": choice(1e-3, 2e-3)}
@@ -488,15 +488,15 @@ def test_widened_space_keeps_its_parameters_in_the_joint_space(
     assert len(trials) == 15
     assert all(trial.distributions == distributions(wider.draw) for trial in trials)
     assert space.keys() == wide.keys()
-    assert len(records_resume_command(directory, lease)) == 15
+    assert len(reopened_records(directory, lease)) == 15
     lease.release()
 
 
-def records_resume_command(directory: Path, lease: Lease) -> list[TrialRecord]:
+def reopened_records(directory: Path, lease: Lease) -> list[TrialRecord]:
     return Study(directory / "study.journal", "x", lease).records()
 
 
-def test_three_sweeps_of_one_script_go_side_by_side(
+def test_three_sweeps_of_one_script_run_side_by_side(
     sweep: Sweep, runs: Path, data: Path, elsewhere: Path
 ) -> None:
     info, held = check_data(data), []
@@ -524,7 +524,7 @@ def test_three_sweeps_of_one_script_go_side_by_side(
         adopt([str(elsewhere)], changed, runs, data, record_of)
 
 
-# Runs by us
+# Adoption
 
 
 def test_finished_runs_are_brought_in_with_their_curves(
@@ -567,7 +567,7 @@ def test_finished_runs_are_brought_in_with_their_curves(
         assert read_record(copy)["origin"]["id"] == f"{number}" * 8
 
 
-def test_a_second_adoption_changes_nothing(
+def test_second_adoption_changes_nothing(
     elsewhere: Path, sweep: Sweep, runs: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     adopt([str(elsewhere)], sweep, runs, data, record_of)
@@ -605,7 +605,7 @@ def test_runs_of_the_same_directory_are_brought_in(
 
 
 @pytest.mark.parametrize("word", ["nothing", "/nowhere/at_all"])
-def test_words_that_are_no_run_are_refused(
+def test_arguments_that_name_no_run_are_refused(
     sweep: Sweep, runs: Path, data: Path, word: str
 ) -> None:
     with pytest.raises(UserError, match="there is no run"):
@@ -682,7 +682,7 @@ print("kills:", n - 1)
 """
 
 
-def test_killed_before_any_change_leaves_nothing_half(
+def test_adoption_killed_at_any_change_is_completed_by_the_next(
     elsewhere: Path, data: Path, tmp_path: Path, env: dict[str, str]
 ) -> None:
     here = str(Path(__file__).parents[1])
@@ -714,7 +714,7 @@ def test_definition_that_differs_is_refused(
     assert (sweep_directory(runs, "x") / "study.journal").read_bytes() == journal
 
 
-def test_driver_of_a_live_sweep_takes_them_in(
+def test_driver_of_a_running_sweep_brings_them_in(
     elsewhere: Path, sweep: Sweep, runs: Path, data: Path
 ) -> None:
     directory = sweep_directory(runs, "x")

@@ -1,4 +1,4 @@
-r"""Tests for sda_ray.sweep.requests: requests are carried out once or not at all, and answered."""
+r"""Tests for sda_ray.sweep.requests: a request is served once or not at all, and answered."""
 
 import ast
 import fcntl
@@ -34,9 +34,9 @@ from sda_ray.sweep.requests import (
 )
 
 
-def test_requests_come_in_the_order_of_posting_with_their_content(tmp_path: Path) -> None:
+def test_pending_requests_are_in_the_order_of_posting(tmp_path: Path) -> None:
     box = Mailbox(tmp_path / "requests")
-    assert box.pending() == []  # nobody has asked for anything yet
+    assert box.pending() == []  # no request yet
 
     ids = [box.post("trials", trials=n) for n in range(5)]
 
@@ -52,7 +52,7 @@ def test_request_is_taken_once(tmp_path: Path) -> None:
     assert Mailbox(tmp_path).pending() == []
 
 
-def test_answer_reaches_the_one_who_waits_and_nothing_is_left(tmp_path: Path) -> None:
+def test_answer_reaches_the_waiting_caller_and_no_file_is_left(tmp_path: Path) -> None:
     id = Mailbox(tmp_path).post("stop")
 
     def drive() -> None:
@@ -69,7 +69,7 @@ def test_answer_reaches_the_one_who_waits_and_nothing_is_left(tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []
 
 
-def test_nobody_waits_for_the_dead_or_for_ever(tmp_path: Path) -> None:
+def test_wait_ends_with_the_driver_or_the_timeout(tmp_path: Path) -> None:
     id = Mailbox(tmp_path).post("stop")
     start = time.monotonic()
 
@@ -78,7 +78,7 @@ def test_nobody_waits_for_the_dead_or_for_ever(tmp_path: Path) -> None:
     assert time.monotonic() - start < 5
 
 
-def test_last_words_are_heard(tmp_path: Path) -> None:
+def test_answer_written_just_before_the_death_of_the_driver_is_read(tmp_path: Path) -> None:
     id = Mailbox(tmp_path).post("stop")
 
     def dies() -> bool:
@@ -93,9 +93,7 @@ def test_last_words_are_heard(tmp_path: Path) -> None:
     "content",
     ["", "nonsense", "[]", "3", '{"kind": 3, "content": {}}', '{"kind": "stop"}', "[" * 10**5],
 )
-def test_nonsense_is_a_request_with_a_fault_that_can_be_taken(
-    tmp_path: Path, content: str
-) -> None:
+def test_malformed_request_has_a_fault_and_can_be_taken(tmp_path: Path, content: str) -> None:
     (tmp_path / "x.json").write_text(content)
 
     (request,) = Mailbox(tmp_path).pending()
@@ -103,7 +101,7 @@ def test_nonsense_is_a_request_with_a_fault_that_can_be_taken(
     assert Mailbox(tmp_path).take(request.id)
 
 
-def test_what_is_no_file_of_ours_is_left_alone(tmp_path: Path) -> None:
+def test_foreign_files_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "directory.json").mkdir()
     os.mkfifo(tmp_path / "fifo.json")
@@ -116,7 +114,7 @@ def test_what_is_no_file_of_ours_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-def test_only_what_nobody_waits_for_any_more_is_tidied_up(tmp_path: Path) -> None:
+def test_only_old_answers_and_torn_requests_are_tidied_up(tmp_path: Path) -> None:
     def age(file: Path, seconds: float) -> Any:
         os.utime(file, (time.time() - seconds,) * 2)
 
@@ -136,8 +134,8 @@ def test_only_what_nobody_waits_for_any_more_is_tidied_up(tmp_path: Path) -> Non
     assert names == [".new.json.tmp", "new.answer.json", "new.json", "old.json"]
 
 
-class Steered(Sweep):
-    r"""Creates a driver by hand, and a server of its requests."""
+class ServedSweep(Sweep):
+    r"""Creates a manual driver and the server of its requests."""
 
     def __init__(self, directory: Path, trials: int = 8, **more: Any) -> None:
         self.targets: list[int] = []
@@ -158,11 +156,11 @@ class Steered(Sweep):
 
 
 @pytest.fixture
-def sweep(tmp_path: Path) -> Steered:
-    return Steered(tmp_path)
+def sweep(tmp_path: Path) -> ServedSweep:
+    return ServedSweep(tmp_path)
 
 
-def test_stop_of_the_sweep(sweep: Steered) -> None:
+def test_stop_of_the_sweep(sweep: ServedSweep) -> None:
     sweep.driver.suggest("a")
     text, good = sweep.ask("stop")
 
@@ -171,28 +169,28 @@ def test_stop_of_the_sweep(sweep: Steered) -> None:
     assert sweep.driver.why == "`sda-ray stop` asked for it"
 
 
-def test_stop_that_was_meant_for_a_driver_before_is_dropped(tmp_path: Path) -> None:
-    first = Steered(tmp_path)
+def test_stop_meant_for_a_previous_driver_is_dropped(tmp_path: Path) -> None:
+    first = ServedSweep(tmp_path)
     first.box.post("stop", attempt=first.lease.attempt)
     first.box.post("enqueue", items=[{"learning_rate": 0.002}])
     first.lease.release()
 
-    second = Steered(tmp_path)
+    second = ServedSweep(tmp_path)
     second.server()
     assert not second.driver.stopping
     assert list(second.study.queue().values()) == [{"learning_rate": 0.002}]
     assert second.ask("stop", attempt=second.lease.attempt)[1] and second.driver.stopping
 
 
-def test_run_at_work_is_stopped_alone_and_for_good(tmp_path: Path) -> None:
-    sweep = Steered(tmp_path, trials=2, slots=1)
+def test_running_trial_is_stopped_alone_and_stays_stopped(tmp_path: Path) -> None:
+    sweep = ServedSweep(tmp_path, trials=2, slots=1)
     sweep.driver.suggest("a")
     assert sweep.ask("stop", trial=1) == ("run 1 stops after its step, at epoch 0 or later", True)
     assert (tmp_path / "stop.1").exists() and not sweep.driver.stopping
     assert sweep.states() == ["running"]
 
     assert not sweep.tell("a", "stopped", last=3)
-    assert sweep.driver.suggest("b") is not None  # its slot is free, and nobody adopts it
+    assert sweep.driver.suggest("b") is not None  # its slot is free, and it is not adopted
     sweep.server()
     assert sweep.states() == ["stopped", "running"]
     assert not (tmp_path / "stop.1").exists()
@@ -208,7 +206,7 @@ def test_run_at_work_is_stopped_alone_and_for_good(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("end", ["lost", "complete", "failed"])
-def test_run_that_ends_before_it_notices_the_stop(sweep: Steered, end: str) -> None:
+def test_run_that_ends_before_it_notices_the_stop(sweep: ServedSweep, end: str) -> None:
     sweep.driver.suggest("a")
     sweep.ask("stop", trial=1)
 
@@ -222,8 +220,8 @@ def test_run_that_ends_before_it_notices_the_stop(sweep: Steered, end: str) -> N
     assert not sweep.driver.cancelled
 
 
-def test_paused_run_is_stopped_once_its_process_has_let_go(tmp_path: Path) -> None:
-    sweep = Steered(tmp_path, trials=2, first=1)
+def test_paused_run_is_stopped_once_its_process_has_ended(tmp_path: Path) -> None:
+    sweep = ServedSweep(tmp_path, trials=2, first=1)
     path = RunPath(tmp_path / f"calm-cat-1_{sweep.driver.suggest('a')['run_id']}")  # type: ignore[index]
     path.directory.mkdir()
     path.record.write_text(json.dumps({"status": "paused"}))
@@ -235,7 +233,7 @@ def test_paused_run_is_stopped_once_its_process_has_let_go(tmp_path: Path) -> No
     assert sweep.ask("stop", trial=1) == ("run 1, paused at epoch 1, is stopped", True)
     assert sweep.states() == ["running", "running"]
     closed = True
-    sweep.tell("b", "running", last=1)  # looks who is closed
+    sweep.tell("b", "running", last=1)  # notices that run 1 is closed
     sweep.server()
     assert sweep.states()[0] == "stopped"
     assert json.loads(path.record.read_text())["status"] == "stopped"
@@ -243,7 +241,7 @@ def test_paused_run_is_stopped_once_its_process_has_let_go(tmp_path: Path) -> No
 
 
 def test_paused_run_of_a_closed_sweep_is_stopped(tmp_path: Path) -> None:
-    sweep = Steered(tmp_path, trials=4, first=1)
+    sweep = ServedSweep(tmp_path, trials=4, first=1)
 
     for name in "ab":
         sweep.driver.suggest(name)
@@ -258,14 +256,14 @@ def test_paused_run_of_a_closed_sweep_is_stopped(tmp_path: Path) -> None:
     assert sweep.states() == ["pruned", "stopped"]
 
 
-def test_promised_stop_of_a_run_outlives_the_driver(tmp_path: Path) -> None:
-    first = Steered(tmp_path)
+def test_accepted_stop_of_a_run_outlives_the_driver(tmp_path: Path) -> None:
+    first = ServedSweep(tmp_path)
     first.driver.suggest("a")
     first.ask("stop", trial=1)
     first.lease.release()
     (tmp_path / "stop.99").touch()
 
-    second = Steered(tmp_path)
+    second = ServedSweep(tmp_path)
     spec = second.driver.suggest("a")
     assert spec is not None and spec["index"] == 2  # run 1 is not adopted
     second.server()
@@ -273,7 +271,7 @@ def test_promised_stop_of_a_run_outlives_the_driver(tmp_path: Path) -> None:
 
 
 def test_number_of_trials_is_raised_and_lowered(tmp_path: Path) -> None:
-    sweep = Steered(tmp_path, trials=2)
+    sweep = ServedSweep(tmp_path, trials=2)
     sweep.driver.suggest("a")
     sweep.driver.suggest("b")
     assert sweep.driver.suggest("c") is None
@@ -289,14 +287,14 @@ def test_number_of_trials_is_raised_and_lowered(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("trials", [0, -1, 2.5, True, "3", None, [4]])
-def test_number_of_trials_that_is_none_changes_nothing(sweep: Steered, trials: Any) -> None:
+def test_invalid_number_of_trials_changes_nothing(sweep: ServedSweep, trials: Any) -> None:
     text, good = sweep.ask("trials", trials=trials)
 
     assert not good and "must be an integer from 1" in text
     assert sweep.targets == [] and sweep.driver.rules.target == 8
 
 
-def test_queued_configurations_come_first(sweep: Steered) -> None:
+def test_queued_configurations_come_first(sweep: ServedSweep) -> None:
     items = [{"learning_rate": 0.002}, {"learning_rate": 0.003}]
     assert sweep.ask("enqueue", items=items) == ("2 configurations queued, to be tried next", True)
 
@@ -308,8 +306,8 @@ def test_queued_configurations_come_first(sweep: Steered) -> None:
     assert not good and "has a run already" in text
 
 
-def test_queue_longer_than_the_sweep_says_so(tmp_path: Path) -> None:
-    sweep = Steered(tmp_path, trials=1)
+def test_queue_longer_than_the_sweep_gives_a_warning(tmp_path: Path) -> None:
+    sweep = ServedSweep(tmp_path, trials=1)
     items = [{"learning_rate": 0.002}, {"learning_rate": 0.003}]
 
     assert (
@@ -318,8 +316,8 @@ def test_queue_longer_than_the_sweep_says_so(tmp_path: Path) -> None:
     )
 
 
-def test_failed_runs_are_tried_resume_command(tmp_path: Path) -> None:
-    sweep = Steered(tmp_path, trials=2, slots=1)
+def test_failed_runs_are_retried(tmp_path: Path) -> None:
+    sweep = ServedSweep(tmp_path, trials=2, slots=1)
     assert sweep.ask("retry") == ("no run has failed", True)
 
     first = sweep.driver.suggest("a")
@@ -352,8 +350,8 @@ def test_failed_runs_are_tried_resume_command(tmp_path: Path) -> None:
         ("prior", {"runs": [3]}),
     ],
 )
-def test_nonsense_is_refused_and_changes_nothing(
-    sweep: Steered, kind: str, content: dict[str, Any]
+def test_invalid_request_is_refused_and_changes_nothing(
+    sweep: ServedSweep, kind: str, content: dict[str, Any]
 ) -> None:
     sweep.driver.suggest("a")
     journal = (sweep.driver.request.parent / "journal").read_bytes()
@@ -364,7 +362,7 @@ def test_nonsense_is_refused_and_changes_nothing(
     assert not sweep.driver.stopping and sweep.driver.suggest("b") is not None
 
 
-def test_files_that_are_no_requests_do_no_harm(sweep: Steered) -> None:
+def test_files_other_than_requests_do_no_harm(sweep: ServedSweep) -> None:
     box = sweep.box.directory
     box.mkdir()
     (box / "a.json").write_text("nonsense")
@@ -377,8 +375,8 @@ def test_files_that_are_no_requests_do_no_harm(sweep: Steered) -> None:
     assert sweep.driver.suggest("a") is not None
 
 
-def test_sweep_that_has_ended_refuses(tmp_path: Path) -> None:
-    sweep = Steered(tmp_path, trials=1)
+def test_finished_sweep_refuses_requests(tmp_path: Path) -> None:
+    sweep = ServedSweep(tmp_path, trials=1)
     sweep.driver.suggest("a")
     sweep.tell("a", "complete", last=9)
 
@@ -389,14 +387,14 @@ def test_sweep_that_has_ended_refuses(tmp_path: Path) -> None:
     assert not good and "has just ended" in text and sweep.targets == []
 
 
-def test_sweep_that_stops_takes_requests_for_the_next_time(sweep: Steered) -> None:
+def test_stopping_sweep_records_requests_for_its_next_start(sweep: ServedSweep) -> None:
     sweep.driver.stop()
     text, good = sweep.ask("trials", trials=9)
 
     assert good and "The sweep is stopping" in text and sweep.targets == [9]
 
 
-def test_requests_are_answered_while_the_driver_is_kept_from_it(sweep: Steered) -> None:
+def test_requests_are_served_from_a_thread_while_the_driver_is_busy(sweep: ServedSweep) -> None:
     with serving(sweep.driver):
         id = sweep.box.post("trials", trials=9)
         found = sweep.box.wait(id, lambda: True, patience=5)
@@ -431,7 +429,7 @@ def draw(trial):
     return {"learning_rate": trial.suggest_float("learning_rate", 1e-4, 1e-2, log=True)}
 
 def notify(event, record):
-    if event == "memory":  # there is enough now
+    if event == "memory":  # now the data fits
         os.replace(root / "data" / "enough.h5", root / "data" / "valid.h5")
 
     if event != "running":
@@ -463,12 +461,12 @@ lease.release()
 
 
 class Place:
-    r"""Creates a root in which a sweep runs, which is to be watched and disturbed."""
+    r"""Creates a root directory in which a sweep runs as a process of its own."""
 
     def __init__(self, root: Path, data: Path, env: dict[str, str]) -> None:
         self.root = root
         self.env = {**env, "HOME": str(root / "home"), "TMPDIR": str(root / "tmp")}
-        self.env["TUNE_RESULT_BUFFER_LENGTH"] = "10"  # somebody's habit, of no effect here
+        self.env["TUNE_RESULT_BUFFER_LENGTH"] = "10"  # of a user's environment, without effect
         self.directory = root / "runs" / "sweeps" / "test"
         self.log = root / "log"
 
@@ -526,13 +524,13 @@ class Place:
 
 
 def make_vast(file: Path) -> None:
-    r"""Makes a file of trajectories, of which no machine has the memory to load the windows."""
+    r"""Makes a file of trajectories whose windows no machine can hold in memory."""
 
     with h5py.File(file, "w") as f:
         space = h5py.h5s.create_simple((400_000, 4, 2, 512, 512))
         form = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
         form.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-        form.set_fill_time(h5py.h5d.FILL_TIME_NEVER)  # so that the file is a hole
+        form.set_fill_time(h5py.h5d.FILL_TIME_NEVER)  # the file is sparse
         h5py.h5d.create(f.id, b"x", h5py.h5t.IEEE_F32LE, space, form)
 
 
@@ -553,7 +551,7 @@ def place(data: Path, env: dict[str, str]) -> Iterator[Place]:
     shutil.rmtree(root, ignore_errors=True)
 
 
-def test_live_sweep_is_steered_from_elsewhere(
+def test_running_sweep_serves_requests_of_other_processes(
     place: Place, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def say(kind: str, **content: Any) -> str:
@@ -579,7 +577,7 @@ def test_live_sweep_is_steered_from_elsewhere(
     for word in (driver["host"], str(driver["pid"]), driver["since"]):
         assert word in str(error.value)
 
-    # While trials are at work
+    # While trials run
     path, _ = place.at_work(1, 1)
     assert say("enqueue", items=[{"learning_rate": 0.002}]) == (
         "1 configuration queued, to be tried next"
@@ -589,7 +587,7 @@ def test_live_sweep_is_steered_from_elsewhere(
         ask(place.directory, "trials", trials=0)
 
     assert say("stop", trial=1).startswith("run 1 stops after its step")
-    second, _ = place.at_work(2, 1)  # its slot is free
+    second, _ = place.at_work(2, 1)  # in the free slot
     assert json.loads(second.config.read_text())["learning_rate"] == 0.002
     assert json.loads(path.record.read_text())["status"] == "stopped"
     assert path.checkpoint.exists()
@@ -600,7 +598,7 @@ def test_live_sweep_is_steered_from_elsewhere(
     assert runs[2][1] == "running" and runs[2][0] > 0
     assert json.loads(second.record.read_text())["status"] == "interrupted"
 
-    # While nobody is there
+    # Once the driver has ended
     with pytest.raises(NotRunning, match="sweep 'test' is not running"):
         ask(place.directory, "trials", trials=9)
 
@@ -621,7 +619,7 @@ def test_hung_frozen_killed_and_starved_trials_are_adopted_and_complete(place: P
     make_vast(place.root / "data" / "valid.h5")
     place.start("2", "60", "1")
 
-    # Its place on a lock hangs
+    # It hangs at a lock
     path, pid = place.at_work(1, 2)
 
     with open(path.lease.with_suffix(".lock"), "r+") as lock:

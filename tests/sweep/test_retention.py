@@ -1,4 +1,4 @@
-r"""Tests for sda_ray.sweep.retention: what is given back, in which order, and what stays."""
+r"""Tests for sda_ray.sweep.retention: which checkpoints are deleted, and in which order."""
 
 import json
 import os
@@ -51,12 +51,12 @@ def test_sizes_are_read_with_their_unit(text: str, size: int) -> None:
         ("0GB", "--disk is '0GB', but must be above 0"),
     ],
 )
-def test_what_is_no_size_is_refused(text: str, message: str) -> None:
+def test_invalid_sizes_are_refused(text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         parse_size(text)
 
 
-# What goes, and what stays
+# Deleted and kept checkpoints
 
 
 def test_all_checkpoints_stay_by_default_and_their_size_is_known(
@@ -73,7 +73,7 @@ def test_all_checkpoints_stay_by_default_and_their_size_is_known(
 
 
 def test_worst_paused_runs_lose_their_checkpoint_first(keeping: Callable[..., Keeping]) -> None:
-    r"""Before them goes what nobody goes on from, after them the worst of the complete runs."""
+    r"""Before them go those that no run resumes from, after them the worst of complete runs."""
 
     gone: list[int] = []
     left, size = set(MADE), keeping().retention.size
@@ -93,7 +93,7 @@ def test_worst_paused_runs_lose_their_checkpoint_first(keeping: Callable[..., Ke
     assert any("the remaining ones are in use" in text for text in kept.said)
 
 
-def test_no_more_goes_than_the_limit_asks_for(keeping: Callable[..., Keeping]) -> None:
+def test_no_more_is_deleted_than_the_limit_requires(keeping: Callable[..., Keeping]) -> None:
     size = keeping().retention.size
     one = size // len(MADE)
     kept = keeping(limit=size - one - one // 2)
@@ -115,7 +115,7 @@ def test_running_paused_and_the_best_runs_keep_theirs(
     assert keeping(keep=keep).left == left
 
 
-def test_runs_pruned_for_good_do_not_count_as_paused(runs: Path) -> None:
+def test_finally_pruned_runs_do_not_count_as_paused(runs: Path) -> None:
     kept = Keeping(runs)
     kept.records = [
         TrialRecord(r.index, r.run_id, "pruned" if r.paused else r.state, r.until, 3, r.values)
@@ -127,7 +127,7 @@ def test_runs_pruned_for_good_do_not_count_as_paused(runs: Path) -> None:
         assert kept.left == left
 
 
-def test_only_checkpoints_go(runs: Path, keeping: Callable[..., Keeping]) -> None:
+def test_only_checkpoints_are_deleted(runs: Path, keeping: Callable[..., Keeping]) -> None:
     before = snapshot(runs)
     assert keeping(limit=1).left == {7}
     after = snapshot(runs)
@@ -147,7 +147,7 @@ def test_only_checkpoints_go(runs: Path, keeping: Callable[..., Keeping]) -> Non
             assert after[file] == before[file]
 
 
-def test_run_of_another_sweep_is_left_as_it_is(
+def test_run_of_another_sweep_keeps_its_checkpoint(
     runs: Path, keeping: Callable[..., Keeping]
 ) -> None:
     r"""Even if the study names its id: `run.json` decides."""
@@ -159,9 +159,7 @@ def test_run_of_another_sweep_is_left_as_it_is(
     assert keeping(limit=1).left == {1, 2, 5, 7}
 
 
-def test_run_that_a_process_is_at_is_left_as_it_is(
-    runs: Path, keeping: Callable[..., Keeping]
-) -> None:
+def test_run_in_use_keeps_its_checkpoint(runs: Path, keeping: Callable[..., Keeping]) -> None:
     lease = Lease(path_of(runs, 1).lease, "run")
     elsewhere = path_of(runs, 2).lease
     content = json.loads(elsewhere.read_text())
@@ -178,7 +176,7 @@ def test_run_that_a_process_is_at_is_left_as_it_is(
     assert 1 not in keeping(limit=1).left
 
 
-def test_run_that_cannot_be_trained_again_is_left_as_it_is(
+def test_run_that_cannot_restart_keeps_its_checkpoint(
     runs: Path, keeping: Callable[..., Keeping]
 ) -> None:
     path_of(runs, 1).config.write_text("garbage")
@@ -209,7 +207,7 @@ def test_links_are_not_followed(
     assert 1 in kept.left
 
 
-def test_brought_in_run_and_run_without_a_directory_are_passed_over(runs: Path) -> None:
+def test_adopted_run_and_run_without_a_directory_are_skipped(runs: Path) -> None:
     kept = Keeping(runs)
     kept.records = [TrialRecord(5, identity(5), "complete", 3, 3, {3: 1.0}, source="a/b")]
     kept.records += [TrialRecord(99, identity(99), "running", 1, 3, {1: 1.0})]
@@ -219,7 +217,7 @@ def test_brought_in_run_and_run_without_a_directory_are_passed_over(runs: Path) 
     assert snapshot(runs) == before
 
 
-def test_one_file_of_two_names_counts_once(runs: Path) -> None:
+def test_hard_linked_file_counts_once(runs: Path) -> None:
     path = path_of(runs, 4)
     size = sum(resumable(path).values())
     os.link(path.checkpoint, path.decay)
@@ -269,7 +267,7 @@ def test_warning_of_a_full_disk_names_the_command_and_is_not_repeated(
     assert len(said) == 2
 
 
-def test_checkpoint_is_given_back_on_a_full_disk(disk: Path, runs: Path) -> None:
+def test_checkpoint_is_deleted_on_a_full_disk(disk: Path, runs: Path) -> None:
     path = path_of(runs, 1)
     shutil.copytree(path.directory, disk / path.directory.name)
     filler = disk / "filler"
@@ -284,7 +282,7 @@ def test_checkpoint_is_given_back_on_a_full_disk(disk: Path, runs: Path) -> None
     assert json.loads(there.record.read_text())["status"] == "paused"
 
 
-def test_run_whose_directory_was_deleted_is_left_out(runs: Path) -> None:
+def test_run_whose_directory_was_deleted_is_skipped(runs: Path) -> None:
     kept = Keeping(runs, keep=2)
     shutil.rmtree(path_of(runs, 4).directory)
     kept.retention.keep = 0
@@ -293,17 +291,17 @@ def test_run_whose_directory_was_deleted_is_left_out(runs: Path) -> None:
     assert not resumable(path_of(runs, 5))
 
 
-def test_looking_takes_little_of_the_drivers_time(tmp_path: Path) -> None:
+def test_examination_takes_little_time_of_the_driver(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
-    looked = 0
+    examined = 0
 
     for n in range(500):
         (runs / f"run-{n}_{n:08}").mkdir(parents=True)
         (runs / f"run-{n}_{n:08}" / "checkpoint.pth").write_bytes(b"x")
 
     def records() -> list[TrialRecord]:
-        nonlocal looked
-        looked += 1
+        nonlocal examined
+        examined += 1
 
         return [TrialRecord(n, f"{n:08}", "complete", 3, 3, {3: 1.0}) for n in range(500)]
 
@@ -313,7 +311,7 @@ def test_looking_takes_little_of_the_drivers_time(tmp_path: Path) -> None:
         retention()
 
     assert retention.size == 500
-    assert looked <= 4
+    assert examined <= 4
 
 
 def test_checkpoints_are_deleted_without_torch(runs: Path) -> None:
