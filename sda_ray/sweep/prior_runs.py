@@ -3,12 +3,12 @@ r"""Finished runs that a sweep learns from: `sda-ray adopt`, `--warm-start` and 
 A run can be brought in if it could be one of the sweep's own: its config is CONFIG with values of
 SPACE, and only the seed may differ. Its loss is taken from its curve if that is the same validation
 loss (a function of the data and the window alone), and is otherwise measured with its weights. Its
-directory may be a stranger's: it is read with care and never written to.
+directory may come from a stranger: it is read with care and never written to.
 
-Config and metrics of each run are copied into a directory of its own, as a whole or not at all;
-then a line of the study records it. What is killed in between is found by the next try. In the study
-it is a complete run with a source: the sampler learns from it, and it is compared with at rungs, but
-does not count as a trial.
+Config and metrics of each run are copied into a directory of the sweep, as a whole or not at all;
+then a line of the study records it. If it is killed in between, the next call completes it. In the
+study it is a complete run with a source: the sampler learns from it and rungs compare with it, but
+it does not count as a trial.
 """
 
 from __future__ import annotations
@@ -70,12 +70,12 @@ __all__ = [
 ]
 
 
-LONGEST = 100_000  # epochs of a curve: it enters the study in one line
+LONGEST = 100_000  # epochs of a curve, which enters the study in one line
 FINISHED = ("finished", "adopted")
 ALPHABET = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 Known = Mapping[str, Mapping[str, Any]]  # the parameters that runs were drawn with, by their ids
-Item = dict[str, Any]  # what the study is told of a run, see `Prior.item`
+Item = dict[str, Any]  # a run as the study records it, see `Prior.item`
 
 
 @dataclass(frozen=True)
@@ -136,13 +136,13 @@ def place(prior: Prior, name: str, runs: Path, digest: str) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
 
     with locked(file):  # one process at a time copies runs for a sweep
-        if (found := RunPath.of_id(runs, prior.run_id)) is not None:
-            return found.directory
+        if (copy := RunPath.of_id(runs, prior.run_id)) is not None:
+            return copy.directory
 
         number = re.search(r"-(\d{1,6})_", prior.path.directory.name)
         new = new_name(prior.run_id, int(number[1]) if number else 1)
         aside = RunPath(runs / f".{prior.run_id}.prior")
-        shutil.rmtree(aside.directory, ignore_errors=True)  # of a try that was killed
+        shutil.rmtree(aside.directory, ignore_errors=True)  # of a process that was killed
         aside.directory.mkdir()
 
         save_config(prior.config, aside.config)
@@ -288,10 +288,10 @@ def _covered(path: RunPath, sweep: Sweep, runs: Path, known: Known) -> Prior:
     elif entry.sweep == sweep.name and path.directory.parent == runs.resolve():
         raise UserError("it is a run of this very sweep")
 
-    found = fit(sweep, entry.config, known.get(path.id))
-    notes = {key: f"it has {text}" for key, text in found.differences.items()}
+    match = fit(sweep, entry.config, known.get(path.id))
+    notes = {key: f"it has {text}" for key, text in match.differences.items()}
 
-    if faults := found.faults + [text for key, text in notes.items() if key != "seed"]:
+    if faults := match.faults + [text for key, text in notes.items() if key != "seed"]:
         raise UserError("\n".join(faults))
 
     origin = _origin(entry)
@@ -299,16 +299,16 @@ def _covered(path: RunPath, sweep: Sweep, runs: Path, known: Known) -> Prior:
     number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "big")
     digits = (ALPHABET[number // 36**i % 36] for i in range(8))
 
-    return Prior(path, origin, "".join(digits), entry.config, found, notes=tuple(notes.values()))
+    return Prior(path, origin, "".join(digits), entry.config, match, notes=tuple(notes.values()))
 
 
 def _origin(entry: Entry) -> dict[str, str]:
     r"""Returns path and id of the original of a run, which may be a copy."""
 
-    found, path = entry.record.get("origin"), entry.path
+    origin, path = entry.record.get("origin"), entry.path
 
-    if isinstance(found, dict) and all(type(found.get(key)) is str for key in ("path", "id")):
-        return {key: found[key][:1000] for key in ("path", "id")}
+    if isinstance(origin, dict) and all(type(origin.get(key)) is str for key in ("path", "id")):
+        return {key: origin[key][:1000] for key in ("path", "id")}
 
     name = path.directory.name
     own = re.fullmatch(r".+_[a-z0-9]{8}", name)
@@ -319,7 +319,7 @@ def _origin(entry: Entry) -> dict[str, str]:
 def _with_curve(prior: Prior, sweep: Sweep, digest: str, copies: dict[str, RunPath]) -> Prior:
     r"""Returns a run with its metrics, if they have the validation loss of the sweep.
 
-    A copy that an earlier try has left has it in any case.
+    A copy that an earlier call has left has it in any case.
     """
 
     path = copies.get(prior.run_id, prior.path)
@@ -369,7 +369,7 @@ def _final(name: str, prior: Prior, lines: Sequence[dict[str, Any]]) -> float:
         value = sum(known) if len(known) == prior.config["epochs"] else None
 
     if type(value) not in (int, float) or not math.isfinite(value):
-        raise UserError(f"it does not tell its {name}, which is an objective of the sweep")
+        raise UserError(f"it has no {name}, which is an objective of the sweep")
 
     return float(value)
 

@@ -21,10 +21,6 @@ __all__ = ["Retention", "parse_size"]
 
 logger = logging.getLogger(__name__)
 
-UNITS = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-SHORT = {unit.removesuffix("B"): size for unit, size in UNITS.items()}  # as 50G
-
 LOW = 0.1  # the free part of a disk below which a warning is given
 AGAIN = 3600.0  # seconds until a warning is repeated
 RETRY = 60.0  # seconds until a run whose checkpoint could not be deleted is tried again
@@ -32,27 +28,29 @@ TURN = 0.5  # seconds that one call may take for deletions; the next one continu
 COST = 0.02  # the part of the driver's time that all calls may take
 
 
-def parse_size(text: str, option: str = "--disk") -> int:
-    r"""Returns a size in bytes, given as `50GB`, `1.5 TB` or `800MiB`.
+def parse_size(text: str) -> int:
+    r"""Returns the bytes of `--disk`, given as `50GB`, `1.5 TB` or `800MiB`.
 
     Raises:
-        UserError: If the text is no such size. The message begins with the name of the option.
+        UserError: If the text is no such size.
     """
 
-    match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([a-z]*)\s*", text, re.IGNORECASE)
-    units = {unit.lower(): size for unit, size in (UNITS | SHORT).items()}
+    pattern = r"\s*(\d+\.?\d*|\.\d+)\s*(?:([kMGT])(i?)B?)?\s*"
+    match = re.fullmatch(pattern, text, re.IGNORECASE)
 
-    if match is None or (unit := match[2].lower()) not in units:
-        hint = f". Did you mean {match[1]}GB?" if match is not None and not match[2] else "."
+    if match is None or match[2] is None:
+        hint = "" if match is None else f" Did you mean {match[1]}GB?"
         raise UserError(
-            f"{option} is '{text}', but must be a number and a unit ({', '.join(UNITS)}), as "
-            f"50GB{hint}"
+            f"--disk is '{text}', but must be a number and a unit (kB, MB, GB, TB, KiB, MiB, GiB, "
+            f"TiB), as 50GB.{hint}"
         )
 
-    if (count := int(float(match[1]) * units[unit])) < 1:
-        raise UserError(f"{option} is '{text}', but must be above 0.")
+    unit = (1024 if match[3] else 1000) ** (1 + "kmgt".index(match[2].lower()))
 
-    return count
+    if (size := int(float(match[1]) * unit)) < 1:
+        raise UserError(f"--disk is '{text}', but must be above 0.")
+
+    return size
 
 
 class Retention:

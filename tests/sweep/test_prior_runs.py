@@ -155,7 +155,7 @@ def test_all_objectives_have_values_or_the_run_is_refused(
             sum(line["seconds"] for line in lines),
         )
     )
-    assert refusal.reason == "it does not tell its seconds, which is an objective of the sweep"
+    assert refusal.reason == "it has no seconds, which is an objective of the sweep"
 
     adopt([str(source)], several, runs, data, record_of)
     lease = Lease(tmp_path / "lease.json", "x")
