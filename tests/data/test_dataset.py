@@ -143,7 +143,7 @@ def test_whole_file_is_opened(tmp_path: Path) -> None:
         assert np.array_equal(x, X)
 
 
-def test_bytes_anywhere_never_give_anything_but_user_errors(tmp_path: Path) -> None:
+def test_damaged_bytes_give_user_errors_only(tmp_path: Path) -> None:
     file = tmp_path / "x.h5"
     array(X)(file)
     whole = bytearray(file.read_bytes())
@@ -340,7 +340,7 @@ def test_windows_outside_are_refused(directory: Path) -> None:
             dataset.windows([i], [j])
 
 
-def test_pickled_dataset_leaves_the_numbers_behind(directory: Path) -> None:
+def test_pickled_dataset_does_not_carry_the_numbers(directory: Path) -> None:
     dataset = TrajectoryDataset(directory / "train.h5", window=3)
     data = pickle.dumps(dataset)
 

@@ -74,7 +74,7 @@ def test_trajectories_may_come_in_any_order(directory: Path) -> None:
     assert find_missing(directory, ORIGIN) == [0, 1, 2, 4, 5, 6, 7, 8, 10]
 
 
-def test_unfinished_data_are_refused_with_the_command_that_goes_on(directory: Path) -> None:
+def test_unfinished_data_are_refused_with_the_command_that_continues(directory: Path) -> None:
     write_trajectory(directory, ORIGIN, 5, numbers(5))
 
     with pytest.raises(UserError, match=r"train\.h5 is unfinished: 1 of 9 ") as e:
@@ -231,7 +231,7 @@ def trajectory(seed: int, i: int) -> np.ndarray:
     return coarsen(flow.trajectory(x, length=128, last=64), 1)[0].numpy()
 
 
-def test_killed_simulation_goes_on_to_the_same_bits(
+def test_killed_simulation_continues_to_the_same_bits(
     tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
     directory = tmp_path / "data"
@@ -293,7 +293,7 @@ def test_killed_simulation_goes_on_to_the_same_bits(
         ((10, 64, -1), "seed is -1"),
     ],
 )
-def test_bad_arguments_are_refused_and_nothing_is_written(
+def test_invalid_arguments_are_refused_and_nothing_is_written(
     tmp_path: Path, arguments: tuple[int, int, int], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):

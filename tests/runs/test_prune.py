@@ -65,7 +65,7 @@ def test_run_whose_checkpoint_was_given_back_ends_in_the_same_bits(
     ]
 
 
-def test_epochs_done_again_are_not_sent_to_wandb_resume_command(
+def test_repeated_epochs_are_not_sent_to_wandb_again(
     tmp_path: Path, data: Path, small: Config
 ) -> None:
     offline, record = Wandb("offline"), {"sweep": "width"}

@@ -47,7 +47,7 @@ def test_start_up_that_hangs_ends_the_process_too(tmp_path: Path, env: dict[str,
     assert "in hang" in (tmp_path / "stacks.txt").read_text()
 
 
-def test_slow_phases_rest_and_slow_steps_that_are_usual_do_not(
+def test_slow_phases_rest_and_usually_slow_steps_do_not_end_the_process(
     tmp_path: Path, env: dict[str, str]
 ) -> None:
     then = """
@@ -72,7 +72,7 @@ def test_stacks_of_an_attempt_before_are_kept(tmp_path: Path) -> None:
     assert file.read_text() == "old stacks\n"
 
 
-def test_training_goes_on_without_a_watch_if_there_is_no_place_for_stacks(tmp_path: Path) -> None:
+def test_training_continues_without_a_watchdog_if_stacks_cannot_be_saved(tmp_path: Path) -> None:
     watchdog = Watchdog(tmp_path / "missing" / "stacks.txt", 0.01)
     watchdog.phase()
     watchdog.step()
@@ -83,7 +83,7 @@ def test_training_goes_on_without_a_watch_if_there_is_no_place_for_stacks(tmp_pa
 
 
 @pytest.mark.parametrize("seconds", [1e-5])
-def test_watch_costs_next_to_nothing(tmp_path: Path, seconds: float) -> None:
+def test_watchdog_costs_little(tmp_path: Path, seconds: float) -> None:
     watchdog = Watchdog(tmp_path / "stacks.txt")
     watchdog.phase()
     start = time.process_time()
