@@ -35,11 +35,11 @@ from ..core import (
     write_json,
 )
 from ..runs import RunPath, read_record, sweep_directory
-from ..search import Study, TrialRecord, count_trials, queue_warning
-from .enqueue import bring_all
+from ..search import TrialRecord, count_trials
 from .record import read_sweep
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # the caller needs no Optuna
+    from ..search import Study
     from .driver import Driver
 
 __all__ = [
@@ -319,6 +319,8 @@ def retry_failed(study: Study) -> str:
 def enqueue_all(study: Study, items: Sequence[Mapping[str, Any]], target: int) -> str:
     r"""Queues configurations, unless they are queued already, and returns a sentence about it."""
 
+    from ..search import queue_warning
+
     for item in items:
         if item not in study.queue().values():
             study.enqueue(dict(item))
@@ -397,8 +399,8 @@ class RequestServer:
             "stop": self._stop,
             "trials": self._trials,
             "enqueue": self._enqueue,
-            "prior": lambda content: bring_all(self.study, content["runs"]),
-            "retry": lambda content: self._retry(),
+            "prior": self._prior,
+            "retry": self._retry,
         }
 
         try:
@@ -462,7 +464,12 @@ class RequestServer:
 
         return f"run {n}, paused at epoch {record.last}, is stopped"
 
-    def _retry(self) -> str:
+    def _prior(self, content: dict[str, Any]) -> str:
+        from .enqueue import bring_all
+
+        return bring_all(self.study, content["runs"])
+
+    def _retry(self, content: dict[str, Any]) -> str:
         self.driver.errors.clear()
 
         return retry_failed(self.study)
