@@ -236,6 +236,11 @@ class Lab:
 
         return self.run("head", f"tail -n 40 {logs}/monitor.log {logs}/monitor.out", 60, None)
 
+    def node_log(self, host: str) -> str:
+        r"""Returns the end of the log of the raylet on a host."""
+
+        return self.run(host, "tail -n 40 /tmp/ray/session_latest/logs/raylet.out", 60, None)
+
     def data(self, host: str = "head", root: str = ROOT) -> None:
         r"""Makes tiny data in the root on a host: 20, 4 and 4 trajectories of 12 states."""
 

@@ -89,7 +89,10 @@ def at_work(lab: Lab, host: str) -> Runs:
 def wait_for_work(lab: Lab, host: str, seconds: float = 240) -> str:
     r"""Waits until a host trains a run, and returns which."""
 
-    return next(iter(wait(f"a trial on {host}", lambda: at_work(lab, host), seconds)))
+    try:
+        return next(iter(wait(f"a trial on {host}", lambda: at_work(lab, host), seconds)))
+    except TimeoutError as error:
+        raise TimeoutError(f"{error}\n{lab.monitor()}\n{lab.node_log(host)}")
 
 
 def wait_for_move(lab: Lab, name: str, before: Runs, seconds: float = 300) -> None:
