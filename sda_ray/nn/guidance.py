@@ -71,11 +71,8 @@ class GaussianScore(nn.Module):
 
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-
-            with torch.set_grad_enabled(not self.detach):
-                eps = _frozen(self.sde.eps, x, t, c)
-
-            error = self.y - self.A((x - _fit(sigma, x) * eps) / _fit(mu, x))
+            eps, denoised = _denoise(self.sde, x, t, c, self.detach)
+            error = self.y - self.A(denoised)
             var = self.std**2 + self.gamma * _fit(sigma / mu, error) ** 2
             log_p = -(error**2 / var).sum() / 2
 
@@ -133,13 +130,10 @@ class DPSGaussianScore(nn.Module):
             c: The optional context.
         """
 
-        mu, sigma = self.sde.mu(t), self.sde.sigma(t)
-
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            eps = _frozen(self.sde.eps, x, t, c)
-            error = self.y - self.A((x - _fit(sigma, x) * eps) / _fit(mu, x))
-            square = error.square()
+            eps, denoised = _denoise(self.sde, x, t, c)
+            square = (self.y - self.A(denoised)).square()
             square = square.sum() if self.joint else square.reshape(len(square), -1).sum(1)
 
         (s,) = torch.autograd.grad(square.sum(), x)
@@ -147,16 +141,20 @@ class DPSGaussianScore(nn.Module):
         # A perfect fit has gradient zero, and must not become 0 / 0.
         norm = square.detach().sqrt().clamp(min=torch.finfo(square.dtype).tiny)
 
-        return eps.detach() + _fit(sigma, x) * self.zeta * s / _fit(norm, x)
+        return eps.detach() + _fit(self.sde.sigma(t), x) * self.zeta * s / _fit(norm, x)
 
 
-def _frozen(eps: nn.Module, x: Tensor, t: Tensor, c: Tensor | None) -> Tensor:
-    r"""Estimates the noise such that nothing is prepared for gradients of the weights."""
+def _denoise(
+    sde: VPSDE, x: Tensor, t: Tensor, c: Tensor | None, detach: bool = False
+) -> tuple[Tensor, Tensor]:
+    r"""Returns the estimated noise and :math:`\hat{x}`. The weights need no gradients."""
 
-    weights = {name: p.detach() for name, p in eps.named_parameters()}
-    noise: Tensor = functional_call(eps, weights, (x, t, c))
+    weights = {name: p.detach() for name, p in sde.eps.named_parameters()}
 
-    return noise
+    with torch.set_grad_enabled(not detach):
+        eps: Tensor = functional_call(sde.eps, weights, (x, t, c))
+
+    return eps, (x - _fit(sde.sigma(t), x) * eps) / _fit(sde.mu(t), x)
 
 
 def _fit(a: Tensor, x: Tensor) -> Tensor:
