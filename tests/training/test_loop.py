@@ -506,10 +506,22 @@ def step(state: TrainState, n: int) -> tuple[float, list[torch.Tensor]]:
 
 
 @pytest.mark.filterwarnings("default")  # of torch's own compiler
-def test_compiled_step_has_the_maths_of_the_eager_one(tmp_path: Path, monkeypatch: Any) -> None:
+@pytest.mark.parametrize(
+    ("backend", "channels"),
+    [("inductor", (4,)), ("aot_eager", (4, 8))],  # the former takes a minute for one level
+)
+def test_compiled_step_has_the_maths_of_the_eager_one(
+    backend: str, channels: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compile(network: Any, **options: Any) -> Any:
+        return torch_compile(network, **options | {"mode": None, "backend": backend})
+
+    torch_compile = torch.compile
+    monkeypatch.setattr(torch, "compile", compile)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch.compiler.reset()
-    eager, ours = TrainState(TINY | {"compile": "off"}, CELLS), TrainState(TINY, CELLS)
+    config = TINY | {"hidden_channels": channels, "hidden_blocks": (1,) * len(channels)}
+    eager, ours = TrainState(config | {"compile": "off"}, CELLS), TrainState(config, CELLS)
 
     for n in range(1, 4):
         (expected, grads), (loss, found) = step(eager, n), step(ours, n)
