@@ -167,7 +167,6 @@ def keep_start(run: Run, state: TrainState) -> None:
     if state.saved == state.position == (steady, 0) and steady < run.config["epochs"]:
         try:
             keep_checkpoint(run.path, run.lease.hold)
-            run.announce(run.path.decay)
         except OSError as error:
             logger.warning(
                 "%s cannot be kept, so the run cannot be extended later: %s.",

@@ -126,7 +126,6 @@ class Record(dict[str, Any]):
         path: The run.
         hold: Entered around each write, see :meth:`sda_ray.core.lease.Lease.hold`.
         more: Entries that are added to the existing ones.
-        on_saved: Called with the file after each write.
     """
 
     def __init__(
@@ -134,14 +133,12 @@ class Record(dict[str, Any]):
         path: RunPath,
         hold: Callable[[], AbstractContextManager[None]],
         more: dict[str, Any],
-        on_saved: Callable[[Path], None] = lambda file: None,
     ) -> None:
         super().__init__(id=path.id, name=path.name, created=_now(), exact=True)
         self.update(read_record(path))
         self.update(more)
         self.path = path
         self.hold = hold
-        self.on_saved = on_saved
 
     def begin(self, attempt: int, provenance: dict[str, Any]) -> None:
         r"""Records the start of an attempt, and whether its bits may differ from the first's."""
@@ -173,8 +170,6 @@ class Record(dict[str, Any]):
 
         with self.hold():
             write_json(self.path.record, self)
-
-        self.on_saved(self.path.record)
 
 
 def logged_config(config: Config, record: dict[str, Any]) -> Config:
@@ -267,7 +262,7 @@ def origin() -> tuple[dict[str, Any], bytes | None]:
     return {"package": str(PACKAGE), "host": platform.node(), **_commit()}, _diff()
 
 
-def save_diff(path: RunPath, hold: Callable[[], AbstractContextManager[None]]) -> bool:
+def save_diff(path: RunPath, hold: Callable[[], AbstractContextManager[None]]) -> None:
     r"""Saves the package's difference to its commit as `diff.patch`, if there is one.
 
     Untracked files are left out. Only its owner may read the file; that of an earlier attempt is
@@ -276,15 +271,12 @@ def save_diff(path: RunPath, hold: Callable[[], AbstractContextManager[None]]) -
     Arguments:
         path: The run.
         hold: Entered around the write, see :meth:`sda_ray.core.lease.Lease.hold`.
-
-    Returns:
-        Whether a file was written.
     """
 
     diff = _diff()
 
     if not diff:
-        return False
+        return
 
     if len(diff) > LARGEST_DIFF:
         logger.warning(
@@ -292,12 +284,10 @@ def save_diff(path: RunPath, hold: Callable[[], AbstractContextManager[None]]) -
             len(diff),
             LARGEST_DIFF,
         )
-        return False
+        return
 
     with hold():
         write_atomic(path.diff, diff, mode=0o600)
-
-    return True
 
 
 @cache

@@ -2,7 +2,6 @@ r"""An open run: everything that a training writes to its directory and to W&B."
 
 import logging
 import time
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -54,10 +53,6 @@ class Run:
         record: Further entries of `run.json`.
         device: Where the run trains, for the record.
         interval: The least time between two checkpoints, in seconds.
-        on_saved: Called with each file that was written, once it is on the disk, and the digest of
-            a checkpoint, see :func:`sda_ray.runs.checkpoint.save_checkpoint`; of other files, an
-            empty text. It is called in the training's thread, and outside of the lease's lock, so
-            it must return at once. May be set later, as an attribute.
 
     Raises:
         UserError: If another process uses the run, or its directory cannot be written.
@@ -75,10 +70,8 @@ class Run:
         record: dict[str, Any] | None = None,
         device: str | torch.device = "cpu",
         interval: float = CHECKPOINT_SECONDS,
-        on_saved: Callable[[Path, str], None] | None = None,
     ) -> None:
         self.id = id or new_id()
-        self.on_saved = on_saved
         self._least = self._interval = interval
         self._closed = False
         self._link = runs / f".{self.id}"
@@ -144,11 +137,10 @@ class Run:
 
         try:
             self._settle(named)
-            self.record = Record(self.path, self.lease.hold, record, self.announce)
+            self.record = Record(self.path, self.lease.hold, record)
             self.record.begin(self.lease.attempt, provenance(device))
 
-            if save_diff(self.path, self.lease.hold):
-                self.announce(self.path.diff)
+            save_diff(self.path, self.lease.hold)
         except BaseException:
             self.tracker.finish(good=False)
             raise
@@ -176,12 +168,6 @@ class Run:
     def _hold(self) -> AbstractContextManager[None]:
         return self.lease.hold()
 
-    def announce(self, file: Path, digest: str = "") -> None:
-        r"""Calls :attr:`on_saved`, if it is set."""
-
-        if self.on_saved is not None:
-            self.on_saved(file, digest)
-
     @property
     def lines(self) -> dict[int, Metrics]:
         r"""The metrics of the complete epochs, by epoch."""
@@ -196,7 +182,6 @@ class Run:
 
         if metrics["epoch"] not in self.lines:
             self.history.add(metrics)
-            self.announce(self.path.metrics)
             self._send(metrics)
         elif differs := self.history.differences(metrics):
             self.record["exact"] = False
@@ -258,7 +243,7 @@ class Run:
 
         try:
             self.history.write()
-            digest = save_checkpoint(self.path, state.tensors(), state.info(), self._hold)
+            save_checkpoint(self.path, state.tensors(), state.info(), self._hold)
             state.saved = state.position
         except OSError as error:
             check_present(self.path.lease)
@@ -267,8 +252,6 @@ class Run:
                 self.path.directory.name,
                 error,
             )
-        else:
-            self.announce(self.path.checkpoint, digest)
 
         self._last_save = time.monotonic()
         self._interval = max(self._least, (self._last_save - start) / CHECKPOINT_COST)
@@ -291,14 +274,12 @@ class Run:
         try:
             self.history.write()
             save_state(self.path, state.result.state_dict(), self.lease.hold)
-            self.announce(self.path.state)
             image = draw_samples(state.result_sde, self.config["seed"])
 
             with self.lease.hold():
                 write_atomic(self.path.samples, image)
                 self.path.previous.unlink(missing_ok=True)
 
-            self.announce(self.path.samples)
             self.tracker.log_image("samples", self.path.samples, state.epoch + 1)
             self.record.write("finished", epoch=state.epoch)
         except OSError as error:

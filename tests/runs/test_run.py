@@ -16,7 +16,6 @@ from sda_ray.core.config import Config
 from sda_ray.core.errors import UserError
 from sda_ray.core.lease import Lease
 from sda_ray.nn.score import load_score
-from sda_ray.runs.checkpoint import checkpoint_info
 from sda_ray.runs.run import Run
 from sda_ray.runs.train import train_run
 from sda_ray.training.loop import TrainState
@@ -224,45 +223,6 @@ def test_checkpoints_come_at_the_interval_and_cost_little(runs: Path, small: Con
     time.sleep(cost / 0.03)
     due.append(run.due)
     assert due == [True, False, True]
-
-
-def test_every_file_is_announced_once_it_is_on_the_disk(
-    runs: Path, small: Config, data: Path
-) -> None:
-    r"""A replica is told of each file, in an order in which copies can be resumed."""
-
-    saved: list[tuple[str, str]] = []
-
-    def on_saved(file: Path, digest: str) -> None:
-        assert file.parent == run.path.directory and file.stat().st_size > 0
-        info = checkpoint_info(file) if file == run.path.checkpoint else None
-        assert digest == ("" if info is None else info.sha256)
-        saved.append((file.name, digest))
-
-    run = Run(runs, small, wandb=DISABLED)
-    run.on_saved = on_saved
-    list(train_run(run, data, rungs=(1,)))
-    run.close("finished")
-    names = [name for name, _ in saved]
-
-    assert [name for name in names if name != "checkpoint.decay.pth"] == [
-        "metrics.jsonl",
-        "checkpoint.pth",
-        *["metrics.jsonl"] * 2,
-        "checkpoint.pth",
-        "state.pth",
-        "samples.png",
-        *["run.json"] * 2,
-    ]
-    assert len({digest for _, digest in saved}) == 3  # two checkpoints, and files without
-
-    def before(file: Path, digest: str) -> None:
-        saved.append((file.name, digest))
-
-    saved.clear()
-    again = Run(runs, {}, run.id, wandb=DISABLED, on_saved=before)
-    again.close("finished")
-    assert {name for name, _ in saved} - {"diff.patch"} == {"run.json"}
 
 
 def test_checkpoint_at_the_same_step_is_not_saved_twice(runs: Path, small: Config) -> None:
