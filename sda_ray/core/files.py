@@ -34,7 +34,6 @@ __all__ = [
 ]
 
 MAX_JSON = 64 * 2**20  # bytes; files of others must not exhaust the memory
-TAIL = 2**16  # bytes in which the last whole line is searched first
 
 
 @contextlib.contextmanager
@@ -113,7 +112,7 @@ def open_regular(file: Path | str, flags: int = os.O_RDONLY) -> int:
 
 
 def read_regular(file: Path | str, limit: int = MAX_JSON) -> bytes:
-    r"""Returns what is in a file, see :func:`open_regular`, if it has at most `limit` bytes."""
+    r"""Returns the content of a file of at most `limit` bytes, see :func:`open_regular`."""
 
     with os.fdopen(open_regular(file), "rb") as f:
         if (size := os.fstat(f.fileno()).st_size) > limit:
@@ -142,10 +141,9 @@ def read_json(file: Path | str) -> Any:
         return json.loads(read_regular(file))
     except OSError as e:
         raise UserError(f"{file} cannot be read: {e.strerror}.") from e
+    except UserError:
+        raise
     except (ValueError, RecursionError) as e:
-        if isinstance(e, UserError):
-            raise
-
         raise UserError(f"{file} is damaged, or not JSON: {e}.") from e
 
 
@@ -176,11 +174,11 @@ def append(file: Path | str, data: bytes) -> None:
     new = not os.path.lexists(file)
     handle = open_regular(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
-    try:
-        end = os.fstat(handle).st_size
+    with os.fdopen(handle, "ab", buffering=0) as f:
+        end = f.seek(0, os.SEEK_END)
 
         try:
-            if os.write(handle, data) < len(data):
+            if f.write(data) < len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
 
             os.fsync(handle)
@@ -188,10 +186,8 @@ def append(file: Path | str, data: bytes) -> None:
             if new:
                 sync_directory(Path(file).parent)
         except OSError:
-            os.ftruncate(handle, end)
+            f.truncate(end)
             raise
-    finally:
-        os.close(handle)
 
 
 def append_line(file: Path | str, obj: dict[str, Any]) -> None:
@@ -231,22 +227,15 @@ def read_lines(file: Path | str) -> list[dict[str, Any]]:
 def find_torn_lines(file: Path | str) -> tuple[int, bytes]:
     r"""Returns the length of a file of JSON lines up to its last whole line, and what follows.
 
-    After a crash or a power cut, lines at the end may lack their end or their middle. A large file
-    is read from its end, as far as needed.
+    After a crash or a power cut, lines at the end may lack their end or their middle.
     """
 
     with os.fdopen(open_regular(file), "rb") as f:
-        size = os.fstat(f.fileno()).st_size
-        tail = TAIL
+        data = f.read()
 
-        while True:
-            start = f.seek(max(0, size - tail))
-            data = f.read(size - start)
+    end = _whole(data)
 
-            if (end := _whole(data)) or not start:
-                return start + end, data[end:]
-
-            tail *= 16
+    return end, data[end:]
 
 
 def cut_torn_lines(file: Path | str) -> bytes:
@@ -331,8 +320,8 @@ def locked(file: Path | str, *, shared: bool = False, wait: bool = True) -> Iter
         yield f
 
 
-def lock_works(directory: Path | str, mounts: Path = Path("/proc/self/mounts")) -> str | None:
-    r"""Returns what is wrong with file locks in a directory, or None if they seem to work.
+def lock_works(directory: Path | str) -> str | None:
+    r"""Returns why file locks in a directory do not work, or None if they seem to.
 
     Leases rely on `flock`. Some file systems refuse it (Lustre without `-o flock`, NFS without a
     lock daemon); others grant it on each host for itself, so that two hosts may hold one lock.
@@ -340,12 +329,13 @@ def lock_works(directory: Path | str, mounts: Path = Path("/proc/self/mounts")) 
 
     Arguments:
         directory: The directory, which must be writable for a test of its locks.
-        mounts: The table of mounted file systems.
 
     Example:
         >>> lock_works("/tmp") is None
         True
     """
+
+    import psutil
 
     try:
         with tempfile.NamedTemporaryFile(prefix=".lock-", dir=directory) as f:
@@ -359,13 +349,15 @@ def lock_works(directory: Path | str, mounts: Path = Path("/proc/self/mounts")) 
 
         return None  # missing or not writable: the caller's error says so
 
-    kind, options = _mount_of(Path(directory), mounts)
+    place = Path(directory).resolve()
+    mounts = sorted(psutil.disk_partitions(all=True), key=lambda x: len(x.mountpoint))
+    mount = [x for x in mounts if place.is_relative_to(x.mountpoint)][-1]
+    local = LOCAL_OPTIONS.intersection(mount.opts.split(","))
 
-    if kind in LOCAL_LOCKS or options & LOCAL_OPTIONS:
-        how = " ".join(sorted(options & LOCAL_OPTIONS))
+    if mount.fstype in LOCAL_LOCKS or local:
         return (
-            f"{directory} is on {kind} ({how or 'as mounted'}), where a lock is seen only on its "
-            f"own host: {_REMEDY}"
+            f"{directory} is on {mount.fstype} ({' '.join(sorted(local)) or 'as mounted'}), where "
+            f"a lock is seen only on its own host: {_REMEDY}"
         )
 
     return None
@@ -376,23 +368,3 @@ NO_LOCKS = (errno.EAGAIN, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 LOCAL_LOCKS = {"fuse.sshfs", "fuse.s3fs", "fuse.goofys", "fuse.rclone"}
 LOCAL_OPTIONS = {"localflock", "nolock", "local_lock=all", "local_lock=flock", "nobrl"}
 _REMEDY = "mount it with working flock (Lustre: `-o flock`), or choose another place by --root."
-
-
-def _mount_of(directory: Path, mounts: Path) -> tuple[str, set[str]]:
-    r"""Returns the type and the options of the file system that a directory lies on."""
-
-    best: tuple[int, str, set[str]] = (0, "", set())
-
-    try:
-        table = mounts.read_text(errors="replace")
-    except OSError:  # not Linux
-        return best[1:]
-
-    for line in table.splitlines():
-        _, place, kind, options, *_ = line.split()
-        place = place.replace("\\040", " ")
-
-        if directory.resolve().is_relative_to(place) and len(place) >= best[0]:
-            best = len(place), kind, set(options.split(","))
-
-    return best[1:]

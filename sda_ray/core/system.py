@@ -9,7 +9,6 @@ import ctypes
 import logging
 import math
 import os
-import re
 import subprocess
 import sys
 import time
@@ -105,7 +104,9 @@ def deadline(hours: float | None, environ: Mapping[str, str]) -> float | None:
 
         ends.append(time.monotonic() + 3600 * hours)
 
-    if end := environ.get("SLURM_JOB_END_TIME") or _ask_slurm(environ.get("SLURM_JOB_ID")):
+    end, job = environ.get("SLURM_JOB_END_TIME"), environ.get("SLURM_JOB_ID")
+
+    if end := end or (job and _ask_slurm(job)):
         try:
             left = float(end) - time.time()
             ends.append(time.monotonic() + left - (SLURM - LEAST))
@@ -115,25 +116,19 @@ def deadline(hours: float | None, environ: Mapping[str, str]) -> float | None:
     return min(ends, default=None)
 
 
-def _ask_slurm(job: str | None) -> str:
+def _ask_slurm(job: str) -> str:
     r"""Returns the end of a Slurm job by `squeue`, for Slurm before 23.02, or an empty text."""
-
-    if job is None:
-        return ""
 
     command = ["squeue", "--noheader", f"--jobs={job}", "--format=%L"]
 
     try:
         left = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
+        days, _, clock = left.rpartition("-")
+        parts = [int(x) for x in reversed(clock.split(":"))]
+    except (OSError, subprocess.TimeoutExpired, ValueError):  # UNLIMITED, or no time
         return ""
 
-    if not (parts := re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", left)):
-        return ""  # UNLIMITED, or no time
-
-    days, hours, minutes, seconds = (int(x or 0) for x in parts.groups())
-
-    return str(time.time() + ((24 * days + hours) * 60 + minutes) * 60 + seconds)
+    return str(time.time() + 86400 * int(days or 0) + sum(60**i * x for i, x in enumerate(parts)))
 
 
 def margin(longest: float, whole: float) -> float:

@@ -14,7 +14,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -321,7 +323,7 @@ def test_locks_of_a_local_disk_work(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "code", [errno.EAGAIN, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP], ids=os.strerror
 )
-def test_file_systems_without_locks_are_told(
+def test_file_systems_without_locks_are_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     def refuse(*_: object) -> None:
@@ -331,7 +333,7 @@ def test_file_systems_without_locks_are_told(
     assert "cannot be locked" in (lock_works(tmp_path) or "")
 
 
-def test_locks_that_exclude_nobody_are_told(
+def test_locks_that_exclude_nobody_are_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fcntl, "flock", lambda *_: None)
@@ -350,12 +352,14 @@ def test_locks_that_exclude_nobody_are_told(
         ("ext4 rw", False),
     ],
 )
-def test_locks_that_other_hosts_do_not_see_are_told(
-    tmp_path: Path, mount: str, local: bool
+def test_locks_that_other_hosts_do_not_see_are_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mount: str, local: bool
 ) -> None:
     (tmp_path / "runs").mkdir()
-    mounts = tmp_path / "mounts"
-    mounts.write_text(f"/dev/root / ext4 rw 0 0\nserver {tmp_path / 'runs'} {mount} 0 0\n")
+    kind, options = mount.split()
+    root = SimpleNamespace(mountpoint="/", fstype="ext4", opts="rw")
+    runs = SimpleNamespace(mountpoint=str(tmp_path / "runs"), fstype=kind, opts=options)
+    monkeypatch.setattr(psutil, "disk_partitions", lambda all: [root, runs])
 
-    assert bool(lock_works(tmp_path / "runs", mounts)) is local
-    assert lock_works(tmp_path, mounts) is None
+    assert bool(lock_works(tmp_path / "runs")) is local
+    assert lock_works(tmp_path) is None
