@@ -145,12 +145,6 @@ def _check_bucket(args: Args) -> None:
         )
 
     if args.command in LISTING:
-        from ..storage import Bucket, Unreachable, fetch_records
+        from ..storage import Bucket, fetch_records
 
-        bucket = Bucket(args.bucket)
-        bucket.check()
-
-        try:
-            fetch_records(bucket, args.runs)
-        except Unreachable as error:
-            raise UserError(f"{args.bucket} does not answer: {error}. Try again.") from error
+        fetch_records(Bucket(args.bucket), args.runs)

@@ -4,11 +4,9 @@ Tune receives numbers only: the run's directory, its checkpoints and its resumpt
 trial's process is kept for the next trial, so that everything ends in :meth:`Trial.close`.
 """
 
-import os
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from signal import SIGTERM
 from typing import Any
@@ -330,12 +328,13 @@ def stop_flag(request: Path, index: int, remote: Any = None) -> Any:
     r"""Returns a stop flag that is set once a stop file exists.
 
     Tune creates the actors of trials without concurrency groups, so that a trial answers no call
-    while it trains: it looks for a file instead. The file `request` stops all trials of the
-    sweep, `request.N` only run N, as its `alone` tells. Where the files cannot be seen, the head
-    node tells; a trial that was cut off from there raises.
+    while it trains: it looks for a file instead, see :func:`sda_ray.storage.server.stop_scope`.
+    Where the files cannot be seen, it asks the head node; a trial that was cut off from there
+    raises.
     """
 
     from ..runs import Stop
+    from ..storage import stop_scope
 
     class Request(Stop):
         looked = 0.0
@@ -346,7 +345,7 @@ def stop_flag(request: Path, index: int, remote: Any = None) -> Any:
         def signal(self) -> int | None:
             if self.number is None and time.monotonic() - self.looked > LOOK:
                 self.looked = time.monotonic()
-                scope = _scope(request, index) if remote is None else remote.stop_request()
+                scope = stop_scope(request, index) if remote is None else remote.stop_request()
                 self.alone = scope == "alone"
                 self.number = SIGTERM if scope else None
 
@@ -357,18 +356,3 @@ def stop_flag(request: Path, index: int, remote: Any = None) -> Any:
             self.number = number
 
     return Request()
-
-
-def _scope(request: Path, index: int) -> str:
-    r"""Returns whether a stop file asks `all` trials or this one `alone`, or nothing."""
-
-    names: list[str] = []
-
-    with suppress(OSError):  # the file system may be away for a while
-        # A listing is fresh on NFS, where the absence of a file may be cached
-        names = os.listdir(request.parent)
-
-    if f"{request.name}.{index}" in names:
-        return "alone"
-
-    return "all" if request.name in names else ""

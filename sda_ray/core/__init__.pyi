@@ -40,6 +40,8 @@ from .keys import did_you_mean as did_you_mean
 from .keys import short_repr as short_repr
 from .lease import HEARTBEAT as HEARTBEAT
 from .lease import STALE as STALE
+from .lease import Conflict as Conflict
+from .lease import FileBackend as FileBackend
 from .lease import Lease as Lease
 from .lease import LeaseGone as LeaseGone
 from .lease import LeaseLost as LeaseLost

@@ -8,12 +8,13 @@ back, and writes nothing more.
 
 import json
 import logging
+import math
 import os
 import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import datetime, timezone
 from hashlib import sha256
@@ -24,6 +25,7 @@ from .errors import UserError
 from .files import lock_works, locked, open_regular, read_regular, write_atomic
 
 __all__ = [
+    "HEARTBEAT",
     "STALE",
     "Backend",
     "Conflict",
@@ -37,7 +39,6 @@ __all__ = [
     "is_local",
     "is_present",
     "last_heartbeat",
-    "parse_holder",
     "read_holder",
     "this_host",
     "this_process",
@@ -49,7 +50,7 @@ STALE = 60.0  # seconds without a heartbeat after which a holder on another host
 HEARTBEAT = 10.0  # seconds between two heartbeats
 KILL_TIMEOUT = 10.0  # seconds that a killed process may take to end
 
-Holder = dict[str, Any]  # attempt, pid, started, since, host, machine, boot, space, agent
+Holder = dict[str, Any]  # attempt, pid, started, since, host, machine, boot, space
 
 
 class LeaseLost(RuntimeError):
@@ -61,19 +62,19 @@ class LeaseGone(OSError):
 
 
 class Conflict(RuntimeError):
-    r"""Raised by a backend without locks if the record has another version than expected."""
+    r"""Raised if a record, or another object, is not at the version that a write expects."""
 
 
 class Backend(Protocol):
     r"""Storage of one lease record, changed only by compare and swap.
 
-    A version is a text that differs after each write and each heartbeat.
+    A version is any value that differs after each write and each heartbeat.
     """
 
-    def read(self) -> tuple[bytes, str] | None:
+    def read(self) -> tuple[bytes, Any] | None:
         r"""Returns the record and its version, or None if there is no record."""
 
-    def write(self, data: bytes, version: str | None) -> str:
+    def write(self, data: bytes, version: Any) -> Any:
         r"""Replaces the record of a version (None: creates it) and returns the new version.
 
         Raises:
@@ -81,7 +82,7 @@ class Backend(Protocol):
             OSError: If the storage fails.
         """
 
-    def beat(self, data: bytes, version: str) -> str:
+    def beat(self, data: bytes, version: Any) -> Any:
         r"""Changes the version of a record, but not its meaning, and returns the new version."""
 
     def lock(self) -> AbstractContextManager[object]:
@@ -98,34 +99,39 @@ class FileBackend:
     def __init__(self, file: Path) -> None:
         self.file = file
 
-    def read(self) -> tuple[bytes, str] | None:
+    def read(self) -> tuple[bytes, int] | None:
         try:
-            return read_regular(self.file), str(last_heartbeat(self.file))
+            return read_regular(self.file), last_heartbeat(self.file)
         except FileNotFoundError:
             return None
+        except UserError:  # a link out of the directory, or no regular file
+            return b"", 0
 
-    def write(self, data: bytes, version: str | None) -> str:
-        write_atomic(self.file, data)
-        return str(last_heartbeat(self.file))
+    def write(self, data: bytes, version: Any) -> int:
+        try:
+            write_atomic(self.file, data)
+        except OSError:  # a full disk: to write over the present record takes no space
+            with os.fdopen(open_regular(self.file, os.O_RDWR), "r+b", buffering=0) as f:
+                if len(data) > (size := os.fstat(f.fileno()).st_size):
+                    raise
 
-    def beat(self, data: bytes, version: str) -> str:
+                f.write(data.ljust(size))
+                os.fsync(f.fileno())
+
+        return last_heartbeat(self.file)
+
+    def beat(self, data: bytes, version: Any) -> int:
         os.utime(self.file)
-        return str(last_heartbeat(self.file))
+        return last_heartbeat(self.file)
 
     def lock(self) -> AbstractContextManager[object]:
         return locked(self.file.with_suffix(".lock"))
 
-    def overwrite(self, data: bytes) -> None:
-        r"""Writes a record over the present one, which takes no space on a full disk."""
-
-        with os.fdopen(open_regular(self.file, os.O_RDWR), "r+b", buffering=0) as f:
-            if len(data) <= (size := os.fstat(f.fileno()).st_size):
-                f.write(data.ljust(size))
-                os.fsync(f.fileno())
-
 
 class Lease:
     r"""Creates a lease and takes it.
+
+    Its `confirmed` is when this process last was the holder for certain, on the monotonic clock.
 
     Arguments:
         place: The lease file, or the backend that keeps the record.
@@ -135,10 +141,6 @@ class Lease:
         takeover: Whether to take the lease from a holder that seems alive. On this host its
             process is killed; elsewhere the attempt number keeps it from writing.
         patience: How long to watch for the heartbeat of a holder on another host, in seconds.
-        agent: The name of this process, if it holds leases for processes elsewhere. The same
-            agent may take a lease again with the same attempt number after a restart.
-        alive: Whether the process that the lease is held for is alive. The lease has a heartbeat
-            only as long as it is.
 
     Raises:
         UserError: If another process holds the lease, or the record cannot be written.
@@ -152,13 +154,10 @@ class Lease:
         attempt: int | None = None,
         takeover: bool = False,
         patience: float = STALE,
-        agent: str | None = None,
-        alive: Callable[[], bool] = lambda: True,
     ) -> None:
         self.backend = _backend(place)
         self.what = what
-        self.agent = agent
-        self.alive = alive
+        self.confirmed = time.monotonic()
         self._released = threading.Event()
 
         try:
@@ -193,33 +192,25 @@ class Lease:
             )
 
         with self.backend.lock():
-            record = self._read()
-            holder = None if record is None else parse_holder(record[0])
+            record = self.backend.read()
+            holder = record and _parse_holder(record[0])
 
             if holder != before and not takeover:
                 return False
 
             last = 0 if holder is None else holder["attempt"]
-            same_agent = holder is not None and self.agent and holder.get("agent") == self.agent
 
-            if attempt is not None and attempt <= last - bool(same_agent):
+            if attempt is not None and attempt <= last:
                 raise LeaseLost(f"attempt {attempt} at {self.what} comes after attempt {last}")
 
             self.attempt = last + 1 if attempt is None else attempt
-            mine = this_process(self.attempt) | ({"agent": self.agent} if self.agent else {})
 
             try:
-                self._write(mine, None if record is None else record[1])
+                self._write(this_process(self.attempt), None if record is None else record[1])
             except Conflict:
                 return False
 
         return True
-
-    def _read(self) -> tuple[bytes, str] | None:
-        try:
-            return self.backend.read()
-        except UserError:  # a link out of the directory, or no regular file
-            return b"", ""
 
     def _write(self, holder: Holder, version: str | None) -> None:
         self._version = self.backend.write(_encode(holder), version)
@@ -227,16 +218,23 @@ class Lease:
 
     def _beat(self) -> None:
         while not self._released.wait(HEARTBEAT):
-            if not self.alive():
+            try:
+                self.renew()
+            except LeaseLost:
+                self.confirmed = -math.inf
+                return
+            except Exception:  # out of reach, maybe for a while only
                 continue
 
-            try:
-                with self.hold():
-                    self._version = self.backend.beat(_encode(self._mine), self._version)
-            except LeaseLost:
-                return
-            except (OSError, Conflict):  # out of reach for a while; the next heartbeat tells
-                continue
+    def renew(self) -> None:
+        r"""Gives a heartbeat. Raises the errors of :meth:`hold`."""
+
+        start = time.monotonic()
+
+        with self.hold():
+            self._version = self.backend.beat(_encode(self._mine), self._version)
+
+        self.confirmed = start
 
     @contextmanager
     def hold(self) -> Iterator[None]:
@@ -259,8 +257,8 @@ class Lease:
             raise
 
     def _check(self) -> None:
-        record = self._read()
-        holder = None if record is None else parse_holder(record[0])
+        record = self.backend.read()
+        holder = record and _parse_holder(record[0])
 
         if self._released.is_set():
             raise LeaseLost(f"{self.what} was released by attempt {self.attempt}")
@@ -287,16 +285,11 @@ class Lease:
     def release(self) -> None:
         r"""Releases the lease, if it is still held. The attempt number stays on record."""
 
-        with suppress(LeaseLost, OSError, Conflict), self.hold():
-            nobody = self._mine | {"pid": None, "started": None}
-
-            try:
-                self._write(nobody, self._version)
-            except OSError:  # a full disk: the process may live on, but not as the holder
-                if isinstance(self.backend, FileBackend):
-                    self.backend.overwrite(json.dumps(nobody).encode())
-
-        self._released.set()
+        try:
+            with suppress(LeaseLost, OSError, Conflict), self.hold():
+                self._write(self._mine | {"pid": None, "started": None}, self._version)
+        finally:
+            self._released.set()
 
 
 # Holders
@@ -308,15 +301,20 @@ def read_holder(place: Path | Backend) -> Holder | None:
     Its `pid` is None if the lease was released.
     """
 
-    try:
-        record = _backend(place).read()
-    except (UserError, OSError):
-        return None
-
-    return None if record is None else parse_holder(record[0])
+    return _observe(_backend(place))[0]
 
 
-def parse_holder(data: bytes) -> Holder | None:
+def _observe(backend: Backend) -> tuple[Holder | None, Any]:
+    r"""Returns the holder and the version of a record; None of what cannot be read."""
+
+    with suppress(OSError):
+        if (record := backend.read()) is not None:
+            return _parse_holder(record[0]), record[1]
+
+    return None, None
+
+
+def _parse_holder(data: bytes) -> Holder | None:
     r"""Returns the holder that a lease record names, or None if the record is damaged."""
 
     try:
@@ -327,6 +325,7 @@ def parse_holder(data: bytes) -> Holder | None:
     if not isinstance(holder, dict):
         return None
 
+    holder.pop("beat", None)  # which changes with each heartbeat of an object
     pid, attempt = holder.get("pid"), holder.get("attempt")
     texts = all(isinstance(holder.get(key), str) for key in ("host", "boot", "space", "since"))
     process = pid is None or (
@@ -344,8 +343,9 @@ def is_alive(place: Path | Backend, patience: float = STALE) -> bool:
     """
 
     backend = _backend(place)
+    holder, version = _observe(backend)
 
-    if (holder := read_holder(backend)) is None:
+    if holder is None:
         return False
 
     if (alive := holder_alive(holder)) is not None:
@@ -359,13 +359,14 @@ def is_alive(place: Path | Backend, patience: float = STALE) -> bool:
         holder["host"],
         patience,
     )
-    before, deadline = _version(backend), time.monotonic() + patience
+    deadline = time.monotonic() + patience
 
     while time.monotonic() < deadline:
         time.sleep(min(1.0, patience / 10))
+        now, newer = _observe(backend)
 
-        if _version(backend) != before:
-            return (read_holder(backend) or holder)["pid"] is not None
+        if newer not in (None, version):
+            return (now or holder)["pid"] is not None
 
     return False
 
@@ -406,7 +407,7 @@ def this_process(attempt: int) -> Holder:
 def this_host() -> dict[str, str]:
     r"""Returns the scope in which process numbers are unique: host, machine, boot, container.
 
-    Machines may share a name; a digest of their ids, which are confidential, tells them apart.
+    Machines may share a name; a digest of their confidential ids tells them apart.
     """
 
     machine, boot = Path("/etc/machine-id"), Path("/proc/sys/kernel/random/boot_id")
@@ -439,20 +440,14 @@ def is_present(lease: Path) -> bool:
 
     try:
         os.stat(lease)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except OSError:
-        pass
+    except OSError as error:
+        return not isinstance(error, FileNotFoundError | NotADirectoryError)
 
     return True
 
 
 def check_present(lease: Path) -> None:
-    r"""Checks that an open run has its lease file, and so its directory.
-
-    Raises:
-        LeaseGone: If not.
-    """
+    r"""Raises LeaseGone unless :func:`is_present`."""
 
     if not is_present(lease):
         raise LeaseGone(
@@ -465,15 +460,6 @@ def _backend(place: Path | Backend) -> Backend:
     return FileBackend(place) if isinstance(place, Path) else place
 
 
-def _version(backend: Backend) -> str:
-    try:
-        record = backend.read()
-    except (UserError, OSError):
-        return ""
-
-    return "" if record is None else record[1]
-
-
 def _encode(holder: Holder) -> bytes:
     return (json.dumps(holder, indent=2) + "\n").encode()
 
@@ -482,14 +468,9 @@ def _start_of(pid: int) -> str | None:
     r"""Returns when a process started, in clock ticks since boot, or None if it does not run."""
 
     if not Path("/proc/self/stat").exists():  # not Linux: the time stays unknown
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return None
-        except PermissionError:
-            pass
+        import psutil
 
-        return ""
+        return "" if psutil.pid_exists(pid) else None
 
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
@@ -503,7 +484,7 @@ def _start_of(pid: int) -> str | None:
 def _end_process(holder: Holder) -> None:
     r"""Kills a holder on this host and waits for its end, so that it cannot keep the lock.
 
-    An agent, which holds leases for many processes, is left to the attempt number.
+    The agents of former versions, which held leases for others, are left to the attempt number.
     """
 
     pid = holder["pid"]

@@ -1,5 +1,6 @@
 r"""What a training leaves on disk and on W&B."""
 
+from .checkpoint import keep_previous as keep_previous
 from .checkpoint import read_checkpoint as read_checkpoint
 from .extend import check_extension as check_extension
 from .extend import describe_extension as describe_extension

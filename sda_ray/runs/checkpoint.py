@@ -42,6 +42,7 @@ __all__ = [
     "CheckpointInfo",
     "checkpoint_info",
     "keep_checkpoint",
+    "keep_previous",
     "load_checkpoint",
     "read_checkpoint",
     "save_checkpoint",
@@ -91,19 +92,22 @@ def save_checkpoint(
     text = json.dumps(info)
     digest = _digest(tensors, text)
 
-    def keep_previous() -> None:
-        if path.checkpoint.exists():
-            path.previous.unlink(missing_ok=True)
-
-            try:  # a link leaves the newest one in its place until the rename
-                os.link(path.checkpoint, path.previous)
-            except OSError:  # a file system without links
-                os.replace(path.checkpoint, path.previous)
-
     content = {"tensors": tensors, "info": text, "sha256": digest}
-    _save(content, path.checkpoint, hold, keep_previous)
+    _save(content, path.checkpoint, hold, lambda: keep_previous(path))
 
     return digest
+
+
+def keep_previous(path: RunPath) -> None:
+    r"""Keeps the newest checkpoint as `checkpoint.prev.pth`, before another one takes its place."""
+
+    if path.checkpoint.exists():
+        path.previous.unlink(missing_ok=True)
+
+        try:  # a link leaves the newest one in its place until the rename
+            os.link(path.checkpoint, path.previous)
+        except OSError:  # a file system without links
+            os.replace(path.checkpoint, path.previous)
 
 
 def keep_checkpoint(path: RunPath, hold: Hold = nullcontext) -> None:

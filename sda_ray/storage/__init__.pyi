@@ -9,5 +9,5 @@ from .client import shares_files as shares_files
 from .scratch import local_directory as local_directory
 from .server import on_node as on_node
 from .server import serve_files as serve_files
+from .server import stop_scope as stop_scope
 from .store import Bucket as Bucket
-from .store import Unreachable as Unreachable

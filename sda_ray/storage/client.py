@@ -5,30 +5,28 @@ removed with the attempt. A thread pushes what changes, so that training does no
 is cut off from the head stops: its run is resumed elsewhere.
 """
 
-import hashlib
 import os
-import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..core import LeaseGone, LeaseLost
+from ..core import Lease, LeaseGone, LeaseLost
 from ..runs import CHECKPOINT_SECONDS, RunPath, read_checkpoint
 from ..training import STACKS
-from .replica import Replica, run_files
-from .scratch import CHUNK, Private, fetch, find_data, leftovers
-from .server import APPENDED, UnknownAttempt
+from .replica import Replica, chunks, digest, run_files
+from .scratch import Private, fetch, find_data, leftovers
+from .server import APPENDED
 
 __all__ = ["Connection", "Disconnected", "HeadNode", "RemoteRun", "data_of", "shares_files"]
 
 PATIENCE = 60.0  # seconds without an answer after which a trial stops
 RETRY = 0.5  # seconds before a failed call is repeated
-PING = 2.0  # seconds between two heartbeats, which return requests to stop
-PASS = 1.0  # seconds between two looks for files that have changed
-SHARE = 0.5  # part of the time in which a checkpoint may be on its way
+PING = 2.0  # seconds between two requests for the stop scope
+PASS = 1.0  # seconds between two passes over the files
 SMALL = 2**16  # bytes that do not queue with large files
 
 METRICS, CHECKPOINT, PREVIOUS = "metrics.jsonl", "checkpoint.pth", "checkpoint.prev.pth"
@@ -64,21 +62,17 @@ class Connection:
             raise Disconnected(f"the trial was cut off from the head: {error}") from error
 
     def __call__(self, method: str, *args: Any, group: str = "files") -> Any:
-        r"""Calls a method of the server for this attempt, and retries while it is out of reach.
+        r"""Calls a method of the server for this attempt, see :meth:`ask`."""
+
+        return self.ask(method, self.run_id, self.attempt, *args, group=group)
+
+    def ask(self, method: str, *args: Any, group: str = "files") -> Any:
+        r"""Calls a method of the server, and retries while it is out of reach.
 
         Raises:
             Disconnected: If it is out of reach for too long.
             LeaseLost: If a later attempt has started.
         """
-
-        try:
-            return self.ask(method, self.run_id, self.attempt, *args, group=group)
-        except UnknownAttempt:  # the server was restarted
-            self.ask("open", self.run_id, self.attempt)
-            return self.ask(method, self.run_id, self.attempt, *args, group=group)
-
-    def ask(self, method: str, *args: Any, group: str = "files") -> Any:
-        r"""Calls a method of the server."""
 
         import ray
 
@@ -105,11 +99,30 @@ class Connection:
             raise Disconnected(f"the trial was cut off from the head for {silent:.0f} s: {why}")
 
 
+class RemoteLease:
+    r"""The record of a :class:`sda_ray.core.lease.Lease` on the head node, as its backend."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+
+    def read(self) -> Any:
+        return self._ask("read_lease")
+
+    def write(self, data: bytes, version: Any) -> Any:
+        return self._ask("write_lease", data, version)
+
+    def beat(self, data: bytes, version: Any) -> Any:
+        return self._ask("write_lease", None, version)
+
+    def lock(self) -> AbstractContextManager[object]:
+        return nullcontext()  # the server compares versions
+
+    def _ask(self, method: str, *args: Any) -> Any:
+        return self.connection.ask(method, self.connection.run_id, *args, group="lease")
+
+
 class HeadNode:
     r"""The directory of a run on the head node, as the target of a replica.
-
-    Its `moved` counts the bytes sent, and `uploads` has size and seconds of the last upload of each
-    file that is not appended to.
 
     Arguments:
         connection: The connection to the file server.
@@ -117,60 +130,40 @@ class HeadNode:
 
     def __init__(self, connection: Any) -> None:
         self.connection = connection
-        self.moved = 0
-        self.uploads: dict[str, tuple[int, float]] = {}
-        self._tails: dict[str, tuple[int, Any]] = {}  # growing file -> its length there, SHA-256
+        self.beat: Beat = lambda: None  # called with each chunk
+        self.lengths: dict[str, int] = {}  # of files that only grow, as they are there
         self._appending = threading.Lock()
 
-    def know(self, name: str, data: bytes) -> None:
-        r"""Notes what the head has of a growing file."""
-
-        self._tails[name] = len(data), hashlib.sha256(data)
-
     def put(self, name: str, file: BinaryIO, size: int) -> None:
-        r"""Sends a file in chunks, or what is new at the end of one that only grows."""
+        r"""Sends a file in chunks; of one that only grows, its new end."""
 
         if name.endswith(APPENDED):
             with self._appending:
-                self._append(name, file, size)
+                for offset, data in chunks(file, self.lengths.get(name, 0), size):
+                    self._send("append", name, offset, data)
+                    self.lengths[name] = offset + len(data)
         else:
-            start = time.monotonic()
-            self._replace(name, file, size)
-            self.uploads[name] = size, time.monotonic() - start
+            sha = digest(file, size)
+
+            for offset, data in chunks(file, 0, size):
+                last = offset + len(data) == size
+                self._send("write", name, offset, data, sha if last else None)
 
     def remove(self, name: str) -> None:
-        self.connection("remove", name)
+        r"""Does nothing: a file that is missing here may be about to be replaced."""
 
-    def _append(self, name: str, file: BinaryIO, size: int) -> None:
-        length, sha = self._tails.get(name) or (0, hashlib.sha256())
-        file.seek(length)
-
-        while length < size and (data := file.read(min(CHUNK, size - length))):
-            self.connection("append", name, length, data, sha.hexdigest(), group=_group(data))
-            sha.update(data)
-            length += len(data)
-            self._tails[name] = length, sha
-            self.moved += len(data)
-
-    def _replace(self, name: str, file: BinaryIO, size: int) -> None:
-        token, sha, offset, last = secrets.token_hex(8), hashlib.sha256(), 0, False
-        file.seek(0)
-
-        while not last:
-            data = file.read(min(CHUNK, size - offset))
-            sha.update(data)
-            last = offset + len(data) >= size or not data
-            whole = sha.hexdigest() if last else None
-            self.connection("write", name, token, offset, data, whole, group=_group(data))
-            offset += len(data)
-            self.moved += len(data)
+    def _send(self, method: str, name: str, offset: int, data: bytes, *args: Any) -> None:
+        group = "pulse" if len(data) < SMALL else "files"
+        self.connection(method, name, offset, data, *args, group=group)
+        self.beat()
 
 
 class RemoteRun:
     r"""An attempt at a run whose directory is on the head node.
 
     Its `runs` takes the place of the directory of all runs for the attempt, and its `notes` are
-    messages for the user, by topic.
+    messages for the user, by topic. All methods but :meth:`close` raise :class:`Disconnected` once
+    the attempt is cut off.
 
     Arguments:
         server: The address that :func:`sda_ray.storage.server.serve_files` yields.
@@ -198,15 +191,11 @@ class RemoteRun:
         self.head = HeadNode(self.connection)
         self._lost: Exception | None = None  # why the attempt is over
         self._failure: Exception | None = None  # why files are not on the head yet
-        self._lines: Replica | None = None  # of the metrics alone, which never wait for the rest
         self._files: Replica | None = None
         self._request = ""
-        self._opened = False
         self._over = threading.Event()
         self._next = 0.0  # when a checkpoint may be pushed again
-        self._change = threading.Condition()
-        self._asked = self._done = 0  # flushes
-        self._thread: threading.Thread | None = None
+        self._lease: Lease | None = None
 
         with leftovers() as found:
             for old in found:
@@ -216,18 +205,17 @@ class RemoteRun:
         self.runs = self.private.directory
 
     def open(self, beat: Beat = lambda: None) -> None:
-        r"""Takes the run's lease on the head, and fetches the files that resuming needs.
+        r"""Takes the run's lease on the head, and fetches the files that it is resumed from.
 
-        Arguments:
-            beat: Called now and then while that takes long.
-
-        Raises:
-            LeaseLost: If a later attempt has started.
+        `beat` is called after each chunk.
         """
 
+        run_id, attempt = self.connection.run_id, self.connection.attempt
+        self.connection.ask("prepare", run_id)
+        record = RemoteLease(self.connection)
+        self._lease = Lease(record, f"run {run_id}", attempt, takeover=True)
+        threading.Thread(target=self._ping, name="ping", daemon=True).start()
         run = self.connection("open")
-        self._opened = True
-        threading.Thread(target=self._ping, name="heartbeat", daemon=True).start()
 
         if run["name"]:
             self._fetch(self.runs / run["name"], run["sizes"], beat)
@@ -238,71 +226,51 @@ class RemoteRun:
         self.connection("settle", path.directory.name)
 
         if self._files is None:
-            self._set_directory(path.directory)
+            self._files = Replica(path.directory, self.head)
 
-        self._thread = threading.Thread(target=self._push, name="replica", daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._push, name="replica", daemon=True).start()
 
     def push_lines(self) -> None:
-        r"""Pushes the new lines of metrics, and returns when the head has them.
+        r"""Pushes the new lines of metrics, and returns when the head has them."""
 
-        Raises:
-            Disconnected: If that is not possible.
-        """
+        assert self._files is not None
+        metrics = self._files.directory / METRICS
 
-        assert self._lines is not None
-
-        with self._noted():
-            self._lines.push([METRICS])
+        if metrics.exists():
+            with self._noted(), open(metrics, "rb") as file:
+                self.head.put(METRICS, file, os.fstat(file.fileno()).st_size)
 
         self.check()
 
     def flush(self, beat: Beat = lambda: None) -> None:
         r"""Pushes all that has changed, and returns when the head has it, or its disk is full.
 
-        Arguments:
-            beat: Called whenever some of it has arrived.
-
-        Raises:
-            Disconnected: If that is not possible.
+        `beat` is called after each chunk.
         """
 
-        moved = self.head.moved
-
-        if self._thread is None:  # there is nothing yet
+        if self._files is None:  # there is nothing yet
             return
 
-        with self._change:
-            self._asked += 1
-            mine = self._asked
-            self._change.notify_all()
+        self.check()
+        self.head.beat = beat
 
-            while self._done < mine and self._lost is None and self._thread.is_alive():
-                self._change.wait(1.0)
+        with self._noted():
+            self._push_files(flush=True)
 
-                if self.head.moved != moved:
-                    moved = self.head.moved
-                    beat()
-
+        self.head.beat = lambda: None
         self.check()
 
     def check(self) -> None:
         r"""Raises the reason why the attempt is over, if it is."""
 
-        if isinstance(self._lost, LeaseGone | Disconnected):
-            raise self._lost
+        if isinstance(self._lost, LeaseLost):
+            raise Disconnected(f"the trial was cut off from the head: {self._lost}")
 
         if self._lost is not None:
-            raise Disconnected(
-                f"the trial was cut off from the head: {self._lost}"
-            ) from self._lost
+            raise self._lost
 
     def stop_request(self) -> str:
-        r"""Returns the request to stop: `all`, `alone`, or nothing.
-
-        Raises:
-            Disconnected: If the attempt is cut off.
-        """
+        r"""Returns the request to stop: `all`, `alone`, or nothing."""
 
         self.check()
 
@@ -315,26 +283,21 @@ class RemoteRun:
             Why the head does not have all of it, if so.
         """
 
-        error: Exception | None = None
-
         if self._over.is_set():
             return None
+
+        self._over.set()
+        error: Exception | None = None
 
         try:
             self.flush(beat)
             error = self._failure
-
-            if self._opened:
-                self.connection("close")
         except Exception as e:
             error = e
 
-        with self._change:
-            self._over.set()
-            self._change.notify_all()
-
-        if self._thread is not None:
-            self._thread.join(timeout=5)
+        if self._lease is not None:
+            with suppress(Exception):  # it expires without heartbeats
+                self._lease.release()
 
         self.private.close()
 
@@ -346,28 +309,21 @@ class RemoteRun:
                 if text := file.read_text(errors="replace"):
                     self.connection.ask("keep_stacks", run_id, attempt, text)
 
-    def _set_directory(self, directory: Path) -> None:
-        self._lines, self._files = (Replica(directory, self.head) for _ in range(2))
-
     def _fetch(self, directory: Path, sizes: dict[str, int], beat: Beat) -> None:
         r"""Fetches the files of a run; the previous checkpoint only if the newest is damaged."""
 
         directory.mkdir()
-        self._set_directory(directory)
-        assert self._files is not None
+        self._files = Replica(directory, self.head)
 
         def get(name: str) -> None:
-            read = lambda offset, size: self.connection("read", name, offset, size)  # noqa: E731
-            fetch(directory / name, sizes[name], read, beat)
+            fetch(directory / name, sizes[name], partial(self.connection, "read", name), beat)
 
         for name in ("config.json", "run.json", METRICS, CHECKPOINT):
             if name in sizes:
                 get(name)
                 self._files.know([name])
 
-        if METRICS in sizes:
-            self.head.know(METRICS, (directory / METRICS).read_bytes())
-
+        self.head.lengths[METRICS] = sizes.get(METRICS, 0)
         damaged = CHECKPOINT in sizes and not _is_whole(directory / CHECKPOINT)
 
         if PREVIOUS in sizes and (damaged or CHECKPOINT not in sizes):
@@ -396,26 +352,11 @@ class RemoteRun:
             self._over.wait(PING)
 
     def _push(self) -> None:
-        while self._lost is None:
-            with self._change:
-                if self._asked == self._done and not self._over.is_set():
-                    self._change.wait(PASS)
-
-                if self._over.is_set():
-                    return
-
-                asked = self._asked
-
-            self._failure = None
-
+        while not self._over.wait(PASS) and self._lost is None:
             with self._noted():
-                self._push_files(flush=asked != self._done)
+                self._push_files()
 
-            with self._change:
-                self._done = asked
-                self._change.notify_all()
-
-    def _push_files(self, flush: bool) -> None:
+    def _push_files(self, flush: bool = False) -> None:
         r"""Pushes what has changed; a checkpoint only when it is due, or to flush."""
 
         assert self._files is not None
@@ -425,22 +366,22 @@ class RemoteRun:
         if not flush and time.monotonic() < self._next:
             names = [name for name in names if name != CHECKPOINT]
 
+        before, start = self._files.pushed.get(CHECKPOINT), time.monotonic()
         self._files.push(names)
+        saved = self._files.pushed.get(CHECKPOINT)
 
-        if CHECKPOINT in self.head.uploads:
-            self._stretch(*self.head.uploads.pop(CHECKPOINT))
+        if saved is not None and saved != before:
+            self._stretch(saved[1], time.monotonic() - start)
 
         if flush and "state.pth" in names and not (directory / PREVIOUS).exists():
-            self.head.remove(PREVIOUS)  # a finished run has none
+            self.connection("remove", PREVIOUS)  # a finished run has none
+
+        self._failure = None
 
     def _stretch(self, size: int, took: float) -> None:
-        r"""Stretches the time between two pushes of a checkpoint, if one takes long.
+        r"""Leaves the network to others for as long as a checkpoint took."""
 
-        Training does not wait for it, and it may take half of the network's time.
-        """
-
-        between = took / SHARE
-        self._next = time.monotonic() + between - took
+        self._next, between = time.monotonic() + took, 2 * took
 
         if between > CHECKPOINT_SECONDS:
             self.notes["link"] = (
@@ -453,23 +394,11 @@ class RemoteRun:
 def data_of(server: dict[str, str], data: Path, expected: str, beat: Beat) -> tuple[Path, Any]:
     r"""Returns the data of a sweep on this node, see :func:`sda_ray.storage.scratch.find_data`."""
 
-    connection = Connection(server, "", 0)
-
-    def sizes() -> Any:
-        return connection.ask("data_sizes")
-
-    def read(name: str, offset: int, size: int) -> Any:
-        return connection.ask("read_data", name, offset, size)
-
-    return find_data(data, expected, sizes, read, beat)
+    return find_data(data, expected, Connection(server, "", 0).ask, beat)
 
 
 def shares_files(server: dict[str, str]) -> bool:
-    r"""Tells whether this node has the very directory of the sweep, and may write there.
-
-    Arguments:
-        server: The address that :func:`sda_ray.storage.server.serve_files` yields.
-    """
+    r"""Tells whether this node has the very directory of the sweep, and may write there."""
 
     file = Path(server["probe"])
 
@@ -486,7 +415,3 @@ def _is_whole(checkpoint: Path) -> bool:
         return False
 
     return True
-
-
-def _group(data: bytes) -> str:
-    return "pulse" if len(data) < SMALL else "files"

@@ -5,9 +5,10 @@ beyond them, weights before the record that says `finished`. So whenever a write
 the replica go together.
 """
 
+import hashlib
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -15,8 +16,9 @@ from typing import BinaryIO, Protocol
 from ..runs import COPIED, LOCAL
 from ..training import STACKS
 
-__all__ = ["Replica", "Target", "files_of", "run_files"]
+__all__ = ["CHUNK", "Replica", "Target", "chunks", "digest", "files_of", "run_files"]
 
+CHUNK = 5 * 2**20  # bytes that are sent at once; no part of an upload to S3 may have fewer
 LINES = (".jsonl", ".journal")  # files that grow by lines: only whole lines are pushed
 
 Signature = tuple[int, int, int]
@@ -46,7 +48,7 @@ class Replica:
         self._lock = threading.Lock()
 
     def push(self, names: Sequence[str], sizes: Mapping[str, int] | None = None) -> None:
-        r"""Pushes the files that have changed, in this order, then removes those that are gone.
+        r"""Pushes the files that have changed, in this order, then removes those that were deleted.
 
         The last file is opened first, so that no file is newer than those pushed before it.
 
@@ -56,7 +58,7 @@ class Replica:
         """
 
         with self._lock, ExitStack() as stack:
-            gone = [n for n in names if n in self.pushed and not (self.directory / n).exists()]
+            deleted = [name for name in self.pushed if _is_deleted(self.directory / name)]
             files: list[tuple[str, BinaryIO]] = []
 
             for name in reversed(names):
@@ -67,7 +69,7 @@ class Replica:
             for name, stream in files:
                 self._push(name, stream, (sizes or {}).get(name))
 
-            for name in gone:
+            for name in deleted:
                 self.target.remove(name)
                 del self.pushed[name]
 
@@ -129,6 +131,39 @@ def run_files(directory: Path) -> list[str]:
     first = [*COPIED[:2], *others, "wandb"]  # what W&B has lost is sent again, if metrics have it
 
     return files_of(directory, [*first, *(x for x in COPIED if x not in first)])
+
+
+def chunks(file: BinaryIO, start: int, size: int) -> Iterator[tuple[int, bytes]]:
+    r"""Yields the bytes of a file from `start` to `size`, in chunks, each with its offset.
+
+    An empty file has one chunk.
+    """
+
+    file.seek(start)
+
+    for offset in range(start, size or 1, CHUNK):
+        data = file.read(min(CHUNK, size - offset))
+
+        if len(data) < min(CHUNK, size - offset):
+            raise OSError(f"a file has become shorter than {size} bytes while it was read")
+
+        yield offset, data
+
+
+def digest(file: BinaryIO, size: int | None = None) -> str:
+    r"""Returns the SHA-256 of the first bytes of a file, or of all."""
+
+    size = os.fstat(file.fileno()).st_size if size is None else size
+    sha = hashlib.sha256()
+
+    for _, data in chunks(file, 0, size):
+        sha.update(data)
+
+    return sha.hexdigest()
+
+
+def _is_deleted(file: Path) -> bool:
+    return file.parent.is_dir() and not file.exists()  # not if the disk is away
 
 
 def _is_private(part: str) -> bool:

@@ -5,29 +5,26 @@ directory for each attempt, which is removed with it; `data/` has the data sets 
 user have fetched to this node, each once.
 """
 
-import fcntl
-import hashlib
 import os
-import random
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from functools import lru_cache
+from contextlib import ExitStack, contextmanager, suppress
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from ..core import UserError
+from ..core import UserError, locked
 from ..data import fingerprint
+from .replica import CHUNK
 
-__all__ = ["CHUNK", "Private", "fetch", "find_data", "leftovers", "local_directory"]
+__all__ = ["Private", "fetch", "find_data", "leftovers", "local_directory"]
 
-CHUNK = 4 * 2**20  # bytes of one message through Ray
 KEPT = 3  # data sets on a node that are not in use
-WAIT = 0.5  # seconds, at most, between two tries to get the data that another trial fetches
+WAIT = 0.5  # seconds between two checks whether another trial has fetched the data
 
-Read = Callable[[int, int], tuple[bytes, str]]
+Read = Callable[[int, int], bytes]
 
 
 def local_directory(what: str) -> Path:
@@ -69,11 +66,11 @@ class Private:
     """
 
     def __init__(self, run_id: str, attempt: int) -> None:
-        parent = local_directory("runs")
-        self.directory = Path(tempfile.mkdtemp(prefix=f"{run_id}.{attempt}.", dir=parent))
-        self._lock = open(self.directory / ".new", "w")  # noqa: SIM115
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
-        os.replace(self.directory / ".new", self.directory / ".lock")
+        self._lock = ExitStack()
+
+        with _directories() as parent:
+            self.directory = Path(tempfile.mkdtemp(prefix=f"{run_id}.{attempt}.", dir=parent))
+            self._lock.enter_context(locked(self.directory / ".lock"))
 
     def close(self) -> None:
         r"""Removes the directory. Safe to repeat."""
@@ -83,33 +80,35 @@ class Private:
 
 
 @contextmanager
+def _directories() -> Iterator[Path]:
+    r"""Yields the directory of those of attempts, and keeps others from looking at them."""
+
+    directory = local_directory("runs")
+
+    with locked(directory.with_suffix(".lock")):
+        yield directory
+
+
+@contextmanager
 def leftovers() -> Iterator[list[tuple[str, int, Path]]]:
     r"""Yields run, attempt and directory of attempts whose process died; then removes them."""
 
-    dead, locks = [], []
+    dead = []
 
-    for directory in local_directory("runs").iterdir():
-        run_id, _, suffix = directory.name.partition(".")
-        attempt = suffix.partition(".")[0]
+    with ExitStack() as stack:
+        with _directories() as parent:
+            for directory in parent.glob("*.*.*"):
+                with suppress(OSError):  # in use
+                    stack.enter_context(locked(directory / ".lock", wait=False))
+                    stack.callback(shutil.rmtree, directory, ignore_errors=True)
+                    run_id, attempt, _ = directory.name.split(".")
+                    dead.append((run_id, int(attempt), directory))
 
-        with suppress(OSError):  # in use, or being created
-            lock = open(directory / ".lock")  # noqa: SIM115
-            locks.append(lock)
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            dead.append((run_id, int(attempt) if attempt.isdigit() else 0, directory))
-
-    try:
         yield dead
-    finally:
-        for _, _, directory in dead:
-            shutil.rmtree(directory, ignore_errors=True)
-
-        for lock in locks:
-            lock.close()
 
 
 def fetch(file: Path, size: int, read: Read, beat: Callable[[], None] = lambda: None) -> None:
-    r"""Fetches a file in chunks, each of which comes with its SHA-256.
+    r"""Fetches a file in chunks.
 
     Arguments:
         file: The file to write.
@@ -124,10 +123,8 @@ def fetch(file: Path, size: int, read: Read, beat: Callable[[], None] = lambda: 
     try:
         with open(file, "wb") as stream:
             while (offset := stream.tell()) < size:
-                data, sha = read(offset, min(CHUNK, size - offset))
-
-                if not data or hashlib.sha256(data).hexdigest() != sha:
-                    raise RuntimeError(f"{file.name} was damaged on its way, or has changed")
+                if not (data := read(offset, min(CHUNK, size - offset))):
+                    raise RuntimeError(f"{file.name} has changed while it was fetched")
 
                 stream.write(data)
                 beat()
@@ -142,11 +139,7 @@ def fetch(file: Path, size: int, read: Read, beat: Callable[[], None] = lambda: 
 
 
 def find_data(
-    data: Path,
-    expected: str,
-    sizes: Callable[[], dict[str, int]],
-    read: Callable[[str, int, int], tuple[bytes, str]],
-    beat: Callable[[], None] = lambda: None,
+    data: Path, expected: str, ask: Callable[..., Any], beat: Callable[[], None] = lambda: None
 ) -> tuple[Path, Any]:
     r"""Finds the data of a sweep on this node, or fetches them, once for all trials of the node.
 
@@ -156,8 +149,7 @@ def find_data(
     Arguments:
         data: The directory of the data on the driver's node.
         expected: Their fingerprint.
-        sizes: Returns the size of each file there.
-        read: Returns a chunk of a file, given its name, offset and length.
+        ask: Calls a method of the file server there.
         beat: Called now and then while that takes long.
 
     Returns:
@@ -167,53 +159,38 @@ def find_data(
     if _has(data, expected):
         return data, None
 
-    parent = local_directory("data")
-    place = parent / expected
-    held = open(parent / f"{expected}.lock", "a")  # noqa: SIM115
+    place = local_directory("data") / expected
 
-    try:
-        while True:
-            if _lock(held, fcntl.LOCK_SH) and _has(place, expected):
-                os.utime(held.fileno())
-                return place, held
+    with ExitStack() as stack:
+        used = stack.enter_context(locked(place.with_suffix(".lock"), shared=True))
 
-            # Other trials may be here, too. The one that fetches keeps a shared lock as long as it
-            # trains: waiting for an exclusive lock alone would hang.
-            if not _lock(held, fcntl.LOCK_EX):
-                fcntl.flock(held, fcntl.LOCK_UN)
+        while not _has(place, expected):
+            try:
+                with locked(place.with_suffix(".fetch"), wait=False):
+                    if not _has(place, expected):
+                        _fetch_all(place, expected, ask, beat)
+            except BlockingIOError:  # another trial fetches them
                 beat()
-                time.sleep(random.uniform(0.5, 1.0) * WAIT)
-            elif not _has(place, expected):
-                shutil.rmtree(place, ignore_errors=True)
-                _fetch_all(place, expected, sizes(), read, beat)
-    except BaseException:
-        held.close()
-        raise
+                time.sleep(WAIT)
 
+        os.utime(used.fileno())
 
-def _lock(file: Any, how: int) -> bool:
-    try:
-        fcntl.flock(file, how | fcntl.LOCK_NB)
-        return True
-    except BlockingIOError:
-        return False
+        return place, stack.pop_all()
 
 
 def _fetch_all(
-    place: Path,
-    expected: str,
-    sizes: dict[str, int],
-    read: Callable[[str, int, int], tuple[bytes, str]],
-    beat: Callable[[], None],
+    place: Path, expected: str, ask: Callable[..., Any], beat: Callable[[], None]
 ) -> None:
+    sizes = ask("data_sizes")
     _make_room(place, sum(sizes.values()))
     aside = place.with_name(f"{place.name}.part")
+    shutil.rmtree(place, ignore_errors=True)  # damaged
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
 
     try:
         for name, size in sizes.items():
-            fetch(aside / name, size, lambda i, n, name=name: read(name, i, n), beat)  # type: ignore[misc]
+            fetch(aside / name, size, partial(ask, "read_data", name), beat)
 
         if fingerprint(aside) != expected:
             raise UserError(
@@ -236,8 +213,7 @@ def _make_room(place: Path, size: int) -> None:
         if len(others) - i < KEPT and shutil.disk_usage(place.parent).free > size:
             return
 
-        with suppress(OSError), open(file) as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with suppress(OSError), locked(file, wait=False):
             shutil.rmtree(file.with_suffix(".part"), ignore_errors=True)
             shutil.rmtree(file.with_suffix(""), ignore_errors=True)
 

@@ -1,211 +1,160 @@
 r"""The files of a sweep, served to trials on nodes that do not see them.
 
 The node of the driver has `runs/`, and data. A file server is a Ray actor there: it writes what
-trials elsewhere push, and returns what they resume from. It holds the lease of each run that it
-writes to, under the number of the trial's attempt: an older attempt, cut off and taken for dead,
-is refused when it comes back.
+trials elsewhere push, and returns what they resume from. A trial takes the lease of its run through
+the server, which checks it before each write: an older attempt, cut off and taken for dead, is
+refused when it comes back.
 """
 
-import hashlib
 import os
 import re
 import secrets
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from ..core import (
-    Lease,
+    Conflict,
+    FileBackend,
     LeaseLost,
+    append,
     check_present,
     cut_torn_lines,
+    read_holder,
     remove_leftovers,
     sync_directory,
 )
-from ..runs import RESUMED
+from ..runs import RESUMED, RunPath, keep_previous
 from ..training import STACKS, TAKEN
+from .replica import digest
 
-__all__ = [
-    "APPENDED",
-    "DATA",
-    "FileServer",
-    "UnknownAttempt",
-    "on_node",
-    "serve_files",
-]
+__all__ = ["APPENDED", "DATA", "FileServer", "on_node", "serve_files", "stop_scope"]
 
 START = 300.0  # seconds that a server may take to start
-PULSE = 20.0  # seconds without a heartbeat of a trial after which its lease has none either
-SILENCE = 900.0  # seconds after which its lease is released
-LOOK = 0.2  # seconds for which one look for stop requests serves all trials
 
 APPENDED = (".jsonl", ".wandb", ".log")  # files that only grow
 DATA = ("train.h5", "valid.h5")
-GROUPS = {"pulse": 4, "files": 6}  # threads: heartbeats never wait for files
-
-
-class UnknownAttempt(RuntimeError):
-    r"""Raised if a server does not know an attempt: it was restarted, or the attempt has ended."""
-
-
-class Attempt:
-    r"""One attempt at a run: its lease, and the files that are on their way."""
-
-    lease: Lease
-    directory: Path
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self.lock = threading.RLock()  # of all that is done for the attempt
-        self.taken = False  # whether it has the lease
-        self.heard = time.monotonic()
-        self.tails: dict[str, tuple[int, Any]] = {}  # growing file -> its length, SHA-256
-        self.asides: dict[str, tuple[Path, int, Any]] = {}  # token -> file, its length, SHA-256
-        self.done: set[str] = set()  # tokens
-
-    def silent(self) -> float:
-        r"""Returns the seconds since the last heartbeat."""
-
-        return time.monotonic() - self.heard
-
-    def release(self) -> None:
-        r"""Releases the lease, if it was taken."""
-
-        if self.taken:
-            self.lease.release()
+GROUPS = {"pulse": 4, "lease": 4, "files": 6}  # threads: a ping never waits for files
 
 
 class FileServer:
     r"""The actor that serves the files of a sweep.
 
-    Its methods may be called at the same time, and again if an answer was lost. All that write for
-    an attempt raise LeaseLost if a later one has started, UnknownAttempt if it must be opened
-    first, and LeaseGone if the directory of the run was deleted.
+    Its methods may be called at the same time, and again if an answer was lost or the actor was
+    restarted. Those with an attempt raise LeaseLost unless it has the lease of the run, and
+    LeaseGone if the directory of the run was deleted.
 
     Arguments:
-        name: The name of the actor, by which its leases are its own after a restart.
         runs: The directory of all runs.
         data: The directory of the data.
-        request: The file whose existence asks all trials to stop, see
-            :class:`sda_ray.cluster.trial.Trial`.
+        request: The file whose existence asks all trials to stop, see :func:`stop_scope`.
     """
 
-    def __init__(self, name: str, runs: str, data: str, request: str) -> None:
-        self.name = name
+    def __init__(self, runs: str, data: str, request: str) -> None:
         self.runs, self.data, self.request = Path(runs), Path(data), Path(request)
-        self.newest: dict[str, Attempt] = {}  # by run id
-        self._lock = threading.Lock()  # of `newest`
-        self._looked, self._requests = 0.0, frozenset[str]()
+        self.directories: dict[str, Path] = {}  # by run id
 
-    def ready(self) -> str:
-        r"""Returns the name, once the actor has started."""
+    def ready(self) -> bool:
+        return True
 
-        return self.name
+    def _directory(self, run_id: str) -> Path:
+        r"""Returns the directory of a run, `.{id}` until the trial has named it."""
 
-    def open(self, run_id: str, attempt: int) -> dict[str, Any]:
-        r"""Takes the lease of a run for an attempt.
-
-        Returns:
-            `name`, the name of the run's directory, empty if it has none yet; and `sizes`, those of
-            the files that the attempt may need to resume the run.
-
-        Raises:
-            LeaseLost: If a later attempt has started.
-        """
-
-        directory = self._start(run_id, attempt).directory
-        sizes = {x: (directory / x).stat().st_size for x in RESUMED if (directory / x).is_file()}
-        name = "" if directory.name.startswith(".") else directory.name
-
-        return {"name": name, "sizes": sizes if name else {}}
-
-    def _start(self, run_id: str, number: int) -> Attempt:
         if not re.fullmatch("[a-z0-9]{8}", run_id):
             raise ValueError(f"{run_id!r} is no id of a run")
 
-        with self._lock:
-            before = self.newest.get(run_id)
+        if run_id not in self.directories:
+            path = RunPath.of_id(self.runs, run_id)
+            self.directories[run_id] = path.directory if path else self.runs / f".{run_id}"
 
-            if before is None or before.number < number:
-                self.newest[run_id] = Attempt(number)
+        return self.directories[run_id]
 
-            attempt = self.newest[run_id]
+    def _check(self, run_id: str, attempt: int) -> None:
+        file = self._directory(run_id) / "lease.json"
 
-        _check(run_id, attempt, number)
+        if (holder := read_holder(file)) is None:
+            check_present(file)
+            raise OSError(f"{file} cannot be read")
 
-        if before is not None and before is not attempt:
-            before.release()
+        if holder["pid"] is None or holder["attempt"] != attempt:
+            raise LeaseLost(
+                f"run {run_id} is at attempt {holder['attempt']}, and {attempt} is over"
+            )
 
-        with attempt.lock:
-            if not attempt.taken:
-                self._take(run_id, attempt)
+    @contextmanager
+    def _held(self, run_id: str, attempt: int) -> Iterator[Path]:
+        r"""Locks the lease of an attempt for the block, and yields the directory of the run."""
 
-            attempt.heard = time.monotonic()
+        directory = self._directory(run_id)
 
-        return attempt
+        try:
+            with FileBackend(directory / "lease.json").lock():
+                self._check(run_id, attempt)
+                yield directory
+        except OSError:
+            check_present(directory / "lease.json")
+            raise
 
-    def _take(self, run_id: str, attempt: Attempt) -> None:
-        link = self.runs / f".{run_id}"
-        named = sorted(x for x in self.runs.glob(f"*_{run_id}") if x.is_dir())
-        directory = named[0] if named else link
+    def prepare(self, run_id: str) -> None:
+        r"""Makes a directory for the lease of a run, if it has none yet."""
 
-        if link.is_symlink() and not named:
-            link.unlink()
+        self.directories.pop(run_id, None)
+        directory = self._directory(run_id)
 
-        if not named:  # the trial names it, see `settle`
-            link.mkdir(exist_ok=True)
+        if directory.name == f".{run_id}":
+            if directory.is_symlink():  # to a directory that was deleted
+                directory.unlink()
 
-        attempt.lease = Lease(
-            directory / "lease.json",
-            f"run {run_id}",
-            attempt.number,
-            takeover=True,
-            agent=self.name,
-            alive=lambda: attempt.silent() < PULSE,
-        )
+            directory.mkdir(exist_ok=True)
 
-        with attempt.lease.hold():
+    def read_lease(self, run_id: str) -> tuple[bytes, int] | None:
+        r"""Returns the lease record of a run and its version, or None if there is none."""
+
+        return FileBackend(self._directory(run_id) / "lease.json").read()
+
+    def write_lease(self, run_id: str, data: bytes | None, version: int | None) -> int:
+        r"""Replaces the lease record of a version; without data, gives it a heartbeat.
+
+        Raises:
+            Conflict: If the record has another version.
+        """
+
+        backend = FileBackend(self._directory(run_id) / "lease.json")
+
+        with backend.lock():
+            record = backend.read()
+
+            if record is not None and record[0] == data:  # the answer was lost
+                return record[1]
+
+            if version != (record and record[1]):
+                raise Conflict(f"run {run_id} was taken meanwhile")
+
+            return backend.beat(b"", version) if data is None else backend.write(data, version)
+
+    def open(self, run_id: str, attempt: int) -> dict[str, Any]:
+        r"""Cleans up after the attempt before.
+
+        Returns:
+            `name`, that of the run's directory, empty if it has none yet; and `sizes`, those of the
+            files that the run may be resumed from.
+        """
+
+        with self._held(run_id, attempt) as directory:
             remove_leftovers(directory)
             cut_torn_lines(directory / "metrics.jsonl")
+            link = self.runs / f".{run_id}"
 
             if link.is_symlink():  # of an attempt that was killed
                 link.unlink()
 
-        attempt.directory, attempt.taken = directory, True
+            files = [directory / name for name in RESUMED if directory != link]
 
-    def _find(self, run_id: str, number: int) -> Attempt:
-        r"""Returns an attempt, and counts the call as its heartbeat."""
-
-        with self._lock:
-            attempt = self.newest.get(run_id)
-
-        if attempt is None or attempt.number < number or not attempt.taken:
-            raise UnknownAttempt(f"attempt {number} at run {run_id} is not known here")
-
-        _check(run_id, attempt, number)
-        attempt.heard = time.monotonic()
-
-        return attempt
-
-    @contextmanager
-    def _locked(self, run_id: str, number: int) -> Iterator[Attempt]:
-        r"""Locks an attempt for the duration of the block.
-
-        Raises:
-            LeaseGone: If the block fails because the directory of the run was deleted.
-        """
-
-        attempt = self._find(run_id, number)
-
-        with attempt.lock:
-            try:
-                yield attempt
-            except OSError:
-                check_present(attempt.lease.file)
-                raise
+            return {
+                "name": "" if directory == link else directory.name,
+                "sizes": {x.name: x.stat().st_size for x in files if x.is_file()},
+            }
 
     def settle(self, run_id: str, attempt: int, name: str) -> None:
         r"""Names the directory of a new run."""
@@ -215,166 +164,95 @@ class FileServer:
         if target.parent != self.runs or not name.endswith(f"_{run_id}") or name[0] == ".":
             raise ValueError(f"{name!r} is no name for run {run_id}")
 
-        with self._locked(run_id, attempt) as at:
-            if at.directory.name == f".{run_id}":
-                with at.lease.hold():
-                    at.directory.rename(target)
-                    sync_directory(self.runs)
-                    at.directory, at.lease.file = target, target / "lease.json"
+        with self._held(run_id, attempt) as directory:
+            if directory.name == f".{run_id}":
+                directory.rename(target)
+                self.directories[run_id] = target
+                sync_directory(self.runs)
 
     def ping(self, run_id: str, attempt: int, number: int) -> str:
-        r"""Takes a heartbeat, and returns the request to stop run `number`: `all`, `alone` or none.
+        r"""Returns what run `number` is asked, see :func:`stop_scope`."""
 
-        Releases the leases of attempts that have been silent for very long.
-        """
+        self._check(run_id, attempt)
 
-        self._find(run_id, attempt)
+        return stop_scope(self.request, number)
 
-        with self._lock:
-            silent = [x for x in self.newest.values() if x.silent() > SILENCE]
-
-        for other in silent:
-            other.release()
-
-        if time.monotonic() - self._looked > LOOK:
-            with suppress(OSError):
-                self._requests = frozenset(os.listdir(self.request.parent))
-                self._looked = time.monotonic()
-
-        if f"{self.request.name}.{number}" in self._requests:
-            return "alone"
-
-        return "all" if self.request.name in self._requests else ""
-
-    def read(self, run_id: str, attempt: int, name: str, offset: int, size: int) -> Any:
-        r"""Returns a chunk of a file of a run, and its SHA-256."""
+    def read(self, run_id: str, attempt: int, name: str, offset: int, size: int) -> bytes:
+        r"""Returns a chunk of a file of a run."""
 
         if name not in RESUMED:
             raise ValueError(f"{name!r} is no file that a trial needs")
 
-        with self._locked(run_id, attempt) as at:
-            return _read_chunk(at.directory / name, offset, size)
+        with self._held(run_id, attempt) as directory:
+            return _read(directory / name, offset, size)
 
-    def append(
-        self, run_id: str, attempt: int, name: str, offset: int, data: bytes, before: str
-    ) -> None:
-        r"""Appends to a file of a run that only grows.
+    def append(self, run_id: str, attempt: int, name: str, offset: int, data: bytes) -> None:
+        r"""Appends to a file of a run that only grows, and had `offset` bytes before."""
 
-        Arguments:
-            run_id: The run.
-            attempt: The attempt.
-            name: The file.
-            offset: The length of the file before.
-            data: What to append.
-            before: The SHA-256 of the file before.
-        """
+        with self._held(run_id, attempt) as directory:
+            file = _place(directory, name)
+            length = file.stat().st_size if file.exists() else 0
 
-        with self._locked(run_id, attempt) as at:
-            file = _place(at.directory, name)
-
-            if name not in at.tails:
-                at.tails[name] = _tail(file)
-
-            length, sha = at.tails[name]
-
-            if offset + len(data) == length and offset < length:  # the answer was lost
+            if offset < length and _read(file, offset, length) == data:  # the answer was lost
                 return
 
-            if offset != length or sha.hexdigest() != before:
+            if offset != length:
                 raise ValueError(f"{file} has {length} other bytes than the trial's {offset}")
 
-            with at.lease.hold():
-                _append(file, offset, data)
-
-            sha.update(data)
-            at.tails[name] = offset + len(data), sha
+            append(file, data)
 
     def write(
-        self,
-        run_id: str,
-        attempt: int,
-        name: str,
-        token: str,
-        offset: int,
-        data: bytes,
-        whole: str | None,
+        self, run_id: str, attempt: int, name: str, offset: int, data: bytes, sha: str | None
     ) -> None:
-        r"""Takes the next chunk of a file of a run; the last one puts the file in place, synced.
+        r"""Takes a chunk of a file of a run; the one at offset 0 begins the file anew.
 
-        Arguments:
-            run_id: The run.
-            attempt: The attempt.
-            name: The file.
-            token: The name of this version of the file until it is whole.
-            offset: The offset of the chunk.
-            data: The chunk.
-            whole: The SHA-256 of the file, with its last chunk.
+        The last chunk comes with the SHA-256 of the file, and puts it in place, synced.
         """
 
-        with self._locked(run_id, attempt) as at:
-            if token in at.done:  # the answer was lost
+        with self._held(run_id, attempt) as directory:
+            place = _place(directory, name)
+            aside = place.with_name(f".{place.name}.tmp")
+
+            if sha and not aside.exists() and _digest(place) == sha:  # the answer was lost
                 return
 
-            place = _place(at.directory, name)
-
-            if offset == 0 and token not in at.asides:
-                for old, (aside, _, _) in list(at.asides.items()):  # abandoned by the trial
-                    aside.unlink(missing_ok=True)
-                    del at.asides[old]
-
-                aside = place.with_name(f".{place.name}.{secrets.token_hex(4)}.tmp")
-                at.asides[token] = aside, 0, hashlib.sha256()
-
-            aside, length, sha = at.asides[token]
+            flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            flags |= 0 if offset else os.O_TRUNC
+            mode = 0o600 if name == "diff.patch" else 0o666
 
             try:
-                if offset == length:
-                    mode = 0o600 if name == "diff.patch" else 0o666
-                    _append(aside, offset, data, mode, sync=whole is not None)
-                    sha.update(data)
-                    at.asides[token] = aside, length + len(data), sha
-                elif offset + len(data) != length:  # the answer was lost
-                    raise ValueError(f"a chunk of {name} at {offset} comes after {length}")
+                with open(os.open(aside, flags, mode), "wb") as stream:
+                    stream.seek(offset)
+                    stream.write(data)
 
-                if whole is None:
-                    return
+                    if sha is None:
+                        return
 
-                if sha.hexdigest() != whole:
+                    stream.flush()
+                    os.fsync(stream.fileno())
+
+                if _digest(aside) != sha:
                     raise ValueError(f"{name} was damaged on its way")
 
-                with at.lease.hold():
-                    _keep_previous(place)
-                    os.replace(aside, place)
-                    sync_directory(place.parent)
+                if name == "checkpoint.pth":
+                    keep_previous(RunPath(directory))
+
+                os.replace(aside, place)
+                sync_directory(place.parent)
             except BaseException:
-                del at.asides[token]
                 aside.unlink(missing_ok=True)
                 raise
-
-            del at.asides[token]
-            at.done.add(token)
-            at.tails.pop(name, None)
 
     def remove(self, run_id: str, attempt: int, name: str) -> None:
         r"""Removes the previous checkpoint, or sets the newest one aside, which is damaged."""
 
-        with self._locked(run_id, attempt) as at:
-            file = at.directory / name
+        with self._held(run_id, attempt) as directory:
+            file = directory / name
 
-            with at.lease.hold():
-                if name == "checkpoint.prev.pth":
-                    file.unlink(missing_ok=True)
-                elif name == "checkpoint.pth" and file.exists():
-                    os.replace(file, file.with_suffix(".damaged.pth"))
-
-    def close(self, run_id: str, attempt: int) -> None:
-        r"""Ends an attempt, and releases its lease."""
-
-        with suppress(UnknownAttempt), self._locked(run_id, attempt) as at, self._lock:
-            at.release()
-
-            if self.newest.get(run_id) is at:
-                del self.newest[run_id]
+            if name == "checkpoint.prev.pth":
+                file.unlink(missing_ok=True)
+            elif name == "checkpoint.pth" and file.exists():
+                os.replace(file, file.with_suffix(".damaged.pth"))
 
     def keep_stacks(self, run_id: str, attempt: int, text: str) -> None:
         r"""Keeps the stack traces of a process that hung."""
@@ -388,18 +266,31 @@ class FileServer:
 
         return {name: (self.data / name).stat().st_size for name in DATA}
 
-    def read_data(self, name: str, offset: int, size: int) -> Any:
-        r"""Returns a chunk of a file of data, and its SHA-256."""
+    def read_data(self, name: str, offset: int, size: int) -> bytes:
+        r"""Returns a chunk of a file of data."""
 
         if name not in DATA:
             raise ValueError(f"{name!r} is no file that a training reads")
 
-        return _read_chunk(self.data / name, offset, size)
+        return _read(self.data / name, offset, size)
 
 
-def _check(run_id: str, attempt: Attempt, number: int) -> None:
-    if attempt.number > number:
-        raise LeaseLost(f"run {run_id} is at attempt {attempt.number}, and {number} is over")
+def stop_scope(request: Path, number: int) -> str:
+    r"""Returns whether a stop file asks `all` trials or run `number` `alone`, or nothing.
+
+    The file `request` stops all trials of the sweep, `request.N` only run N.
+    """
+
+    names: list[str] = []
+
+    with suppress(OSError):  # the file system may be away for a while
+        # A listing is fresh on NFS, where the absence of a file may be cached
+        names = os.listdir(request.parent)
+
+    if f"{request.name}.{number}" in names:
+        return "alone"
+
+    return "all" if request.name in names else ""
 
 
 @contextmanager
@@ -426,7 +317,7 @@ def serve_files(runs: Path, data: Path, request: Path) -> Iterator[dict[str, str
         max_restarts=-1,
         **on_node(here.get_node_id()),
     )
-    server = actor.remote(name, str(runs), str(data), str(request))
+    server = actor.remote(str(runs), str(data), str(request))
 
     for old in request.parent.glob(".probe-*"):
         old.unlink(missing_ok=True)
@@ -436,8 +327,8 @@ def serve_files(runs: Path, data: Path, request: Path) -> Iterator[dict[str, str
 
     try:
         ray.get(server.ready.remote(), timeout=START)
-        told = {"actor": name, "namespace": here.namespace}
-        yield told | {"probe": str(probe), "nonce": nonce}
+        address = {"actor": name, "namespace": here.namespace}
+        yield address | {"probe": str(probe), "nonce": nonce}
     finally:
         probe.unlink(missing_ok=True)
 
@@ -453,14 +344,21 @@ def on_node(id: str) -> dict[str, Any]:
     return {"scheduling_strategy": NodeAffinitySchedulingStrategy(id, soft=False)}
 
 
-def _read_chunk(file: Path, offset: int, size: int) -> tuple[bytes, str]:
-    r"""Returns a chunk of a file, and its SHA-256."""
-
+def _read(file: Path, offset: int, size: int) -> bytes:
     with open(file, "rb") as stream:
         stream.seek(offset)
-        data = stream.read(size)
 
-    return data, hashlib.sha256(data).hexdigest()
+        return stream.read(size)
+
+
+def _digest(file: Path) -> str:
+    r"""Returns the SHA-256 of a file, or an empty text if there is none."""
+
+    try:
+        with open(file, "rb") as stream:
+            return digest(stream)
+    except FileNotFoundError:
+        return ""
 
 
 def _place(directory: Path, name: str) -> Path:
@@ -485,51 +383,3 @@ def _place(directory: Path, name: str) -> Path:
             raise ValueError(f"{name!r} leads out of the run")
 
     return place
-
-
-def _tail(file: Path) -> tuple[int, Any]:
-    r"""Returns the length of a file, 0 if there is none, and its SHA-256, to be updated."""
-
-    sha, length = hashlib.sha256(), 0
-
-    with suppress(FileNotFoundError), open(file, "rb") as stream:
-        while chunk := stream.read(2**20):
-            sha.update(chunk)
-            length += len(chunk)
-
-    return length, sha
-
-
-def _append(file: Path, end: int, data: bytes, mode: int = 0o666, sync: bool = True) -> None:
-    r"""Writes at the end of a file, all or nothing."""
-
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
-    stream: BinaryIO
-
-    with open(os.open(file, flags, mode), "wb", buffering=0) as stream:
-        try:
-            view = memoryview(data)
-
-            while view:
-                view = view[stream.write(view) :]
-
-            if sync:
-                os.fsync(stream.fileno())
-        except OSError:
-            os.ftruncate(stream.fileno(), end)
-            raise
-
-
-def _keep_previous(place: Path) -> None:
-    r"""Keeps the newest checkpoint as the previous one, as :mod:`sda_ray.runs.checkpoint` does."""
-
-    if place.name != "checkpoint.pth" or not place.exists():
-        return
-
-    previous = place.with_name("checkpoint.prev.pth")
-    previous.unlink(missing_ok=True)
-
-    try:
-        os.link(place, previous)
-    except OSError:  # a file system without links
-        os.replace(place, previous)

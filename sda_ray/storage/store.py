@@ -6,16 +6,20 @@ the machine; `AWS_ENDPOINT_URL` names a server other than Amazon's.
 """
 
 import hashlib
+import json
 import os
 import re
+import secrets
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
-from datetime import datetime, timedelta, timezone
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..core import UserError, open_atomic
+from ..core import Conflict, UserError, open_atomic
+from .replica import CHUNK, chunks, digest
 
 __all__ = [
     "Bucket",
@@ -23,25 +27,19 @@ __all__ = [
     "Damaged",
     "Folder",
     "Found",
+    "LeaseObject",
     "Unreachable",
-    "digest",
-    "parse_url",
+    "check_url",
 ]
 
-PART = 5 * 2**20  # bytes of a part; larger files are uploaded in parts
 CONNECT = timedelta(seconds=5)
 REQUEST = timedelta(seconds=30)  # for one write, or between two packets of a read
-KEYS = timedelta(minutes=5)  # how long the keys of a session serve
 
 Version = dict[str, str]
 
 
 class Unreachable(OSError):
     r"""Raised if a bucket does not answer, or refuses a request. A retry may succeed."""
-
-
-class Conflict(RuntimeError):
-    r"""Raised if an object is not at the version that a conditional write expects."""
 
 
 class Damaged(ValueError):
@@ -63,26 +61,16 @@ class Found:
         return expected is not None and expected != hashlib.sha256(self.data).hexdigest()
 
 
-def parse_url(url: str) -> tuple[str, str]:
-    r"""Returns the bucket and the prefix of `s3://bucket/prefix`; the prefix may be empty.
+def check_url(url: str) -> None:
+    r"""Raises a UserError unless the url is `s3://bucket/prefix`; the prefix may be empty."""
 
-    Raises:
-        UserError: If the url is no such url.
-    """
+    bucket, part = r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", r"(?!\.+(/|$))[\w.=+-]+"
 
-    bucket, _, prefix = url.removeprefix("s3://").partition("/")
-    prefix = prefix.strip("/")
-    parts = prefix.split("/") if prefix else []
-
-    if not re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", bucket) or not all(
-        re.fullmatch(r"[\w.=+-]+", part) and part.strip(".") for part in parts
-    ):
+    if not re.fullmatch(rf"s3://{bucket}(/{part})*/?", url):
         raise UserError(
             f"--runs is '{url}', but must be a directory, or s3://BUCKET/PREFIX with letters, "
             "digits and . _ = + - in it."
         )
-
-    return bucket, prefix
 
 
 class Bucket:
@@ -119,17 +107,9 @@ class Bucket:
         with _errors():
             return {str(x["path"]): int(x["size"]) for page in self._reader.list() for x in page}
 
-    def head(self, key: str) -> Found | None:
-        r"""Returns an object without its content, or None if it does not exist."""
+    def get(self, key: str, head: bool = False) -> Found | None:
+        r"""Returns an object, without its content if `head`, or None if it does not exist."""
 
-        return self._get(key, head=True)
-
-    def get(self, key: str) -> Found | None:
-        r"""Returns an object with its content, or None if it does not exist."""
-
-        return self._get(key, head=False)
-
-    def _get(self, key: str, head: bool) -> Found | None:
         with _errors():
             try:
                 result = self._reader.get(key, options={"head": head})
@@ -166,37 +146,24 @@ class Bucket:
     ) -> Version:
         r"""Writes an object from the first bytes of a file, in parts.
 
-        Arguments:
-            key: The key.
-            file: The file.
-            size: How many bytes of it.
-            check: Called before each part, and before the object takes its place. An exception
-                aborts the upload, and the object stays as it was.
-            attributes: The attributes of the object.
+        `check` is called before each part, and before the object takes its place. If it raises, the
+        upload is aborted, and the object stays as it was.
         """
 
         def parts() -> Iterator[bytes]:
-            file.seek(0)
-            missing = size
-
-            while missing:
+            for _, data in chunks(file, 0, size):
                 check()
-
-                if not (data := file.read(min(PART, missing))):
-                    raise OSError(f"{key} has become shorter while it was uploaded")
-
-                missing -= len(data)
                 yield data
 
             check()
 
-        options = {"attributes": attributes, "chunk_size": PART, "max_concurrency": 2}
+        options = {"attributes": attributes, "chunk_size": CHUNK, "max_concurrency": 2}
 
         with _errors():
             return _version(self._writer.put(key, parts(), use_multipart=True, **options))
 
     def download(self, key: str, file: Path) -> None:
-        r"""Writes a file from an object, whole or not at all, unless the file has its checksum.
+        r"""Writes a file from an object, whole or not at all.
 
         Raises:
             Damaged: If the content does not match the checksum.
@@ -204,25 +171,16 @@ class Bucket:
         """
 
         with _errors():
-            result = self._reader.get(key)
+            result, sha = self._reader.get(key), hashlib.sha256()
+            file.parent.mkdir(parents=True, exist_ok=True)
 
-        expected = result.attributes.get("sha256")
+            with open_atomic(file) as target:
+                for part in result.stream(min_chunk_size=CHUNK):
+                    sha.update(part)
+                    target.write(part)
 
-        if expected and file.is_file():
-            with open(file, "rb") as stream:
-                if digest(stream) == expected:
-                    return
-
-        file.parent.mkdir(parents=True, exist_ok=True)
-        sha = hashlib.sha256()
-
-        with open_atomic(file) as target:
-            for part in _parts(result):
-                sha.update(part)
-                target.write(part)
-
-            if expected not in (None, sha.hexdigest()):
-                raise Damaged(f"{self.url}/{key} is damaged: its checksum is wrong")
+                if result.attributes.get("sha256") not in (None, sha.hexdigest()):
+                    raise Damaged(f"{self.url}/{key} is damaged: its checksum is wrong")
 
     def delete(self, key: str) -> None:
         r"""Deletes an object, if it exists."""
@@ -259,13 +217,13 @@ class Folder:
         r"""Writes an object from the first bytes of a file, unless it has that content already.
 
         Raises:
-            Unreachable: If it was not written, or was written by somebody else meanwhile.
+            Unreachable: If it was not written, or another process wrote it meanwhile.
         """
 
         key, sha = f"{self.key}/{name}", digest(file, size)
 
         if name not in self._versions:
-            found = self.bucket.head(key)
+            found = self.bucket.get(key, head=True)
             self._versions[name] = found.version if found else None
 
             if found and found.attributes.get("sha256") == sha:
@@ -275,7 +233,7 @@ class Folder:
         attributes = self.attributes | {"sha256": sha}
         self.check()
 
-        if size > PART:
+        if size > CHUNK:
             self._versions[name] = self.bucket.upload(key, file, size, self.check, attributes)
             return
 
@@ -294,17 +252,28 @@ class Folder:
         self._versions.pop(name, None)
 
 
-def digest(file: BinaryIO, size: int | None = None) -> str:
-    r"""Returns the SHA-256 of the first bytes of a file, or of all."""
+class LeaseObject:
+    r"""The record of a :class:`sda_ray.core.lease.Lease` in an object, as its backend."""
 
-    file.seek(0)
-    sha, missing = hashlib.sha256(), 2**63 if size is None else size
+    def __init__(self, bucket: Bucket, key: str) -> None:
+        self.bucket, self.key = bucket, key
+        self._lock = threading.Lock()  # among the threads here; versions exclude other processes
 
-    while missing and (data := file.read(min(PART, missing))):
-        sha.update(data)
-        missing -= len(data)
+    def read(self) -> tuple[bytes, Version] | None:
+        found = self.bucket.get(self.key)
 
-    return sha.hexdigest()
+        return None if found is None else (found.data, found.version)
+
+    def write(self, data: bytes, version: Version | None) -> Version:
+        return self.bucket.put(self.key, data, version)
+
+    def beat(self, data: bytes, version: Version) -> Version:
+        record = json.loads(data) | {"beat": secrets.token_hex(4)}
+
+        return self.write(json.dumps(record).encode(), version)
+
+    def lock(self) -> AbstractContextManager[object]:
+        return self._lock
 
 
 @contextmanager
@@ -325,11 +294,6 @@ def _first_line(error: Exception) -> str:
     return re.split(r"\n|: <\?xml", str(error))[0]
 
 
-def _parts(result: Any) -> Iterator[Any]:
-    with _errors():
-        yield from result.stream(min_chunk_size=PART)
-
-
 def _version(found: Any) -> Version:
     return {key: found[key] for key in ("e_tag", "version") if found[key] is not None}
 
@@ -340,7 +304,7 @@ def _connect(url: str) -> tuple[Any, Any]:
     Reads are retried. A write is not: the process might no longer own the copy by then.
     """
 
-    parse_url(url)
+    check_url(url)
 
     try:
         from obstore import store
@@ -351,42 +315,20 @@ def _connect(url: str) -> tuple[Any, Any]:
         ) from error
 
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    region, keys = _session()
-    more: dict[str, Any] = {"region": region} | ({"endpoint": endpoint} if endpoint else {})
-    more |= {"credential_provider": keys} if keys else {}
-    client = {"connect_timeout": CONNECT, "allow_http": bool(endpoint)}
-    reads = client | {"read_timeout": REQUEST, "timeout": timedelta(days=1)}
-    writes = client | {"timeout": REQUEST}
+    more: dict[str, Any] = {"endpoint": endpoint} if endpoint else {}
 
-    make: Any = store.from_url
+    with suppress(ImportError, ValueError):  # no boto3, or no keys: obstore reads the environment
+        from obstore.auth.boto3 import Boto3CredentialProvider
+
+        more["credential_provider"] = Boto3CredentialProvider()
+
+    def connect(retries: int, **timeouts: timedelta) -> Any:
+        make: Any = store.from_url
+        client = {"connect_timeout": CONNECT, "allow_http": True, **timeouts}
+
+        return make(url, client_options=client, retry_config={"max_retries": retries}, **more)
 
     return (
-        make(url, client_options=reads, retry_config={"max_retries": 3}, **more),
-        make(url, client_options=writes, retry_config={"max_retries": 0}, **more),
+        connect(3, read_timeout=REQUEST, timeout=timedelta(days=1)),
+        connect(0, timeout=REQUEST),
     )
-
-
-def _session() -> tuple[str, Callable[[], dict[str, Any]] | None]:
-    r"""Returns the region, and what provides keys; obstore itself reads no shared files."""
-
-    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-
-    try:
-        from boto3.session import Session
-    except ImportError:
-        return region or "us-east-1", None
-
-    session = Session()
-    credentials = session.get_credentials()
-
-    def keys() -> dict[str, Any]:
-        frozen = credentials.get_frozen_credentials()
-
-        return {
-            "access_key_id": frozen.access_key,
-            "secret_access_key": frozen.secret_key,
-            "token": frozen.token,
-            "expires_at": datetime.now(timezone.utc) + KEYS,
-        }
-
-    return region or session.region_name or "us-east-1", keys if credentials else None

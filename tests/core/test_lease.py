@@ -212,7 +212,7 @@ def test_holder_in_another_container_is_not_judged_by_its_pid(file: Path) -> Non
     assert time.monotonic() - start >= 0.3
 
 
-def test_machine_that_was_rebooted_is_told_from_another_of_its_name(file: Path) -> None:
+def test_rebooted_machine_is_distinguished_from_another_of_its_name(file: Path) -> None:
     known = bool(this_host()["machine"])
     Lease(file, "run x")
     from_elsewhere(file, **this_host() | {"boot": "other"})
@@ -256,7 +256,7 @@ def test_lease_that_cannot_be_written_says_so(tmp_path: Path) -> None:
         Lease(tmp_path / "gone" / "lease.json", "run x")
 
 
-def test_holder_goes_on_after_the_lease_was_unreadable_for_a_while(file: Path) -> None:
+def test_holder_recovers_once_the_lease_is_readable_again(file: Path) -> None:
     lease = Lease(file, "run x")
     content = file.read_bytes()
     file.unlink()
@@ -356,7 +356,7 @@ def test_lease_without_file_locks_says_how_to_get_them(
         Lease(file, "run x")
 
 
-def test_what_is_gone_is_not_present(tmp_path: Path) -> None:
+def test_deleted_file_is_not_present(tmp_path: Path) -> None:
     (tmp_path / "lease.json").touch()
     check_present(tmp_path / "lease.json")
 

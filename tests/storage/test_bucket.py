@@ -14,80 +14,99 @@ from conftest import Cli, Start
 from optuna.trial import TrialState
 
 from sda_ray.core.errors import UserError
-from sda_ray.core.lease import Lease
+from sda_ray.core.lease import Lease, LeaseLost, this_process
 from sda_ray.runs.path import COPIED
 from sda_ray.search.study import Study
-from sda_ray.storage.bucket import SWEEP, Owner, SweepReplica, compare_journals, fetch_sweep
+from sda_ray.storage.bucket import SWEEP, SweepReplica, compare_journals, fetch_sweep
 from sda_ray.storage.replica import Replica, files_of
-from sda_ray.storage.store import Bucket, Folder, Unreachable
+from sda_ray.storage.store import Bucket, Folder, LeaseObject, Unreachable
 
 __all__ = ["account", "bucket", "s3", "server"]  # fixtures
 
 # Ownership
 
 
-def elsewhere(owner: Owner) -> None:
-    r"""Lets an owner look as if it were a process of another machine."""
+def take(bucket: Bucket, patience: float = 60.0) -> Lease:
+    return Lease(LeaseObject(bucket, "sweeps/x/owner.json"), "sweep 'x'", patience=patience)
 
-    owner.mine |= {"host": "elsewhere", "boot": "another"}
-    owner._write()
+
+def elsewhere(lease: Lease) -> None:
+    r"""Lets a lease look as if its holder were on another machine."""
+
+    with lease.hold():
+        lease._write(lease._mine | {"host": "elsewhere", "boot": "another"}, lease._version)
+
+
+@pytest.fixture
+def silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    r"""Leases without heartbeats."""
+
+    monkeypatch.setattr("sda_ray.core.lease.HEARTBEAT", 3600.0)
 
 
 def test_second_driver_is_refused_while_the_first_lives(bucket: Bucket) -> None:
-    owner = Owner(bucket, "owner.json", "sweep 'x'")
+    lease = take(bucket)
 
-    with pytest.raises(UserError, match=r"sweep 'x' is carried out by process \d+ on .* since"):
-        Owner(bucket, "owner.json", "sweep 'x'")
+    with pytest.raises(UserError, match=r"sweep 'x' is in use by process \d+ on .* since"):
+        take(bucket)
 
-    owner.release()
-    second = Owner(bucket, "owner.json", "sweep 'x'")
+    lease.release()
+    second = take(bucket)
 
-    assert second.attempt == owner.attempt + 1
+    assert second.attempt == lease.attempt + 1
     second.release()
 
 
-def test_owner_elsewhere_is_refused_by_its_sign_of_life(
+def test_driver_elsewhere_is_refused_by_its_heartbeat(
     bucket: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sda_ray.storage.bucket.HEARTBEAT", 0.2)
-    owner = Owner(bucket, "owner.json", "sweep 'x'")
-    elsewhere(owner)
+    monkeypatch.setattr("sda_ray.core.lease.HEARTBEAT", 0.2)
+    lease = take(bucket)
+    elsewhere(lease)
 
-    with pytest.raises(UserError, match=r"carried out by process \d+ on elsewhere"):
-        Owner(bucket, "owner.json", "sweep 'x'", patience=30.0)
+    with pytest.raises(UserError, match=r"in use by process \d+ on elsewhere"):
+        take(bucket, patience=30.0)
 
-    owner.release()
+    lease.release()
 
 
-def test_silent_owner_is_taken_over_and_writes_no_more(bucket: Bucket, tmp_path: Path) -> None:
-    owner = Owner(bucket, "owner.json", "sweep 'x'")
-    elsewhere(owner)
-    owner._over.set()  # no more heartbeats
+def test_silent_driver_is_taken_over_and_writes_no_more(
+    bucket: Bucket, tmp_path: Path, silent: None
+) -> None:
+    lease = take(bucket)
+    elsewhere(lease)
     write(tmp_path / "run", **{"metrics.jsonl": "1\n"})
-    replica = Replica(tmp_path / "run", Folder(bucket, "run", owner.check))
+    sweep = SweepReplica(bucket, tmp_path, "x", lease)
+    replica = Replica(tmp_path / "run", Folder(bucket, "run", sweep._confirm))
 
-    second = Owner(bucket, "owner.json", "sweep 'x'", patience=0.5)
-    owner._confirmed -= 3600  # an hour later it comes back
+    second = take(bucket, patience=0.5)
+    lease.confirmed -= 3600  # an hour later it comes back
 
-    with pytest.raises(UserError, match=r"taken over by process .* this driver stops"):
+    with pytest.raises(LeaseLost, match=r"sweep 'x' was taken over from attempt 1 by process"):
         replica.push(COPIED)
 
-    assert set(bucket.list()) == {"owner.json"}
-    owner.release()
-    second.check()
-    assert second.successor is None
+    assert set(bucket.list()) == {"sweeps/x/owner.json"}
+    lease.release()
+    second.renew()
     second.release()
 
 
-def test_owner_whose_answer_was_lost_goes_on(bucket: Bucket) -> None:
-    owner = Owner(bucket, "owner.json", "sweep 'x'")
-    owner._version = {"e_tag": '"another"'}  # as if the last answer had not come back
-    owner._renew()
-    owner._renew()
-    owner.check()
+def test_lease_whose_answer_was_lost_stays_held(bucket: Bucket) -> None:
+    lease = take(bucket)
+    lease._version = {"e_tag": '"another"'}  # as if the last answer had not come back
+    lease.renew()
+    lease.renew()
+    lease.release()
 
-    assert owner.successor is None
-    owner.release()
+
+def test_lease_of_the_version_before_is_respected(bucket: Bucket) -> None:
+    r"""Its record has a token, which no later version reads."""
+
+    holder = this_process(3) | {"token": "0123", "beat": "4567"}
+    bucket.put("sweeps/x/owner.json", json.dumps(holder).encode())
+
+    with pytest.raises(UserError, match=r"sweep 'x' is in use by process"):
+        take(bucket)
 
 
 # Which journal
@@ -167,7 +186,7 @@ def test_code_of_a_sweep_comes_along_before_there_is_a_journal(
 
 def test_damaged_copy_of_a_journal_is_reported(bucket: Bucket, tmp_path: Path) -> None:
     runs = diverged(bucket, tmp_path, by=2, last=2)
-    found = bucket.head("sweeps/x/study.journal")
+    found = bucket.get("sweeps/x/study.journal", head=True)
     assert found is not None
     bucket.put("sweeps/x/study.journal", b"a\nc\n", found.version, found.attributes)
 
@@ -262,21 +281,21 @@ def test_closed_run_that_is_in_the_bucket_is_not_pushed_again(
     write(
         tmp_path / "calm-cat-1_aaaaaaaa", **{"run.json": '{"status": "paused"}', "state.pth": ""}
     )
-    owner = Owner(bucket, "sweeps/x/owner.json", "sweep 'x'")
-    SweepReplica(bucket, tmp_path, "x", owner)._push_run("aaaaaaaa", closed=True)
+    lease = take(bucket)
+    SweepReplica(bucket, tmp_path, "x", lease)._push_run("aaaaaaaa", closed=True)
     written: list[str] = []
     monkeypatch.setattr(bucket, "put", lambda key, *args: written.append(key))
-    again = SweepReplica(bucket, tmp_path, "x", owner)
+    again = SweepReplica(bucket, tmp_path, "x", lease)
     again._push_run("aaaaaaaa", closed=True)
 
     assert written == [] and again.settled == {"aaaaaaaa"}
 
     (tmp_path / "calm-cat-1_aaaaaaaa" / "run.json").write_text('{"status": "finished"}')
-    SweepReplica(bucket, tmp_path, "x", owner)._push_run("aaaaaaaa", closed=True)
+    SweepReplica(bucket, tmp_path, "x", lease)._push_run("aaaaaaaa", closed=True)
 
     assert written == ["calm-cat-1_aaaaaaaa/run.json"]
     monkeypatch.undo()
-    owner.release()
+    lease.release()
 
 
 # Copies of a study at work
@@ -316,9 +335,8 @@ def test_journal_follows_changes_at_once_and_reports_later(
 ) -> None:
     monkeypatch.setattr("sda_ray.storage.bucket.LAG", 3600.0)
 
-    # The lease of the sweep is ours: `copied` would find it at work
-    owner = Owner(bucket, "sweeps/x/owner.json", "sweep 'x'")
-    replica = SweepReplica(bucket, tmp_path, "x", owner)
+    # The lease of the sweep is ours: `replicated` would find it at work
+    replica = SweepReplica(bucket, tmp_path, "x", take(bucket))
     replica.follow(study)
     until(lambda: copied_to(bucket, study))
     study.enqueue({"learning_rate": 1e-3})
@@ -349,10 +367,10 @@ def test_unreachable_bucket_delays_nothing(
     other.start()
     host, port = other.get_host_and_port()
     monkey.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    monkey.setattr("sda_ray.storage.bucket.PAUSES", (0.1, 0.5))
+    monkey.setattr("sda_ray.storage.bucket.PAUSE", 0.2)
     far = Bucket(URL)  # the same objects, by a way that can be cut
     monkey.undo()
-    replica = SweepReplica(far, tmp_path, "x", Owner(far, "sweeps/x/owner.json", "sweep 'x'"))
+    replica = SweepReplica(far, tmp_path, "x", take(far))
     replica.follow(study)
     until(lambda: copied_to(s3, study))
 
@@ -375,29 +393,28 @@ def test_unreachable_bucket_delays_nothing(
     assert f"All of it is in {URL}" in capsys.readouterr().out
 
 
-def test_driver_that_was_taken_over_is_told_and_copies_no_more(
-    bucket: Bucket, study: Study, tmp_path: Path
+def test_driver_that_was_taken_over_notices_and_copies_no_more(
+    bucket: Bucket, study: Study, tmp_path: Path, silent: None
 ) -> None:
-    owner = Owner(bucket, "sweeps/x/owner.json", "sweep 'x'")
-    replica = SweepReplica(bucket, tmp_path, "x", owner)
+    lease = take(bucket)
+    replica = SweepReplica(bucket, tmp_path, "x", lease)
     replica.follow(study)
     until(lambda: copied_to(bucket, study))
     replica.check()
-    elsewhere(owner)
-    owner._over.set()
-    second = Owner(bucket, "sweeps/x/owner.json", "sweep 'x'", patience=0.5)
-    owner._confirmed -= 3600
+    elsewhere(lease)
+    second = take(bucket, patience=0.5)
+    lease.confirmed -= 3600
     before = content(bucket, "sweeps/x/study.journal")
     study.enqueue({"learning_rate": 1e-3})
-    until(lambda: owner.successor is not None)
+    until(lambda: replica.lost is not None)
 
-    with pytest.raises(UserError, match="was taken over by process"):
+    with pytest.raises(UserError, match=r"was taken over .* by process .*: this driver stops"):
         replica.check()
 
     replica.finish(60.0)
 
     assert content(bucket, "sweeps/x/study.journal") == before
-    assert second.successor is None
+    second.renew()
     second.release()
 
 

@@ -2,15 +2,22 @@ r"""Tests for sda_ray.storage.server: what it takes in is whole, in order, and o
 
 import hashlib
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from sda_ray.core.lease import HEARTBEAT, Lease, LeaseGone, LeaseLost, read_holder
-from sda_ray.storage.server import PULSE, FileServer, UnknownAttempt
+from sda_ray.core.lease import (
+    Conflict,
+    Lease,
+    LeaseGone,
+    LeaseLost,
+    last_heartbeat,
+    read_holder,
+)
+from sda_ray.storage.client import RemoteLease
+from sda_ray.storage.server import FileServer
 
 RUN, NAME = "abcdefgh", "calm-cat-1_abcdefgh"
 
@@ -20,27 +27,45 @@ def server(tmp_path: Path) -> FileServer:
     (tmp_path / "runs" / "sweeps" / "s").mkdir(parents=True)
     runs = tmp_path / "runs"
 
-    return FileServer(
-        "server", str(runs), str(tmp_path / "data"), str(runs / "sweeps" / "s" / "stop")
-    )
+    return FileServer(str(runs), str(tmp_path / "data"), str(runs / "sweeps" / "s" / "stop"))
 
 
 def sha(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+class Calls:
+    r"""A connection to a server in this process."""
+
+    run_id = RUN
+
+    def __init__(self, server: FileServer) -> None:
+        self.server = server
+
+    def ask(self, method: str, *args: Any, group: str) -> Any:
+        return getattr(self.server, method)(*args)
+
+
+def take(server: FileServer, attempt: int) -> Lease:
+    server.prepare(RUN)
+
+    return Lease(RemoteLease(Calls(server)), "the run", attempt, takeover=True)  # type: ignore[arg-type]
+
+
 def begin(server: FileServer, attempt: int = 1) -> Path:
+    take(server, attempt)
     server.open(RUN, attempt)
     server.settle(RUN, attempt, NAME)
 
     return server.runs / NAME
 
 
-def put(server: FileServer, name: str, data: bytes, attempt: int = 1, token: str = "t") -> None:
-    server.write(RUN, attempt, name, token, 0, data, sha(data))
+def put(server: FileServer, name: str, data: bytes, attempt: int = 1) -> None:
+    server.write(RUN, attempt, name, 0, data, sha(data))
 
 
-def test_new_run_gets_the_name_that_the_trial_tells(server: FileServer) -> None:
+def test_new_run_gets_the_name_that_the_trial_chooses(server: FileServer) -> None:
+    take(server, 1)
     assert server.open(RUN, 1) == {"name": "", "sizes": {}}
     assert [x.name for x in server.runs.iterdir() if x.name != "sweeps"] == [f".{RUN}"]
     server.settle(RUN, 1, NAME)
@@ -57,16 +82,16 @@ def test_new_run_gets_the_name_that_the_trial_tells(server: FileServer) -> None:
 def test_older_attempt_is_refused_by_all_that_writes(server: FileServer) -> None:
     directory = begin(server, 1)
     put(server, "run.json", b"1")
-    server.open(RUN, 2)
+    take(server, 2)
 
     for call in (
-        lambda: put(server, "run.json", b"old", 1, "u"),
-        lambda: server.append(RUN, 1, "metrics.jsonl", 0, b"old\n", sha(b"")),
+        lambda: put(server, "run.json", b"old", 1),
+        lambda: server.append(RUN, 1, "metrics.jsonl", 0, b"old\n"),
         lambda: server.remove(RUN, 1, "checkpoint.prev.pth"),
         lambda: server.read(RUN, 1, "run.json", 0, 1),
         lambda: server.ping(RUN, 1, 0),
         lambda: server.open(RUN, 1),
-        lambda: server.close(RUN, 1),
+        lambda: take(server, 1),
     ):
         with pytest.raises(LeaseLost):
             call()
@@ -88,61 +113,40 @@ def test_attempt_that_sees_the_files_itself_fences_one_through_the_server(
 
     assert not (directory / "run.json").exists()
     lease.release()
-    server.open(RUN, 3)
+    take(server, 3)
     put(server, "run.json", b"3", 3)
 
 
-def test_server_is_not_killed_by_who_takes_over_a_run(
-    server: FileServer, env: dict[str, str]
-) -> None:
-    directory = begin(server, 1)
-    program = (
-        "import sys; from pathlib import Path; from sda_ray.core.lease import Lease;"
-        "Lease(Path(sys.argv[1]), 'run', 2, takeover=True)"
-    )
-    subprocess.run(
-        [sys.executable, "-c", program, str(directory / "lease.json")], env=env, check=True
-    )  # it would have killed this very process
-    assert (read_holder(directory / "lease.json") or {})["attempt"] == 2
-
-
-def test_server_that_was_started_again_goes_on(server: FileServer) -> None:
+def test_restarted_server_serves_open_attempts(server: FileServer) -> None:
     directory = begin(server, 3)
     put(server, "config.json", b"{}", 3)
-    again = FileServer(server.name, str(server.runs), str(server.data), str(server.request))
-
-    with pytest.raises(UnknownAttempt):
-        put(again, "run.json", b"1", 3)
+    again = FileServer(str(server.runs), str(server.data), str(server.request))
 
     with pytest.raises(LeaseLost):
         again.open(RUN, 2)
 
-    again.open(RUN, 3)
+    assert again.ping(RUN, 3, 0) == ""
     put(again, "run.json", b"1", 3)
     assert (directory / "run.json").read_bytes() == b"1"
-    other = FileServer("another", str(server.runs), str(server.data), str(server.request))
-
-    with pytest.raises(LeaseLost):
-        other.open(RUN, 3)
 
 
 def test_file_appears_whole_or_not_at_all(server: FileServer) -> None:
     directory = begin(server)
     put(server, "checkpoint.pth", b"old")
     data = os.urandom(1000)
-    server.write(RUN, 1, "checkpoint.pth", "a", 0, data[:600], None)
-    server.write(RUN, 1, "checkpoint.pth", "a", 0, data[:600], None)  # the answer was lost
+    server.write(RUN, 1, "checkpoint.pth", 0, data[:600], None)
+    server.write(RUN, 1, "checkpoint.pth", 0, data[:600], None)  # the answer was lost
     assert (directory / "checkpoint.pth").read_bytes() == b"old"
-    server.write(RUN, 1, "checkpoint.pth", "a", 600, data[600:], sha(data))
-    server.write(RUN, 1, "checkpoint.pth", "a", 600, data[600:], sha(data))
+    server.write(RUN, 1, "checkpoint.pth", 600, data[600:], sha(data))
+    server.write(RUN, 1, "checkpoint.pth", 600, data[600:], sha(data))
     assert (directory / "checkpoint.pth").read_bytes() == data
     assert (directory / "checkpoint.prev.pth").read_bytes() == b"old"
 
     with pytest.raises(ValueError, match="damaged on its way"):
-        server.write(RUN, 1, "checkpoint.pth", "b", 0, data[1:], sha(data))
+        server.write(RUN, 1, "checkpoint.pth", 0, data, sha(data[1:]))
 
-    server.write(RUN, 1, "checkpoint.pth", "c", 0, data[:1], None)  # given up for the next
-    server.write(RUN, 1, "checkpoint.pth", "d", 0, b"new", sha(b"new"))
+    server.write(RUN, 1, "checkpoint.pth", 0, data[:10], None)  # given up for the next
+    server.write(RUN, 1, "checkpoint.pth", 0, b"new", sha(b"new"))
     assert (directory / "checkpoint.pth").read_bytes() == b"new"
     assert (directory / "checkpoint.prev.pth").read_bytes() == data
     assert list(directory.glob(".*.tmp")) == []
@@ -151,23 +155,24 @@ def test_file_appears_whole_or_not_at_all(server: FileServer) -> None:
 def test_growing_file_takes_what_comes_next_once(server: FileServer) -> None:
     file = begin(server) / "metrics.jsonl"
     one, two, three = (b'{"epoch": %d}\n' % i for i in (1, 2, 3))
-    server.append(RUN, 1, file.name, 0, one, sha(b""))
-    server.append(RUN, 1, file.name, 0, one, sha(b""))  # the answer was lost
-    server.append(RUN, 1, file.name, len(one), two, sha(one))
+    server.append(RUN, 1, file.name, 0, one)
+    server.append(RUN, 1, file.name, 0, one)  # the answer was lost
+    server.append(RUN, 1, file.name, len(one), two)
 
-    for offset, before in ((len(one) + 1, one + two), (len(one + two), one + three)):
+    for offset, data in ((len(one) + 1, two), (len(one + two) + 1, three), (len(one), three)):
         with pytest.raises(ValueError, match="other bytes"):
-            server.append(RUN, 1, file.name, offset, three, sha(before))
+            server.append(RUN, 1, file.name, offset, data)
 
     assert file.read_bytes() == one + two
-    server.open(RUN, 2)
-    server.append(RUN, 2, file.name, len(one + two), three, sha(one + two))
+    take(server, 2)
+    server.append(RUN, 2, file.name, len(one + two), three)
     assert file.read_bytes() == one + two + three
 
 
 def test_torn_line_is_cut_off_before_an_attempt_sees_it(server: FileServer) -> None:
     directory = begin(server)
     (directory / "metrics.jsonl").write_bytes(b'{"epoch": 1}\n{"epo')
+    take(server, 2)
     assert server.open(RUN, 2)["sizes"]["metrics.jsonl"] == 13
 
 
@@ -203,20 +208,40 @@ def test_run_that_is_deleted_is_not_made_again(server: FileServer) -> None:
     assert not directory.exists()
 
 
-def test_lease_has_a_heartbeat_as_long_as_the_trial_has(server: FileServer) -> None:
-    directory = begin(server)
-    attempt = server.newest[RUN]
-    assert HEARTBEAT < PULSE and attempt.lease.alive()
-    attempt.heard -= PULSE + 1
-    assert not attempt.lease.alive()
-    server.ping(RUN, 1, 0)
-    assert attempt.lease.alive()
-    server.close(RUN, 1)
-    server.close(RUN, 1)
-    assert (read_holder(directory / "lease.json") or {})["pid"] is None
+def test_lease_on_the_head_has_the_heartbeat_of_the_trial(
+    server: FileServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sda_ray.core.lease.HEARTBEAT", 0.1)
+    lease = take(server, 1)
+    server.settle(RUN, 1, NAME)
+    file = server.runs / NAME / "lease.json"
+    before, deadline = last_heartbeat(file), time.monotonic() + 60
+
+    while last_heartbeat(file) == before:
+        assert time.monotonic() < deadline
+
+    assert (read_holder(file) or {})["pid"] == os.getpid()
+    lease.release()
+    assert (read_holder(file) or {})["pid"] is None
+
+    with pytest.raises(LeaseLost):
+        put(server, "run.json", b"late")
 
 
-def test_wish_to_stop_is_told(server: FileServer) -> None:
+def test_lease_on_the_head_is_changed_at_its_version_alone(server: FileServer) -> None:
+    server.prepare(RUN)
+    version = server.write_lease(RUN, b"one", None)
+    assert server.write_lease(RUN, b"one", None) == version  # the answer was lost
+    assert server.read_lease(RUN) == (b"one", version)
+
+    for wrong in (None, version - 1):
+        with pytest.raises(Conflict):
+            server.write_lease(RUN, b"two", wrong)
+
+    assert server.read_lease(RUN) == (b"one", version)
+
+
+def test_stop_request_arrives(server: FileServer) -> None:
     begin(server)
     assert server.ping(RUN, 1, 7) == ""
 

@@ -9,16 +9,9 @@ import pytest
 from cloud import URL, account, bucket, s3, server
 
 from sda_ray.core.errors import UserError
-from sda_ray.storage.store import (
-    PART,
-    Bucket,
-    Conflict,
-    Damaged,
-    Folder,
-    Unreachable,
-    digest,
-    parse_url,
-)
+from sda_ray.core.lease import Conflict
+from sda_ray.storage.replica import CHUNK, digest
+from sda_ray.storage.store import Bucket, Damaged, Folder, Unreachable, check_url
 
 __all__ = ["account", "bucket", "s3", "server"]  # fixtures
 
@@ -35,7 +28,7 @@ def both(request: pytest.FixtureRequest) -> Bucket:
 @pytest.mark.parametrize("url", ["s3://", "s3://B/x", "s3://lab/../x", "s3://lab/a b", "s3://l"])
 def test_wrong_url_is_refused(url: str) -> None:
     with pytest.raises(UserError, match=r"s3://BUCKET/PREFIX"):
-        parse_url(url)
+        check_url(url)
 
 
 def test_object_is_read_as_it_was_written(both: Bucket) -> None:
@@ -45,8 +38,8 @@ def test_object_is_read_as_it_was_written(both: Bucket) -> None:
 
     assert found and (found.data, found.version) == (b"1", version)
     assert found.attributes["sha256"] == "x" and found.damaged
-    assert both.head("a/b.txt").version == version  # type: ignore[union-attr]
-    assert both.get("a/none.txt") is None and both.head("a") is None
+    assert both.get("a/b.txt", head=True).version == version  # type: ignore[union-attr]
+    assert both.get("a/none.txt") is None and both.get("a", head=True) is None
     assert both.list() == {"a/b.txt": 1, "a/c/d.txt": 2}
 
     for _ in range(2):
@@ -77,7 +70,7 @@ def test_conditional_write_is_refused_at_another_version(both: Bucket) -> None:
 
 def test_aborted_upload_of_a_large_file_leaves_the_object(both: Bucket, tmp_path: Path) -> None:
     file = tmp_path / "large"
-    file.write_bytes(os.urandom(2 * PART + 1))
+    file.write_bytes(os.urandom(2 * CHUNK + 1))
     both.put("large", b"before")
     parts = []
 
@@ -89,11 +82,11 @@ def test_aborted_upload_of_a_large_file_leaves_the_object(both: Bucket, tmp_path
 
     with open(file, "rb") as stream:
         with pytest.raises(UserError, match=r"taken over"):
-            both.upload("large", stream, 2 * PART + 1, check)
+            both.upload("large", stream, 2 * CHUNK + 1, check)
 
         assert both.get("large").data == b"before"  # type: ignore[union-attr]
         assert both.list() == {"large": 6}
-        both.upload("large", stream, 2 * PART, lambda: None)
+        both.upload("large", stream, 2 * CHUNK, lambda: None)
 
     assert both.get("large").data == file.read_bytes()[:-1]  # type: ignore[union-attr]
 
@@ -135,7 +128,7 @@ def test_wrong_checksum_leaves_the_file(both: Bucket, tmp_path: Path) -> None:
     assert (tmp_path / "file").read_bytes() == b"before"
 
 
-@pytest.mark.parametrize("size", [0, 7, PART, PART + 1])
+@pytest.mark.parametrize("size", [0, 7, CHUNK, CHUNK + 1])
 def test_folder_keeps_the_checksum_of_each_object(both: Bucket, tmp_path: Path, size: int) -> None:
     file = tmp_path / "file"
     file.write_bytes(os.urandom(size) + b"not pushed")
