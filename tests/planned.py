@@ -1,14 +1,16 @@
 r"""A sweep script to be planned, and what is told of it."""
 
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 import pytest
 
-from sda_ray.plan.plan import Plan
+from sda_ray.plan.plan import Plan, plan_sweep
+from sda_ray.sweep.launch import Options
 
-__all__ = ["SCRIPT", "script", "spoil", "told", "write"]
+__all__ = ["SCRIPT", "plan", "script", "spoil", "told", "write"]
 
 SCRIPT = """
 from sda_ray import CONFIG, Sweep, choice, integer, loguniform, uniform
@@ -38,6 +40,10 @@ def write(directory: Path, *parts: str) -> Path:
 @pytest.fixture
 def script(tmp_path: Path) -> Path:
     return write(tmp_path)
+
+
+def plan(script: Path, runs: Path, data: Path, **options: Any) -> Plan:
+    return plan_sweep(script, Options(runs.parent, runs, data, **options))
 
 
 def told(made: Plan) -> str:

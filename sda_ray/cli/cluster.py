@@ -12,15 +12,17 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
+import click
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..core import UserError, format_size, printable, write_atomic
-from .arguments import Args, without
+from ..core import UserError, format_size, make_console, make_table, printable, write_atomic
+from .options import JSON, LAUNCH, SWEEP, Args, command, option
 from .sweep import chosen_sweep, launch_options
 
 __all__ = [
@@ -35,11 +37,19 @@ CPUS = "-c --cpus-per-task --cpus-per-gpu --exclusive"
 STYLES = {"alive": "green", "draining": "yellow", "dead": "red"}
 
 
+@command("slurm")
+@LAUNCH
+@option("--output", "Default: slurm.sh, with the sweep's record.", metavar="FILE")
+@option("--submit", "Run sbatch on it.", bool)
 def slurm_command(args: Args) -> None:
-    r"""Writes the script of a job, shows it, and submits it with --submit.
+    r"""Writes the script of a Slurm job that runs a sweep, and shows it.
 
-    Raises:
-        UserError: If anything is wrong with the sweep, or with the options of sbatch.
+    Options are those of `sda-ray sweep`, and after -- those of sbatch. The job starts Ray on its
+    nodes for itself alone. Two minutes before its time is up every trial saves a checkpoint, and the
+    job is requeued; the same happens when a node fails. The job is done when the sweep is.
+
+      sda-ray slurm width.py -- --nodes=2 --gpus-per-node=4 --cpus-per-task=32 --time=24:00:00
+      sda-ray slurm width --submit -- --cpus-per-task=8        resume, on CPUs, and submit at once
     """
 
     from ..cluster import Slots, job_script, names
@@ -47,7 +57,7 @@ def slurm_command(args: Args) -> None:
     from ..sweep import check_start
 
     _check_slurm(args)
-    sweep, options = chosen_sweep(args, None, launch_options(args))
+    sweep, options = chosen_sweep(args, launch_options(args))
     slots = Slots(options.cpus, options.gpus or 0, options.parallel)
     start = check_start(sweep, args.runs, options.data, slots, options.wandb, "slurm")
     name = start.sweep.name
@@ -85,13 +95,11 @@ def _check_slurm(args: Args) -> None:
             "-- --nodes=2 --time=24:00:00"
         )
 
-    for word in args.sbatch:
-        if re.search(r"[\n\r]", word):
-            raise UserError(f"{word!r} has a line break: a line of the script has one option.")
+    places = filter(None, (args.root, args.runs, args.data, args.output, args.sweep))
 
-    for path in filter(None, (args.root, args.runs, args.data, args.output, args.sweep)):
-        if re.search(r"[\n\r]", word := os.path.abspath(path)):  # the rest would be a command
-            raise UserError(f"{word!r} has a line break: the script of a job cannot name it.")
+    for word in chain(args.sbatch, map(os.path.abspath, places)):
+        if re.search(r"[\n\r]", word):  # the rest of the line would be a command
+            raise UserError(f"{word!r} has a line break: a line of the script names one thing.")
 
     signal = [word for word in args.sbatch if word.startswith("--signal")]
 
@@ -108,8 +116,17 @@ def _check_slurm(args: Args) -> None:
 def _words(args: Args) -> list[str]:
     r"""Returns the arguments of `sda-ray sweep` in a job, wherever that starts."""
 
-    words = without(args.words, "--submit", flag=True)
-    words = without(words, "--output", "--root", "--runs", "--data")
+    words: list[str] = []
+    given = iter(args.words)
+
+    for word in given:
+        name, equals, _ = word.partition("=")
+
+        if name in ("--output", "--root", "--runs", "--data"):
+            if not equals:
+                next(given)  # its value
+        elif word != "--submit":
+            words.append(word)
 
     if args.sweep.endswith(".py"):
         words[words.index(args.sweep)] = os.path.abspath(args.sweep)
@@ -119,8 +136,20 @@ def _words(args: Args) -> list[str]:
     return words + [f"--data={args.data}"] * args.data_given
 
 
+@command("join")
+@SWEEP
+@option("--cpus", "Default: all that may be used.", int)
+@option("--gpus", "Default: all that may be used.", int)
+@option("--wait", "For the sweep to start, or restart.", float, "MINUTES", default=0.0)
 def join_command(args: Args) -> None:
-    r"""Adds this machine to a sweep that runs."""
+    r"""Adds this machine, or its allocation, to a sweep that runs on other machines.
+
+    They must see the same directory of runs. Ctrl-C, SIGTERM or the end of a Slurm job remove it
+    again: the trials here save a checkpoint first, and resume elsewhere.
+
+      sda-ray join width                          from a terminal on another machine
+      srun --cpus-per-task=8 sda-ray join width   8 more CPUs from Slurm, as long as they last
+    """
 
     from ..cluster import join_sweep
     from ..runs import sweep_directory
@@ -132,8 +161,18 @@ def join_command(args: Args) -> None:
     join_sweep(sweep_directory(args.runs, args.sweep), args.cpus, args.gpus, args.wait)
 
 
+@command("cluster")
+@click.argument("action", type=click.Choice(["status"]))
+@option("--address", "Default: auto.", default="auto")
+@JSON
 def status_command(args: Args) -> None:
-    r"""Shows the nodes of a cluster and the runs on them."""
+    r"""Shows the nodes of a Ray cluster, and which run is on which.
+
+    Run it on the head node, or with --address on any machine in the cluster.
+
+      sda-ray cluster status                                  on the head node
+      ray exec cluster.yaml 'sda-ray cluster status'          from where the cluster was started
+    """
 
     from ..cluster import cluster_status, connected
 
@@ -149,7 +188,7 @@ def status_command(args: Args) -> None:
     if args.json:
         print(json.dumps(status, indent=2))
     else:
-        Console(width=None if sys.stdout.isatty() else 160).print(overview(status))
+        make_console().print(overview(status))
 
 
 def overview(status: Mapping[str, Any]) -> RenderableType:
@@ -183,34 +222,25 @@ def overview(status: Mapping[str, Any]) -> RenderableType:
     return Group(*parts)
 
 
-def _table(*columns: str, right: Sequence[str] = ()) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-
-    for name in columns:  # names of hosts may need two lines, so that all numbers can be read
-        wraps = name in ("node", "address")
-        table.add_column(name, justify="right" if name in right else "left", no_wrap=not wraps)
-
-    return table
-
-
 def _nodes(nodes: Sequence[Mapping[str, Any]]) -> Table:
-    right = ("CPUs", "GPUs", "memory", "disk free", "runs")
-    table = _table("node", "address", "state", *right, right=right)
+    numbers = ("CPUs", "GPUs", "memory", "disk free", "runs")
+    table = make_table(
+        "node", "address", "state", *numbers, right=numbers, fold=("node", "address")
+    )
 
     for node in nodes:
         memory, disk = node["memory"], node["disk"]
+        state = Text(node["state"], style=STYLES[node["state"]])
+        state.append(" (head)" if node["role"] == "head" else "", style="none")
+        used = memory and f"{memory['used'] / memory['total']:.0%} of "
         table.add_row(
             Text(printable(node["name"], 40)),
             Text(printable(node["ip"], 40)),
-            Text(node["state"], style=STYLES[node["state"]]).append(
-                " (head)" if node["role"] == "head" else "", style="none"
-            ),
+            state,
             f"{node['cpus']:g}",
             f"{node['gpus']:g}",
-            "–"
-            if memory is None
-            else f"{memory['used'] / memory['total']:.0%} of {format_size(memory['total'])}",
-            "–" if disk is None else format_size(disk["free"]),
+            f"{used}{format_size(memory['total'])}" if memory else "–",
+            format_size(disk and disk["free"]),
             str(len(node["runs"])),
         )
 
@@ -218,30 +248,41 @@ def _nodes(nodes: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _runs(runs: Sequence[tuple[Mapping[str, Any], Any]]) -> Table:
-    table = _table("run", "sweep", "#", "epoch", "node", right=("#", "epoch"))
+    columns = ("run", "sweep", "#", "epoch", "node")
+    table = make_table(*columns, right=("#", "epoch"), fold=("node",))
 
     for run, node in runs:
-        trial = run["trial"]
-        table.add_row(
-            Text(printable(run["run"], 60)),
-            Text(printable(run["sweep"] or "–", 40)),
-            Text("–" if trial is None else printable(trial, 10)),
-            f"{run['epoch']}/{run['epochs'] or '?'}",
-            Text(printable(node or "–", 40)),
-        )
+        trial = "–" if run["trial"] is None else run["trial"]
+        epoch = f"{run['epoch']}/{run['epochs'] or '?'}"
+        cells = (run["run"], run["sweep"] or "–", trial, epoch, node or "–")
+        table.add_row(*(Text(printable(x, 60)) for x in cells))
 
     return table
 
 
+@command("doctor")
+@click.argument("file", required=False, metavar="[CLUSTER.YAML]")
+@option("--address", "A Ray cluster, as `auto`. Default: this machine alone.")
+@option("--wandb", "Check whether W&B can be reached.", ("online",))
+@JSON
 def doctor_command(args: Args) -> None:
-    r"""Prints findings about machines, and exits with 1 if there is a fault."""
+    r"""Checks whether this machine, or a cluster, is fit for sweeps.
+
+    Equal versions on all nodes, clocks, disk, files that nodes see or get through the head node, GPUs,
+    W&B, open ports, Ray's token, limits. Exits with 1 if it finds a fault; every fault comes with what
+    to do.
+
+      sda-ray doctor                    this machine
+      sda-ray doctor --address auto     all nodes of the Ray that this machine is a node of
+      sda-ray doctor cluster.yaml       the file, and then the cluster that it has started
+    """
 
     if args.file:
         findings = list(_check_file(Path(args.file)))
 
         if not any(x.state == "fault" for x in findings):
             if not args.json:
-                _show_findings(findings, args.json)
+                _show_findings(findings)
 
             sys.exit(_on_cluster(args))
     else:
@@ -249,8 +290,14 @@ def doctor_command(args: Args) -> None:
 
         findings = diagnose(args.runs, args.address, _server(args.wandb))
 
-    _show_findings(findings, args.json)
-    sys.exit(any(x.state == "fault" for x in findings))
+    faults = sum(x.state == "fault" for x in findings)
+
+    if args.json:
+        print(json.dumps({"faults": faults, "findings": [asdict(x) for x in findings]}, indent=2))
+    else:
+        _show_findings(findings)
+
+    sys.exit(faults > 0)
 
 
 def _check_file(file: Path) -> Iterator[Any]:
@@ -297,19 +344,11 @@ def _server(asked: str | None) -> str | None:
     return wandb_server()
 
 
-def _show_findings(findings: list[Any], as_json: bool) -> None:
-    if as_json:
-        faults = sum(x.state == "fault" for x in findings)
-        print(json.dumps({"faults": faults, "findings": [asdict(x) for x in findings]}, indent=2))
-        return
-
-    console = Console(
-        width=None if sys.stdout.isatty() else 160, highlight=False, markup=False, emoji=False
-    )
-    table = Table("node", "what", "", "found", "what to do", box=None, pad_edge=False)
+def _show_findings(findings: list[Any]) -> None:
+    table = make_table("node", "what", "", "found", "what to do")
     colours = {"ok": "green", "warning": "yellow", "fault": "red"}
 
     for x in findings:
         table.add_row(x.node, x.what, x.state, x.found, x.do, style=colours[x.state])
 
-    console.print(table)
+    make_console().print(table)

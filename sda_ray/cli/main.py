@@ -14,15 +14,11 @@ from typing import Any
 
 import click
 
-from .. import __version__
 from ..core import KEYS, UserError, did_you_mean
 from ..sweep import OtherCode, execute
-from .arguments import Args
 from .options import sda_ray
 
 __all__ = ["main"]
-
-LISTING = ("list", "show", "compare")  # the commands that look at runs, of a bucket too
 
 
 def main(sweep: Any = None, argv: Sequence[str] | None = None) -> None:
@@ -63,6 +59,8 @@ def main(sweep: Any = None, argv: Sequence[str] | None = None) -> None:
 
         print(f"sda-ray: {error}", file=sys.stderr)
         sys.exit(2)
+    except click.Abort:  # no answer to a question
+        sys.exit(1)
     except KeyboardInterrupt:
         print("Interrupted. The same command resumes.", file=sys.stderr)
         sys.exit(130)
@@ -72,13 +70,13 @@ def main(sweep: Any = None, argv: Sequence[str] | None = None) -> None:
         if error.errno not in (errno.ENAMETOOLONG, errno.ENOSPC):
             raise
 
-        if (
-            started and error.errno == errno.ENOSPC
-        ):  # Python would write the rest at its end, again
+        full = error.errno == errno.ENOSPC
+
+        if started and full:  # Python would write the rest at its end, again
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
         print(f"sda-ray: {error}", file=sys.stderr)
-        sys.exit(1 if error.errno == errno.ENOSPC else 2)
+        sys.exit(1 if full else 2)
     finally:
         # Once SIGINT has met code that is run from a string, as dataclasses do, Python (3.11) ends
         # by that signal, though it was caught, until other such code has run.
@@ -90,9 +88,9 @@ def _run(argv: list[str], sweep: Any) -> None:
 
     split = argv.index("--") if argv[:1] == ["slurm"] and "--" in argv else len(argv)
     words, sbatch = argv[:split], argv[split + 1 :]
-    invocation = Args(argv=argv, words=words[1:], sbatch=sbatch, script_sweep=sweep, begin=_begin)
+    given = {"argv": argv, "words": words[1:], "sbatch": sbatch, "script_sweep": sweep}
 
-    with sda_ray.make_context("sda-ray", words or ["--help"], obj=invocation) as context:
+    with sda_ray.make_context("sda-ray", words or ["--help"], obj=given) as context:
         sda_ray.invoke(context)
 
 
@@ -111,40 +109,7 @@ def _explain(error: click.UsageError) -> str:
     return text + (f" `{error.ctx.command_path} --help` says more." if error.ctx else "")
 
 
-def _begin(args: Args) -> None:
-    r"""Prints where files are, and checks that they can be there."""
-
-    places = f"data {args.data}" + ("" if args.command == "simulate" else f", runs {args.runs}")
-    places += f", a copy of which is in {args.bucket}" if args.bucket else ""
-    out = sys.stderr if getattr(args, "json", False) else sys.stdout
-    print(f"sda-ray {__version__}: root {args.root}, {places}", file=out, flush=True)
-
-    for place in (args.root, args.data, args.runs):
-        existing = next(part for part in (place, *place.parents) if part.exists())
-
-        if not existing.is_dir():
-            raise UserError(f"{place} cannot be used: {existing} is a file, no directory.")
-
-    if args.bucket:
-        _check_bucket(args)
-
-
 def _terminate(number: int, frame: FrameType | None) -> None:
     r"""Ends the process gracefully: context managers and `finally` blocks run."""
 
     sys.exit(128 + number)
-
-
-def _check_bucket(args: Args) -> None:
-    r"""Checks that a command can use runs in a bucket, and fetches those that it lists."""
-
-    if args.command not in ("sweep", "plan", "stop", *LISTING):
-        raise UserError(
-            f"`sda-ray {args.command}` works on a directory, not on {args.bucket}: give it --runs "
-            f"{args.runs}, where runs of this machine are, and those fetched by `sda-ray runs`."
-        )
-
-    if args.command in LISTING:
-        from ..storage import Bucket, fetch_records
-
-        fetch_records(Bucket(args.bucket), args.runs)

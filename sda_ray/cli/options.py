@@ -1,46 +1,76 @@
-r"""The words that each command of `sda-ray` takes, and where its files are.
+r"""What commands of `sda-ray` share: their list, their options, and where files are.
 
-The functions that do the work are imported when a command runs, so that `--help` stays quick.
+The module of a command is imported once the command is named, so that `--help` stays quick.
 """
 
 import functools
+import importlib
 import inspect
+import math
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from textwrap import indent
+from types import SimpleNamespace
 from typing import Any
 
 import click
 
 from .. import __version__
-from ..core import KEYS, UserError, did_you_mean, format_value
-from .arguments import Args
+from ..core import UserError, did_you_mean
 
-__all__ = ["sda_ray"]
+__all__ = [
+    "ADDRESS",
+    "COUNT",
+    "DEFINITION",
+    "JSON",
+    "LAUNCH",
+    "NAME",
+    "RESOURCES",
+    "SETTINGS",
+    "SWEEP",
+    "WANDB",
+    "Actions",
+    "Args",
+    "command",
+    "option",
+    "sda_ray",
+]
 
 Function = Callable[..., Any]
 
-STATUSES = (
-    *("running", "paused", "interrupted", "stopped", "finished", "diverged", "failed"),
-    *("adopted", "damaged", "unknown"),
-)
+# The commands, with the module of each
+COMMANDS = {
+    "simulate": ("train", "Make a data set."),
+    "train": ("train", "Train one network."),
+    "plan": ("sweep", "Say what a sweep would cost, and what is wrong with it."),
+    "sweep": ("sweep", "Search for good settings."),
+    "attach": ("table", "Show the live table of a running sweep."),
+    "stop": ("sweep", "Stop a running sweep, or one trial."),
+    "adopt": ("sweep", "Bring finished runs into a sweep."),
+    "runs": ("runs", "List, show, compare and prune runs."),
+    "sync": ("runs", "Upload runs to W&B."),
+    "slurm": ("cluster", "Write the script of a Slurm job for a sweep."),
+    "join": ("cluster", "Add this machine to a running sweep."),
+    "cluster": ("cluster", "Show the nodes of a cluster and their trials."),
+    "doctor": ("cluster", "Check whether this machine, or a cluster, is fit for sweeps."),
+}
+LISTING = ("list", "show", "compare")  # the commands that look at runs, of a bucket too
 
 
-class Filled(click.ParamType):
-    r"""A text that is not empty: in a shell, an empty one is a variable that was not set."""
+class Args(SimpleNamespace):
+    r"""The values of a command's options and arguments, by name."""
 
-    name = "text"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: Any) -> Any:
-        if value == "":
-            name = param.opts[0] if param is not None else "a value"
-            raise UserError(f"{name} is empty, but must say something, or be left out.")
-
-        return value
-
-
-FILLED = Filled()
+    # Of commands that do not take them
+    name: Any = None
+    trials: Any = None
+    runs: Any = None
+    bucket: Any = None
+    settings: Any = ()
+    fix: Any = ()
+    fork: Any = False
+    json: Any = False
 
 
 class Command(click.Command):
@@ -51,19 +81,39 @@ class Command(click.Command):
         formatter.write(f"\n{indent(text, '  ')}\n")
 
 
-class Commands(click.Group):
+class Group(click.Group):
     r"""A group of commands, which suggests a name for one that does not exist."""
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         if self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
-            hint = did_you_mean(args[0], self.commands)
+            hint = did_you_mean(args[0], self.list_commands(ctx))
             raise UserError(f"there is no command '{args[0]}'.{hint} `sda-ray --help` lists all.")
 
         return super().resolve_command(ctx, args)
 
 
-class Actions(Commands):
+class Commands(Group):
+    r"""The group of :data:`COMMANDS`."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in COMMANDS:
+            importlib.import_module(f".{COMMANDS[cmd_name][0]}", __package__)
+
+        return super().get_command(ctx, cmd_name)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, about) for name, (_, about) in COMMANDS.items()])
+
+
+class Actions(Group):
     r"""Commands of which the first is meant where none is named, wherever options stand."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         named = [word for word in args if word in self.commands][:1]
@@ -88,71 +138,33 @@ def sda_ray() -> None:
     pass
 
 
-def command(
-    name: str, short: str, *, group: click.Group = sda_ray, runs: bool = True
-) -> Callable[[Function], click.Command]:
-    r"""Makes a command of a function that takes its :data:`Args`. The docstring is its help.
+class Amount(click.FloatRange):
+    r"""A number above 0 and below infinity, or 0 if that is allowed."""
 
-    Root, data and runs are absolute in there; `data_given` tells whether `--data` was.
-    """
+    def __init__(self, zero: bool = False) -> None:
+        super().__init__(0, min_open=not zero)
 
-    def decorate(function: Function) -> click.Command:
-        @functools.wraps(function)
-        def call(invocation: Args, **given: Any) -> None:
-            args = Args(command=name, **vars(invocation), **given)
-            _locate(args)
-            invocation.begin(args)
-            function(args)
+    def convert(self, value: Any, param: click.Parameter | None, ctx: Any) -> Any:
+        if not math.isfinite(number := super().convert(value, param, ctx)):
+            self.fail(f"{value} is not finite.", param, ctx)
 
-        run: Function = click.pass_obj(call)
-        run = click.option("--root", type=FILLED, help="Default: $SDA_RAY_ROOT, else here.")(run)
-        run = click.option("--data", type=FILLED, help="The data directory. Default: ROOT/data.")(
-            run
-        )
-
-        if runs:
-            text = "The directory of all runs, or s3://BUCKET/PREFIX. Default: ROOT/runs."
-            run = click.option("--runs", type=FILLED, help=text)(run)
-
-        return group.command(name, cls=Command, short_help=short)(run)
-
-    return decorate
+        return number
 
 
-def _locate(args: Args) -> None:
-    r"""Makes root, runs and data absolute."""
-
-    def absolute(path: str | None, default: Path) -> Path:
-        return Path(os.path.abspath(Path(path).expanduser())) if path else default
-
-    args.root = _find_root(args.root)
-    args.data_given = args.data is not None
-    args.data = absolute(args.data, args.root / "data")
-    args.bucket = None
-    runs = getattr(args, "runs", None)
-
-    if runs and runs.startswith("s3://"):
-        args.bucket = runs.rstrip("/")
-        runs = str(args.root / "runs" / "s3" / args.bucket.removeprefix("s3://"))
-
-    args.runs = absolute(runs, args.root / "runs")
+COUNT = click.IntRange(1)
 
 
-def _find_root(given: str | None) -> Path:
-    r"""Returns the root: an option, $SDA_RAY_ROOT, the current directory, or $SCRATCH."""
+def option(name: str, about: str, kind: Any = str, metavar: str | None = None, **more: Any) -> Any:
+    r"""Returns an option: a text, a number N, a flag if its kind is bool, or one of several."""
 
-    current = Path.cwd()
+    if kind is bool:
+        return click.option(name, is_flag=True, help=about)
 
-    if given or os.environ.get("SDA_RAY_ROOT"):
-        root = Path(given or os.environ["SDA_RAY_ROOT"])
-    elif (current / "runs").is_dir() or (current / "data").is_dir():
-        root = current
-    elif os.environ.get("SCRATCH"):
-        root = Path(os.environ["SCRATCH"]) / "sda" / "kolmogorov"
-    else:
-        root = current
+    kind = click.Choice(kind) if isinstance(kind, tuple) else kind
+    number = kind is int or isinstance(kind, click.IntRange | click.FloatRange)
+    metavar = metavar or ("N" if number else None)
 
-    return Path(os.path.abspath(root.expanduser()))
+    return click.option(name, type=kind, metavar=metavar, help=about, **more)
 
 
 def _all(*decorators: Function) -> Callable[[Function], Function]:
@@ -161,445 +173,173 @@ def _all(*decorators: Function) -> Callable[[Function], Function]:
     return lambda function: functools.reduce(lambda f, d: d(f), reversed(decorators), function)
 
 
+PLACES = _all(
+    option("--data", "The data directory. Default: ROOT/data."),
+    option("--root", "Default: $SDA_RAY_ROOT, else here.", envvar="SDA_RAY_ROOT"),
+)
+RUNS = option("--runs", "The directory of all runs, or s3://BUCKET/PREFIX. Default: ROOT/runs.")
+
+
+def command(
+    name: str, about: str | None = None, group: click.Group = sda_ray, runs: bool = True
+) -> Callable[[Function], click.Command]:
+    r"""Makes a command of a function that takes its :class:`Args`.
+
+    Root, data and runs are absolute in there; `data_given` tells whether `--data` was.
+
+    Arguments:
+        name: The name of the command.
+        about: Its help, by default the docstring.
+        group: The group that it belongs to.
+        runs: Whether it takes `--runs`.
+    """
+
+    def decorate(function: Function) -> click.Command:
+        @click.pass_context
+        def call(context: click.Context, /, **given: Any) -> None:
+            for param in context.command.params:
+                if given[param.name or ""] == "":  # in a shell, a variable that was not set
+                    what = param.opts[0] if param.param_type_name == "option" else param.metavar
+                    raise UserError(f"{what} is empty, but must say something, or be left out.")
+
+            args = Args(command=name, **context.obj, **given)
+            _locate(args)
+            _begin(args)
+            function(args)
+
+        run: Function = functools.update_wrapper(call, function)
+        run = PLACES(RUNS(run) if runs else run)
+
+        return group.command(name, cls=Command, help=about)(run)
+
+    return decorate
+
+
+def _locate(args: Args) -> None:
+    r"""Makes root, runs and data absolute."""
+
+    def absolute(path: Any) -> Path:
+        return Path(os.path.abspath(Path(path).expanduser()))
+
+    args.root = absolute(args.root or _default_root())
+    args.data_given = args.data is not None
+    args.data = absolute(args.data or args.root / "data")
+
+    if args.runs and args.runs.startswith("s3://"):
+        args.bucket = args.runs.rstrip("/")
+        args.runs = args.root / "runs" / "s3" / args.bucket.removeprefix("s3://")
+
+    args.runs = absolute(args.runs or args.root / "runs")
+
+
+def _default_root() -> Path:
+    r"""Returns the current directory, or a place in $SCRATCH if nothing of ours is here."""
+
+    scratch, current = os.environ.get("SCRATCH"), Path.cwd()
+
+    if scratch and not (current / "runs").is_dir() and not (current / "data").is_dir():
+        return Path(scratch) / "sda" / "kolmogorov"
+
+    return current
+
+
+def _begin(args: Args) -> None:
+    r"""Prints where files are, and checks that they can be there."""
+
+    places = f"data {args.data}" + ("" if args.command == "simulate" else f", runs {args.runs}")
+    places += f", a copy of which is in {args.bucket}" if args.bucket else ""
+    out = sys.stderr if args.json else sys.stdout
+    print(f"sda-ray {__version__}: root {args.root}, {places}", file=out, flush=True)
+
+    for place in (args.root, args.data, args.runs):
+        existing = next(part for part in (place, *place.parents) if part.exists())
+
+        if not existing.is_dir():
+            raise UserError(f"{place} cannot be used: {existing} is a file, no directory.")
+
+    if args.bucket:
+        _check_bucket(args)
+
+
+def _check_bucket(args: Args) -> None:
+    r"""Checks that a command can use runs in a bucket, and fetches those that it lists."""
+
+    if args.command not in ("sweep", "plan", "stop", *LISTING):
+        raise UserError(
+            f"`sda-ray {args.command}` works on a directory, not on {args.bucket}: give it --runs "
+            f"{args.runs}, where runs of this machine are, and those fetched by `sda-ray runs`."
+        )
+
+    if args.command in LISTING:
+        from ..storage import Bucket, fetch_records
+
+        fetch_records(Bucket(args.bucket), args.runs)
+
+
 SETTINGS = click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
+SWEEP = click.argument("sweep", metavar="SWEEP")
+JSON = option("--json", "For programs.", bool)
+NAME = option("--name", "Another name than the script's.")
+ADDRESS = option("--address", "A Ray cluster. Default: this machine alone.")
 
 RESOURCES = _all(
-    click.option("--address", help="A Ray cluster. Default: this machine alone."),
-    click.option("--cpus-per-trial", type=float, metavar="N", help="Default: 1."),
-    click.option("--gpus-per-trial", type=float, metavar="N", help="Default: 1 if any."),
-    click.option("--parallel", type=int, metavar="N", help="At most N trials at a time."),
+    ADDRESS,
+    option("--cpus-per-trial", "Default: 1.", Amount()),
+    option("--gpus-per-trial", "Default: 1 if any.", Amount(zero=True)),
+    option("--parallel", "At most N trials at a time.", COUNT),
 )
 
 WANDB = _all(
-    click.option(
-        "--wandb",
-        type=click.Choice(["online", "offline", "disabled"]),
-        help="Default: $WANDB_MODE, else offline.",
-    ),
-    click.option("--project", help="Of W&B. Default: $WANDB_PROJECT, else sda-kolmogorov."),
-    click.option("--entity", help="Of W&B."),
-    click.option("--tags", metavar="A,B", help="Of W&B."),
+    option("--wandb", "Default: $WANDB_MODE, else offline.", ("online", "offline", "disabled")),
+    option("--project", "Of W&B. Default: $WANDB_PROJECT, else sda-kolmogorov."),
+    option("--entity", "Of W&B."),
+    option("--tags", "Of W&B.", metavar="A,B"),
 )
 
 DEFINITION = _all(
-    click.argument("sweep", metavar="SWEEP"),
+    SWEEP,
     SETTINGS,
-    click.option("--name", type=FILLED, help="Another name than the script's."),
-    click.option("--trials", type=int, metavar="N", help="The number of trials wanted."),
-    click.option("--fix", multiple=True, metavar="KEY=VALUE", help="Take a key out of SPACE."),
+    NAME,
+    option("--trials", "The number of trials wanted.", int),
+    option("--fix", "Take a key out of SPACE.", metavar="KEY=VALUE", multiple=True),
 )
 
 LAUNCH = _all(
     DEFINITION,
-    click.option(
+    option(
         "--enqueue",
-        multiple=True,
+        "Try KEY=VALUE,… or the settings of a run next; repeatable.",
         metavar="WHAT",
-        help="Try KEY=VALUE,… or the settings of a run next; repeatable.",
-    ),
-    click.option(
-        "--warm-start",
         multiple=True,
+    ),
+    option(
+        "--warm-start",
+        "Learn from the finished runs of another sweep; repeatable.",
         metavar="SWEEP",
-        help="Learn from the finished runs of another sweep; repeatable.",
+        multiple=True,
     ),
-    click.option(
-        "--fork", is_flag=True, help="A new sweep, warm-started from the one it changes."
-    ),
-    click.option("--retry-failed", is_flag=True, help="Try failed runs again, where they were."),
-    click.option("--hours", type=float, metavar="H", help="Stop in time, to be resumed."),
-    click.option(
+    option("--fork", "A new sweep, warm-started from the one it changes.", bool),
+    option("--retry-failed", "Try failed runs again, where they were.", bool),
+    option("--hours", "Stop in time, to be resumed.", Amount(), "H"),
+    option(
         "--stall",
-        type=float,
-        default=10.0,
-        metavar="MINUTES",
-        help="Kill and resume a trial that makes no step for so long. Default: 10, and at least 20 "
+        "Kill and resume a trial that makes no step for so long. Default: 10, and at least 20 "
         "times its median step.",
+        Amount(),
+        "MINUTES",
+        default=10.0,
     ),
-    click.option(
-        "--keep-checkpoints",
-        type=int,
-        metavar="N",
-        help="Of active and paused runs and the best N.",
-    ),
-    click.option("--disk", metavar="SIZE", help="Limit of all checkpoints together, as 50GB."),
-    click.option("--detach", is_flag=True, help="Run in the background; return once it runs."),
-    click.option(
+    option("--keep-checkpoints", "Of active and paused runs and the best N.", click.IntRange(0)),
+    option("--disk", "Limit of all checkpoints together, as 50GB.", metavar="SIZE"),
+    option("--detach", "Run in the background; return once it runs.", bool),
+    option(
         "--code",
-        type=click.Choice(["recorded", "current"]),
-        default="recorded",
-        help="Resume with the code that the sweep was started with, or with the current code. "
+        "Resume with the code that the sweep was started with, or with the current code. "
         "Default: recorded.",
+        ("recorded", "current"),
+        default="recorded",
     ),
-    click.option("--job", metavar="NAME", hidden=True),  # of the script that `slurm` writes
+    option("--job", "", hidden=True),  # of the script that `slurm` writes
     RESOURCES,
     WANDB,
 )
-
-JSON = click.option("--json", is_flag=True, help="For programs.")
-
-
-@command("simulate", "Make a data set.", runs=False)
-@click.option("--preset", type=click.Choice(["full", "demo"]), default="full", show_default=True)
-@click.option("--trajectories", type=int, metavar="N", help="Instead of the preset's.")
-@click.option("--size", type=int, metavar="CELLS", help="Instead of the preset's.")
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--workers", type=int, metavar="N", help="Processes. Default: all CPUs.")
-@click.option("--address", help="A Ray cluster. Default: this machine alone.")
-def simulate(args: Args) -> None:
-    r"""Simulates Kolmogorov flow and writes train.h5, valid.h5 and test.h5 (8:1:1).
-
-    Only what is missing is computed. `full` is the data set of SDA: 1024 trajectories on a 256x256
-    grid, averaged to 64x64. `demo` is 64 trajectories on a 64x64 grid, half a minute on two cores:
-    for trying things out, not for results.
-
-      sda-ray simulate --preset demo
-      sda-ray simulate --preset full --data /scratch/kolmogorov
-    """
-
-    from .train import simulate_command
-
-    simulate_command(args)
-
-
-TRAIN = """Trains one score network, from a configuration to state.pth, in runs/{name}_{id}/.
-
-  sda-ray train window=3 hidden_channels=16,32 hidden_blocks=1,1 epochs=32
-  sda-ray train --resume RUN       RUN is a path, a name, an id or the beginning of one
-
-Settings are those of SDA unless KEY=VALUE says otherwise:
-
-""" + "\n".join(
-    f"  {name:16} {key.about} ({format_value(key.default)}; {key.accepts})"
-    for name, key in KEYS.items()
-)
-
-
-def train(args: Args) -> None:
-    from .train import train_command
-
-    train_command(args)
-
-
-train.__doc__ = TRAIN
-command("train", "Train one network.")(
-    _all(
-        SETTINGS,
-        click.option("--resume", type=FILLED, metavar="RUN", help="Resume a run."),
-        click.option(
-            "--init", type=FILLED, metavar="RUN", help="Start from the weights of a run."
-        ),
-        click.option(
-            "--extend",
-            type=FILLED,
-            metavar="RUN",
-            help="A longer run that begins as RUN did, with epochs=N.",
-        ),
-        click.option(
-            "--config", type=FILLED, metavar="RUN", help="Settings of a run, or a config.json."
-        ),
-        click.option(
-            "--replicas", type=int, metavar="N", help="N runs with the seeds seed … seed + N-1."
-        ),
-        click.option(
-            "--device", type=FILLED, help="cpu, cuda, … Default: cuda if there is a GPU."
-        ),
-        click.option(
-            "--threads",
-            type=int,
-            metavar="N",
-            help="CPU threads; bits depend on it. Default: all.",
-        ),
-        click.option(
-            "--takeover", is_flag=True, help="With --resume: even if a process trains the run."
-        ),
-        RESOURCES,
-        WANDB,
-    )(train)
-)
-
-
-@command("plan", "Say what a sweep would cost, and what is wrong with it.")
-@DEFINITION
-@JSON
-@RESOURCES
-@WANDB
-def plan(args: Args) -> None:
-    r"""Says what a sweep would cost, and what is wrong with it, before anything starts.
-
-    Parameters, memory and seconds of its networks, trials at a time, hours, disk. A probe of at
-    most 10 s on each kind of node measures speed and memory. Exits with 2 if anything is wrong,
-    and lists all of it.
-
-      sda-ray plan sweeps/demo.py
-      sda-ray plan width.py --parallel 4 --gpus-per-trial 0.5
-    """
-
-    from .sweep import plan_command
-
-    plan_command(args)
-
-
-@command("sweep", "Search for good settings.")
-@LAUNCH
-def sweep(args: Args) -> None:
-    r"""Runs a sweep: many trials in parallel, each a training in its own run directory.
-
-    SWEEP is a script, such as sweeps/demo.py, or the name of a sweep that was started before. The
-    same command starts a sweep, resumes it after a crash, and, with a larger --trials, extends it.
-    A running sweep takes up --trials, --enqueue, --warm-start and --retry-failed from elsewhere.
-
-      sda-ray sweep sweeps/demo.py                      start, or resume
-      sda-ray sweep demo --trials 64                    extend, running or finished
-      sda-ray sweep demo --enqueue learning_rate=1e-3   try this next; other keys are drawn
-      sda-ray sweep demo --enqueue RUN                  the settings of a run
-      sda-ray sweep sweeps/demo.py seed=1 --fork        another sweep, with what it shares with this
-      sda-ray sweep demo --detach                       in the background; see sda-ray attach demo
-
-    With --runs s3://BUCKET/PREFIX, the runs are in ROOT/runs/s3/BUCKET/PREFIX, and a copy of them in
-    the bucket follows within 5 s: if this machine and its disk are lost, the same command on another
-    one resumes from the copy. One driver at a time. Requires `pip install 'sda-ray[cluster]'`.
-    """
-
-    from .sweep import sweep_command
-
-    sweep_command(args)
-
-
-@command("slurm", "Write the script of a Slurm job for a sweep.")
-@LAUNCH
-@click.option("--output", metavar="FILE", help="Default: slurm.sh, with the sweep's record.")
-@click.option("--submit", is_flag=True, help="Run sbatch on it.")
-def slurm(args: Args) -> None:
-    r"""Writes the script of a Slurm job that runs a sweep, and shows it.
-
-    Options are those of `sda-ray sweep`, and after -- those of sbatch. The job starts Ray on its
-    nodes for itself alone. Two minutes before its time is up every trial saves a checkpoint, and the
-    job is requeued; the same happens when a node fails. The job is done when the sweep is.
-
-      sda-ray slurm width.py -- --nodes=2 --gpus-per-node=4 --cpus-per-task=32 --time=24:00:00
-      sda-ray slurm width --submit -- --cpus-per-task=8        resume, on CPUs, and submit at once
-    """
-
-    from .cluster import slurm_command
-
-    slurm_command(args)
-
-
-@command("join", "Add this machine to a running sweep.")
-@click.argument("sweep", metavar="SWEEP")
-@click.option("--cpus", type=int, metavar="N", help="Default: all that may be used.")
-@click.option("--gpus", type=int, metavar="N", help="Default: all that may be used.")
-@click.option(
-    "--wait",
-    type=float,
-    default=0.0,
-    metavar="MINUTES",
-    help="For the sweep to start, or restart.",
-)
-def join(args: Args) -> None:
-    r"""Adds this machine, or its allocation, to a sweep that runs on other machines.
-
-    They must see the same directory of runs. Ctrl-C, SIGTERM or the end of a Slurm job remove it
-    again: the trials here save a checkpoint first, and resume elsewhere.
-
-      sda-ray join width                          from a terminal on another machine
-      srun --cpus-per-task=8 sda-ray join width   8 more CPUs from Slurm, as long as they last
-    """
-
-    from .cluster import join_command
-
-    join_command(args)
-
-
-@command("stop", "Stop a running sweep, or one trial.")
-@click.argument("sweep", metavar="SWEEP")
-@click.option("--trial", type=int, metavar="N", help="End this trial only.")
-def stop(args: Args) -> None:
-    r"""Stops a running sweep, here or on another machine that sees the directory of runs.
-
-    Every trial saves a checkpoint first, and the sweep can be resumed. A trial that is ended by its
-    number is not resumed.
-
-      sda-ray stop width
-      sda-ray stop width --trial 7
-    """
-
-    from .sweep import stop_command
-
-    stop_command(args)
-
-
-@command("attach", "Show the live table of a running sweep.")
-@click.argument("sweep", metavar="SWEEP")
-def attach(args: Args) -> None:
-    r"""Shows the live table of a sweep that runs elsewhere.
-
-    In the background, in a job, or on another machine that sees the directory of runs. Ctrl-C leaves
-    the sweep running. When the sweep ends, its leaderboard is shown.
-
-      sda-ray attach width
-    """
-
-    from .table import attach
-
-    attach(args.runs, args.sweep)
-
-
-@command("cluster", "Show the nodes of a cluster and their trials.")
-@click.argument("action", type=click.Choice(["status"]))
-@click.option("--address", default="auto", show_default=True)
-@JSON
-def cluster(args: Args) -> None:
-    r"""Shows the nodes of a Ray cluster, and which run is on which.
-
-    Run it on the head node, or with --address on any machine in the cluster.
-
-      sda-ray cluster status                                  on the head node
-      ray exec cluster.yaml 'sda-ray cluster status'          from where the cluster was started
-    """
-
-    from .cluster import status_command
-
-    status_command(args)
-
-
-@command("adopt", "Bring finished runs into a sweep.")
-@click.argument("directories", nargs=-1, required=True, metavar="DIRECTORY...")
-@click.option("--sweep", required=True, metavar="SWEEP", help="A script, or the name of a sweep.")
-@click.option("--name", type=FILLED, help="Another name than the script's.")
-@RESOURCES
-@WANDB
-def adopt(args: Args) -> None:
-    r"""Brings finished runs into a sweep as prior trials: the sampler learns from them.
-
-    They do not count as trials of the sweep. Runs of SDA's own code work too. Settings and metrics
-    are copied; nothing is written to or deleted from DIRECTORY. Runs that the sweep does not cover
-    are left out, with the reason.
-
-      sda-ray adopt --sweep width.py OLD/runs/*
-    """
-
-    from .sweep import adopt_command
-
-    args.settings, args.fix, args.trials = (), (), None
-    adopt_command(args)
-
-
-@sda_ray.group("runs", cls=Actions, short_help="List, show, compare and prune runs.")
-def runs() -> None:
-    r"""Lists, shows, compares and prunes run directories.
-
-    RUN is a path, a name, an id or an unambiguous beginning of one. Without an action, the runs are
-    listed: `sda-ray runs window=5 --sort loss_valid`.
-    """
-
-
-@command("list", "List runs (the default).", group=runs)
-@SETTINGS
-@click.option("--sweep", metavar="NAME", help="Only of this sweep.")
-@click.option("--status", type=click.Choice(STATUSES), help="Only of this status.")
-@click.option(
-    "--sort",
-    metavar="KEY",
-    default="age",
-    help="age, name, status, epoch, loss_valid, sweep, size or a setting. Default: age.",
-)
-@click.option("--limit", type=int, metavar="N", help="At most N.")
-@JSON
-def list_runs(args: Args) -> None:
-    r"""Lists runs, the newest first. KEY=VALUE keeps the runs whose config has this value.
-
-    A run that says it is running while no process trains it is `interrupted`; `damaged` is one
-    whose files cannot be read, and `sda-ray runs show RUN` says why. With --runs s3://BUCKET/PREFIX,
-    settings, metrics and records are fetched first; weights stay in the bucket.
-
-      sda-ray runs --sweep width --sort loss_valid --limit 10
-    """
-
-    from .runs import list_command
-
-    list_command(args)
-
-
-@command("show", "Show one run: config, curve, where it came from.", group=runs)
-@click.argument("run", metavar="RUN")
-@JSON
-def show_run(args: Args) -> None:
-    r"""Shows one run: its config, its curve, and where it came from."""
-
-    from .runs import show_command
-
-    show_command(args)
-
-
-@command("compare", "Compare runs: settings that differ, and metrics.", group=runs)
-@click.argument("run", metavar="RUN")
-@click.argument("others", nargs=-1, required=True, metavar="RUN...")
-@JSON
-def compare_runs(args: Args) -> None:
-    r"""Compares runs: the settings that differ, beside their metrics."""
-
-    from .runs import compare_command
-
-    compare_command(args)
-
-
-@command("prune", "Delete the checkpoints of finished runs.", group=runs)
-@click.argument("run", nargs=-1, metavar="[RUN]...")
-@click.option("--yes", is_flag=True, help="Do it without asking.")
-@JSON
-def prune_runs(args: Args) -> None:
-    r"""Deletes checkpoint.pth and checkpoint.prev.pth of finished runs, all or those given.
-
-    What would be freed is shown first; then you are asked, on a terminal, or --yes is needed.
-    Weights, config, metrics and records stay, but a pruned run cannot be extended to more epochs. A
-    run that a process holds is never touched.
-    """
-
-    from .runs import prune_command
-
-    prune_command(args)
-
-
-@command("sync", "Upload runs to W&B.")
-@click.argument("run", nargs=-1, metavar="[RUN]...")
-@click.option("--all", is_flag=True, help="All finished runs.")
-def sync(args: Args) -> None:
-    r"""Uploads runs that were trained offline, or without reaching the server, to W&B.
-
-    RUN is a path, a name, an id or an unambiguous beginning of one. Each run keeps its name, id, group
-    and steps. Rows that are on the server are not sent again; a run in use is left out. The server
-    and the account are those of `wandb login`, or of WANDB_BASE_URL and WANDB_API_KEY.
-
-      sda-ray sync --all
-    """
-
-    from ..runs import sync_runs
-
-    if args.all == bool(args.run):
-        raise UserError("give the runs to upload, or --all for the finished ones, and not both.")
-
-    sync_runs(args.runs, args.run)
-
-
-@command("doctor", "Check whether this machine, or a cluster, is fit for sweeps.")
-@click.argument("file", required=False, metavar="[CLUSTER.YAML]")
-@click.option("--address", help="A Ray cluster, as `auto`. Default: this machine alone.")
-@click.option("--wandb", type=click.Choice(["online"]), help="Check whether W&B can be reached.")
-@JSON
-def doctor(args: Args) -> None:
-    r"""Checks whether this machine, or a cluster, is fit for sweeps.
-
-    Equal versions on all nodes, clocks, disk, files that nodes see or get through the head node, GPUs,
-    W&B, open ports, Ray's token, limits. Exits with 1 if it finds a fault; every fault comes with what
-    to do.
-
-      sda-ray doctor                    this machine
-      sda-ray doctor --address auto     all nodes of the Ray that this machine is a node of
-      sda-ray doctor cluster.yaml       the file, and then the cluster that it has started
-    """
-
-    from .cluster import doctor_command
-
-    doctor_command(args)

@@ -6,8 +6,7 @@ control characters.
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime, timezone
-from pathlib import Path
+from datetime import datetime
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -25,13 +24,15 @@ from ..core import (
 )
 from ..runs import Entry, best, changed_settings
 
-__all__ = ["comparison", "listing", "portrait", "savings"]
+__all__ = ["STYLES", "comparison", "format_loss", "listing", "portrait"]
 
 STYLES = {
     "running": "cyan",
     "finished": "green",
+    "complete": "green",
     "adopted": "green",
     "paused": "yellow",
+    "pruned": "yellow",
     "interrupted": "yellow",
     "stopped": "yellow",
     "diverged": "red",
@@ -42,7 +43,9 @@ HUGE = 1e200  # plotext overflows beyond
 CURVES = {"loss_train": "gray", "loss_valid": "cyan"}
 
 
-def _loss(x: float | None) -> str:
+def format_loss(x: float | None) -> str:
+    r"""Returns a loss in few digits, or a dash if there is none."""
+
     return "–" if x is None else f"{x:.4f}" if 1e-3 <= abs(x) < 1e4 else f"{x:.3g}"
 
 
@@ -59,13 +62,13 @@ def listing(entries: Iterable[Entry]) -> Table:
 
     columns = ("run", "status", "epoch", "loss_valid", "sweep", "size", "age")
     right = ("epoch", "loss_valid", "size", "age")
-    table = make_table(*columns, right=right, fold=False)
+    table = make_table(*columns, right=right, fold=())
     rows = [
         (
             Text(printable(entry.path.directory.name)),
             _status(entry.status),
             Text(_epochs(entry)),
-            Text(_loss(entry.loss_valid)),
+            Text(format_loss(entry.loss_valid)),
             Text(printable(entry.sweep or "–", 40)),
             Text(format_size(entry.size)),
             Text(format_duration(entry.age)),
@@ -82,24 +85,24 @@ def listing(entries: Iterable[Entry]) -> Table:
 def portrait(
     entry: Entry, lines: Sequence[dict[str, Any]], origin: Mapping[str, Any], width: int
 ) -> RenderableType:
-    r"""Returns all that is known of a run.
-
-    Arguments:
-        entry: The run.
-        lines: Its metrics.
-        origin: Where it came from, by label.
-        width: The columns at hand.
-    """
+    r"""Returns all that is known of a run: its metrics, and where it came from by label."""
 
     top = best(lines)
     head = Text.assemble(
         (printable(entry.path.directory.name), "bold"), "  ", _status(entry.status)
     )
-    head.append(f"  epoch {_epochs(entry)}  loss_valid {_loss(entry.loss_valid)}")
-    head.append(f", best {_loss(top['loss_valid'])} at epoch {top['epoch']}" if top else "")
+    head.append(f"  epoch {_epochs(entry)}  loss_valid {format_loss(entry.loss_valid)}")
+    head.append(f", best {format_loss(top['loss_valid'])} at epoch {top['epoch']}" if top else "")
     head.append(f"  {format_size(entry.size)}  {format_duration(entry.age)} old")
     faults = [Text(f"  {printable(fault, 500)}", style="red") for fault in entry.faults]
-    parts: list[RenderableType] = [head, *faults, Text(), _pairs(origin)]
+    pairs = Table.grid(padding=(0, 1))
+    pairs.add_column(style="dim", no_wrap=True)
+    pairs.add_column(overflow="fold")
+
+    for label, value in origin.items():
+        pairs.add_row(label, Text(printable(value, 500)))
+
+    parts: list[RenderableType] = [head, *faults, Text(), pairs]
 
     if attempts := entry.record.get("attempts"):
         parts += [Text(), _attempts(attempts)]
@@ -115,16 +118,10 @@ def portrait(
 def chart(
     lines: Sequence[dict[str, Any]], styles: Mapping[str, str], width: int = 64, height: int = 12
 ) -> Text:
-    r"""Draws curves over the epochs, in as many columns and rows.
+    r"""Draws curves of some metrics over the epochs, each in its style.
 
     The scale is logarithmic if the values are positive and span more than a factor of 10. Values
     that are not finite are left out.
-
-    Arguments:
-        lines: The metrics.
-        styles: The keys to draw, with their colours.
-        width: The columns.
-        height: The rows.
     """
 
     import plotext
@@ -163,17 +160,6 @@ def chart(
     return drawn
 
 
-def _pairs(pairs: Mapping[str, Any]) -> Table:
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
-
-    for key, value in pairs.items():
-        table.add_row(key, Text(printable(value, 500)))
-
-    return table
-
-
 def _attempts(tries: Sequence[dict[str, Any]]) -> RenderableType:
     r"""Returns the table of attempts; versions are named where they change."""
 
@@ -185,55 +171,37 @@ def _attempts(tries: Sequence[dict[str, Any]]) -> RenderableType:
         versions = found if isinstance(found, dict) else {}
         news = [f"{key} {x}" for key, x in versions.items() if before.get(key) != x]
         before = versions
-        cells = [attempt.get("number"), _minute(attempt.get("started")), _took(attempt)]
+        began = (attempt.get("started") or "–")[:16].replace("T", " ")
+        cells = [attempt.get("number"), began, _took(attempt)]
         cells += [attempt.get(key) for key in ("host", "device", "threads")]
-        table.add_row(
-            *(Text("–" if x is None else printable(x, 60)) for x in cells),
-            Text(printable(", ".join(news) or "the same", 500)),
-        )
+        texts = ["–" if x is None else printable(x, 60) for x in cells]
+        table.add_row(*map(Text, texts), Text(printable(", ".join(news) or "the same", 500)))
 
     return table
 
 
-def _time(text: Any) -> datetime | None:
-    try:
-        when = datetime.fromisoformat(text)
-    except (TypeError, ValueError):
-        return None
-
-    return when if when.tzinfo else when.replace(tzinfo=timezone.utc)
-
-
-def _minute(text: Any) -> str | None:
-    when = _time(text)
-    return None if when is None else f"{when:%Y-%m-%d %H:%M}"
-
-
 def _took(attempt: Mapping[str, Any]) -> str | None:
-    began, ended = _time(attempt.get("started")), _time(attempt.get("ended"))
-    return (
-        None
-        if began is None or ended is None
-        else format_duration((ended - began).total_seconds())
-    )
+    try:
+        began, ended = (datetime.fromisoformat(attempt[key]) for key in ("started", "ended"))
+        return format_duration((ended - began).total_seconds())
+    except (KeyError, TypeError, ValueError):  # it has not ended, or the file says anything
+        return None
 
 
 def _config(config: Config) -> Table:
     r"""Returns the config; what differs from CONFIG stands out, beside CONFIG's value."""
 
     differs = changed_settings(config)
-    table = Table(box=None, pad_edge=False, show_header=False)
+    table = Table.grid(padding=(0, 1))
 
     for key, value in config.items():
-        changed = key in differs
-        default = f"(CONFIG has {format_value(CONFIG[key])})" if changed else ""
-        style = "bold yellow" if changed else ""
-        mark = "*" if changed else " "
-        table.add_row(
-            Text(f"{mark} {key}", style=style),
-            Text(format_value(value), style=style),
-            Text(default, style="dim"),
-        )
+        cells = [f"  {key}", format_value(value)]
+
+        if key in differs:
+            default = Text(f"(CONFIG has {format_value(CONFIG[key])})", style="dim")
+            table.add_row(f"* {key}", cells[1], default, style="bold yellow")
+        else:
+            table.add_row(*cells)
 
     return table
 
@@ -250,7 +218,9 @@ def comparison(
         table.add_column(Text(name), justify="right", overflow="fold")
 
     for key, row in found["metrics"].items():
-        shown = [_loss(x) if isinstance(x, float) else "–" if x is None else str(x) for x in row]
+        shown = [
+            format_loss(x) if isinstance(x, float) else "–" if x is None else str(x) for x in row
+        ]
         lowest = _lowest(row) if "loss" in key and not found["notes"] else None
         cells = [
             Text(printable(text, most), style="bold green" if x == lowest else "")
@@ -285,15 +255,3 @@ def _apart(row: Sequence[Any]) -> list[str]:
 def _lowest(row: Sequence[float | None]) -> float | None:
     finite = [x for x in row if x is not None and math.isfinite(x)]
     return min(finite) if len(finite) > 1 else None
-
-
-def savings(files: Mapping[str, Mapping[Path, int]]) -> Table:
-    r"""Returns the table of what pruning would free, by the name of the run."""
-
-    table = make_table("run", "resumable state", "size", right=("size",))
-
-    for name, sizes in files.items():
-        what = " ".join(file.name for file in sizes)
-        table.add_row(Text(printable(name)), what, format_size(sum(sizes.values())))
-
-    return table

@@ -1,48 +1,81 @@
-r"""The command `sda-ray runs`: list, show, compare and prune run directories.
-
-Parsing is kept apart from reading, which needs torch: `sda-ray --help` stays quick.
-"""
+r"""The commands about runs: `sda-ray runs list | show | compare | prune` and `sda-ray sync`."""
 
 import sys
 from collections.abc import Sized
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from ..core import CONFIG, UserError, check_value, did_you_mean, parse_overrides
-from .arguments import Args
+import click
 
-if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+from ..core import (
+    CONFIG,
+    UserError,
+    check_value,
+    did_you_mean,
+    format_size,
+    make_console,
+    make_table,
+    parse_overrides,
+    printable,
+)
+from ..runs import (
+    SORTS,
+    Entry,
+    RunPath,
+    as_json,
+    changed_settings,
+    compare,
+    entries,
+    in_full,
+    prune_run,
+    read_entry,
+    refusal,
+    resumable,
+    row,
+    select,
+    source,
+    sync_runs,
+)
+from .options import COUNT, JSON, SETTINGS, Actions, Args, command, option, sda_ray
+from .render import comparison, listing, portrait
 
-    from ..runs import Entry, RunPath
+__all__ = ["compare_command", "list_command", "prune_command", "show_command", "sync_command"]
 
-__all__ = ["compare_command", "list_command", "prune_command", "show_command"]
-
-
-def _console() -> "Console":
-    from rich.console import Console
-
-    return Console(
-        width=None if sys.stdout.isatty() else 160, highlight=False, markup=False, emoji=False
-    )
+STATUSES = (
+    *("running", "paused", "interrupted", "stopped", "finished", "diverged", "failed"),
+    *("adopted", "damaged", "unknown"),
+)
 
 
-def _print(*parts: "RenderableType") -> None:
-    console = _console()
+@sda_ray.group("runs", cls=Actions)
+def runs() -> None:
+    r"""Lists, shows, compares and prunes run directories.
 
-    for part in parts:
-        console.print(part)
+    RUN is a path, a name, an id or an unambiguous beginning of one. Without an action, the runs are
+    listed: `sda-ray runs window=5 --sort loss_valid`.
+    """
 
 
+@command("list", group=runs)
+@SETTINGS
+@option("--sweep", "Only of this sweep.", metavar="NAME")
+@option("--status", "Only of this status.", STATUSES)
+@option(
+    "--sort",
+    "age, name, status, epoch, loss_valid, sweep, size or a setting. Default: age.",
+    metavar="KEY",
+    default="age",
+)
+@option("--limit", "At most N.", COUNT)
+@JSON
 def list_command(args: Args) -> None:
-    r"""Lists runs."""
+    r"""Lists runs, the newest first. KEY=VALUE keeps the runs whose config has this value.
 
-    from ..core import format_size
-    from ..runs import SORTS, as_json, entries, row, select
-    from .render import listing
+    A run that says it is running while no process trains it is `interrupted`; `damaged` is one
+    whose files cannot be read, and `sda-ray runs show RUN` says why. With --runs s3://BUCKET/PREFIX,
+    settings, metrics and records are fetched first; weights stay in the bucket.
 
-    if args.limit is not None and args.limit < 1:
-        raise UserError(f"--limit is {args.limit}, but must be at least 1.")
+      sda-ray runs --sweep width --sort loss_valid --limit 10
+    """
 
     if args.sort not in (*SORTS, *CONFIG):
         known = f"{', '.join(SORTS)} or a key of CONFIG"
@@ -63,16 +96,14 @@ def list_command(args: Args) -> None:
         print(as_json([row(entry) for entry in chosen]))
     elif chosen:
         total = format_size(sum(entry.size or 0 for entry in chosen))
-        _print(listing(chosen), f"\n{len(chosen)} of {len(every)} runs, {total}")
+        make_console().print(listing(chosen), f"\n{len(chosen)} of {len(every)} runs, {total}")
     elif every:
         print(f"None of {len(every)} runs is like this.")
     else:
         print(f"There are no runs in {args.runs} yet. `sda-ray train` makes one.")
 
 
-def _find(args: Args, run: str) -> "Entry":
-    from ..runs import RunPath, read_entry
-
+def _find(args: Args, run: str) -> Entry:
     directory = Path(run)  # a damaged run has no config.json to know its path by
     known = directory.is_dir() and directory.absolute().parent == args.runs
     entry = read_entry(RunPath.find(args.runs, directory.absolute().name if known else run))
@@ -83,11 +114,11 @@ def _find(args: Args, run: str) -> "Entry":
     return entry
 
 
+@command("show", group=runs)
+@click.argument("run", metavar="RUN")
+@JSON
 def show_command(args: Args) -> None:
-    r"""Shows one run."""
-
-    from ..runs import as_json, changed_settings, in_full, row, source
-    from .render import portrait
+    r"""Shows one run: its config, its curve, and where it came from."""
 
     entry, lines = in_full(_find(args, args.run))
     labels = source(entry, args.runs)
@@ -97,65 +128,73 @@ def show_command(args: Args) -> None:
         more = {"origin": labels, "differs": differs, "record": entry.record, "metrics": lines}
         print(as_json(row(entry) | more))
     else:
-        _print(portrait(entry, lines, labels, _console().width))
+        console = make_console()
+        console.print(portrait(entry, lines, labels, console.width))
 
 
+@command("compare", group=runs)
+@click.argument("run", metavar="RUN")
+@click.argument("others", nargs=-1, required=True, metavar="RUN...")
+@JSON
 def compare_command(args: Args) -> None:
-    r"""Compares runs."""
-
-    from ..runs import as_json, compare, in_full, row
-    from .render import comparison
+    r"""Compares runs: the settings that differ, beside their metrics."""
 
     full = [in_full(_find(args, run)) for run in (args.run, *args.others)]
-    entries, lines = [entry for entry, _ in full], [x for _, x in full]
+    chosen = [entry for entry, _ in full]
 
-    if len({entry.path.directory for entry in entries}) < len(entries):
+    if len({entry.path.directory for entry in chosen}) < len(chosen):
         raise UserError("the same run is given twice. Give different runs.")
 
-    found = compare(entries, lines)
+    found = compare(chosen, [lines for _, lines in full])
 
     if args.json:
-        print(as_json({"runs": [row(entry) for entry in entries], **found}))
+        print(as_json({"runs": [row(entry) for entry in chosen], **found}))
     else:
-        _print(comparison(entries, found))
+        make_console().print(comparison(chosen, found))
 
 
+@command("prune", group=runs)
+@click.argument("run", nargs=-1, metavar="[RUN]...")
+@option("--yes", "Do it without asking.", bool)
+@JSON
 def prune_command(args: Args) -> None:
-    r"""Shows what pruning would free, and does it if that is agreed."""
+    r"""Deletes checkpoint.pth and checkpoint.prev.pth of finished runs, all or those given.
 
-    from ..core import format_size, printable
-    from ..runs import as_json, prune_run
-    from .render import savings
+    What would be freed is shown first; then you are asked, on a terminal, or --yes is needed.
+    Weights, config, metrics and records stay, but a pruned run cannot be extended to more epochs. A
+    run that a process holds is never touched.
+    """
 
     paths, spared = _prunable(args)
     files = {path.directory.name: found for path, found in paths.items()}
     total = sum(sum(found.values()) for found in files.values())
-    done: dict[str, int] = {}
-
-    if not args.json:
-        _print(*(printable(f"{name} stays: {reason}", 500) for name, reason in spared.items()))
-        _print(savings(files)) if files else None
-        print(f"Resumable state of {_runs(files)} that finished: {format_size(total)}.")
-
+    freed: dict[str, int] = {}
     errors: dict[str, str] = {}
 
-    if files and (args.yes or (not args.json and _agreed())):
+    if not args.json:
+        _show_prunable(files, spared)
+        print(f"Resumable state of {_runs(files)} that finished: {format_size(total)}.")
+
+    terminal = sys.stdin.isatty() and sys.stdout.isatty() and not args.json
+
+    if files and (args.yes or (terminal and click.confirm("Remove it?"))):
         for path in paths:
             try:
-                done[path.directory.name] = prune_run(path)
+                freed[path.directory.name] = prune_run(path)
             except UserError as error:
                 errors[path.directory.name] = str(error)
 
     if args.json:
-        rows = {name: {file.name: n for file, n in found.items()} for name, found in files.items()}
-        freed = sum(done.values())
-        print(
-            as_json(
-                {"runs": rows, "size": total, "spared": spared, "errors": errors, "freed": freed}
-            )
-        )
-    elif done:
-        print(f"Freed {format_size(sum(done.values()))} in {_runs(done)}.")
+        result = {
+            "runs": {name: {f.name: n for f, n in found.items()} for name, found in files.items()},
+            "size": total,
+            "spared": spared,
+            "errors": errors,
+            "freed": sum(freed.values()),
+        }
+        print(as_json(result))
+    elif freed:
+        print(f"Freed {format_size(sum(freed.values()))} in {_runs(freed)}.")
     elif files and not errors:
         print("Nothing was removed." + ("" if args.yes else " Give --yes to do it."))
 
@@ -167,12 +206,8 @@ def _runs(found: Sized) -> str:
     return "1 run" if len(found) == 1 else f"{len(found)} runs"
 
 
-def _prunable(
-    args: Args,
-) -> tuple[dict["RunPath", dict[Path, int]], dict[str, str]]:
+def _prunable(args: Args) -> tuple[dict[RunPath, dict[Path, int]], dict[str, str]]:
     r"""Returns the resumable state that may go, by run, and why that of other runs must stay."""
-
-    from ..runs import entries, refusal, resumable
 
     chosen = [_find(args, run) for run in args.run] if args.run else list(entries(args.runs))
     reasons = {entry.path.directory.name: refusal(entry) for entry in chosen}
@@ -188,11 +223,35 @@ def _prunable(
     return {path: files for path, files in paths.items() if files}, spared
 
 
-def _agreed() -> bool:
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        return False
+def _show_prunable(files: dict[str, dict[Path, int]], spared: dict[str, str]) -> None:
+    console = make_console()
+    table = make_table("run", "resumable state", "size", right=("size",))
 
-    try:
-        return input("Remove it? [y/N] ").strip().lower() in ("y", "yes")
-    except EOFError:
-        return False
+    for name, reason in spared.items():
+        console.print(printable(f"{name} stays: {reason}", 500))
+
+    for name, sizes in files.items():
+        names = " ".join(file.name for file in sizes)
+        table.add_row(printable(name), names, format_size(sum(sizes.values())))
+
+    if files:
+        console.print(table)
+
+
+@command("sync")
+@click.argument("run", nargs=-1, metavar="[RUN]...")
+@option("--all", "All finished runs.", bool)
+def sync_command(args: Args) -> None:
+    r"""Uploads runs that were trained offline, or without reaching the server, to W&B.
+
+    RUN is a path, a name, an id or an unambiguous beginning of one. Each run keeps its name, id, group
+    and steps. Rows that are on the server are not sent again; a run in use is left out. The server
+    and the account are those of `wandb login`, or of WANDB_BASE_URL and WANDB_API_KEY.
+
+      sda-ray sync --all
+    """
+
+    if args.all == bool(args.run):
+        raise UserError("give the runs to upload, or --all for the finished ones, and not both.")
+
+    sync_runs(args.runs, args.run)

@@ -1,19 +1,31 @@
 r"""The commands about sweeps: `sda-ray plan | sweep | stop | adopt`."""
 
+import functools
 import json
-import math
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..core import Config, UserError, format_value, parse_overrides
-from .arguments import Args, without
+import click
+
+from ..core import Config, UserError, format_value, parse_overrides, read_holder
+from .options import (
+    DEFINITION,
+    JSON,
+    LAUNCH,
+    NAME,
+    RESOURCES,
+    SWEEP,
+    WANDB,
+    Args,
+    command,
+    option,
+)
 
 __all__ = [
     "adopt_command",
@@ -22,6 +34,7 @@ __all__ = [
     "plan_command",
     "stop_command",
     "sweep_command",
+    "wandb_given",
     "wandb_options",
 ]
 
@@ -38,19 +51,16 @@ def wandb_options(args: Args) -> Any:
     return Wandb.from_options(args.wandb, args.project, args.entity, args.tags)
 
 
+def wandb_given(args: Args) -> bool:
+    r"""Tells whether any option about W&B is given."""
+
+    return bool(args.wandb or args.project or args.entity or args.tags)
+
+
 def launch_options(args: Args) -> Any:
-    r"""Returns how the trials of a sweep, or replicas, are carried out."""
+    r"""Returns how the trials of a sweep, or replicas, are run."""
 
     from ..sweep import Options
-
-    for name in ("cpus_per_trial", "gpus_per_trial", "parallel", "hours", "stall"):
-        value = getattr(args, name, None)
-
-        if value is not None and not (value > 0 or (value == 0 and name == "gpus_per_trial")):
-            raise UserError(f"--{name.replace('_', '-')} is {value:g}, but must be above 0.")
-
-        if value == math.inf and name.endswith("per_trial"):
-            raise UserError(f"--{name.replace('_', '-')} is inf, but must be finite.")
 
     return Options(
         args.root,
@@ -64,47 +74,98 @@ def launch_options(args: Args) -> Any:
     )
 
 
+@command("sweep")
+@LAUNCH
 def sweep_command(args: Args) -> None:
-    r"""Starts, resumes or extends a sweep, or passes changes to the driver that runs it."""
+    r"""Runs a sweep: many trials in parallel, each a training in its own run directory.
 
-    args, sweep = _again(args), args.script_sweep
+    SWEEP is a script, such as sweeps/demo.py, or the name of a sweep that was started before. The
+    same command starts a sweep, resumes it after a crash, and, with a larger --trials, extends it.
+    A running sweep takes up --trials, --enqueue, --warm-start and --retry-failed from elsewhere.
 
-    if sweep is None and _taken_up(args):
+      sda-ray sweep sweeps/demo.py                      start, or resume
+      sda-ray sweep demo --trials 64                    extend, running or finished
+      sda-ray sweep demo --enqueue learning_rate=1e-3   try this next; other keys are drawn
+      sda-ray sweep demo --enqueue RUN                  the settings of a run
+      sda-ray sweep sweeps/demo.py seed=1 --fork        another sweep, with what it shares with this
+      sda-ray sweep demo --detach                       in the background; see sda-ray attach demo
+
+    With --runs s3://BUCKET/PREFIX, the runs are in ROOT/runs/s3/BUCKET/PREFIX, and a copy of them in
+    the bucket follows within 5 s: if this machine and its disk are lost, the same command on another
+    one resumes from the copy. One driver at a time. Requires `pip install 'sda-ray[cluster]'`.
+    """
+
+    if _is_requeued(args):  # a job resumes its sweep; its first start made the changes
+        changes = dict.fromkeys(("settings", "fix", "enqueue", "warm_start"), ())
+        flags = {"name": None, "trials": None, "fork": False, "retry_failed": False}
+        args = Args(**vars(args) | changes | flags | {"sweep": args.job})
+
+    if _passed_on(args):
         return
 
     if not args.bucket:
-        return _sweep(args, sweep, None)
+        _sweep(args)
+        return
 
     from ..storage import replicated
 
-    with replicated(args.bucket, args.runs, _name(args, sweep)) as replica:
+    with replicated(args.bucket, args.runs, _name(args)) as replica:
         if not args.detach:
-            _sweep(args, sweep, replica)
+            _sweep(args, replica)
             return
 
-    _sweep(args, sweep, None)  # what is detached takes the copy over itself
+    _sweep(args)  # the process in the background takes the copy over
 
 
-def _name(args: Args, sweep: Any) -> str:
-    r"""Returns the name of the sweep that is meant, before anything of it need be there."""
+def _is_requeued(args: Args) -> bool:
+    from ..cluster import is_requeued
+    from ..runs import sweep_directory
+
+    if args.job is None:
+        return False
+
+    return is_requeued(sweep_directory(args.runs, args.job), os.environ.get("SLURM_JOB_ID"))
+
+
+def _passed_on(args: Args) -> bool:
+    r"""Asks a running sweep for what needs no checks here, and tells whether that was all."""
+
+    from ..runs import sweep_directory
+    from ..sweep import NotRunning, ask_all
+
+    others = (args.enqueue, args.warm_start, args.settings, args.fix, args.name, args.fork)
+
+    if args.script_sweep is not None or args.sweep.endswith(".py") or any(others):
+        return False
+
+    if args.trials is None and not args.retry_failed:
+        return False
+
+    try:
+        ask_all(sweep_directory(args.runs, args.sweep), args.trials, args.retry_failed)
+    except NotRunning:
+        return False
+
+    return True
+
+
+def _name(args: Args) -> str:
+    r"""Returns the name of a sweep of which nothing need be on disk."""
 
     from ..sweep import load_script
 
     if args.fork and not args.name:
         raise UserError("--fork with runs in a bucket goes with --name: what to call the sweep.")
 
-    if args.name or (sweep is None and not args.sweep.endswith(".py")):
+    if args.name or (args.script_sweep is None and not args.sweep.endswith(".py")):
         return str(args.name or args.sweep)
 
-    return str((sweep or load_script(Path(args.sweep))).name)
+    return str((args.script_sweep or load_script(Path(args.sweep))).name)
 
 
-def _sweep(args: Args, sweep: Any, replica: Any) -> None:
+def _sweep(args: Args, replica: Any = None) -> None:
     from ..sweep import LaunchRequests, fork, launch_sweep, load_script, parse_size
     from . import table
-
-    if args.keep_checkpoints is not None and args.keep_checkpoints < 0:
-        raise UserError(f"--keep-checkpoints is {args.keep_checkpoints}, but must be at least 0.")
 
     options = replace(
         launch_options(args),
@@ -115,7 +176,7 @@ def _sweep(args: Args, sweep: Any, replica: Any) -> None:
         bucket=args.bucket,
         replica=replica,
     )
-    sweep, options = chosen_sweep(args, sweep, options)
+    sweep, options = chosen_sweep(args, options)
 
     if args.keep_checkpoints is not None:
         options = replace(options, keep=args.keep_checkpoints)
@@ -141,16 +202,13 @@ def _sweep(args: Args, sweep: Any, replica: Any) -> None:
 
 
 def _detach(sweep: Any, options: Any, words: Sequence[str]) -> None:
-    r"""Starts or resumes a sweep in a process without a terminal, and returns once it runs.
-
-    The sweep is checked here first.
+    r"""Runs a command without a terminal, after a check, and returns once the sweep runs.
 
     Raises:
         UserError: If anything is wrong with the sweep.
     """
 
     from ..cluster import Slots
-    from ..core import read_holder
     from ..runs import sweep_directory
     from ..sweep import check_start, count_gpus, recorded_code
 
@@ -165,7 +223,7 @@ def _detach(sweep: Any, options: Any, words: Sequence[str]) -> None:
     with open(file, "ab") as log:
         begin = log.tell()
         process = subprocess.Popen(
-            [sys.executable, "-m", "sda_ray", *without(words, "--detach", flag=True)],
+            [sys.executable, "-m", "sda_ray", *(x for x in words if x != "--detach")],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -195,59 +253,41 @@ def _detach(sweep: Any, options: Any, words: Sequence[str]) -> None:
     )
 
 
-def _again(args: Args) -> Args:
-    r"""Returns the arguments of a requeued Slurm job: it only resumes its sweep.
-
-    What was asked beside that has been done, and may have been undone by others since.
-    """
-
-    from ..cluster import is_requeued
-    from ..runs import sweep_directory
-
-    if args.job is None:
-        return args
-
-    if not is_requeued(sweep_directory(args.runs, args.job), os.environ.get("SLURM_JOB_ID")):
-        return args
-
-    lists: dict[str, Any] = dict.fromkeys(("settings", "fix", "enqueue", "warm_start"), ())
-    rest = {"name": None, "trials": None, "fork": False, "retry_failed": False}
-
-    return Args(**vars(args) | lists | rest | {"sweep": args.job})
-
-
-def _taken_up(args: Args) -> bool:
-    r"""Asks a running sweep for what needs no checks here, and tells whether that was all."""
-
-    from ..runs import sweep_directory
-    from ..sweep import NotRunning, ask_all
-
-    if args.sweep.endswith(".py") or args.enqueue or args.warm_start:
-        return False
-
-    if args.settings or args.fix or args.name or args.fork:
-        return False
-
-    if args.trials is None and not args.retry_failed:
-        return False
-
-    with suppress(NotRunning):
-        ask_all(sweep_directory(args.runs, args.sweep), args.trials, args.retry_failed)
-        return True
-
-    return False
-
-
+@command("stop")
+@SWEEP
+@option("--trial", "End this trial only.", int)
 def stop_command(args: Args) -> None:
-    r"""Stops a sweep that runs somewhere, or one of its trials."""
+    r"""Stops a running sweep, here or on another machine that sees the directory of runs.
+
+    Every trial saves a checkpoint first, and the sweep can be resumed. A trial that is ended by its
+    number is not resumed.
+
+      sda-ray stop width
+      sda-ray stop width --trial 7
+    """
 
     from ..sweep import stop_sweep
 
     stop_sweep(args.runs, args.sweep, args.trial)
 
 
+@command("plan")
+@DEFINITION
+@JSON
+@RESOURCES
+@WANDB
 def plan_command(args: Args) -> None:
-    r"""Says what a sweep would take, and what is wrong with it."""
+    r"""Says what a sweep would cost, and what is wrong with it, before anything starts.
+
+    Parameters, memory and seconds of its networks, trials at a time, hours, disk. A probe of at
+    most 10 s on each kind of node measures speed and memory. Exits with 2 if anything is wrong,
+    and lists all of it.
+
+      sda-ray plan sweeps/demo.py
+      sda-ray plan width.py --parallel 4 --gpus-per-trial 0.5
+    """
+
+    from rich.console import Console
 
     from ..plan import plan_sweep, plan_to_json, print_plan
 
@@ -255,53 +295,41 @@ def plan_command(args: Args) -> None:
     source: Any = Path(args.sweep)
 
     if not args.sweep.endswith(".py"):
-        source, options = chosen_sweep(args, None, options)
+        source, options = chosen_sweep(args, options)
 
-    with _status(args.json) as say:
-        made = plan_sweep(
-            source,
-            options.runs,
-            options.data,
-            options.cpus,
-            options.gpus,
-            options.parallel,
-            options.address,
-            options.wandb,
-            lambda sweep: adjusted(sweep, args),
-            say,
-        )
+    with Console(stderr=True, quiet=args.json).status("") as status:
+        adjust = functools.partial(_adjusted, args=args)
+        plan = plan_sweep(source, options, adjust, status.update)
 
     if args.json:
-        print(json.dumps(plan_to_json(made), indent=2))
+        print(json.dumps(plan_to_json(plan), indent=2))
     else:
-        print_plan(made)
+        print_plan(plan)
 
-    if made.faults:
+    if plan.faults:
         sys.exit(2)
 
 
-@contextmanager
-def _status(silent: bool) -> Iterator[Callable[[str], None]]:
-    r"""Yields a function that shows the current step on standard error."""
-
-    from rich.console import Console
-
-    console = Console(stderr=True, quiet=silent)
-
-    with console.status("") as status:
-        yield status.update
-
-
+@command("adopt")
+@click.argument("directories", nargs=-1, required=True, metavar="DIRECTORY...")
+@option("--sweep", "A script, or the name of a sweep.", metavar="SWEEP", required=True)
+@NAME
+@RESOURCES
+@WANDB
 def adopt_command(args: Args) -> None:
-    r"""Brings finished runs into a sweep."""
+    r"""Brings finished runs into a sweep as prior trials: the sampler learns from them.
+
+    They do not count as trials of the sweep. Runs of SDA's own code work too. Settings and metrics
+    are copied; nothing is written to or deleted from DIRECTORY. Runs that the sweep does not cover
+    are left out, with the reason.
+
+      sda-ray adopt --sweep width.py OLD/runs/*
+    """
 
     from ..sweep import adopt, record_of
 
-    sweep, options = chosen_sweep(args, None, launch_options(args))
-
-    if options.gpus is None:
-        options = replace(options, gpus=0)
-
+    sweep, options = chosen_sweep(args, launch_options(args))
+    options = replace(options, gpus=options.gpus or 0)
     adopt(
         args.directories,
         sweep,
@@ -311,56 +339,41 @@ def adopt_command(args: Args) -> None:
     )
 
 
-def chosen_sweep(args: Args, sweep: Any, options: Any) -> tuple[Any, Any]:
-    r"""Returns the sweep that is meant by the arguments, and the options that it gets."""
-
-    from ..sweep import load_record, load_script
-
-    if sweep is None and not args.sweep.endswith(".py"):
-        if getattr(args, "fork", False):
-            raise UserError("--fork goes with a script, which says what the new sweep is.")
-
-        if args.settings or args.fix or args.name:
-            raise UserError(
-                f"sweep '{args.sweep}' resumes as it was started: key=value, --fix and "
-                "--name go with a script, for a new sweep."
-            )
-
-        sweep, before = load_record(args.runs, args.sweep)
-        options = _recorded(args, options, before)
-    elif sweep is None:
-        sweep = load_script(Path(args.sweep))
-
-    return adjusted(sweep, args), options
-
-
-def _recorded(args: Args, options: Any, before: dict[str, Any]) -> Any:
-    r"""Returns options with those that a sweep was last run with, where none are given now."""
+def chosen_sweep(args: Args, options: Any) -> tuple[Any, Any]:
+    r"""Returns the sweep that the arguments name, and its options: those given, then recorded ones."""
 
     from ..runs import Wandb
+    from ..sweep import load_record, load_script
 
+    if args.script_sweep is not None or args.sweep.endswith(".py"):
+        return _adjusted(args.script_sweep or load_script(Path(args.sweep)), args), options
+
+    if args.fork:
+        raise UserError("--fork goes with a script, which says what the new sweep is.")
+
+    if args.settings or args.fix or args.name:
+        raise UserError(
+            f"sweep '{args.sweep}' resumes as it was started: key=value, --fix and "
+            "--name go with a script, for a new sweep."
+        )
+
+    sweep, before = load_record(args.runs, args.sweep)
+    logged = Wandb(**before["wandb"] | {"tags": tuple(before["wandb"]["tags"])})
     options = replace(
         options,
+        data=args.data if args.data_given else args.root / before["data"],
+        cpus=before["cpus"] if args.cpus_per_trial is None else options.cpus,
+        gpus=before["gpus"] if args.gpus_per_trial is None else options.gpus,
+        wandb=options.wandb if wandb_given(args) else logged,
         job_type=before["wandb"]["job_type"],
         keep=before.get("keep"),
         limit=before.get("limit"),
     )
 
-    if not args.data_given:
-        options = replace(options, data=args.root / before["data"])
-
-    for name in ("cpus", "gpus"):
-        if getattr(args, f"{name}_per_trial") is None:
-            options = replace(options, **{name: before[name]})
-
-    if not (args.wandb or args.project or args.entity or args.tags):
-        wandb = Wandb(**before["wandb"] | {"tags": tuple(before["wandb"]["tags"])})
-        options = replace(options, wandb=wandb)
-
-    return options
+    return _adjusted(sweep, args), options
 
 
-def adjusted(sweep: Any, args: Args) -> Any:
+def _adjusted(sweep: Any, args: Args) -> Any:
     r"""Applies key=value, --fix, --name and --trials to a sweep."""
 
     settings, fixed = parse_overrides(args.settings), parse_overrides(args.fix)

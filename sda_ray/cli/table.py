@@ -1,11 +1,11 @@
 r"""The live table of a sweep, its leaderboard, and what to do next."""
 
-import math
+import itertools
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -15,26 +15,27 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from ..core import UserError, format_size, format_value, read_holder
-from ..runs import RunPath, sweep_directory
+from ..core import UserError, format_size, format_value, make_console, read_holder
+from ..runs import RunPath, read_metrics, seconds_per_epoch, sweep_directory
 from ..search import Rules, Study, TrialRecord, count_trials, importances, rank_key
 from ..sweep import read_sweep, watch
+from .options import SWEEP, Args, command
+from .render import STYLES, format_loss
 
-__all__ = ["LiveTable", "announce", "attach", "conclude", "leaderboard"]
+__all__ = ["LiveTable", "announce", "attach_command", "conclude", "leaderboard"]
 
-STYLES = {
-    "running": "cyan",
-    "complete": "green",
-    "paused": "yellow",
-    "pruned": "yellow",
-    "stopped": "yellow",
-    "diverged": "red",
-    "failed": "bold red",
-}
 REFRESH = 4  # times a second
 LOOK = 1.0  # seconds between two looks at the files of a sweep
-WEIGH = 10.0  # seconds between two looks at the size of its checkpoints
-KEY = 9  # characters that a key of CONFIG has at least
+WEIGH = 10  # looks until its checkpoints are weighed again
+SAMPLE = 16  # runs whose epochs are timed for an estimate
+KEY = 9  # characters of a column with a key of CONFIG, at least
+EVENTS = {
+    "draw": "starts",
+    "adopt": "is resumed",
+    "promote": "is promoted",
+    "lost": "is lost",
+    "memory": "is out of memory and is tried once more",
+}
 
 
 def _status(record: TrialRecord) -> str:
@@ -42,9 +43,7 @@ def _status(record: TrialRecord) -> str:
 
 
 def _loss(record: TrialRecord) -> str:
-    loss = record.values.get(record.last, math.nan)
-
-    return "–" if math.isnan(loss) else f"{loss:.4f}"
+    return format_loss(record.values.get(record.last))
 
 
 def _short(value: Any) -> str:
@@ -59,14 +58,11 @@ def _rows(records: Sequence[TrialRecord], names: dict[str, str], width: int) -> 
     keys = keys[: max(0, width - 45) // (KEY + 2)]
     table = Table(box=None, pad_edge=False, header_style="bold")
 
-    for column, least in {"#": 3, "run": 8, "status": 8, "epoch": 5, "loss_valid": 6}.items():
-        left = column in ("run", "status")
-        table.add_column(
-            column, justify="left" if left else "right", no_wrap=True, min_width=least
-        )
+    columns = {"#": 3, "run": 8, "status": 8, "epoch": 5, "loss_valid": 6}
 
-    for key in keys:
-        table.add_column(key, justify="right", no_wrap=True, min_width=KEY)
+    for column, least in (columns | dict.fromkeys(keys, KEY)).items():
+        side: Any = "left" if column in ("run", "status") else "right"
+        table.add_column(column, justify=side, no_wrap=True, min_width=least)
 
     for record in records:
         status = _status(record)
@@ -102,7 +98,7 @@ class LiveTable:
         self.start = time.monotonic()
         self.console = Console()
         self.names: dict[str, str] = {}
-        self.named = float("-inf")  # when names were last looked for
+        self.named = float("-inf")  # when names were last read
         self.size: Callable[[], int] = int  # bytes of all checkpoints
         self.now = records()
         self.live: Live | None = None
@@ -141,7 +137,7 @@ class LiveTable:
             self._print(event, record)
 
     def look(self) -> None:
-        r"""Reads the study again, and shows what has changed. For views outside the driver."""
+        r"""Reads the study again and shows what has changed, for views outside the driver."""
 
         before = {record.run_id: record for record in self.now}
         self.now = self.records()
@@ -151,23 +147,11 @@ class LiveTable:
                 if event := _event(before.get(record.run_id), record):
                     self._print(event, record)
 
-    def show(self) -> None:
-        r"""Prints the table as it is."""
-
-        self.console.print(self._render())
-
     def _print(self, event: str, record: TrialRecord) -> None:
-        said = {
-            "draw": "starts",
-            "adopt": "is resumed",
-            "promote": "is promoted",
-            "lost": "is lost",
-            "memory": "is out of memory and is tried once more",
-        }
         config = " ".join(f"{key}={_short(x)}" for key, x in record.config.items())
         print(
             f"[{time.monotonic() - self.start:6.1f} s] run {record.index} {record.run_id} "
-            f"{said.get(event, event)}: epoch {record.last}/{record.epochs}, "
+            f"{EVENTS.get(event, event)}: epoch {record.last}/{record.epochs}, "
             f"loss_valid {_loss(record)}, {config}"
             + (f": {record.error}" if record.error else ""),
             flush=True,
@@ -176,34 +160,35 @@ class LiveTable:
     def _render(self) -> RenderableType:
         records = self.now
         running = [r for r in records if _status(r) == "running"]
-        rest = sorted((r for r in records if _status(r) != "running"), key=rank_key)
+        others = sorted((r for r in records if _status(r) != "running"), key=rank_key)
         width, height = self.console.size
         room = max(1, height - len(running) - 4)
-        counts = {s: sum(_status(r) == s for r in records) for s in STYLES}
-        said = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
+        statuses = [_status(r) for r in records]
+        counts = ", ".join(f"{statuses.count(x)} {x}" for x in STYLES if x in statuses)
         elapsed = int(time.monotonic() - self.start)
         head = Text.assemble(
             ("sweep ", "bold"),
             (self.title, "bold cyan"),
             f"  {elapsed // 60}:{elapsed % 60:02}  {len(records)}/{self.target} runs: "
-            f"{said or 'starting Ray'}",
+            f"{counts or 'starting Ray'}",
             f", checkpoints {format_size(self.size())}" if self.size() else "",
             overflow="ellipsis",
             no_wrap=True,
         )
-        self._name(running + rest[:room])
+        shown = running + others[:room]
+        self._name(shown)
         parts: list[RenderableType] = [head]
 
         if records:
-            parts.append(_rows(running + rest[:room], self.names, width))
+            parts.append(_rows(shown, self.names, width))
 
-        if len(rest) > room:
-            parts.append(Text(f"and {len(rest) - room} more", style="dim"))
+        if len(others) > room:
+            parts.append(Text(f"and {len(others) - room} more", style="dim"))
 
         return Group(*parts)
 
     def _name(self, records: Sequence[TrialRecord]) -> None:
-        r"""Looks for the names of runs that are new. A run has its name from its first start."""
+        r"""Reads the names of new runs. A run has its name from its first start."""
 
         missing = any(record.run_id not in self.names for record in records)
 
@@ -213,7 +198,7 @@ class LiveTable:
 
 
 def _event(before: TrialRecord | None, now: TrialRecord) -> str:
-    r"""Returns the word for what has become of a run, or nothing if nothing has."""
+    r"""Returns the event between two records of a run, or nothing."""
 
     if before is None:
         return "draw"
@@ -224,9 +209,20 @@ def _event(before: TrialRecord | None, now: TrialRecord) -> str:
     return "adopt" if now.attempt > before.attempt else ""
 
 
-def announce(title: str, rules: Rules, records: Sequence[TrialRecord], directory: Path) -> None:
-    r"""Prints what a sweep is about to do."""
+def announce(
+    title: str,
+    rules: Rules,
+    records: Sequence[TrialRecord],
+    directory: Path,
+    wanted: dict[str, float],
+    parallel: int | None,
+) -> None:
+    r"""Prints the definition of a sweep that starts, its state, and an estimate of its training."""
 
+    from ..plan import estimate
+
+    seconds = _epoch_seconds(directory.parents[1], records)
+    expected = estimate(rules, wanted, parallel, seconds)
     rungs = ", ".join(map(str, rules.rungs))
     print(f"sweep '{title}' in {directory}: {rules.target} trials, rungs at epochs {rungs}")
 
@@ -236,15 +232,32 @@ def announce(title: str, rules: Rules, records: Sequence[TrialRecord], directory
         paused = sum(r.state == "running" and r.paused for r in records)
         print(
             f"resumed: {len(records) - brought} runs so far, {under_way} of them in progress, "
-            f"{paused} paused" + (f"; {brought} brought in" if brought else ""),
-            flush=True,
+            f"{paused} paused" + (f"; {brought} brought in" if brought else "")
         )
+
+    print(f"estimate: {expected}", flush=True)
+
+
+def _epoch_seconds(runs: Path, records: Sequence[TrialRecord]) -> float | None:
+    r"""Returns the median time of an epoch in the first runs of a sweep, if it is known."""
+
+    ids = {record.run_id for record in records[:SAMPLE]}
+    times = []
+
+    for path in RunPath.all(runs) if ids else ():
+        with suppress(UserError, OSError):
+            if path.id in ids:
+                times.append(seconds_per_epoch(read_metrics(path.metrics)))
+
+    known = [x for x in times if x is not None]
+
+    return statistics.median(known) if known else None
 
 
 def leaderboard(title: str, records: Sequence[TrialRecord], runs: Path, count: int = 10) -> None:
     r"""Prints the best runs of a sweep, and how far its numbers carry."""
 
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = make_console()
     finished = sorted((r for r in records if r.values), key=rank_key)
     names = {path.id: path.name for path in RunPath.all(runs)}
     console.print(Text(f"\nLeaderboard of {title}", style="bold"))
@@ -287,8 +300,8 @@ def conclude(
     print(f"\nBest configuration: {values}")
 
     if importances:
-        said = ", ".join(f"{key} {x:.2f}" for key, x in importances.items())
-        print(f"What mattered:      {said} (PED-ANOVA over {len(complete)} complete runs)")
+        shares = ", ".join(f"{key} {x:.2f}" for key, x in importances.items())
+        print(f"What mattered:      {shares} (PED-ANOVA over {len(complete)} complete runs)")
 
     if path is None:
         print(f"Its directory, of run {best.run_id}, is gone.")
@@ -325,43 +338,41 @@ def _conclude_repeats(complete: Sequence[TrialRecord]) -> None:
     print("The number behind ± is the standard deviation over seeds.")
 
 
-def attach(runs: Path, name: str) -> None:
-    r"""Shows the live table of a sweep until it ends, then its leaderboard. Writes nothing.
+@command("attach")
+@SWEEP
+def attach_command(args: Args) -> None:
+    r"""Shows the live table of a sweep that runs elsewhere.
 
-    Ctrl-C ends the look, and leaves the sweep running.
+    In the background, in a job, or on another machine that sees the directory of runs. Ctrl-C leaves
+    the sweep running. When the sweep ends, its leaderboard is shown.
 
-    Arguments:
-        runs: The directory of all runs.
-        name: The name of the sweep.
-
-    Raises:
-        UserError: If there is no such sweep, or it has nothing to show.
+      sda-ray attach width
     """
 
-    read_sweep(runs, name)
+    runs, name = args.runs, args.sweep
+    objectives = read_sweep(runs, name)["definition"]["objectives"]
     directory = sweep_directory(runs, name)
-    file = directory / "lease.json"
-    found = read_holder(file)
-    runs_now = found is not None and found["pid"] is not None
-    alive = watch(file, found) if found is not None and runs_now else lambda: False
+    file, journal = directory / "lease.json", directory / "study.journal"
+    holder = read_holder(file)
+    driven = holder is not None and holder["pid"] is not None
+    alive = watch(file, holder) if holder is not None and driven else lambda: False
 
     try:
-        while alive() and not (directory / "study.journal").exists():
+        while alive() and not journal.exists():
             time.sleep(LOOK)
 
-        if not (directory / "study.journal").exists():
+        if not journal.exists():
             raise UserError(f"sweep '{name}' has not begun: sda-ray sweep {name}")
 
-        objectives = read_sweep(runs, name)["definition"]["objectives"]
-        study = Study(directory / "study.journal", name, None, objectives)
+        study = Study(journal, name, None, objectives)
 
-        if found is not None and alive():
+        if holder is not None and alive():
             print(
-                f"sweep '{name}' is driven by process {found['pid']} on {found['host']}. Ctrl-C "
+                f"sweep '{name}' is driven by process {holder['pid']} on {holder['host']}. Ctrl-C "
                 f"leaves it running; `sda-ray stop {name}` stops it.",
                 flush=True,
             )
-            _follow(runs, name, study, alive, _seconds(found))
+            _follow(runs, name, study, alive, _seconds(holder))
         else:
             print(f"sweep '{name}' does not run. This is how it stands:")
     except KeyboardInterrupt:
@@ -374,66 +385,70 @@ def attach(runs: Path, name: str) -> None:
     _show_end(runs, name, study)
 
 
-def _follow(runs: Path, name: str, study: Study, alive: Any, seconds: float) -> None:
-    directory = sweep_directory(runs, name)
+def _follow(
+    runs: Path, name: str, study: Study, alive: Callable[[], bool], seconds: float
+) -> None:
+    r"""Shows a sweep that has been running for some seconds, until it ends."""
+
     table = LiveTable(name, read_sweep(runs, name)["trials"], runs, study.records)
     table.start -= seconds
-    size, weighed = 0, float("-inf")
+    size = 0
     table.size = lambda: size
 
     if not table.console.is_terminal:
-        table.show()
+        table.console.print(table._render())
 
     with table:
-        while alive():
-            time.sleep(LOOK)
+        for n in itertools.count():
+            if n % WEIGH == 0:
+                size = _checkpoint_size(runs, table.now)
+                table.target = read_sweep(runs, name)["trials"]
+
+            ended = not alive()
             table.look()
 
-            if time.monotonic() - weighed > WEIGH:
-                size, weighed = _checkpoint_size(runs, table), time.monotonic()
-                table.target = read_sweep(runs, directory.name)["trials"]
+            if ended:
+                return
 
-        table.look()
+            time.sleep(LOOK)
 
 
-def _checkpoint_size(runs: Path, table: LiveTable) -> int:
-    r"""Returns the bytes of all checkpoints of the runs in a table."""
+def _checkpoint_size(runs: Path, records: Sequence[TrialRecord]) -> int:
+    r"""Returns the bytes of all checkpoints of some runs."""
 
-    ids, size = {record.run_id for record in table.now}, 0
+    ids, size = {record.run_id for record in records}, 0
 
     for path in RunPath.all(runs):
-        if path.id in ids:
-            for file in path.directory.glob("checkpoint*.pth"):
-                try:
-                    size += file.lstat().st_size
-                except OSError:  # replaced just now
-                    continue
+        for file in path.directory.glob("checkpoint*.pth") if path.id in ids else ():
+            with suppress(OSError):  # replaced just now
+                size += file.lstat().st_size
 
     return size
 
 
-def _seconds(found: dict[str, Any]) -> float:
+def _seconds(holder: dict[str, Any]) -> float:
     r"""Returns for how long a lease has been held, as far as clocks agree."""
 
     try:
-        since = datetime.fromisoformat(found["since"])
+        since = datetime.fromisoformat(holder["since"])
         return max(0.0, (datetime.now(timezone.utc) - since).total_seconds())
     except (ValueError, TypeError):
         return 0.0
 
 
 def _show_end(runs: Path, name: str, study: Study) -> None:
-    r"""Prints the leaderboard, and what can be done next."""
+    r"""Prints the leaderboard, and the commands to try next."""
 
     records, directory = study.records(), sweep_directory(runs, name)
     target = read_sweep(runs, name)["trials"]
     under_way = sum(record.state == "running" for record in records)
 
-    if under_way or not records:
-        leaderboard(name, records, runs)
-        print(
-            f"\n{len(records)} of {target} runs so far, {under_way} of them not at their end: "
-            f"`sda-ray sweep {name}` carries them on."
-        )
-    else:
+    if records and not under_way:
         conclude(name, target, records, directory, runs, importances(study.study))
+        return
+
+    leaderboard(name, records, runs)
+    print(
+        f"\n{len(records)} of {target} runs so far, {under_way} of them not at their end: "
+        f"`sda-ray sweep {name}` carries them on."
+    )

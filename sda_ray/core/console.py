@@ -6,15 +6,24 @@ control characters.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
-__all__ = ["ProgressBar", "format_duration", "format_size", "make_table", "printable"]
+__all__ = [
+    "ProgressBar",
+    "format_duration",
+    "format_size",
+    "make_console",
+    "make_table",
+    "printable",
+]
 
 INTERVAL = 10.0  # seconds between two lines of progress where there is no terminal
 
@@ -78,13 +87,25 @@ class ProgressBar:
         self.update(self.done + 1)
 
 
-def make_table(*columns: str, right: Sequence[str] = (), fold: bool = True) -> Table:
+def make_console() -> Console:
+    r"""Returns a console that shows texts as they are, with wide lines where no terminal is."""
+
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else 160
+
+    return Console(width=width, highlight=False, markup=False, emoji=False)
+
+
+def make_table(
+    *columns: str, right: Sequence[str] = (), fold: Sequence[str] | None = None
+) -> Table:
     r"""Returns an empty table without borders.
 
     Arguments:
         columns: The titles of the columns.
         right: The columns to align to the right.
-        fold: Whether long cells are folded into several lines.
+        fold: The columns whose long cells are folded into several lines, by default all.
     """
 
     from rich.table import Table
@@ -92,8 +113,9 @@ def make_table(*columns: str, right: Sequence[str] = (), fold: bool = True) -> T
     table = Table(box=None, pad_edge=False, header_style="bold")
 
     for name in columns:
-        table.add_column(name, "", overflow="fold", no_wrap=not fold)
-        table.columns[-1].justify = "right" if name in right else "left"
+        side: Any = "right" if name in right else "left"
+        whole = fold is not None and name not in fold
+        table.add_column(name, justify=side, overflow="fold", no_wrap=whole)
 
     return table
 
@@ -121,10 +143,10 @@ def format_size(count: float | None) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    r"""Returns a time span in its largest unit, as `3 h`."""
+    r"""Returns a time span in its largest unit, as `3 h` or `1.5 d`."""
 
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= length:
-            return f"{int(seconds // length)} {unit}"
+        if (count := seconds / length) >= 1:
+            return f"{count:.2g} {unit}" if count < 10 else f"{int(count)} {unit}"
 
     return f"{int(seconds)} s"

@@ -11,15 +11,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..cluster import (
-    Facts,
-    bandwidth,
-    clock_skew,
-    examine,
-    live_nodes,
-    marker,
-    survey,
-)
+from ..cluster import Facts, bandwidth, clock_skew, connected, examine, live_nodes, marker, survey
 
 __all__ = ["Finding", "diagnose", "judge"]
 
@@ -35,25 +27,17 @@ Judgement = Iterator[tuple[str, str, str, str]]  # subject, state, finding, reme
 
 @dataclass(frozen=True)
 class Finding:
-    r"""A finding about a node.
-
-    Arguments:
-        node: The name of the node.
-        what: The subject.
-        state: `ok`, `warning` or `fault`.
-        found: The finding.
-        do: The remedy, unless all is well.
-    """
+    r"""A finding about a node."""
 
     node: str
-    what: str
-    state: str
+    what: str  # the subject
+    state: str  # `ok`, `warning` or `fault`
     found: str
-    do: str = ""
+    do: str = ""  # the remedy, unless all is well
 
 
 def diagnose(runs: Path, address: str | None, url: str | None) -> list[Finding]:
-    r"""Returns findings about this machine, or about all nodes of a cluster.
+    r"""Returns findings about this machine, or about all nodes of the cluster at an address.
 
     Every wait is bounded: a node that does not answer is a fault.
 
@@ -66,8 +50,6 @@ def diagnose(runs: Path, address: str | None, url: str | None) -> list[Finding]:
     if address is None:
         gpus = bool(shutil.which("nvidia-smi"))
         return [*judge("this machine", examine(runs, gpus=gpus, url=url), {}, shared=False)]
-
-    from ..cluster import connected
 
     with connected(address):
         return _diagnose_nodes(runs, url)
@@ -93,21 +75,20 @@ def _diagnose_nodes(runs: Path, url: str | None) -> list[Finding]:
 
     for id in sorted(nodes, key=lambda id: id != own):
         name = nodes[id]["NodeManagerHostname"] + (" (driver)" if id == own else "")
-        facts = answers[id]
+        facts = answers[id] | {"expected_gpus": gpus[id]}
 
         try:
             if "error" not in facts and id != own:
                 facts |= {"skew": clock_skew(id), "rate": bandwidth(id)}
         except Exception as error:  # lost, or too busy to answer
-            facts = {"error": str(error).strip().split("\n")[-1]}
+            facts["error"] = str(error).strip().split("\n")[-1]
 
         if "error" in facts:
             do = "Look at Ray's logs there; is sda_ray installed, and for the same Python?"
             findings.append(Finding(name, "answer", "fault", facts["error"], do))
-            continue
-
-        findings += judge(name, facts | {"expected_gpus": gpus[id]}, driver, shared=True)
-        driver = driver or facts
+        else:
+            findings += judge(name, facts, driver, shared=True)
+            driver = driver or facts
 
     return findings
 
@@ -118,11 +99,11 @@ def judge(node: str, facts: Facts, driver: Facts, shared: bool) -> Iterator[Find
     Arguments:
         node: Its name.
         facts: Its facts, see :func:`sda_ray.cluster.nodes.examine`.
-        driver: The facts of the driver's node; none for itself.
+        driver: Those of the driver's node; none for itself.
         shared: Whether it is a node of a cluster.
     """
 
-    checks = (_versions, _clock, _disk, _storage, _locks, _gpus, _wandb, _ports, _token, _limits)
+    checks = (_versions, _places, _gpus, _network, _ports, _token, _limits)
 
     for check in checks:
         for what, state, found, do in check(facts, driver, shared):
@@ -145,41 +126,34 @@ def _versions(facts: Facts, driver: Facts, shared: bool) -> Judgement:
         yield "versions", "ok", " ".join(f"{name} {x}" for name, x in versions.items()), ""
 
 
-def _clock(facts: Facts, driver: Facts, shared: bool) -> Judgement:
-    if driver:
-        skew = facts["skew"]
-        state = "ok" if abs(skew) < SKEW[0] else "warning" if abs(skew) < SKEW[1] else "fault"
-        do = "" if state == "ok" else "Set the clocks by NTP: timedatectl set-ntp true"
-        yield "clock", state, f"{skew:+.2f} s from the driver's", do
+def _grade(good: bool, tolerable: bool) -> str:
+    return "ok" if good else "warning" if tolerable else "fault"
 
 
-def _disk(facts: Facts, driver: Facts, shared: bool) -> Judgement:
+def _places(facts: Facts, driver: Facts, shared: bool) -> Judgement:
+    r"""Judges where files are: disks, the directory of runs, and locks there."""
+
     for place, free in sorted(facts["free"].items()):
-        state = "ok" if free > FREE[0] else "warning" if free > FREE[1] else "fault"
+        state = _grade(free > FREE[0], free > FREE[1])
         do = "" if state == "ok" else "Make room, or choose another place: --root, SDA_RAY_LOCAL."
         yield "disk", state, f"{free / 1e9:.1f} GB free in {place}", do
 
-
-def _storage(facts: Facts, driver: Facts, shared: bool) -> Judgement:
-    if not driver:
-        if facts["writes"]:
-            yield "storage", "ok", "the directory of runs is writable", ""
-        else:
-            do = "Choose another place with --root or --runs, or correct its permissions."
-            yield "storage", "fault", "the directory of runs is not writable", do
-    elif facts["faults"]:
+    if driver and facts["faults"]:
         do = "Correct its permissions, or set SDA_RAY_LOCAL to another place."
         yield "storage", "fault", "; ".join(facts["faults"]), do
-    elif facts["sees"]:
+    elif driver and facts["sees"]:
         yield "storage", "ok", "sees the directory of runs", ""
+    elif driver:
+        state = _grade(facts["rate"] >= SLOW, True)
+        do = "Share the root, or use a faster network: checkpoints take long."
+        found = f"files go through the head, at {facts['rate'] / 1e6:.0f} MB/s"
+        yield "storage", state, found, do * (state != "ok")
+    elif facts["writes"]:
+        yield "storage", "ok", "the directory of runs is writable", ""
     else:
-        rate, slow = facts["rate"], facts["rate"] < SLOW
-        do = "Share the root, or use a faster network: checkpoints take long." if slow else ""
-        found = f"files go through the head, at {rate / 1e6:.0f} MB/s"
-        yield "storage", "warning" if slow else "ok", found, do
+        do = "Choose another place with --root or --runs, or correct its permissions."
+        yield "storage", "fault", "the directory of runs is not writable", do
 
-
-def _locks(facts: Facts, driver: Facts, shared: bool) -> Judgement:
     if facts["locks"] and (facts["sees"] or not driver):  # leases rely on locks there
         do = "Mount it with locks for all hosts (Lustre: -o flock), or choose another --runs."
         yield "locks", "fault", facts["locks"], do
@@ -199,7 +173,13 @@ def _gpus(facts: Facts, driver: Facts, shared: bool) -> Judgement:
         yield "GPU", "ok", f"torch sees {seen}", ""
 
 
-def _wandb(facts: Facts, driver: Facts, shared: bool) -> Judgement:
+def _network(facts: Facts, driver: Facts, shared: bool) -> Judgement:
+    if driver:
+        skew = facts["skew"]
+        state = _grade(abs(skew) < SKEW[0], abs(skew) < SKEW[1])
+        do = "" if state == "ok" else "Set the clocks by NTP: timedatectl set-ntp true"
+        yield "clock", state, f"{skew:+.2f} s from the driver's", do
+
     if facts["unreached"]:
         do = "Open the connection, or use --wandb offline and `sda-ray sync` later."
         yield "W&B", "warning", f"cannot be reached: {facts['unreached']}", do

@@ -134,7 +134,13 @@ class View(Protocol):
     r"""Shows a sweep to the user, as the module :mod:`sda_ray.cli.table` does."""
 
     def announce(
-        self, title: str, rules: Rules, records: Sequence[TrialRecord], directory: Path
+        self,
+        title: str,
+        rules: Rules,
+        records: Sequence[TrialRecord],
+        directory: Path,
+        wanted: dict[str, float],
+        parallel: int | None,
     ) -> None: ...
 
     def LiveTable(
@@ -222,7 +228,9 @@ def launch_sweep(
         _serve(study, sweep.trials, requests, queue, _priors(sweep, options, requests))
 
         # Trials
-        view.announce(sweep.name, sweep.rules, study.records(), directory)
+        parallel = slots.local() if options.address is None else slots.most
+        records = study.records()
+        view.announce(sweep.name, sweep.rules, records, directory, slots.wanted, parallel)
 
         with running(code):
             _run(sweep, study, slots, options, start.info, code.package, view)

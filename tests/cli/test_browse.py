@@ -41,7 +41,7 @@ def test_list_takes_filters(sda: Callable[..., Any]) -> None:
     ("words", "message"),
     [
         (["--sort", "los_valid"], "Did you mean 'loss_valid'"),
-        (["--limit", "0"], "--limit is 0, but must be at least 1"),
+        (["--limit", "0"], "Invalid value for '--limit': 0 is not in the range x>=1"),
         (["aaaaaaaa"], "To see a run: sda-ray runs show aaaaaaaa"),
         (["windw=3"], "Did you mean 'window'"),
         (["window=4"], "window is 4, but must be an odd integer"),

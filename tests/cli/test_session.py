@@ -23,9 +23,8 @@ EPOCHS = "epochs=40"
 HASTY = """
 import sys
 from functools import partial
-from sda_ray.cli import main as cli, train as session
-session.start_run = partial(session.start_run, interval=0.0)
-session.resume_run = partial(session.resume_run, interval=0.0)
+from sda_ray.cli import main as cli, session
+session.Run = partial(session.Run, interval=0.0)
 cli.main(argv=sys.argv[1:])
 """
 
@@ -166,7 +165,7 @@ POOR = """
 import resource, sys
 from pathlib import Path
 import torch
-from sda_ray.cli import main as cli, train as session
+from sda_ray.cli import main as cli
 
 pages = int(Path("/proc/self/statm").read_text().split()[0])
 limit = pages * resource.getpagesize() + 400 * 2**20

@@ -127,10 +127,19 @@ def test_conclusion_survives_lost_directories_and_sweeps_without_results(
     conclude("demo", 5, [], tmp_path, tmp_path, {})
 
 
-def test_announcement_tells_what_is_carried_on(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_announcement_tells_the_state_and_an_estimate(
+    runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    announce("demo", Rules(8, 9, 1), records(6), tmp_path)
+    directory = runs / "sweeps" / "demo"
+    announce("demo", Rules(8, 9, 1), records(6), directory, {"CPU": 1.0}, 2)
 
     assert "8 trials, rungs at epochs 1, 3, 9" in (out := capsys.readouterr().out)
     assert "6 runs so far, 2 of them in progress" in out
+    assert "2 trials at a time, each with CPU=1; `sda-ray plan` measures" in out
+
+    (runs / "crimson-cloud-0_run00000" / "metrics.jsonl").write_text(
+        '{"epoch": 1, "loss_train": 1.0, "loss_valid": 1.0, "seconds": 3600.0}\n'
+    )
+    announce("demo", Rules(8, 9, 1), records(6), directory, {"CPU": 1.0}, 2)
+
+    assert "CPU-hours" in capsys.readouterr().out

@@ -10,13 +10,13 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
-from planned import script, told, write
+from planned import plan, script, told, write
 from rich.console import Console
 
 from sda_ray.cluster.connect import local_cpus
 from sda_ray.cluster.nodes import check_files, cpu_model, memory_limit
 from sda_ray.data.dataset import check_data
-from sda_ray.plan.plan import Plan, at_a_time, check_memory, estimate, memory_of, plan_sweep
+from sda_ray.plan.plan import Plan, at_a_time, check_memory, estimate, memory_of
 from sda_ray.plan.report import plan_to_json, print_plan
 
 __all__ = ["script"]  # fixtures
@@ -39,7 +39,7 @@ def made(place: Path, data: Path) -> Plan:
 
     # A process in which Ray was imported, as by other tests, cannot start one of its own
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(plan_sweep, script, place / "runs", data, gpus=0).result()
+        return pool.submit(plan, script, place / "runs", data, gpus=0).result()
 
 
 def test_plan_of_a_good_sweep_leaves_nothing_behind(made: Plan, place: Path) -> None:
@@ -74,11 +74,14 @@ def test_plan_is_printed_for_people_and_machines(made: Plan) -> None:
 
 def test_estimate_of_a_sweep_measures_nothing(made: Plan) -> None:
     assert made.sweep is not None and made.pruned is not None
-    text = estimate(made.sweep, made.slots)
+    rules, wanted = made.sweep.rules, {"CPU": 1.0}
+    text = estimate(rules, wanted, made.slots)
 
     assert float(text.split()[1]) == pytest.approx(made.pruned.epochs, rel=0.3)
-    assert f"epochs in 4 trials, {made.slots} at a time; `sda-ray plan` measures" in text
-    assert estimate(made.sweep, made.slots, 3600.0).endswith(" hours")
+    assert f"epochs, {made.slots} trials at a time, each with CPU=1; `sda-ray plan`" in text
+    assert "at a time" not in estimate(rules, wanted, None)
+    assert " GPU-hours, " in (text := estimate(rules, {"GPU": 1.0}, made.slots, 3600.0))
+    assert text.endswith(" h in all")
 
     code = "import sys, sda_ray.plan.plan; assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
@@ -87,10 +90,10 @@ def test_estimate_of_a_sweep_measures_nothing(made: Plan) -> None:
 def test_network_that_fits_no_node_is_caught(made: Plan) -> None:
     nodes = [replace(node, memory=2**27) for node in made.nodes]
     tight = replace(made, nodes=nodes, faults=[], warnings=[])
-    check_memory(tight, 0)
+    check_memory(tight)
 
     assert "a trial with hidden_channels=(16, 32)" in told(tight)
-    assert "has 0.1 GiB. Choose a smaller network" in told(tight)
+    assert "has 134 MB. Choose a smaller network" in told(tight)
 
 
 def test_node_with_memory_for_few_trials_is_told_of(made: Plan) -> None:
@@ -111,11 +114,12 @@ def test_trial_fits_its_share_of_a_gpu_with_a_margin(made: Plan, gpus: float, mo
 def test_share_of_a_gpu_that_is_too_small_is_caught(made: Plan) -> None:
     takes = memory_of(made.nodes[0], max(made.shapes, key=lambda x: x.cost.peak).cost)
     nodes = [replace(node, memory=2 * takes, gpus=1) for node in made.nodes]
-    tight = replace(made, nodes=nodes, faults=[], warnings=[])
+    tight = replace(made, nodes=nodes, faults=[], warnings=[], wanted={"GPU": 0.75})
 
-    check_memory(tight, 0.75)
+    check_memory(tight)
     assert tight.faults == tight.warnings == []
-    check_memory(tight, 0.5)
+    tight.wanted = {"GPU": 0.5}
+    check_memory(tight)
     assert "per GPU, of which a trial has 0.5." in tight.faults[0]
     assert tight.faults[0].endswith("or give --gpus-per-trial 0.6.")
 

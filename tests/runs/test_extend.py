@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from sda_ray.cli.train import extend_run, resume_run
+from sda_ray.cli.session import extend_run, resume_run
 from sda_ray.core.config import Config, load_config
 from sda_ray.core.errors import UserError
 from sda_ray.runs.checkpoint import read_checkpoint

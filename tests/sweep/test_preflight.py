@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from planned import SCRIPT, script, spoil, told, write
+from planned import SCRIPT, plan, script, spoil, told, write
 
 from sda_ray.cluster.connect import local_cpus
 from sda_ray.cluster.slots import Slots
 from sda_ray.core.errors import UserError
 from sda_ray.data.dataset import check_data
-from sda_ray.plan.plan import plan_sweep
 from sda_ray.runs.tracking import Wandb
 from sda_ray.sweep.definition import load_script
 from sda_ray.sweep.preflight import check_start
@@ -90,7 +89,7 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistake_in_script_is_caught(mistake: str, tmp_path: Path, data: Path) -> None:
     text, expected = MISTAKES[mistake]
-    made = plan_sweep(write(tmp_path, text), tmp_path / "runs", data)
+    made = plan(write(tmp_path, text), tmp_path / "runs", data)
 
     assert expected in told(made)
     assert not made.nodes, "Ray was started"
@@ -100,10 +99,8 @@ def test_mistake_in_script_is_caught(mistake: str, tmp_path: Path, data: Path) -
 def test_script_without_a_sweep_is_caught(tmp_path: Path, data: Path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
 
-    assert "defines 0 sweeps" in told(plan_sweep(tmp_path / "script.py", tmp_path / "runs", data))
-    assert "there is no sweep script" in told(
-        plan_sweep(tmp_path / "no.py", tmp_path / "runs", data)
-    )
+    assert "defines 0 sweeps" in told(plan(tmp_path / "script.py", tmp_path / "runs", data))
+    assert "there is no sweep script" in told(plan(tmp_path / "no.py", tmp_path / "runs", data))
 
 
 def cut(file: Path) -> None:
@@ -120,21 +117,19 @@ def test_damaged_data_are_caught(
     shutil.copytree(data, tmp_path / "data")
     damage(tmp_path / "data" / "valid.h5")
 
-    assert expected in told(plan_sweep(script, tmp_path / "runs", tmp_path / "data"))
+    assert expected in told(plan(script, tmp_path / "runs", tmp_path / "data"))
 
 
 def test_resources_that_no_node_has_are_caught(script: Path, tmp_path: Path, data: Path) -> None:
-    made = plan_sweep(script, tmp_path / "runs", data, cpus=local_cpus() + 1)
+    made = plan(script, tmp_path / "runs", data, cpus=local_cpus() + 1)
     assert "Lower --cpus-per-trial" in told(made)
 
-    made = plan_sweep(script, tmp_path / "runs", data, gpus=99)
+    made = plan(script, tmp_path / "runs", data, gpus=99)
     assert "a trial wants CPU=1 GPU=99" in told(made)
 
 
 def test_place_that_cannot_be_written_is_caught(script: Path, data: Path) -> None:
-    assert "runs cannot be written to /proc/runs" in told(
-        plan_sweep(script, Path("/proc/runs"), data)
-    )
+    assert "runs cannot be written to /proc/runs" in told(plan(script, Path("/proc/runs"), data))
 
 
 def test_missing_key_of_wandb_is_caught(
@@ -142,11 +137,11 @@ def test_missing_key_of_wandb_is_caught(
 ) -> None:
     online = Wandb("online")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    made = plan_sweep(script, tmp_path / "runs", data, cpus=999, wandb=online)
+    made = plan(script, tmp_path / "runs", data, cpus=999, wandb=online)
     assert "there is no key for api.wandb.ai" in told(made)
 
     (tmp_path / "netrc").write_text("machine api.wandb.ai login user password secret\n")
-    made = plan_sweep(script, tmp_path / "runs", data, cpus=999, wandb=online)
+    made = plan(script, tmp_path / "runs", data, cpus=999, wandb=online)
     assert "there is no key" not in told(made)
 
 
@@ -158,7 +153,7 @@ def test_other_sweep_of_the_name_is_caught(script: Path, tmp_path: Path, data: P
     directory.mkdir(parents=True)
     write_sweep(directory, {"name": "test", "trials": 4, "options": {}, **record}, script)
 
-    assert "sweep 'test' exists and differs" in told(plan_sweep(script, tmp_path / "runs", data))
+    assert "sweep 'test' exists and differs" in told(plan(script, tmp_path / "runs", data))
 
 
 def test_low_limit_of_files_is_caught(env: dict[str, str]) -> None:
@@ -184,9 +179,7 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path, data: Path) -> None:
         "SPACE |= {'batch_size': choice(), 'epoch': choice(2, 3)}",
         "MORE = {'name': 'my sweep', 'trials': 0, 'sampler': 'bayes', 'min_epochs': 10}",
     )
-    made = plan_sweep(
-        script, Path("/proc/runs"), tmp_path / "data", cpus=999, wandb=Wandb("online")
-    )
+    made = plan(script, Path("/proc/runs"), tmp_path / "data", cpus=999, wandb=Wandb("online"))
 
     for expected in (
         "train.h5 holds a number",
@@ -215,7 +208,7 @@ def test_what_is_odd_is_a_warning_only(tmp_path: Path, data: Path) -> None:
         "CONFIG['batch_size'] = 64",
         "SPACE = {'scheduler': choice('linear', 'cosine')}",
     )
-    made = plan_sweep(script, tmp_path / "runs", data, cpus=999)
+    made = plan(script, tmp_path / "runs", data, cpus=999)
     warnings = "\n".join(made.warnings)
 
     assert len(made.faults) == 1
@@ -235,9 +228,7 @@ def test_rare_branches_are_caught_in_which_a_name_has_another_kind(
         "    return {'learning_rate': trial.suggest_categorical('rate', rates)}",
     )
 
-    assert "SPACE suggests 'rate' from" in told(
-        plan_sweep(script, tmp_path / "runs", data, cpus=999)
-    )
+    assert "SPACE suggests 'rate' from" in told(plan(script, tmp_path / "runs", data, cpus=999))
 
 
 def test_start_lists_all_faults_together(script: Path, tmp_path: Path, data: Path) -> None:

@@ -1,0 +1,224 @@
+r"""Trainings as a person runs them: with progress, Ctrl-C, and what to do next."""
+
+import os
+import signal
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..core import (
+    NETWORK,
+    Config,
+    LeaseGone,
+    LeaseLost,
+    ProgressBar,
+    UserError,
+    check_config,
+    load_config,
+)
+from ..data import check_data
+from ..nn import load_network
+from ..runs import (
+    Interrupted,
+    OutOfMemory,
+    Run,
+    RunPath,
+    Stop,
+    Wandb,
+    check_extension,
+    default_device,
+    describe_extension,
+    read_record,
+    train_run,
+)
+from ..training import Diverged
+
+__all__ = ["extend_run", "resume_run", "start_run"]
+
+
+def start_run(
+    runs: Path,
+    data: Path,
+    config: Config,
+    init: str | None,
+    device: str | None,
+    wandb: Wandb,
+) -> None:
+    r"""Trains a new run, from the weights of another one if `init` names it."""
+
+    info = check_data(data)
+    config = check_config(config, size=info.size, length=info.length)
+    record: dict[str, Any] = {"data": info.fingerprint, "wandb": asdict(wandb)}
+    device = _check_device(device)
+    parent = None
+
+    if init is not None:
+        parent = RunPath.find(runs, init)
+        _check_init(parent, config, info.size)
+        record["parent"] = parent.id
+
+    run = Run(runs, config, wandb=wandb, record=record, device=device)
+    _follow(run, data, device, parent)
+
+
+def extend_run(
+    runs: Path,
+    data: Path,
+    name: str,
+    changes: Config,
+    device: str | None,
+    wandb: Wandb,
+) -> None:
+    r"""Trains a longer version of a run, from where the two part; the run itself stays as it is."""
+
+    info = check_data(data)
+    path = RunPath.find(runs, name)
+    config = check_config(check_extension(path, changes), size=info.size, length=info.length)
+    device = _check_device(device)
+    record = describe_extension(path, info.fingerprint, device)
+    record |= {"data": info.fingerprint, "wandb": asdict(wandb)}
+    run = Run(runs, config, wandb=wandb, record=record, device=device)
+    _follow(run, data, device, path)
+
+
+def resume_run(
+    runs: Path,
+    data: Path,
+    name: str,
+    device: str | None,
+    wandb: Wandb | None = None,
+    takeover: bool = False,
+) -> None:
+    r"""Resumes a run from its newest checkpoint, and logs to W&B as before by default."""
+
+    path = RunPath.find(runs, name)
+    record = _check_resume(path)
+
+    if record.get("status") == "finished" and path.state.is_file():
+        print(f"{path.directory.name} is finished: {path.state}")
+        return
+
+    info = check_data(data)
+
+    if record.get("data", info.fingerprint) != info.fingerprint:
+        raise UserError(
+            f"{path.directory.name} was trained on other data than {data}. Give the directory of "
+            "its data with --data."
+        )
+
+    config = check_config(load_config(path.config), size=info.size, length=info.length)
+    parent = RunPath.of_id(runs, record["parent"]) if record.get("parent") else None
+    device = _check_device(device)
+    run = Run(
+        path.directory.parent,
+        config,
+        path.id,
+        wandb=wandb or Wandb.from_record(record.get("wandb"), path.record),
+        takeover=takeover,
+        device=device,
+    )
+    _follow(run, data, device, parent)
+
+
+def _check_resume(path: RunPath) -> dict[str, Any]:
+    r"""Returns the record of a run that can be resumed by itself."""
+
+    name = path.directory.name
+
+    if RunPath.of_id(path.directory.parent, path.id) != path:
+        raise UserError(
+            f"{path.directory} cannot be resumed: a run is a directory of its own "
+            "{name}_{id}, with an id of 8 characters a-z and 0-9. Start from its weights with "
+            "`sda-ray train --init`."
+        )
+
+    if not path.config.is_file():
+        raise UserError(f"{name} has no config.json: it was stopped before it began. Remove it.")
+
+    record = read_record(path)
+
+    if record.get("sweep"):
+        raise UserError(
+            f"{name} belongs to sweep '{record['sweep']}', which decides how far it goes: carry "
+            f"on with `sda-ray sweep {record['sweep']}`."
+        )
+
+    if record.get("status") == "diverged":
+        raise UserError(
+            f"{name} diverged ({record.get('reason')}), and would do so again. Start another with "
+            f"`sda-ray train --config {path.id} learning_rate=…`."
+        )
+
+    return record
+
+
+def _check_init(parent: RunPath, config: Config, size: int) -> None:
+    theirs = load_config(parent.config)
+    differs = [f"{k} is {config[k]}, not {theirs[k]}" for k in NETWORK if config[k] != theirs[k]]
+
+    if differs:
+        raise UserError(
+            f"the weights of {parent.directory.name} do not fit: {'; '.join(differs)}. Only "
+            "settings that leave the network as it is can change."
+        )
+
+    own = load_network(parent.directory)[0].state_dict()["kernel.forcing"].shape[-1]
+
+    if own != size:
+        raise UserError(
+            f"the weights of {parent.directory.name} are for fields of {own}x{own}, but the "
+            f"data are {size}x{size}."
+        )
+
+
+def _check_device(device: str | None) -> str:
+    name = device or default_device()
+
+    try:
+        if torch.device(name).type not in ("cpu", "cuda"):
+            raise UserError(f"device is '{name}', but must be cpu, cuda or cuda:N.")
+
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device '{name}' cannot be used: {error}") from error
+
+    return name
+
+
+def _follow(run: Run, data: Path, device: str, parent: RunPath | None) -> None:
+    r"""Trains an open run to its end, and shows it."""
+
+    path, total, done = run.path, run.config["epochs"], max(run.lines, default=0)
+    print(f"run {path.directory.name}: {total} epochs on {device} in {path.directory}", flush=True)
+    init = parent.directory if parent is not None else None
+    status, code = "failed", 1
+
+    try:
+        with Stop().on_signals() as stop, ProgressBar("epoch", total, done) as progress:
+            for metrics in train_run(run, data, device, init=init, stop=stop):
+                losses = (f"{key} {metrics[key]:.4f}" for key in ("loss_train", "loss_valid"))
+                progress.update(metrics["epoch"], ", ".join(losses))
+
+        status, code = "finished", 0
+        print(f"finished: {os.path.relpath(path.state)}, {os.path.relpath(path.samples)}")
+    except (Interrupted, KeyboardInterrupt):
+        status, code = "interrupted", 128 + (stop.signal or signal.SIGINT)
+        print(f"Stopped. Resume with `sda-ray train --resume {path.id}`.")
+    except Diverged as error:
+        status, code = "diverged", 1
+        print(f"diverged: {error}. Try a smaller learning_rate.", file=sys.stderr)
+    except LeaseLost as error:
+        print(f"{error}: this process stops.", file=sys.stderr)
+    except (OutOfMemory, LeaseGone) as error:
+        print(f"sda-ray: {error}", file=sys.stderr)
+    except UserError:  # the disk is full at the end
+        status = "interrupted"
+        raise
+    finally:
+        run.close(status)
+
+    if code:
+        sys.exit(code)
