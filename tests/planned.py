@@ -1,4 +1,4 @@
-r"""A sweep script to be planned, and what is told of it."""
+r"""A sweep script to be planned, and its faults."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ import pytest
 from sda_ray.plan.plan import Plan, plan_sweep
 from sda_ray.sweep.launch import Options
 
-__all__ = ["SCRIPT", "plan", "script", "spoil", "told", "write"]
+__all__ = ["SCRIPT", "faults_of", "plan", "script", "spoil", "write"]
 
 SCRIPT = """
 from sda_ray import CONFIG, Sweep, choice, integer, loguniform, uniform
@@ -46,7 +46,7 @@ def plan(script: Path, runs: Path, data: Path, **options: Any) -> Plan:
     return plan_sweep(script, Options(runs.parent, runs, data, **options))
 
 
-def told(made: Plan) -> str:
+def faults_of(made: Plan) -> str:
     return "\n".join(made.faults)
 
 

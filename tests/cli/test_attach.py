@@ -52,13 +52,13 @@ def test_study_is_read_without_touching_it(tmp_path: Path) -> None:
     assert list(reader.queue().values()) == [{"seed": 2}]  # what is written later is seen
 
 
-def test_attaching_to_nothing_says_so(cli: Cli, tmp_path: Path) -> None:
+def test_unknown_sweep_is_not_attached(cli: Cli, tmp_path: Path) -> None:
     done = cli("attach", "tiny")
 
     assert done.returncode == 2 and "there is no sweep 'tiny'" in done.stderr
 
 
-def test_mistakes_are_told_before_anything_is_detached(cli: Cli, tmp_path: Path) -> None:
+def test_mistakes_are_reported_before_anything_is_detached(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "tiny.py").write_text(SCRIPT.replace('"window": 3', '"window": 4'))
     done = cli("sweep", "tiny.py", "--detach")
 
@@ -66,7 +66,7 @@ def test_mistakes_are_told_before_anything_is_detached(cli: Cli, tmp_path: Path)
     assert not (tmp_path / "runs" / "sweeps" / "tiny" / "detached.log").exists()
 
 
-def test_detached_sweep_goes_on_without_who_started_or_watched_it(
+def test_detached_sweep_outlives_its_starter_and_viewers(
     cli: Cli, start: Start, tmp_path: Path
 ) -> None:
     (tmp_path / "tiny.py").write_text(LONG)
@@ -116,7 +116,7 @@ def test_detached_sweep_goes_on_without_who_started_or_watched_it(
     assert "carries them on" in done.stdout
 
 
-def test_sweep_that_ends_at_once_is_told_as_if_it_were_here(
+def test_detached_sweep_that_ends_at_once_shows_its_output(
     cli: Cli, env: dict[str, str], tmp_path: Path
 ) -> None:
     (tmp_path / "tiny.py").write_text(SCRIPT)

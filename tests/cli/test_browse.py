@@ -57,7 +57,7 @@ def test_mistakes_are_explained(sda: Callable[..., Any], words: list[str], messa
     assert message in str(caught.value)
 
 
-def test_show_tells_config_curve_and_origin(runs: Path, sda: Callable[..., Any]) -> None:
+def test_show_prints_config_curve_and_origin(runs: Path, sda: Callable[..., Any]) -> None:
     a = RunPath.find(runs, "aaaaaaaa")
     rewrite(RunPath.find(runs, "bbbbbbbb"), parent="aaaaaaaa", trial=7)
     shown = sda("show", "bbbbbbbb")

@@ -228,7 +228,7 @@ def test_output_that_cannot_be_written_is_one_line(root: Path) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
-def test_what_the_encoding_of_an_output_lacks_is_no_error(root: Path, encoding: str) -> None:
+def test_character_that_an_encoding_lacks_is_no_error(root: Path, encoding: str) -> None:
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     words = [sys.executable, "-m", "sda_ray", "train", "--help"]
     done = subprocess.run(

@@ -21,7 +21,7 @@ def script(tmp_path: Path) -> str:
     return "tiny.py"
 
 
-def test_what_runs_in_the_background_owns_the_copy(
+def test_background_driver_keeps_the_copy(
     s3: Bucket, account: dict[str, str], cli: Cli, script: str, tmp_path: Path
 ) -> None:
     done = cli("sweep", script, f"--runs={URL}", "--detach", timeout=240, **account)

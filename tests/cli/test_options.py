@@ -103,7 +103,7 @@ def test_fault_of_a_command_is_refused(refuse: Refuse, words: str, message: str)
         ("", {"SCRATCH": "/s"}, ("here", "here/data", "here/runs")),
     ],
 )
-def test_places_are_absolute_and_said_in_the_first_line(
+def test_places_are_absolute_and_in_the_first_line(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -125,7 +125,7 @@ def test_places_are_absolute_and_said_in_the_first_line(
     assert re.sub(r"^sda-ray \S+: ", "", first) == f"root {root}, data {data}, runs {runs}"
 
 
-def test_scratch_is_the_root_where_nothing_is(
+def test_scratch_is_the_root_without_runs_here(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

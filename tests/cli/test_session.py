@@ -175,7 +175,7 @@ cli.main(argv=sys.argv[1:])
 
 
 @pytest.mark.parametrize("large", ["batch", "network"])
-def test_what_does_not_fit_into_the_memory_is_a_clear_failure(
+def test_out_of_memory_is_a_clear_failure(
     start: Start, settings: list[str], tmp_path: Path, large: str
 ) -> None:
     for split in ("train", "valid"):
@@ -308,9 +308,7 @@ def test_resume_that_does_not_fit_is_refused(
         raise AssertionError(done.stderr)
 
 
-def test_directory_that_is_no_run_of_ours_is_not_resumed(
-    cli: Cli, finished: RunPath, tmp_path: Path
-) -> None:
+def test_foreign_directory_is_not_resumed(cli: Cli, finished: RunPath, tmp_path: Path) -> None:
     finished.directory.rename(tmp_path / "upstream")
     done = cli("train", "--resume", str(tmp_path / "upstream"))
     assert done.returncode == 2

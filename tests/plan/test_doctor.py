@@ -42,7 +42,7 @@ def open_port() -> Iterator[int]:
         yield server.getsockname()[1]
 
 
-def test_this_machine_is_found(tmp_path: Path) -> None:
+def test_facts_of_this_machine_are_found(tmp_path: Path) -> None:
     (tmp_path / "token").touch()
     found = examine(tmp_path, "token")
 
@@ -79,7 +79,7 @@ def test_machine_that_is_well_has_no_fault(facts: dict[str, Any]) -> None:
         ({"listening": [[111, "::", ""]]}, "ports: warning"),
     ],
 )
-def test_what_is_wrong_is_said(
+def test_each_fault_has_its_finding(
     facts: dict[str, Any], change: dict[str, Any], expected: str
 ) -> None:
     node = facts | {"skew": 0.0, "rate": 1e9, "sees": True} | change
@@ -150,7 +150,7 @@ def test_directory_of_ours_or_none_has_no_other_owner(tmp_path: Path) -> None:
     assert owner_of(tmp_path) == owner_of(tmp_path / "none") == ""
 
 
-def test_command_looks_at_this_machine_without_ray(cli: Cli, home: Path) -> None:
+def test_command_examines_this_machine_without_ray(cli: Cli, home: Path) -> None:
     token = home / ".ray" / "auth_token"
     token.parent.mkdir(exist_ok=True)
     token.write_text("x")
@@ -220,7 +220,7 @@ cluster.shutdown()
         process.communicate()
 
 
-def test_every_node_of_a_cluster_is_looked_at(
+def test_every_node_of_a_cluster_is_examined(
     cluster: tuple[str, dict[str, str]], cli: Cli, tmp_path: Path
 ) -> None:
     address, variables = cluster

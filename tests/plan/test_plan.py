@@ -10,7 +10,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
-from planned import plan, script, told, write
+from planned import faults_of, plan, script, write
 from rich.console import Console
 
 from sda_ray.cluster.connect import local_cpus
@@ -47,7 +47,7 @@ def test_plan_of_a_good_sweep_leaves_nothing_behind(made: Plan, place: Path) -> 
     assert not (place / "runs").exists()
 
 
-def test_plan_tells_time_memory_and_disk(made: Plan) -> None:
+def test_plan_has_time_memory_and_disk(made: Plan) -> None:
     small, large = made.shapes
 
     assert any("without torch.compile" in warning for warning in made.warnings)
@@ -92,11 +92,11 @@ def test_network_that_fits_no_node_is_caught(made: Plan) -> None:
     tight = replace(made, nodes=nodes, faults=[], warnings=[])
     check_memory(tight)
 
-    assert "a trial with hidden_channels=(16, 32)" in told(tight)
-    assert "has 134 MB. Choose a smaller network" in told(tight)
+    assert "a trial with hidden_channels=(16, 32)" in faults_of(tight)
+    assert "has 134 MB. Choose a smaller network" in faults_of(tight)
 
 
-def test_node_with_memory_for_few_trials_is_told_of(made: Plan) -> None:
+def test_memory_limits_the_trials_at_a_time(made: Plan) -> None:
     node = replace(made.nodes[0], memory=1000, fit=4)
 
     assert [at_a_time(node, memory, 0) for memory in (100, 400, 1001)] == [4, 2, 0]
@@ -124,7 +124,7 @@ def test_share_of_a_gpu_that_is_too_small_is_caught(made: Plan) -> None:
     assert tight.faults[0].endswith("or give --gpus-per-trial 0.6.")
 
 
-def test_node_that_reaches_other_files_is_told_of(tmp_path: Path, data: Path) -> None:
+def test_node_that_sees_other_files_is_a_fault(tmp_path: Path, data: Path) -> None:
     fingerprint = check_data(data).fingerprint
     (tmp_path / "token").write_text("token")
 

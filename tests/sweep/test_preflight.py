@@ -1,4 +1,4 @@
-r"""Tests for sda_ray.sweep.preflight: everything that is wrong is found, and all of it is told at once."""
+r"""Tests for sda_ray.sweep.preflight: everything that is wrong is found, and all of it is reported at once."""
 
 import shutil
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from planned import SCRIPT, plan, script, spoil, told, write
+from planned import SCRIPT, faults_of, plan, script, spoil, write
 
 from sda_ray.cluster.connect import local_cpus
 from sda_ray.cluster.slots import Slots
@@ -91,7 +91,7 @@ def test_mistake_in_script_is_caught(mistake: str, tmp_path: Path, data: Path) -
     text, expected = MISTAKES[mistake]
     made = plan(write(tmp_path, text), tmp_path / "runs", data)
 
-    assert expected in told(made)
+    assert expected in faults_of(made)
     assert not made.nodes, "Ray was started"
     assert not (tmp_path / "runs").exists()
 
@@ -99,8 +99,10 @@ def test_mistake_in_script_is_caught(mistake: str, tmp_path: Path, data: Path) -
 def test_script_without_a_sweep_is_caught(tmp_path: Path, data: Path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
 
-    assert "defines 0 sweeps" in told(plan(tmp_path / "script.py", tmp_path / "runs", data))
-    assert "there is no sweep script" in told(plan(tmp_path / "no.py", tmp_path / "runs", data))
+    assert "defines 0 sweeps" in faults_of(plan(tmp_path / "script.py", tmp_path / "runs", data))
+    assert "there is no sweep script" in faults_of(
+        plan(tmp_path / "no.py", tmp_path / "runs", data)
+    )
 
 
 def cut(file: Path) -> None:
@@ -117,19 +119,21 @@ def test_damaged_data_are_caught(
     shutil.copytree(data, tmp_path / "data")
     damage(tmp_path / "data" / "valid.h5")
 
-    assert expected in told(plan(script, tmp_path / "runs", tmp_path / "data"))
+    assert expected in faults_of(plan(script, tmp_path / "runs", tmp_path / "data"))
 
 
 def test_resources_that_no_node_has_are_caught(script: Path, tmp_path: Path, data: Path) -> None:
     made = plan(script, tmp_path / "runs", data, cpus=local_cpus() + 1)
-    assert "Lower --cpus-per-trial" in told(made)
+    assert "Lower --cpus-per-trial" in faults_of(made)
 
     made = plan(script, tmp_path / "runs", data, gpus=99)
-    assert "a trial wants CPU=1 GPU=99" in told(made)
+    assert "a trial wants CPU=1 GPU=99" in faults_of(made)
 
 
 def test_place_that_cannot_be_written_is_caught(script: Path, data: Path) -> None:
-    assert "runs cannot be written to /proc/runs" in told(plan(script, Path("/proc/runs"), data))
+    assert "runs cannot be written to /proc/runs" in faults_of(
+        plan(script, Path("/proc/runs"), data)
+    )
 
 
 def test_missing_key_of_wandb_is_caught(
@@ -138,11 +142,11 @@ def test_missing_key_of_wandb_is_caught(
     online = Wandb("online")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     made = plan(script, tmp_path / "runs", data, cpus=999, wandb=online)
-    assert "there is no key for api.wandb.ai" in told(made)
+    assert "there is no key for api.wandb.ai" in faults_of(made)
 
     (tmp_path / "netrc").write_text("machine api.wandb.ai login user password secret\n")
     made = plan(script, tmp_path / "runs", data, cpus=999, wandb=online)
-    assert "there is no key" not in told(made)
+    assert "there is no key" not in faults_of(made)
 
 
 def test_other_sweep_of_the_name_is_caught(script: Path, tmp_path: Path, data: Path) -> None:
@@ -153,7 +157,7 @@ def test_other_sweep_of_the_name_is_caught(script: Path, tmp_path: Path, data: P
     directory.mkdir(parents=True)
     write_sweep(directory, {"name": "test", "trials": 4, "options": {}, **record}, script)
 
-    assert "sweep 'test' exists and differs" in told(plan(script, tmp_path / "runs", data))
+    assert "sweep 'test' exists and differs" in faults_of(plan(script, tmp_path / "runs", data))
 
 
 def test_low_limit_of_files_is_caught(env: dict[str, str]) -> None:
@@ -197,7 +201,7 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path, data: Path) -> None:
         "--cpus-per-trial",
         "no key for",
     ):
-        assert expected in told(made)
+        assert expected in faults_of(made)
 
     assert len(set(made.faults)) == len(made.faults)
 
@@ -228,7 +232,9 @@ def test_rare_branches_are_caught_in_which_a_name_has_another_kind(
         "    return {'learning_rate': trial.suggest_categorical('rate', rates)}",
     )
 
-    assert "SPACE suggests 'rate' from" in told(plan(script, tmp_path / "runs", data, cpus=999))
+    assert "SPACE suggests 'rate' from" in faults_of(
+        plan(script, tmp_path / "runs", data, cpus=999)
+    )
 
 
 def test_start_lists_all_faults_together(script: Path, tmp_path: Path, data: Path) -> None:
