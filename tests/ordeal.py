@@ -89,7 +89,9 @@ class Ordeal(RuleBasedStateMachine):
         failed = sum(r.state == "failed" for r in seen)
         found = read_directories(seen, self.sweeping.runs, study.objectives)
         rules = replace(rules, excused=failed)
-        *_, action = reconcile(seen, found, rules, self.sweeping.stops)
+        after = {step.record.index: step.record for step in reconcile(seen, found)}
+        seen = [after.get(record.index, record) for record in seen]
+        action = decide(seen, (), rules, stops=self.sweeping.stops)
         self.foreseen = action.kind, action.until
 
     @contextmanager
@@ -216,7 +218,7 @@ class Ordeal(RuleBasedStateMachine):
             )
 
             with self.mortal():
-                self.study.import_run(brought, drawn[1])
+                self.study.add(brought, drawn[1])
 
     @precondition(lambda self: not self.dead)
     @rule()

@@ -1,15 +1,12 @@
 r"""What everything stands on."""
 
-from .config import ACTIVATIONS as ACTIVATIONS
 from .config import CONFIG as CONFIG
 from .config import MAX_WEIGHTS as MAX_WEIGHTS
 from .config import Config as Config
 from .config import check_config as check_config
 from .config import count_weights as count_weights
-from .config import format_value as format_value
 from .config import load_config as load_config
 from .config import parse_overrides as parse_overrides
-from .config import parse_value as parse_value
 from .config import save_config as save_config
 from .console import ProgressBar as ProgressBar
 from .console import format_duration as format_duration
@@ -33,11 +30,14 @@ from .files import remove_leftovers as remove_leftovers
 from .files import sync_directory as sync_directory
 from .files import write_atomic as write_atomic
 from .files import write_json as write_json
+from .keys import ACTIVATIONS as ACTIVATIONS
 from .keys import ALPHAS as ALPHAS
 from .keys import KEYS as KEYS
 from .keys import NETWORK as NETWORK
 from .keys import check_value as check_value
 from .keys import did_you_mean as did_you_mean
+from .keys import format_value as format_value
+from .keys import parse_value as parse_value
 from .keys import short_repr as short_repr
 from .lease import HEARTBEAT as HEARTBEAT
 from .lease import STALE as STALE
@@ -55,6 +55,7 @@ from .lease import last_heartbeat as last_heartbeat
 from .lease import read_holder as read_holder
 from .lease import this_process as this_process
 from .space import Choice as Choice
+from .space import Domain as Domain
 from .space import Range as Range
 from .space import Space as Space
 from .space import check_space as check_space
@@ -62,6 +63,7 @@ from .space import choice as choice
 from .space import covers as covers
 from .space import decode_params as decode_params
 from .space import domain_from_json as domain_from_json
+from .space import domain_of as domain_of
 from .space import draw_values as draw_values
 from .space import encode_option as encode_option
 from .space import integer as integer

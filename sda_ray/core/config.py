@@ -1,6 +1,6 @@
-r"""CONFIG: the settings of one training, their deerrors, and their checks.
+r"""CONFIG: the settings of one training, their defaults, and their checks.
 
-The first 12 keys and their deerrors are those of SDA, so that configurations can be exchanged.
+The first 12 keys and their defaults are those of SDA, so that configurations can be exchanged.
 
 References:
     | Score-based Data Assimilation (Rozet et al., 2023)
@@ -14,38 +14,22 @@ from typing import Any
 
 from .errors import UserError
 from .files import read_json, write_json
-from .keys import (
-    ACTIVATIONS,
-    ALPHAS,
-    KEYS,
-    SCHEDULERS,
-    check_value,
-    did_you_mean,
-    format_value,
-    parse_value,
-    short_repr,
-)
+from .keys import KEYS, check_value, did_you_mean, parse_value, short_repr
 
 __all__ = [
-    "ACTIVATIONS",
-    "ALPHAS",
     "CONFIG",
-    "SCHEDULERS",
+    "MAX_WEIGHTS",
     "Config",
     "check_config",
-    "check_value",
     "count_weights",
-    "did_you_mean",
-    "format_value",
     "load_config",
     "parse_overrides",
-    "parse_value",
     "save_config",
 ]
 
 Config = dict[str, Any]
 
-MAX_WEIGHTS = 10**9  # 4 GB; the deerrors have 23 million
+MAX_WEIGHTS = 10**9  # 4 GB; the defaults have 23 million
 
 CONFIG: Config = {name: key.default for name, key in KEYS.items()}
 
@@ -116,7 +100,7 @@ def parse_overrides(overrides: Iterable[str]) -> Config:
 def load_config(file: Path | str) -> Config:
     r"""Returns the checked configuration in a JSON file, written by SDA or this package.
 
-    Keys that SDA does not know have their deerrors if they are missing.
+    Keys that SDA does not know have their defaults if they are missing.
 
     Raises:
         UserError: If the file is unreadable or the configuration wrong. The message names it.

@@ -12,11 +12,8 @@ from .errors import UserError
 __all__ = [
     "ACTIVATIONS",
     "ALPHAS",
-    "COMPILATIONS",
     "KEYS",
     "NETWORK",
-    "OPTIMIZERS",
-    "PRECISIONS",
     "SCHEDULERS",
     "Key",
     "check_value",
@@ -27,11 +24,8 @@ __all__ = [
 ]
 
 ACTIVATIONS: tuple[str, ...] = ("ELU", "GELU", "ReLU", "SELU", "SiLU")
-OPTIMIZERS: tuple[str, ...] = ("AdamW",)
 SCHEDULERS: tuple[str, ...] = ("linear", "cosine", "exponential", "constant", "wsd")
 ALPHAS: tuple[str, ...] = ("cos", "lin", "exp")
-PRECISIONS: tuple[str, ...] = ("fp32", "bf16", "tf32")
-COMPILATIONS: tuple[str, ...] = ("off", "on", "graphs")
 
 MAX_LEVELS = 16
 
@@ -107,7 +101,7 @@ KEYS: dict[str, Key] = {
     "activation": Key("SiLU", "activation function", str, options=ACTIVATIONS, network=True),
     "epochs": Key(4096, "passes over the training trajectories", int, 1, 10**8),
     "batch_size": Key(32, "windows per training step", int, 1, 2**20),
-    "optimizer": Key("AdamW", "optimizer", str, options=OPTIMIZERS),
+    "optimizer": Key("AdamW", "optimizer", str, options=("AdamW",)),
     "learning_rate": Key(2e-4, "learning rate at the start", float, 0, 100, above=True),
     "weight_decay": Key(1e-3, "weight decay, on all parameters", float, 0, 100),
     "scheduler": Key("linear", "decay of the learning rate", str, options=SCHEDULERS),
@@ -122,8 +116,12 @@ KEYS: dict[str, Key] = {
     "warmup": Key(0, "epochs of linear warm-up", int, 0, 10**8, ours=True),
     "grad_clip": Key(0.0, "highest norm of the gradient, 0 for any", float, 0, 1e9, ours=True),
     "ema": Key(0.0, "decay of averaged weights, 0 for none", float, 0, 1, below=True, ours=True),
-    "precision": Key("fp32", "arithmetic of training", str, options=PRECISIONS, ours=True),
-    "compile": Key("off", "torch.compile of the network", str, options=COMPILATIONS, ours=True),
+    "precision": Key(
+        "fp32", "arithmetic of training", str, options=("fp32", "bf16", "tf32"), ours=True
+    ),
+    "compile": Key(
+        "off", "torch.compile of the network", str, options=("off", "on", "graphs"), ours=True
+    ),
 }
 
 

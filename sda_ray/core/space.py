@@ -14,14 +14,13 @@ from .keys import KEYS, check_value, did_you_mean, format_value, parse_value, sh
 
 __all__ = [
     "Choice",
+    "Domain",
     "Range",
     "Space",
     "check_space",
     "choice",
-    "contains",
     "covers",
     "decode_params",
-    "describe_space",
     "domain_from_json",
     "domain_of",
     "draw_values",
@@ -37,6 +36,9 @@ __all__ = [
 MAX_COMBINATIONS = 4096
 
 
+# Domains
+
+
 @dataclass(frozen=True)
 class Choice:
     r"""Creates a set of options, see :func:`choice`."""
@@ -44,7 +46,10 @@ class Choice:
     options: tuple[Any, ...]
 
     def __str__(self) -> str:
-        return ", ".join(short_repr(o) for o in self.options)
+        return ", ".join(o if isinstance(o, str) else short_repr(o) for o in self.options)
+
+    def __contains__(self, value: Any) -> bool:
+        return value in self.options
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,10 @@ class Range:
         high: The upper bound.
         log: Whether values are drawn uniformly in the logarithm.
         step: The distance between two values; `None` for real numbers.
+
+    Example:
+        >>> 5 in Range(3, 7, step=2), 4 in Range(3, 7, step=2)
+        (True, False)
     """
 
     low: Any
@@ -68,11 +77,23 @@ class Range:
         step = "" if self.step in (None, 1) else f" in steps of {self.step}"
         return f"{self.low} to {self.high}{step}{log}"
 
+    def __contains__(self, value: Any) -> bool:
+        if isinstance(value, bool) or not isinstance(value, Real):
+            return False
 
-# Values are Choice or Range; a dict of both would have to be annotated to pass as such.
+        x: Any = value
+
+        if self.step is None or not self.low <= x <= self.high:
+            return bool(self.low <= x <= self.high)
+
+        steps = (x - self.low) / self.step
+        return bool(abs(steps - round(steps)) < 1e-8)
+
+
+Domain = Choice | Range
+
+# Values are domains; a dict of both kinds would have to be annotated to pass as such.
 Space = Mapping[str, Any] | Callable[[Any], Mapping[str, Any]]
-
-# Domains
 
 
 def choice(*options: Any) -> Choice:
@@ -106,7 +127,7 @@ def integer(low: int, high: int, log: bool = False, step: int = 1) -> Range:
     return Range(low, high, log=log, step=step)
 
 
-def domain_of(distribution: Any) -> Choice | Range:
+def domain_of(distribution: Any) -> Domain:
     r"""Returns the domain of a distribution of Optuna."""
 
     if hasattr(distribution, "choices"):
@@ -115,52 +136,16 @@ def domain_of(distribution: Any) -> Choice | Range:
     return Range(distribution.low, distribution.high, distribution.log, distribution.step)
 
 
-def contains(domain: Choice | Range, value: Any) -> bool:
-    r"""Tells whether a value is in a domain.
-
-    Example:
-        >>> contains(integer(3, 7, step=2), 5), contains(integer(3, 7, step=2), 4)
-        (True, False)
-        >>> contains(choice("GELU", "SiLU"), "ReLU")
-        False
-    """
-
-    if isinstance(domain, Choice):
-        return value in domain.options
-
-    if isinstance(value, bool) or not isinstance(value, Real):
-        return False
-
-    x: Any = value
-
-    if domain.step is None or not domain.low <= x <= domain.high:
-        return bool(domain.low <= x <= domain.high)
-
-    steps = (x - domain.low) / domain.step
-    return bool(abs(steps - round(steps)) < 1e-8)
-
-
-def covers(domain: Choice | Range, other: Choice | Range) -> bool:
-    r"""Tells whether a domain is another one with wider bounds or more options."""
+def covers(domain: Domain, other: Domain) -> bool:
+    r"""Returns whether a domain is another one with wider bounds or more options."""
 
     if isinstance(domain, Choice) and isinstance(other, Choice):
-        return all(option in domain.options for option in other.options)
+        return all(option in domain for option in other.options)
+    elif isinstance(domain, Range) and isinstance(other, Range):
+        alike = (domain.log, domain.step) == (other.log, other.step)
+        return alike and other.low in domain and other.high in domain
 
-    if isinstance(domain, Choice) or isinstance(other, Choice):
-        return False
-
-    alike = (domain.log, domain.step) == (other.log, other.step)
-    return alike and contains(domain, other.low) and contains(domain, other.high)
-
-
-def domain_from_json(obj: Any) -> Choice | Range:
-    r"""Returns the domain in an object that :func:`space_to_json` wrote."""
-
-    if "choice" in obj:
-        return choice(*obj["choice"])
-
-    low, high = obj["range"]
-    return Range(low, high, log=obj["log"], step=obj["step"])
+    return False
 
 
 def _freeze(value: Any) -> Any:
@@ -219,23 +204,28 @@ def decode_params(params: Mapping[str, Any]) -> Config:
 # Spaces
 
 
-def describe_space(space: Space) -> dict[str, str]:
-    r"""Returns a short text for each key or group of a space; for a function, its docstring's."""
-
-    if callable(space):
-        text = (space.__doc__ or "a function of the trial").strip().split("\n")[0]
-        return {getattr(space, "__name__", "SPACE"): text}
-
-    return {name: str(domain) for name, domain in space.items()}
-
-
 def space_to_json(space: Space) -> dict[str, Any] | None:
     r"""Returns a space as an object for JSON, or `None` if it is a function."""
 
     if callable(space):
         return None
 
-    return {name: _to_json(domain) for name, domain in space.items()}
+    return {
+        name: {"choice": list(d.options)}
+        if isinstance(d, Choice)
+        else {"range": [d.low, d.high], "log": d.log, "step": d.step}
+        for name, d in space.items()
+    }
+
+
+def domain_from_json(obj: Any) -> Domain:
+    r"""Returns the domain in an object that :func:`space_to_json` wrote."""
+
+    if "choice" in obj:
+        return choice(*obj["choice"])
+
+    low, high = obj["range"]
+    return Range(low, high, log=obj["log"], step=obj["step"])
 
 
 def space_from_json(obj: dict[str, Any]) -> Space:
@@ -249,13 +239,6 @@ def space_from_json(obj: dict[str, Any]) -> Space:
         return {name: domain_from_json(domain) for name, domain in obj.items()}
     except (AttributeError, KeyError, TypeError, ValueError) as e:
         raise UserError(f"{short_repr(obj)} is not a recorded SPACE.") from e
-
-
-def _to_json(domain: Choice | Range) -> dict[str, Any]:
-    if isinstance(domain, Choice):
-        return {"choice": list(domain.options)}
-
-    return {"range": [domain.low, domain.high], "log": domain.log, "step": domain.step}
 
 
 def check_space(
@@ -292,7 +275,7 @@ def check_space(
             "{'learning_rate': loguniform(1e-4, 1e-3)}, or a function of a trial."
         )
 
-    checked: dict[str, Choice | Range] = {}
+    checked: dict[str, Domain] = {}
     names = {",".join(split_group(str(name))): domain for name, domain in space.items()}
     errors = list(_misplaced([key for name in space for key in split_group(str(name))], pruner))
 
@@ -361,7 +344,7 @@ def _label(option: Any) -> Any:
     return option if isinstance(option, str | int | float | None) else repr(option)
 
 
-def _suggest(trial: Any, name: str, domain: Choice | Range) -> Any:
+def _suggest(trial: Any, name: str, domain: Domain) -> Any:
     if isinstance(domain, Choice):
         return trial.suggest_categorical(name, [encode_option(name, o) for o in domain.options])
 
@@ -391,7 +374,7 @@ def _misplaced(keys: list[Any], pruner: str) -> Iterator[str]:
             )
 
 
-def _check_domain(name: str, domain: Any) -> Choice | Range:
+def _check_domain(name: str, domain: Any) -> Domain:
     if not isinstance(domain, Choice | Range):
         raise UserError(
             f"SPACE[{name!r}] is {short_repr(domain)}, but must be choice(…), uniform(…), "
@@ -403,11 +386,10 @@ def _check_domain(name: str, domain: Any) -> Choice | Range:
     if any(key not in KEYS for key in keys):
         return domain  # reported by _misplaced
 
-    try:
-        if isinstance(domain, Choice):
-            return _check_choice(keys, domain)
+    check: Any = _check_choice if isinstance(domain, Choice) else _check_range
 
-        return _check_range(keys, domain)
+    try:
+        return check(keys, domain)
     except UserError as e:
         raise UserError("\n".join(f"SPACE[{name!r}]: {f}" for f in str(e).split("\n")))
 
@@ -492,7 +474,7 @@ def _check_step(key: str, domain: Range, width: int) -> None:
 
 
 def _conflicts(
-    space: Mapping[str, Choice | Range], config: Config, size: int | None, length: int | None
+    space: Mapping[str, Domain], config: Config, size: int | None, length: int | None
 ) -> Iterator[str]:
     r"""Yields the errors of combinations of values that are valid by themselves."""
 
@@ -524,7 +506,7 @@ def _conflicts(
         )
 
 
-def _combinations(space: Mapping[str, Choice | Range]) -> Iterator[Config]:
+def _combinations(space: Mapping[str, Domain]) -> Iterator[Config]:
     cases = [d.options if isinstance(d, Choice) else (d.low, d.high) for d in space.values()]
     drawn: Any = itertools.product(*cases)
 

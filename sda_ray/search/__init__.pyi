@@ -16,7 +16,6 @@ from .sampler import CallbackTrial as CallbackTrial
 from .sampler import check_kinds as check_kinds
 from .sampler import distributions as distributions
 from .sampler import draw_summary as draw_summary
-from .sampler import has_value as has_value
 from .sampler import importances as importances
 from .sampler import method_text as method_text
 from .sampler import propose as propose

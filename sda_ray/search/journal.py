@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # an append waits for the end of these errors
 PATIENCE = 600.0  # seconds that it waits
-PAUSES = (0.1, 10.0)  # seconds between two tries, at first and at most
+PAUSE = 0.2  # seconds between two tries
 
 
 class Journal(BaseJournalBackend):
@@ -123,7 +124,7 @@ class Journal(BaseJournalBackend):
         if self.lease is None:
             raise LeaseLost(f"{self.file} was opened for reading only")
 
-        start, pause = time.monotonic(), PAUSES[0]
+        start, waits = time.monotonic(), False
 
         while True:
             try:
@@ -136,7 +137,7 @@ class Journal(BaseJournalBackend):
                 if error.errno not in FULL or waited > PATIENCE or self.give_up():
                     raise
 
-                if pause == PAUSES[0]:
+                if not waits:
                     logger.warning(
                         "%s cannot be written: %s (%d bytes are free). Waiting for room.",
                         self.file,
@@ -144,8 +145,8 @@ class Journal(BaseJournalBackend):
                         shutil.disk_usage(self.file.parent).free,
                     )
 
-            time.sleep(pause)
-            pause = min(2 * pause, PAUSES[1])
+            waits = True
+            time.sleep(PAUSE)
 
 
 def open_study(
@@ -224,7 +225,10 @@ def _repair(file: Path) -> None:
     if not torn:
         return
 
-    kept = _unused(file.with_suffix(".journal.torn"))
+    # The name, or with a number if it is taken
+    stem = file.with_suffix(".journal.torn")
+    names = (stem if n == 1 else stem.with_name(f"{stem.name}-{n}") for n in count(1))
+    kept = next(name for name in names if not os.path.lexists(name))
 
     try:
         write_atomic(kept, torn)
@@ -233,11 +237,3 @@ def _repair(file: Path) -> None:
 
     cut_torn_lines(file)
     logger.warning("%s: a torn last record was cut off, and kept as %s.", file, kept.name)
-
-
-def _unused(file: Path) -> Path:
-    r"""Returns a file name that is not taken: the given one, or one with a number."""
-
-    names = (file if n == 1 else file.with_name(f"{file.name}-{n}") for n in range(1, 10**6))
-
-    return next(name for name in names if not os.path.lexists(name))

@@ -12,6 +12,7 @@ References:
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 __all__ = [
@@ -73,13 +74,13 @@ class TrialRecord:
     memory_errors: int = 0
     finals: tuple[float, ...] = ()
 
-    @property
+    @cached_property
     def last(self) -> int:
         r"""The last epoch with a value, or 0."""
 
         return max(self.values, default=0)
 
-    @property
+    @cached_property
     def visible(self) -> dict[int, float]:
         r"""The values that rungs and sampler see."""
 
@@ -88,7 +89,7 @@ class TrialRecord:
 
         return {epoch: x for epoch, x in self.values.items() if epoch <= self.shown}
 
-    @property
+    @cached_property
     def paused(self) -> bool:
         r"""Whether the run waits at a rung, in an open sweep or a closed one."""
 

@@ -1,9 +1,9 @@
 r"""Final verdicts on runs, by Optuna's pruners.
 
-A run that such a pruner stops does not go on, unless the sweep would end without a finished model.
-The pruner is asked at rungs, for the runs that wait there, see
-:func:`sda_ray.search.promotion.decide`. A pruner sees a study in memory that is made anew for each
-question: what it would remember of earlier verdicts is worked out from the values of the runs.
+A run that such a pruner stops does not continue, unless the sweep would end without a finished
+model. The pruner is asked at rungs, for the runs that wait there, see
+:func:`sda_ray.search.promotion.decide`. It sees a study in memory that is made anew for each
+question, with the notes that it would have left in the runs at the rungs that they have passed.
 """
 
 import binascii
@@ -26,7 +26,6 @@ from .sampler import frozen_trial, memory_study, quiet_optuna
 __all__ = ["hyperband_brackets", "prune_rule"]
 
 STARTUP = 5  # complete runs before any is compared with them
-
 STATES = {"complete": TrialState.COMPLETE, "failed": TrialState.FAIL}
 
 
@@ -42,7 +41,7 @@ def prune_rule(
     Arguments:
         rules: The rules of the sweep. They name the pruner.
         name: The name of the sweep, which decides on the brackets of `hyperband`.
-        percentile: The share of runs that `percentile` lets go on, in percent.
+        percentile: The share of runs, in percent, that `percentile` lets continue.
         patience: The epochs without a new best value after which `patience` stops a run. By
             default three times `rules.min_epochs`.
         pruner: A pruner of the user, instead of a named one.
@@ -54,12 +53,8 @@ def prune_rule(
     known: dict[tuple[int, int, float], dict[str, Any]] = {}  # notes by run, rung and value
 
     def notes(record: TrialRecord, asked: bool) -> dict[str, Any]:
-        r"""Returns what the pruner notes in a run at the rungs that it has passed.
-
-        A run that is asked for has no note yet of the rung where it waits. One that diverged has
-        the worst value at every rung that it was bound for.
-        """
-
+        # A run that is asked about has no note of the rung where it waits. One that diverged has
+        # the worst value at every rung that it was bound for.
         diverged, total = record.outcome == "diverged", dict[str, Any]()
         last = rules.after(record.last) if diverged else record.last - asked
 
@@ -105,9 +100,7 @@ def _note(
     r"""Returns what a pruner notes in a run when it reports its value at a rung, all alone."""
 
     taken: dict[int, dict[str, Any]] = {}
-    trial = frozen_trial(
-        index - 1, TrialState.RUNNING, system_attrs=dict(before), curve={rung: value}
-    )
+    trial = frozen_trial(index - 1, TrialState.RUNNING, notes=dict(before), curve={rung: value})
     method.prune(memory_study([trial], name=name, notes=taken), trial)
 
     return taken.get(index - 1, {})
@@ -120,14 +113,14 @@ def _trial(record: TrialRecord, notes: dict[str, Any], asked: bool = False) -> F
     curve = {} if record.outcome == "diverged" else record.visible
     values = [curve[max(curve)]] if curve and state == TrialState.COMPLETE else None
 
-    return frozen_trial(record.index - 1, state, values, system_attrs=notes, curve=curve)
+    return frozen_trial(record.index - 1, state, values, notes=notes, curve=curve)
 
 
 def hyperband_brackets(rules: Rules, name: str) -> Callable[[int], int]:
-    r"""Returns the function from a run's index, from 0, to its bracket in `hyperband`.
+    r"""Returns a function from a run's index, from 0, to its bracket in `hyperband`.
 
-    Runs are compared within their bracket alone, and a sampler sees those of one bracket. The
-    brackets are those of :class:`optuna.pruners.HyperbandPruner`, which does not tell them.
+    Runs are compared within their bracket, and a sampler sees those of one bracket. The brackets
+    are those of :class:`optuna.pruners.HyperbandPruner`, which has no public method for them.
 
     References:
         | Hyperband: A Novel Bandit-Based Approach to Hyperparameter Optimization (Li et al., 2018)

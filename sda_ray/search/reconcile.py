@@ -2,20 +2,20 @@ r"""Brings the study up to date with the directories of its runs, after a crash.
 
 A driver may die between any two appends to the journal, and a trial's process between any two
 writes to its directory; the journal may even be an older copy. :func:`reconcile` returns the steps
-that make the two consistent, and what comes next; :func:`catch_up` takes them. The driver then
-adopts the runs that are in flight no more, whether they have a directory or not.
+that make the two consistent; :func:`catch_up` takes them. The driver then adopts the runs that are
+in flight no more, whether they have a directory or not.
 """
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..core import Lease, LeaseLost, UserError, read_holder, write_json
 from ..runs import RunPath, finals, read_history, read_record
-from .promotion import Action, PruneRule, Rules, TrialRecord, decide
+from .promotion import TrialRecord
 from .study import Study
 
 __all__ = [
@@ -23,7 +23,6 @@ __all__ = [
     "Step",
     "apply_steps",
     "catch_up",
-    "project_steps",
     "read_directories",
     "reconcile",
 ]
@@ -58,82 +57,52 @@ class Step:
     r"""A step that brings the study and the directories together.
 
     Arguments:
-        kind: `count` (an attempt that the study lacks), `extend` (up to `until`, shown up to
-            `shown`), `report` (values), `tell` (a state) or `mark` (the directory of a run whose
-            process died, with a status).
-        record: The run before all steps.
-        attempt: The number of the attempt.
-        until: The epoch up to which the run may go.
-        shown: The last epoch whose value counts for others.
-        values: The values that the study lacks.
-        state: The state or status.
-        reason: Why it diverged, or was stopped.
-        finals: The values of all objectives.
+        kind: `count` (an attempt that the study lacks), `extend` (up to an epoch), `report`
+            (values), `tell` (the end) or `mark` (the directory of a run whose process died).
+        record: The run after the step.
+        status: The status that the directory is marked with.
     """
 
     kind: str
     record: TrialRecord
-    attempt: int = 0
-    until: int = 0
-    shown: int | None = None
-    values: dict[int, float] = field(default_factory=dict)
-    state: str = ""
-    reason: str = ""
-    finals: tuple[float, ...] = ()
+    status: str = ""
 
 
 def reconcile(
-    records: Sequence[TrialRecord],
-    directories: Mapping[str, DirectoryState],
-    rules: Rules | None = None,
-    stops: PruneRule | None = None,
-) -> list[Step | Action]:
-    r"""Returns the steps to take first, and what comes next.
+    records: Sequence[TrialRecord], directories: Mapping[str, DirectoryState]
+) -> list[Step]:
+    r"""Returns the steps that bring the study and the directories together.
 
     Arguments:
         records: The runs of the sweep, as the study has them. None is in flight.
         directories: The states of the runs' directories, by run id. A run may have none.
-        rules: The rules of the sweep, or None to return steps alone.
-        stops: See :func:`sda_ray.search.promotion.decide`.
-
-    Returns:
-        The steps; then, given rules, what a free slot is used for.
     """
 
-    steps = [
+    return [
         step
         for record in records
         if not record.source and record.run_id in directories
         for step in _steps(record, directories[record.run_id])
     ]
 
-    if rules is None:
-        return [*steps]
 
-    return [*steps, decide(project_steps(records, steps), (), rules, stops=stops)]
-
-
-def _steps(record: TrialRecord, directory: DirectoryState) -> list[Step]:
-    steps: list[Step] = []
-
+def _steps(record: TrialRecord, directory: DirectoryState) -> Iterator[Step]:
     # An attempt that the journal has lost used up its number all the same.
     if directory.attempt > record.attempt:
-        steps.append(Step("count", record, attempt=directory.attempt))
+        record = replace(record, attempt=directory.attempt)
+        yield Step("count", record)
 
     if record.state == "running":
-        steps += _closed(record, directory) or _missing(record, directory.values, record.until)
+        for step in _closed(record, directory) or _missing(record, directory.values):
+            record = step.record
+            yield step
 
-    now = _after(record, steps)
-    status = CLOSED.get("pruned" if now.paused else now.state)
+    status = CLOSED.get("pruned" if record.paused else record.state)
 
     if status and directory.status == "running":
-        attempt = now.attempt + 1
-        steps += [
-            Step("count", record, attempt=attempt),
-            Step("mark", record, attempt=attempt, state=status),
-        ]
-
-    return steps
+        record = replace(record, attempt=record.attempt + 1)
+        yield Step("count", record)
+        yield Step("mark", record, status)
 
 
 def _closed(record: TrialRecord, directory: DirectoryState) -> list[Step]:
@@ -143,66 +112,43 @@ def _closed(record: TrialRecord, directory: DirectoryState) -> list[Step]:
     the rules promote the run.
     """
 
-    values = {e: x for e, x in directory.values.items() if e <= record.epochs}
-    known = record.values | values
+    known = record.values.keys() | {e for e in directory.values if e <= record.epochs}
     current = directory.attempt >= record.attempt  # written by the last attempt
     ahead = record.until < record.epochs and max(known, default=0) >= record.until
+    finals: tuple[float, ...] = ()
 
     if directory.status == "finished" and record.epochs in known and directory.finals:
-        state, reason = "complete", ""
+        state, reason, finals = "complete", "", directory.finals
 
-        if not all(map(math.isfinite, directory.finals)):
-            state, reason = "diverged", f"its end is {directory.finals}"
-    elif directory.status == "diverged" and current:
-        state, reason = "diverged", directory.reason
-    elif directory.status == "stopped" and current:
-        state, reason, ahead = "stopped", directory.reason, False
+        if not all(map(math.isfinite, finals)):
+            state, reason, finals = "diverged", f"its end is {finals}", ()
+    elif directory.status in ("diverged", "stopped") and current:
+        state, reason = directory.status, directory.reason
     else:
         return []
 
     steps = []
 
-    if ahead:
+    if ahead and state != "stopped":
         shown = record.until if record.shown is None else record.shown
-        steps.append(Step("extend", record, until=record.epochs, shown=shown))
+        record = replace(record, until=record.epochs, shown=shown)
+        steps.append(Step("extend", record))
 
-    until = record.epochs if ahead else record.until
-    steps += _missing(record, values, until)
+    for step in _missing(record, directory.values):
+        record = step.record
+        steps.append(step)
 
-    ends = directory.finals if state == "complete" else ()
+    end = replace(record, state=state, error=reason, finals=finals)
 
-    return [*steps, Step("tell", record, state=state, reason=reason, finals=ends)]
-
-
-def _missing(record: TrialRecord, values: dict[int, float], until: int) -> list[Step]:
-    new = {e: x for e, x in values.items() if e <= until and e not in record.values}
-
-    return [Step("report", record, values=new)] if new else []
+    return [*steps, Step("tell", end)]
 
 
-def project_steps(records: Sequence[TrialRecord], steps: Sequence[Step]) -> list[TrialRecord]:
-    r"""Returns the runs after some steps."""
+def _missing(record: TrialRecord, values: dict[int, float]) -> list[Step]:
+    r"""Returns the step that reports the values, as far as the run may go, that a record lacks."""
 
-    own: dict[int, list[Step]] = {}
+    new = {e: x for e, x in values.items() if e <= record.until and e not in record.values}
 
-    for step in steps:
-        own.setdefault(step.record.index, []).append(step)
-
-    return [_after(record, own.get(record.index, [])) for record in records]
-
-
-def _after(record: TrialRecord, steps: Sequence[Step]) -> TrialRecord:
-    for step in steps:
-        if step.kind == "count":
-            record = replace(record, attempt=max(record.attempt, step.attempt))
-        elif step.kind == "extend":
-            record = replace(record, until=step.until, shown=step.shown)
-        elif step.kind == "report":
-            record = replace(record, values=record.values | step.values)
-        elif step.kind == "tell":
-            record = replace(record, state=step.state, error=step.reason, finals=step.finals)
-
-    return record
+    return [Step("report", replace(record, values=record.values | new))] if new else []
 
 
 def apply_steps(study: Study, steps: Sequence[Step], runs: Path) -> None:
@@ -213,20 +159,21 @@ def apply_steps(study: Study, steps: Sequence[Step], runs: Path) -> None:
     paths = {path.id: path for path in RunPath.all(runs)} if marked else {}
 
     for step in steps:
-        record = records[step.record.index]
+        after = step.record
+        record = records[after.index]
 
         if step.kind == "count":
-            record = study.record_attempt(record, step.attempt)
+            record = study.record_attempt(record, after.attempt)
         elif step.kind == "extend":
-            record = study.extend(record, step.until, step.shown)
+            record = study.extend(record, after.until, after.shown)
         elif step.kind == "report":
-            record = study.report(record, step.values)
+            record = study.report(record, after.values)
         elif step.kind == "tell":
-            record = study.tell(record, step.state, step.reason, step.finals)
-        elif step.kind == "mark" and record.run_id in paths:
-            _mark(paths[record.run_id], step.attempt, step.state)
+            record = study.tell(record, after.state, after.error, after.finals)
+        elif after.run_id in paths:
+            _mark(paths[after.run_id], after.attempt, step.status)
 
-        records[record.index] = record
+        records[after.index] = record
 
 
 def _mark(path: RunPath, attempt: int, status: str) -> None:
@@ -246,10 +193,7 @@ def _mark(path: RunPath, attempt: int, status: str) -> None:
 
 
 def read_directories(
-    records: Sequence[TrialRecord],
-    runs: Path,
-    objectives: Sequence[str] = ("loss_valid",),
-    progress: Callable[[int, int], None] = lambda done, of: None,
+    records: Sequence[TrialRecord], runs: Path, objectives: Sequence[str] = ("loss_valid",)
 ) -> dict[str, DirectoryState]:
     r"""Returns the states of the directories of runs, by run id.
 
@@ -258,19 +202,19 @@ def read_directories(
     """
 
     paths = {path.id: path for path in RunPath.all(runs)}
-    own = [r for r in records if not r.source and r.state != "complete" and r.run_id in paths]
     states = {}
 
-    for done, record in enumerate(own, start=1):
-        path = paths[record.run_id]
+    for record in records:
+        path = paths.get(record.run_id)
+
+        if path is None or record.source or record.state == "complete":
+            continue
 
         try:
             states[record.run_id] = _read_directory(path, record, objectives)
         except (UserError, OSError) as error:
             states[record.run_id] = DirectoryState(attempt=_attempt(path))
             logger.warning("%s is passed over: %s", path.directory.name, error)
-
-        progress(done, len(own))
 
     return states
 
@@ -309,4 +253,4 @@ def catch_up(study: Study, runs: Path) -> None:
 
     records = study.records()
     steps = reconcile(records, read_directories(records, runs, study.objectives))
-    apply_steps(study, [step for step in steps if isinstance(step, Step)], runs)
+    apply_steps(study, steps, runs)

@@ -5,7 +5,6 @@ each draw, see :func:`view`. A draw is thus a function of the seed and of the va
 far, and nothing that a sampler notes in a study outlives the draw.
 """
 
-import copy
 import inspect
 import json
 import logging
@@ -13,7 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -30,7 +29,7 @@ from optuna.samplers import BaseSampler
 from optuna.storages import InMemoryStorage
 from optuna.trial import FixedTrial, FrozenTrial, TrialState
 
-from ..core import Range, UserError, format_value
+from ..core import Domain, UserError, domain_of, format_value
 from .promotion import TrialRecord
 
 __all__ = [
@@ -42,7 +41,6 @@ __all__ = [
     "distributions",
     "draw_summary",
     "frozen_trial",
-    "has_value",
     "importances",
     "memory_study",
     "method_text",
@@ -56,17 +54,20 @@ logger = logging.getLogger(__name__)
 
 REDRAWS = 100  # draws without a new configuration, after which the space is searched exhaustively
 SEARCHED = 1024  # draws of that search, after which the space counts as exhausted
+FEASIBLE: dict[str, Any] = {"constraints": [0.0]}
+INFEASIBLE: dict[str, Any] = {"constraints": [1.0]}
 POPULATION = 20  # runs in a generation of NSGA-II: sweeps have tens to hundreds of runs
 
 Draw = Callable[[Any], dict[str, Any]]  # the values of the keys that vary, for an Optuna trial
 Distributions = dict[str, BaseDistribution]
 Sampler = str | Callable[[int], BaseSampler]  # a name, or a function of a seed
+Answer = Callable[[str, BaseDistribution], Any]  # the value of a parameter
 Attempt = tuple[dict[str, Any] | None, "CallbackTrial"]  # no values if they are not accepted
 
 
 @contextmanager
 def quiet_optuna(level: int = optuna.logging.WARNING) -> Iterator[None]:
-    r"""Silences Optuna's messages below a level, and its warnings about experimental features."""
+    r"""Silences Optuna's messages below a level and its warnings about experimental features."""
 
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(level)
@@ -92,7 +93,7 @@ class CallbackTrial(FixedTrial):
         number: The number of the trial.
     """
 
-    def __init__(self, answer: Callable[[str, BaseDistribution], Any], number: int = 0) -> None:
+    def __init__(self, answer: Answer, number: int = 0) -> None:
         super().__init__({}, number)
         self.answer = answer
         self.suggested: dict[str, Any] = {}
@@ -179,9 +180,9 @@ def frozen_trial(
     number: int,
     state: TrialState,
     values: Sequence[float] | None = None,
-    params: Mapping[str, Any] | None = None,
+    params: dict[str, Any] | None = None,
     distributions: Distributions | None = None,
-    system_attrs: dict[str, Any] | None = None,
+    notes: dict[str, Any] | None = None,
     curve: dict[int, float] | None = None,
 ) -> FrozenTrial:
     r"""Returns a trial of Optuna, without the checks and copies of `create_trial`."""
@@ -194,10 +195,10 @@ def frozen_trial(
         values=values,
         datetime_start=None,
         datetime_complete=None,
-        params=dict(params or {}),
+        params=params or {},
         distributions=distributions or {},
         user_attrs={},
-        system_attrs=system_attrs or {},
+        system_attrs=notes or {},
         intermediate_values=curve or {},
     )
 
@@ -218,166 +219,133 @@ def view(
         objectives: The number of objectives.
     """
 
+    domains = None if current is None else _domains(current)
     trials = []
 
     for record in records:
-        distributions = record.trial.distributions if current is None else current
+        params = record.trial.params
 
-        outside = current is not None and not _has_params(current, record.trial.params)
-
-        if record.state == "failed" or outside:
+        if record.state == "failed" or (domains is not None and not _has(domains, params)):
             continue
 
-        if (trial := _seen_by_sampler(record, distributions, objectives)) is not None:
-            trials.append(trial)
+        distributions = record.trial.distributions if current is None else current
+        notes = INFEASIBLE if record.outcome == "diverged" else FEASIBLE
+
+        if (worth := _worth(record, objectives)) is not None:
+            trials.append(
+                frozen_trial(record.index - 1, *worth[:2], params, distributions, notes, worth[2])
+            )
 
     return trials
 
 
-def _seen_by_sampler(
-    record: TrialRecord, distributions: Distributions, objectives: int
-) -> FrozenTrial | None:
-    diverged = record.outcome == "diverged"
-    curve = {} if diverged or objectives > 1 else record.visible
-    values: tuple[float, ...] | None = (curve[max(curve)],) if curve else None
-    state = TrialState.PRUNED
+def _worth(
+    record: TrialRecord, objectives: int
+) -> tuple[TrialState, Sequence[float] | None, dict[int, float]] | None:
+    r"""Returns the state, values and curve that a sampler sees, or None without all objectives."""
 
-    if record.outcome == "complete":
-        state = TrialState.COMPLETE
-        values = values if objectives == 1 else record.finals
+    outcome = record.outcome
+    curve = {} if outcome == "diverged" or objectives > 1 else record.visible
 
-        if values is None or len(values) != objectives:
-            return None
-    elif record.outcome == "running" and not record.paused:
-        state, values = TrialState.RUNNING, None
+    if outcome == "running" and not record.paused:
+        return TrialState.RUNNING, None, curve
 
-    params, notes = record.trial.params, {"constraints": [float(diverged)]}
+    values: Sequence[float] | None = (curve[max(curve)],) if curve else None
 
-    return frozen_trial(record.index - 1, state, values, params, distributions, notes, curve)
+    if outcome != "complete":
+        return TrialState.PRUNED, values, curve
 
+    values = values if objectives == 1 else record.finals
+    known = values is not None and len(values) == objectives
 
-def has_value(distribution: BaseDistribution, value: Any) -> bool:
-    r"""Returns whether a distribution has a value."""
-
-    if isinstance(distribution, CategoricalDistribution):
-        return value in distribution.choices
-
-    assert isinstance(distribution, FloatDistribution | IntDistribution)
-
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
-        return False
-
-    steps = 0.0 if distribution.step is None else (value - distribution.low) / distribution.step
-
-    return bool(
-        distribution.low <= value <= distribution.high and abs(steps - round(steps)) < 1e-8
-    )
+    return (TrialState.COMPLETE, values, curve) if known else None
 
 
-def _has_params(distributions: Distributions, params: Mapping[str, Any]) -> bool:
-    return params.keys() == distributions.keys() and all(
-        has_value(distribution, params[name]) for name, distribution in distributions.items()
+def _domains(distributions: Distributions) -> dict[str, Domain]:
+    return {name: domain_of(distribution) for name, distribution in distributions.items()}
+
+
+def _has(domains: Mapping[str, Domain], params: Mapping[str, Any]) -> bool:
+    return params.keys() == domains.keys() and all(
+        params[name] in x for name, x in domains.items()
     )
 
 
 # Samplers
 
 
-def _is_infeasible(trial: FrozenTrial) -> bool:
-    return any(violation > 0 for violation in trial.system_attrs["constraints"])
+# Optuna 5 reads the constraints of trials; in Optuna 4 they count if there is a function.
+_CONSTRAINED: dict[str, Any] = (
+    {}
+    if hasattr(FrozenTrial, "constraints")
+    else {"constraints_func": lambda trial: trial.system_attrs["constraints"]}
+)
+
+SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {
+    "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
+    "grid": lambda seed: optuna.samplers.BruteForceSampler(seed=seed),
+    "gp": lambda seed: optuna.samplers.GPSampler(seed=seed, warn_independent_sampling=False),
+    "nsga2": lambda seed: optuna.samplers.NSGAIISampler(
+        seed=seed, population_size=POPULATION, **_CONSTRAINED
+    ),
+    # The defaults of Optuna 5, given to Optuna 4 too
+    "tpe": lambda seed: optuna.samplers.TPESampler(
+        seed=seed, multivariate=True, group=True, constant_liar=True, **_CONSTRAINED
+    ),
+}
 
 
 def _make_sampler(sampler: Sampler, seed: int) -> BaseSampler:
     r"""Returns a sampler for one draw."""
 
-    constraints: dict[str, Any] = {}
+    method: Any = SAMPLERS[sampler](seed) if isinstance(sampler, str) else sampler(seed)
 
-    # Optuna 5 reads the constraints of trials; in Optuna 4 they count if there is a function.
-    if not hasattr(FrozenTrial, "constraints"):
-        constraints["constraints_func"] = lambda trial: trial.system_attrs["constraints"]
-
-    if callable(sampler):
-        method = sampler(seed)
-
-        if not isinstance(method, BaseSampler):
-            raise UserError(
-                f"sampler returned {method!r}, but must return an optuna.samplers.BaseSampler."
-            )
-
-        if isinstance(method, optuna.samplers.CmaEsSampler):
-            raise UserError(
-                "sampler returned a CmaEsSampler, which keeps its state in the study as a pickle "
-                "and so cannot learn here. Return another one, such as a TPESampler."
-            )
-
-        return method
-    elif sampler == "tpe":
-        # The defaults of Optuna 5, given to Optuna 4 too
-        return optuna.samplers.TPESampler(
-            seed=seed, multivariate=True, group=True, constant_liar=True, **constraints
+    if not isinstance(method, BaseSampler):
+        raise UserError(
+            f"sampler returned {method!r}, but must return an optuna.samplers.BaseSampler."
         )
-    elif sampler == "gp":
-        return optuna.samplers.GPSampler(seed=seed, warn_independent_sampling=False)
-    elif sampler == "nsga2":
-        return optuna.samplers.NSGAIISampler(population_size=POPULATION, seed=seed, **constraints)
 
-    return optuna.samplers.RandomSampler(seed=seed)
+    if isinstance(method, optuna.samplers.CmaEsSampler):
+        raise UserError(
+            "sampler returned a CmaEsSampler, which keeps its state in the study as a pickle "
+            "and so cannot learn here. Return another one, such as a TPESampler."
+        )
+
+    return method
 
 
-def _prepare(method: BaseSampler, trials: list[FrozenTrial], objectives: int) -> list[FrozenTrial]:
-    r"""Returns the trials with what a sampler does not work out by itself."""
+def _prepare(method: BaseSampler, trials: Sequence[FrozenTrial], objectives: int) -> None:
+    r"""Adds to the trials of a view what a sampler does not work out by itself.
 
-    if isinstance(method, optuna.samplers.GPSampler):
-        return _with_diverged(trials)
+    A Gaussian process learns from complete trials alone: diverged ones get the worst values. A
+    genetic algorithm numbers the generations of complete trials, in their order.
+    """
+
+    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+
+    if isinstance(method, optuna.samplers.GPSampler) and complete:
+        worst = [max(values) for values in zip(*(t.values for t in complete), strict=True)]
+
+        for trial in trials:
+            if trial.system_attrs == INFEASIBLE:
+                trial.state, trial.values = TrialState.COMPLETE, worst
     elif isinstance(method, optuna.samplers.NSGAIISampler | optuna.samplers.NSGAIIISampler):
-        return _with_generations(method, trials, objectives)
+        notes: dict[int, dict[str, Any]] = {}
 
-    return trials
-
-
-def _with_diverged(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    r"""Gives diverged runs the worst values: a Gaussian process learns from complete ones alone."""
-
-    complete = [trial.values for trial in trials if trial.state == TrialState.COMPLETE]
-    worst = [max(values) for values in zip(*complete, strict=True)]
-    known = []
-
-    for trial in trials:
-        if worst and _is_infeasible(trial):
-            trial = copy.copy(trial)
-            trial.state, trial.values = TrialState.COMPLETE, worst
-
-        known.append(trial)
-
-    return known
-
-
-def _with_generations(
-    method: Any, trials: Sequence[FrozenTrial], objectives: int
-) -> list[FrozenTrial]:
-    r"""Lets a genetic algorithm number the generations of complete runs, in the order of runs."""
-
-    known: list[FrozenTrial] = []
-    notes: dict[int, dict[str, Any]] = {}
-
-    for trial in trials:
-        if trial.state == TrialState.COMPLETE:
-            newest = known[-method.population_size :]
+        for i, trial in enumerate(complete):
+            newest = complete[max(0, i - (method.population_size or 0)) : i]
             method.get_trial_generation(memory_study(newest, objectives, notes=notes), trial)
-            trial.system_attrs.update(notes.pop(trial.number))
-            known.append(trial)
-
-    return list(trials)
+            trial.system_attrs = trial.system_attrs | notes.pop(trial.number)
 
 
 def _one_of_each_kind(trials: Sequence[FrozenTrial], objectives: int) -> optuna.Study:
     r"""Returns a study of one trial for each set of parameters: TPE infers the same space."""
 
-    kinds: dict[frozenset[str], FrozenTrial] = {}
+    kinds: dict[tuple[str, ...], FrozenTrial] = {}
 
     for trial in trials:
-        if trial.state.is_finished():
-            kinds.setdefault(frozenset(trial.distributions), trial)
+        if trial.state != TrialState.RUNNING:
+            kinds.setdefault(tuple(trial.distributions), trial)
 
     return memory_study(list(kinds.values()), objectives)
 
@@ -441,87 +409,116 @@ def propose(
         nothing new to draw.
     """
 
-    attempts = _Attempts(draw, records, seed, sampler, fixed or {}, current, objectives, group)
+    config, fixed = config or {}, fixed or {}
+    space = _Proposal(draw, len(records), seed, fixed)
+    attempts = space.untried(records, current)
+
+    # Repetitions of a sampler say nothing about the space: a model that is sure repeats itself.
+    if sampler != "grid":
+        new = len(records)
+        kin = [r for r in records if group is None or group(r.index - 1) == group(new)]
+        trials = [] if sampler == "random" else view(kin, current, objectives)
+        attempts = chain(space.sampled(sampler, trials, objectives), attempts)
 
     with quiet_optuna(logging.ERROR):  # GPSampler warns of packages that would make it faster
         try:
             for values, trial in attempts:
                 if values is not None and not any(
-                    _alike(values, record.config, config or {}) for record in records
+                    _alike(values, record.config, config) for record in records
                 ):
-                    number = len(records)
                     drawn = trial.params, trial.distributions
-                    return values, frozen_trial(number, TrialState.RUNNING, None, *drawn)
+                    return values, frozen_trial(len(records), TrialState.RUNNING, None, *drawn)
+
+                if trial.params.keys() <= fixed.keys():
+                    break  # another draw would be the same
         except _NotInSpace as error:
             logger.warning("%s", error)
+        except _Infinite as error:
+            if sampler == "grid":
+                raise UserError(f"{error}, which sampler='grid' needs") from error
 
     return None
 
 
 class _NotInSpace(ValueError):
-    r"""Raised if fixed parameters are not in the space."""
+    r"""Raised if parameters are not in the space."""
 
 
 class _Infinite(ValueError):
     r"""Raised if a parameter has infinitely many values, in an exhaustive search."""
 
 
-@dataclass
-class _Attempts:
-    r"""Creates the draws of one proposal, see :func:`propose` for the arguments.
+class _Proposal:
+    r"""The attempts at one new configuration, see :func:`propose` for the arguments."""
 
-    First come draws of the sampler, then of the rest of the space if that is finite. Repetitions
-    of a sampler say nothing about the space: a model that is sure of itself repeats itself.
-    """
+    def __init__(self, draw: Draw, number: int, seed: int, fixed: Mapping[str, Any]) -> None:
+        self.draw = draw
+        self.number = number
+        self.seed = seed
+        self.fixed = fixed
+        self.rejected: set[str] = set()
 
-    draw: Draw
-    records: Sequence[TrialRecord]
-    seed: int
-    sampler: Sampler
-    fixed: Mapping[str, Any]
-    current: Distributions | None
-    objectives: int
-    group: Callable[[int], int] | None
-    rejected: set[str] = field(default_factory=set)
+    def sampled(
+        self, sampler: Sampler, trials: list[FrozenTrial], objectives: int
+    ) -> Iterator[Attempt]:
+        r"""Yields draws of a sampler that sees some trials, and then draws at random."""
 
-    def __iter__(self) -> Iterator[Attempt]:
-        if self.sampler != "grid":
-            for attempt in self._sampled():
-                yield attempt
+        new = frozen_trial(self.number, TrialState.RUNNING)
+        study: optuna.Study | None = None
 
-                if attempt[1].params.keys() <= self.fixed.keys():
-                    return  # another draw would be the same
+        for i in range(REDRAWS):
+            method = _make_sampler(sampler if 2 * i < REDRAWS else "random", self._seed(i))
 
-        try:
-            yield from self._exhaustive()
-        except _Infinite as error:
-            if self.sampler == "grid":
-                raise UserError(f"{error}, which sampler='grid' needs") from error
+            if study is None:
+                _prepare(method, trials, objectives)
+                study = memory_study([*trials, new], objectives)
+                kinds = _one_of_each_kind(trials, objectives) if sampler == "tpe" else study
 
-    @property
-    def number(self) -> int:
-        return len(self.records)
+            space = method.infer_relative_search_space(kinds, new)
+            joint = method.sample_relative(study, new, space)
+
+            yield self._attempt(_answers(method, study, new, joint))
+
+    def untried(
+        self, records: Sequence[TrialRecord], current: Distributions | None
+    ) -> Iterator[Attempt]:
+        r"""Yields what no record has tried, by :class:`optuna.samplers.BruteForceSampler`.
+
+        The sampler repeats itself once it has tried all of the space.
+        """
+
+        tried = {frozenset(record.trial.params.items()) for record in records}
+        history = [trial for r in records if (trial := self._tried(r, current)) is not None]
+
+        for i in range(SEARCHED):
+            values, attempt = self._attempt(self._search(history, self._seed(i)))
+            key = frozenset(attempt.params.items())
+
+            if key in tried:
+                return
+
+            yield values, attempt
+
+            tried.add(key)
+            number = 1 + self.number + i
+            history.append(self._searched(number, attempt.params, attempt.distributions))
 
     def _seed(self, i: int) -> int:
         entropy = np.random.SeedSequence((self.seed, self.number, i))
 
         return int(entropy.generate_state(1)[0])
 
-    def _try(self, ask: Callable[[str, BaseDistribution], Any]) -> Attempt:
+    def _attempt(self, ask: Answer) -> Attempt:
         r"""Draws once. The function is asked for parameters that are neither fixed nor single."""
 
         def answer(name: str, distribution: BaseDistribution) -> Any:
-            if name in self.fixed:
-                if not has_value(distribution, self.fixed[name]):
-                    raise _NotInSpace(
-                        f"{name}={self.fixed[name]!r} is not in SPACE: {distribution}."
-                    )
+            if name not in self.fixed:
+                return _first(distribution) if distribution.single() else ask(name, distribution)
 
-                return self.fixed[name]
-            elif distribution.single():
-                return _first(name, distribution)
+            if self.fixed[name] not in (domain := domain_of(distribution)):
+                raise _NotInSpace(f"{name}={self.fixed[name]!r} is not in SPACE: {domain}.")
 
-            return ask(name, distribution)
+            return self.fixed[name]
 
         trial = CallbackTrial(answer, self.number)
 
@@ -537,112 +534,36 @@ class _Attempts:
 
             return None, trial
 
-    def _sampled(self) -> Iterator[Attempt]:
-        group, number = self.group, self.number
-        kin = [r for r in self.records if group is None or group(r.index - 1) == group(number)]
-        trials = [] if self.sampler == "random" else view(kin, self.current, self.objectives)
-        named = self.sampler == "tpe"
-        study: optuna.Study | None = None
-        new = frozen_trial(number, TrialState.RUNNING)
+    def _search(self, history: Sequence[FrozenTrial], seed: int) -> Answer:
+        method, params = SAMPLERS["grid"](seed), dict[str, Any]()
 
-        for i in range(REDRAWS):
-            method = _make_sampler(self.sampler if 2 * i < REDRAWS else "random", self._seed(i))
-
-            if study is None:
-                trials = _prepare(method, trials, self.objectives)
-                study = memory_study([*trials, new], self.objectives)
-                kinds = _one_of_each_kind(trials, self.objectives)
-
-            space = method.infer_relative_search_space(kinds if named else study, new)
-            joint = method.sample_relative(study, new, space)
-
-            def ask(
-                name: str,
-                distribution: BaseDistribution,
-                method: BaseSampler = method,
-                joint: dict[str, Any] = joint,
-                study: optuna.Study = study,
-            ) -> Any:
-                if name in joint and has_value(distribution, joint[name]):
-                    return joint[name]
-
-                return method.sample_independent(study, new, name, distribution)
-
-            yield self._try(ask)
-
-    def _exhaustive(self) -> Iterator[Attempt]:
-        r"""Yields configurations that were not tried, by :class:`optuna.samplers.BruteForceSampler`.
-
-        The sampler repeats itself once it has tried all of the space.
-        """
-
-        tried = {frozenset(record.trial.params.items()) for record in self.records}
-        history = [trial for record in self.records if (trial := self._replay(record))]
-
-        for i in range(SEARCHED):
-            method = optuna.samplers.BruteForceSampler(seed=self._seed(i))
-            suggested: dict[str, Any] = {}
-
-            def ask(
-                name: str,
-                distribution: BaseDistribution,
-                method: BaseSampler = method,
-                suggested: dict[str, Any] = suggested,
-            ) -> Any:
-                _check_finite(name, distribution)
-                asked = frozen_trial(self.number, TrialState.RUNNING, None, suggested)
-                study = memory_study([*history, asked])
-                suggested[name] = method.sample_independent(study, asked, name, distribution)
-
-                return suggested[name]
-
-            values, attempt = self._try(ask)
-            key = frozenset(attempt.params.items())
-
-            if key in tried:
-                return
-
-            yield values, attempt
-
-            tried.add(key)
-            history.append(
-                self._searched(1 + self.number + i, attempt.params, attempt.distributions)
-            )
-
-    def _replay(self, record: TrialRecord) -> FrozenTrial | None:
-        r"""Returns a run in terms of the space as it is now, or None if it is not part of it."""
-
-        params = record.trial.params
-
-        if any(params.get(name, value) != value for name, value in self.fixed.items()):
-            return None
-
-        if self.current is not None:
-            if not _has_params(self.current, params):
-                return None
-
-            return self._searched(record.index - 1, params, self.current)
-
-        def answer(name: str, distribution: BaseDistribution) -> Any:
-            if name not in params or not has_value(distribution, params[name]):
-                raise _NotInSpace
+        def ask(name: str, distribution: BaseDistribution) -> Any:
+            _check_finite(name, distribution)
+            new = frozen_trial(self.number, TrialState.RUNNING, None, params)
+            study = memory_study([*history, new])
+            params[name] = method.sample_independent(study, new, name, distribution)
 
             return params[name]
 
-        trial = CallbackTrial(answer)
+        return ask
 
-        try:
-            self.draw(trial)
-        except _NotInSpace:
+    def _tried(self, record: TrialRecord, current: Distributions | None) -> FrozenTrial | None:
+        r"""Returns a run in terms of the space as it is now, or None if it is not part of it."""
+
+        params, distributions = record.trial.params, current or record.trial.distributions
+
+        if any(params.get(name, value) != value for name, value in self.fixed.items()) or not _has(
+            _domains(distributions), params
+        ):
             return None
-        except UserError:  # rejected, but part of the space
-            pass
 
-        return self._searched(record.index - 1, trial.params, trial.distributions)
+        return self._searched(record.index - 1, params, distributions)
 
     def _searched(
         self, number: int, params: Mapping[str, Any], distributions: Distributions
     ) -> FrozenTrial:
+        r"""Returns a trial of the parameters that are searched: neither fixed nor single."""
+
         free = {
             name: distribution
             for name, distribution in distributions.items()
@@ -657,16 +578,27 @@ class _Attempts:
         )
 
 
+def _answers(
+    method: BaseSampler, study: optuna.Study, new: FrozenTrial, joint: Mapping[str, Any]
+) -> Answer:
+    r"""Returns the answers of a sampler, given those that it has drawn jointly."""
+
+    def ask(name: str, distribution: BaseDistribution) -> Any:
+        if name in joint and joint[name] in domain_of(distribution):
+            return joint[name]
+
+        return method.sample_independent(study, new, name, distribution)
+
+    return ask
+
+
 def _check_finite(name: str, distribution: BaseDistribution) -> None:
     if isinstance(distribution, FloatDistribution) and distribution.step is None:
         raise _Infinite(f"{name} has no finite set of options")
 
 
-def _first(name: str, distribution: BaseDistribution) -> Any:
-    if isinstance(distribution, CategoricalDistribution):
-        return distribution.choices[0]
-
-    return distribution.low  # type: ignore[attr-defined]
+def _first(distribution: Any) -> Any:
+    return distribution.low if hasattr(distribution, "low") else distribution.choices[0]
 
 
 def sample(draw: Draw, count: int) -> list[tuple[dict[str, Any], CallbackTrial]]:
@@ -699,23 +631,14 @@ def check_kinds(trials: Iterable[CallbackTrial]) -> None:
         for name, distribution in trial.distributions.items():
             before = known.setdefault(name, distribution)
 
-            if _kind(before) != _kind(distribution):
+            try:
+                check_distribution_compatibility(before, distribution)
+            except ValueError as error:
                 raise UserError(
-                    f"SPACE suggests {name!r} from {_words(before)} and from "
-                    f"{_words(distribution)}, which sampler='tpe' cannot learn from. Give each its "
-                    f"own name, as '{name}_a' and '{name}_b': names need not be keys of CONFIG."
-                )
-
-
-def _kind(distribution: BaseDistribution) -> Any:
-    return type(distribution), getattr(distribution, "choices", None)
-
-
-def _words(distribution: Any) -> str:
-    if hasattr(distribution, "choices"):
-        return ", ".join(map(str, distribution.choices))
-
-    return str(Range(distribution.low, distribution.high, distribution.log, distribution.step))
+                    f"SPACE suggests {name!r} from {domain_of(before)} and from "
+                    f"{domain_of(distribution)}, which sampler='tpe' cannot learn from. Give each "
+                    f"its own name, as '{name}_a' and '{name}_b': names need not be keys of CONFIG."
+                ) from error
 
 
 def draw_summary(draw: Draw, count: int = 32) -> list[str]:
@@ -742,7 +665,7 @@ def draw_summary(draw: Draw, count: int = 32) -> list[str]:
 def distributions(draw: Draw) -> Distributions:
     r"""Returns the distributions that a space draws from, which must be the same for all trials."""
 
-    trial = CallbackTrial(_first)
+    trial = CallbackTrial(lambda name, distribution: _first(distribution))
     draw(trial)
 
     return trial.distributions
@@ -776,13 +699,13 @@ def importances(study: optuna.Study) -> dict[str, float]:
 
 
 def _alike(a: Mapping[str, Any], b: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
-    r"""Tells whether two choices of values come to the same; what they lack is CONFIG's."""
+    r"""Returns whether two choices of values come to the same; CONFIG has what they lack."""
 
-    for key, value in a.items():
-        if value != _plain(b.get(key, config.get(key))):
+    for key in {**a, **b}:
+        if _plain(a.get(key, config.get(key))) != _plain(b.get(key, config.get(key))):
             return False
 
-    return all(key in a or _plain(x) == _plain(config.get(key)) for key, x in b.items())
+    return True
 
 
 def _plain(value: Any) -> Any:

@@ -9,6 +9,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -60,16 +61,14 @@ class Study:
     ) -> None:
         self.objectives = tuple(objectives)
         self._lock = threading.Lock()  # the live table reads in its own thread
-        self._newest: dict[
-            str, TrialRecord
-        ] = {}  # the records, by run, and what they were made from
+        self._newest: dict[str, TrialRecord] = {}  # by run, and what the records were made from
         self._trials: list[FrozenTrial] = []
         self._known_attrs: dict[str, Any] | None = None
 
         with quiet_optuna():
             self.study, self.journal = open_study(file, name, lease, objectives)
             self.storage = self.journal.storage
-            self._study_id = self.storage.get_study_id_from_name(name)
+            self.id = self.storage.get_study_id_from_name(name)
 
         try:
             self.records()
@@ -85,25 +84,52 @@ class Study:
             trials, attrs = self.study.get_trials(deepcopy=False), self._study_attrs()
             known = self._trials if attrs == self._known_attrs else []
 
-            # Optuna never changes a trial, it replaces it; version 4 changes the attributes in place. A later trial of a
-            # run supersedes the earlier ones.
-            for number, trial in enumerate(trials):
-                if number < len(known) and known[number] is trial:
-                    continue
-
-                if run_id := trial.user_attrs.get("run_id"):
+            # Optuna replaces a trial that changes. A later trial of a run supersedes earlier ones.
+            for trial, before in zip_longest(trials, known):
+                if trial is not before and (run_id := trial.user_attrs.get("run_id")):
                     self._newest[run_id] = _record(trial, attrs)
 
-            self._trials, self._known_attrs = trials, dict(attrs)
+            self._trials = trials
+            self._known_attrs = dict(attrs)  # Optuna 4 changes them in place
 
             return sorted(self._newest.values(), key=attrgetter("index"))
 
     def add(
         self, record: TrialRecord, drawn: FrozenTrial, supersedes: int | None = None
     ) -> TrialRecord:
-        r"""Adds the record of a run that is about to start, in one line of the journal."""
+        r"""Adds the record of a run, in one line of the journal.
 
-        return self._add(record, drawn, TrialState.RUNNING, supersedes=supersedes)
+        Arguments:
+            record: The record of a run that is about to start; or of a complete one from outside
+                this sweep, with `source` and, if there are several objectives, `finals`.
+            drawn: A trial that has its parameters and their distributions.
+            supersedes: The number of the trial that had the record of the run before.
+        """
+
+        complete = record.state == "complete"
+        attrs = {
+            "run": record.index,
+            "run_id": record.run_id,
+            "until": record.until,
+            "epochs": record.epochs,
+            "attempt": record.attempt,
+            "config": record.config,
+            "queued": record.queued,
+            "source": record.source,
+            "supersedes": supersedes,
+        }
+        self.study.add_trial(
+            optuna.trial.create_trial(
+                state=TrialState.COMPLETE if complete else TrialState.RUNNING,
+                values=(record.finals or (record.values[record.last],)) if complete else None,
+                params=drawn.params,
+                distributions=drawn.distributions,
+                intermediate_values=record.values,
+                user_attrs=attrs,
+            )
+        )
+
+        return _record(self.study.get_trials(deepcopy=False)[-1], self._study_attrs())
 
     def start(self, record: TrialRecord, until: int, shown: int | None) -> TrialRecord:
         r"""Records that a run resumes, as a new attempt, up to an epoch.
@@ -207,21 +233,9 @@ class Study:
         r"""Adds a record that supersedes a closed one, so that the run is adopted next."""
 
         # The status in the run's directory belongs to the last attempt.
-        revived = replace(record, state="running", attempt=record.attempt + 1, error="")
+        revived = replace(record, state="running", attempt=record.attempt + 1)
 
-        return self.add(revived, record.trial, record.trial.number)
-
-    def import_run(self, record: TrialRecord, drawn: FrozenTrial) -> TrialRecord:
-        r"""Adds the record of a complete run from outside this sweep, in one line.
-
-        Arguments:
-            record: The record, with `source` and, if there are several objectives, `finals`.
-            drawn: A trial that has its parameters and their distributions.
-        """
-
-        values = record.finals or (record.values[record.last],)
-
-        return self._add(record, drawn, TrialState.COMPLETE, values)
+        return self.add(revived, record.trial, supersedes=record.trial.number)
 
     def queue(self) -> dict[int, dict[str, Any]]:
         r"""Returns the parameters that are to be tried before others, by their numbers.
@@ -256,37 +270,6 @@ class Study:
             for record in paused:
                 self.tell(record, "pruned")
 
-    def _add(
-        self,
-        record: TrialRecord,
-        drawn: FrozenTrial,
-        state: TrialState,
-        values: Sequence[float] | None = None,
-        supersedes: int | None = None,
-    ) -> TrialRecord:
-        self.study.add_trial(
-            optuna.trial.create_trial(
-                state=state,
-                values=values,
-                params=drawn.params,
-                distributions=drawn.distributions,
-                intermediate_values=record.values,
-                user_attrs={
-                    "run": record.index,
-                    "run_id": record.run_id,
-                    "until": record.until,
-                    "epochs": record.epochs,
-                    "attempt": record.attempt,
-                    "config": record.config,
-                    "queued": record.queued,
-                    "source": record.source,
-                    "supersedes": supersedes,
-                },
-            )
-        )
-
-        return _record(self.study.get_trials(deepcopy=False)[-1], self._study_attrs())
-
     def _set(self, record: TrialRecord, **attrs: Any) -> TrialRecord:
         with self.journal.batch():
             for key, value in attrs.items():
@@ -299,15 +282,13 @@ class Study:
             self.storage.set_trial_user_attr(self._storage_id(record), key, value)
 
     def _set_study_attr(self, key: str, value: Any) -> None:
-        self.storage.set_study_user_attr(self._study_id, key, value)
+        self.storage.set_study_user_attr(self.id, key, value)
 
     def _study_attrs(self) -> dict[str, Any]:
-        return self.storage.get_study_user_attrs(self._study_id)
+        return self.storage.get_study_user_attrs(self.id)
 
     def _storage_id(self, record: TrialRecord) -> int:
-        return self.storage.get_trial_id_from_study_id_trial_number(
-            self._study_id, record.trial.number
-        )
+        return self.storage.get_trial_id_from_study_id_trial_number(self.id, record.trial.number)
 
     def _queued(self) -> dict[int, dict[str, Any] | None]:
         return {int(k[6:]): x for k, x in self._study_attrs().items() if k.startswith("queue/")}

@@ -15,12 +15,13 @@ from ..core import (
     KEYS,
     Choice,
     Config,
-    Range,
+    Domain,
     UserError,
     check_config,
     check_value,
     decode_params,
     did_you_mean,
+    domain_of,
     encode_option,
     format_value,
     load_config,
@@ -29,7 +30,7 @@ from ..core import (
     split_group,
 )
 from ..runs import RunPath
-from ..search import CallbackTrial, Study, TrialRecord, has_value
+from ..search import CallbackTrial, Study, TrialRecord
 from .definition import Sweep
 
 __all__ = [
@@ -38,7 +39,6 @@ __all__ = [
     "bring_all",
     "bring_in",
     "fit",
-    "has",
     "parse_item",
     "try_draw",
     "words",
@@ -114,7 +114,7 @@ def _lacking(sweep: Sweep, config: Config) -> list[str]:
     return [
         f"{words(name, config)} is not in SPACE, which has {domain}"
         for name, domain in sweep.space.items()
-        if not has(domain, _value(name, config))
+        if _value(name, config) not in domain
     ]
 
 
@@ -136,17 +136,6 @@ def words(name: str, config: Config) -> str:
     return " ".join(
         f"{key}={format_value(config[key])}" for key in split_group(name) if key in config
     )
-
-
-def has(domain: Choice | Range, value: Any) -> bool:
-    r"""Returns whether a value is in a domain."""
-
-    if isinstance(domain, Choice):
-        return value in domain.options
-
-    aligned = domain.step is None or (value - domain.low) % domain.step == 0
-
-    return bool(domain.low <= value <= domain.high and aligned)
 
 
 def try_draw(sweep: Sweep, trial: CallbackTrial) -> tuple[Config, list[str]]:
@@ -187,13 +176,13 @@ class Answers:
         try:
             value = _parse(given, distribution)
 
-            if has_value(distribution, value):
+            if value in domain_of(distribution):
                 return value
         except (KeyError, TypeError, ValueError, OverflowError):
             pass
 
         text = format_value(given)
-        self.faults[name] = f"{name}={text} is not in SPACE, which has {_span(distribution)}"
+        self.faults[name] = f"{name}={text} is not in SPACE, which has {domain_of(distribution)}"
 
         return self._any(distribution)
 
@@ -223,13 +212,6 @@ def _parse(value: Any, distribution: Any) -> Any:
         return number
 
     return int(number) if number.is_integer() else int("not an integer")
-
-
-def _span(distribution: Any) -> str:
-    if hasattr(distribution, "choices"):
-        return ", ".join(map(str, distribution.choices))
-
-    return str(Range(distribution.low, distribution.high, distribution.log, distribution.step))
 
 
 def _plain(option: Any) -> str:
@@ -355,13 +337,13 @@ def _parsed(sweep: Sweep, given: dict[str, str]) -> tuple[dict[str, Any], list[s
     return params, faults
 
 
-def _matching(name: str, domain: Choice | Range, values: Config) -> list[Any]:
+def _matching(name: str, domain: Domain, values: Config) -> list[Any]:
     r"""Returns the options of a key, or of a group of keys, that have the given values."""
 
     keys = split_group(name)
 
     if len(keys) == 1:
-        return [values[name]] if has(domain, values[name]) else []
+        return [values[name]] if values[name] in domain else []
 
     assert isinstance(domain, Choice)
 
@@ -452,7 +434,7 @@ def bring_in(study: Study, item: Mapping[str, Any]) -> bool:
         raise UserError(f"{short_repr(item)} is no finished run: {error}.") from error
 
     if new := all(record.run_id != other.run_id for other in records):
-        study.import_run(record, drawn)
+        study.add(record, drawn)
 
     return new
 

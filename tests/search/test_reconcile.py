@@ -20,7 +20,6 @@ from sda_ray.search.promotion import Rules, TrialRecord, decide
 from sda_ray.search.reconcile import (
     DirectoryState,
     Step,
-    project_steps,
     read_directories,
     reconcile,
 )
@@ -61,14 +60,20 @@ def said(status: str, last: int, attempt: int = 2, reason: str = "") -> Director
 def brief(record: TrialRecord, found: DirectoryState | None) -> list[str]:
     r"""Returns the kinds of the steps, and what comes next."""
 
-    every = {} if found is None else {record.run_id: found}
-    steps = reconcile([record], every, replace(RULES, target=1))
+    steps = reconcile([record], {} if found is None else {record.run_id: found})
+    action = decide(after([record], steps), (), replace(RULES, target=1))
 
-    return [s.kind if isinstance(s, Step) and s.kind != "tell" else _word(s) for s in steps]
+    return [s.record.state if s.kind == "tell" else s.kind for s in steps] + [
+        f"then {action.kind}"
+    ]
 
 
-def _word(step: Any) -> str:
-    return step.state if isinstance(step, Step) else f"then {step.kind}"
+def after(records: list[TrialRecord], steps: list[Step]) -> list[TrialRecord]:
+    r"""Returns the runs after some steps."""
+
+    changed = {step.record.index: step.record for step in steps}
+
+    return [changed.get(record.index, record) for record in records]
 
 
 @pytest.mark.parametrize(
@@ -117,8 +122,8 @@ def test_what_has_to_be_done(
 
 
 def test_run_that_is_ahead_of_the_journal_stays_hidden_until_the_rule_promotes_it() -> None:
-    steps = reconcile([run(0, 1)], {"aaaaaaaa": said("finished", 9)})
-    (record,) = project_steps([run(0, 1)], [s for s in steps if isinstance(s, Step)])
+    *_, step = reconcile([run(0, 1)], {"aaaaaaaa": said("finished", 9)})
+    record = step.record
 
     assert (record.state, record.values, record.shown) == ("complete", LOSSES, 1)
     assert record.outcome == "pruned"
@@ -128,8 +133,7 @@ def test_end_that_is_no_number_is_a_divergence() -> None:
     found = replace(said("finished", 9), finals=(float("nan"),))
     (step,) = reconcile([run(9, 9)], {"aaaaaaaa": found})
 
-    assert isinstance(step, Step)
-    assert (step.kind, step.state) == ("tell", "diverged")
+    assert (step.kind, step.record.state) == ("tell", "diverged")
 
 
 numbers = st.integers(0, 9)
@@ -155,11 +159,10 @@ def test_reconciling_loses_nothing_and_has_an_end(
 ) -> None:
     before = [replace(r, index=i, run_id=f"run{i:05}") for i, (r, _) in enumerate(pairs, 1)]
     found = {r.run_id: f for r, (_, f) in zip(before, pairs, strict=True) if f is not None}
-    rules = replace(RULES, target=len(before))
-    *steps, action = reconcile(before, found, rules)
-    after = project_steps(before, [step for step in steps if isinstance(step, Step)])
+    steps = reconcile(before, found)
+    reconciled = after(before, steps)
 
-    for old, new in zip(before, after, strict=True):
+    for old, new in zip(before, reconciled, strict=True):
         assert (new.index, new.run_id, new.source) == (old.index, old.run_id, old.source)
         assert old.values.items() <= new.values.items()
         assert new.attempt >= old.attempt
@@ -169,17 +172,13 @@ def test_reconciling_loses_nothing_and_has_an_end(
         if new.state == "complete" != old.state:
             assert new.values == LOSSES
 
-    assert action == decide(after, (), rules)
-
     # Once more, as the files are by then, there is nothing to do
-    marked = {
-        s.record.run_id: s.attempt for s in steps if isinstance(s, Step) and s.kind == "mark"
-    }
+    marked = {s.record.run_id: s.record.attempt for s in steps if s.kind == "mark"}
     now = {
         id: replace(f, status="marked", attempt=marked[id]) if id in marked else f
         for id, f in found.items()
     }
-    assert reconcile(after, now) == []
+    assert reconcile(reconciled, now) == []
 
 
 def test_number_of_an_attempt_outlives_a_damaged_record(tmp_path: Path) -> None:

@@ -212,7 +212,7 @@ def test_several_objectives_are_all_kept(tmp_path: Path, lease: Lease) -> None:
     brought = TrialRecord(
         7, "prior", "complete", 9, 9, {9: 0.5}, source="x", finals=(0.5, 1.0, 2.0)
     )
-    assert study.import_run(brought, drawn[1]).finals == (0.5, 1.0, 2.0)
+    assert study.add(brought, drawn[1]).finals == (0.5, 1.0, 2.0)
 
     pruned = study.report(study.add(TrialRecord(8, "next", "running", 9, 9), drawn[1]), {1: 0.5})
     assert study.tell(pruned, "pruned").state == "pruned"
