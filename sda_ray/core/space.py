@@ -78,7 +78,7 @@ class Range:
         return f"{self.low} to {self.high}{step}{log}"
 
     def __contains__(self, value: Any) -> bool:
-        if isinstance(value, bool) or not isinstance(value, Real):
+        if isinstance(value, bool) or not isinstance(value, (float, int, Real)):
             return False
 
         x: Any = value

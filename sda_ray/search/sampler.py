@@ -195,7 +195,7 @@ def frozen_trial(
         values=values,
         datetime_start=None,
         datetime_complete=None,
-        params=params or {},
+        params={} if params is None else params,
         distributions=distributions or {},
         user_attrs={},
         system_attrs=notes or {},
@@ -267,11 +267,28 @@ def _domains(distributions: Distributions) -> dict[str, Domain]:
 
 def _has(domains: Mapping[str, Domain], params: Mapping[str, Any]) -> bool:
     return params.keys() == domains.keys() and all(
-        params[name] in x for name, x in domains.items()
+        params[name] in domain for name, domain in domains.items()
     )
 
 
 # Samplers
+
+
+class _TPESampler(optuna.samplers.TPESampler):
+    r"""Infers its space from one trial of each set of parameters: the same as from all, but soon."""
+
+    def infer_relative_search_space(
+        self, study: optuna.Study, trial: FrozenTrial
+    ) -> Distributions:
+        kinds: dict[tuple[str, ...], FrozenTrial] = {}
+
+        for other in study.get_trials(deepcopy=False):
+            if other.state != TrialState.RUNNING:
+                kinds.setdefault(tuple(other.distributions), other)
+
+        one_of_each = memory_study(list(kinds.values()), len(study.directions))
+
+        return super().infer_relative_search_space(one_of_each, trial)
 
 
 # Optuna 5 reads the constraints of trials; in Optuna 4 they count if there is a function.
@@ -289,7 +306,7 @@ SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {
         seed=seed, population_size=POPULATION, **_CONSTRAINED
     ),
     # The defaults of Optuna 5, given to Optuna 4 too
-    "tpe": lambda seed: optuna.samplers.TPESampler(
+    "tpe": lambda seed: _TPESampler(
         seed=seed, multivariate=True, group=True, constant_liar=True, **_CONSTRAINED
     ),
 }
@@ -335,19 +352,7 @@ def _prepare(method: BaseSampler, trials: Sequence[FrozenTrial], objectives: int
         for i, trial in enumerate(complete):
             newest = complete[max(0, i - (method.population_size or 0)) : i]
             method.get_trial_generation(memory_study(newest, objectives, notes=notes), trial)
-            trial.system_attrs = trial.system_attrs | notes.pop(trial.number)
-
-
-def _one_of_each_kind(trials: Sequence[FrozenTrial], objectives: int) -> optuna.Study:
-    r"""Returns a study of one trial for each set of parameters: TPE infers the same space."""
-
-    kinds: dict[tuple[str, ...], FrozenTrial] = {}
-
-    for trial in trials:
-        if trial.state != TrialState.RUNNING:
-            kinds.setdefault(tuple(trial.distributions), trial)
-
-    return memory_study(list(kinds.values()), objectives)
+            trial.system_attrs = trial.system_attrs | notes.pop(trial.number, {})
 
 
 def method_text(method: Any) -> str:
@@ -409,16 +414,15 @@ def propose(
         nothing new to draw.
     """
 
-    config, fixed = config or {}, fixed or {}
-    space = _Proposal(draw, len(records), seed, fixed)
-    attempts = space.untried(records, current)
+    config, fixed, number = config or {}, fixed or {}, len(records)
+    proposal = _Proposal(draw, number, seed, fixed)
+    attempts = proposal.untried(records, current)
 
     # Repetitions of a sampler say nothing about the space: a model that is sure repeats itself.
     if sampler != "grid":
-        new = len(records)
-        kin = [r for r in records if group is None or group(r.index - 1) == group(new)]
+        kin = [r for r in records if group is None or group(r.index - 1) == group(number)]
         trials = [] if sampler == "random" else view(kin, current, objectives)
-        attempts = chain(space.sampled(sampler, trials, objectives), attempts)
+        attempts = chain(proposal.sampled(sampler, trials, objectives), attempts)
 
     with quiet_optuna(logging.ERROR):  # GPSampler warns of packages that would make it faster
         try:
@@ -427,7 +431,7 @@ def propose(
                     _alike(values, record.config, config) for record in records
                 ):
                     drawn = trial.params, trial.distributions
-                    return values, frozen_trial(len(records), TrialState.RUNNING, None, *drawn)
+                    return values, frozen_trial(number, TrialState.RUNNING, None, *drawn)
 
                 if trial.params.keys() <= fixed.keys():
                     break  # another draw would be the same
@@ -463,21 +467,11 @@ class _Proposal:
     ) -> Iterator[Attempt]:
         r"""Yields draws of a sampler that sees some trials, and then draws at random."""
 
-        new = frozen_trial(self.number, TrialState.RUNNING)
-        study: optuna.Study | None = None
-
         for i in range(REDRAWS):
             method = _make_sampler(sampler if 2 * i < REDRAWS else "random", self._seed(i))
+            _prepare(method, trials, objectives)
 
-            if study is None:
-                _prepare(method, trials, objectives)
-                study = memory_study([*trials, new], objectives)
-                kinds = _one_of_each_kind(trials, objectives) if sampler == "tpe" else study
-
-            space = method.infer_relative_search_space(kinds, new)
-            joint = method.sample_relative(study, new, space)
-
-            yield self._attempt(_answers(method, study, new, joint))
+            yield self._attempt(method, trials, objectives)
 
     def untried(
         self, records: Sequence[TrialRecord], current: Distributions | None
@@ -488,10 +482,10 @@ class _Proposal:
         """
 
         tried = {frozenset(record.trial.params.items()) for record in records}
-        history = [trial for r in records if (trial := self._tried(r, current)) is not None]
+        trials = [trial for r in records if (trial := self._tried(r, current)) is not None]
 
         for i in range(SEARCHED):
-            values, attempt = self._attempt(self._search(history, self._seed(i)))
+            values, attempt = self._attempt(SAMPLERS["grid"](self._seed(i)), trials)
             key = frozenset(attempt.params.items())
 
             if key in tried:
@@ -501,26 +495,40 @@ class _Proposal:
 
             tried.add(key)
             number = 1 + self.number + i
-            history.append(self._searched(number, attempt.params, attempt.distributions))
+            trials.append(self._searched(number, attempt.params, attempt.distributions))
 
     def _seed(self, i: int) -> int:
         entropy = np.random.SeedSequence((self.seed, self.number, i))
 
         return int(entropy.generate_state(1)[0])
 
-    def _attempt(self, ask: Answer) -> Attempt:
-        r"""Draws once. The function is asked for parameters that are neither fixed nor single."""
+    def _attempt(
+        self, method: BaseSampler, trials: Sequence[FrozenTrial], objectives: int = 1
+    ) -> Attempt:
+        r"""Draws once. The sampler is asked for parameters that are neither fixed nor single."""
 
         def answer(name: str, distribution: BaseDistribution) -> Any:
-            if name not in self.fixed:
-                return _first(distribution) if distribution.single() else ask(name, distribution)
+            domain = domain_of(distribution)
 
-            if self.fixed[name] not in (domain := domain_of(distribution)):
-                raise _NotInSpace(f"{name}={self.fixed[name]!r} is not in SPACE: {domain}.")
+            if name in self.fixed:
+                if self.fixed[name] not in domain:
+                    raise _NotInSpace(f"{name}={self.fixed[name]!r} is not in SPACE: {domain}.")
 
-            return self.fixed[name]
+                return self.fixed[name]
+            elif distribution.single():
+                return _first(distribution)
+            elif name in joint and joint[name] in domain:
+                return joint[name]
+
+            if isinstance(method, optuna.samplers.BruteForceSampler):
+                _check_finite(name, distribution)
+
+            return method.sample_independent(study, new, name, distribution)
 
         trial = CallbackTrial(answer, self.number)
+        new = frozen_trial(self.number, TrialState.RUNNING, None, trial.params)
+        study = memory_study([*trials, new], objectives)
+        joint = method.sample_relative(study, new, method.infer_relative_search_space(study, new))
 
         try:
             return self.draw(trial), trial
@@ -533,19 +541,6 @@ class _Proposal:
                 logger.warning("a configuration that SPACE has drawn is left out: %s", why)
 
             return None, trial
-
-    def _search(self, history: Sequence[FrozenTrial], seed: int) -> Answer:
-        method, params = SAMPLERS["grid"](seed), dict[str, Any]()
-
-        def ask(name: str, distribution: BaseDistribution) -> Any:
-            _check_finite(name, distribution)
-            new = frozen_trial(self.number, TrialState.RUNNING, None, params)
-            study = memory_study([*history, new])
-            params[name] = method.sample_independent(study, new, name, distribution)
-
-            return params[name]
-
-        return ask
 
     def _tried(self, record: TrialRecord, current: Distributions | None) -> FrozenTrial | None:
         r"""Returns a run in terms of the space as it is now, or None if it is not part of it."""
@@ -560,7 +555,7 @@ class _Proposal:
         return self._searched(record.index - 1, params, distributions)
 
     def _searched(
-        self, number: int, params: Mapping[str, Any], distributions: Distributions
+        self, number: int, params: dict[str, Any], distributions: Distributions
     ) -> FrozenTrial:
         r"""Returns a trial of the parameters that are searched: neither fixed nor single."""
 
@@ -573,23 +568,7 @@ class _Proposal:
         for name, distribution in free.items():
             _check_finite(name, distribution)
 
-        return frozen_trial(
-            number, TrialState.PRUNED, None, {name: params[name] for name in free}, free
-        )
-
-
-def _answers(
-    method: BaseSampler, study: optuna.Study, new: FrozenTrial, joint: Mapping[str, Any]
-) -> Answer:
-    r"""Returns the answers of a sampler, given those that it has drawn jointly."""
-
-    def ask(name: str, distribution: BaseDistribution) -> Any:
-        if name in joint and joint[name] in domain_of(distribution):
-            return joint[name]
-
-        return method.sample_independent(study, new, name, distribution)
-
-    return ask
+        return frozen_trial(number, TrialState.PRUNED, None, params, free)
 
 
 def _check_finite(name: str, distribution: BaseDistribution) -> None:
