@@ -11,7 +11,16 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
-from ..core import ACTIVATIONS, ALPHAS, NETWORK, Config, UserError, check_config, load_config
+from ..core import (
+    ACTIVATIONS,
+    ALPHAS,
+    NETWORK,
+    Config,
+    UserError,
+    check_config,
+    load_config,
+    open_regular,
+)
 from .precision import full
 from .unet import UNet
 
@@ -197,9 +206,7 @@ def make_score(
 ) -> MCScoreNet:
     r"""Creates a score network.
 
-    That of a config is `make_score(**network_settings(config))`.
-
-    The weights of a network for another `alpha` than SDA's are of no use without it. A buffer
+    The network of a config is `make_score(**network_settings(config))`. The weights of a network for another `alpha` than SDA's are of no use without it. A buffer
     `alpha_lin` or `alpha_exp` in the state dict keeps SDA from loading them as if they were.
 
     Arguments:
@@ -274,17 +281,16 @@ def load_network(
     if not run.is_dir():
         raise UserError(f"{run} is not a directory. Give the directory of a run.")
 
-    config = load_config(inside(run, "config.json"))
+    config, file = load_config(run / "config.json"), run / "state.pth"
 
-    if not (run / "state.pth").exists():
+    if not file.exists():
         raise UserError(
-            f"{run / 'state.pth'} does not exist: the run is not finished. Resume it with "
+            f"{file} does not exist: the run is not finished. Resume it with "
             f"`sda-ray train --resume {run}`."
         )
 
-    file = inside(run, "state.pth")
-    state = read_weights(file)
-    size = field_size(file, state)
+    state = _read_weights(file)
+    size = _field_size(file, state)
 
     try:
         check_config(config, size=size)
@@ -294,28 +300,11 @@ def load_network(
     with torch.device("meta"):
         score = make_score(**network_settings(config), size=size)
 
-    check_alpha(file, state, config["alpha"])
-    check_weights(file, state, score.state_dict())
+    _check_alpha(file, state, config["alpha"])
+    _check_weights(file, state, score.state_dict())
     score.to_empty(device=device).load_state_dict(state)
 
     return score.eval(), config
-
-
-def inside(run: Path, name: str) -> Path:
-    r"""Returns the path of a file in a run directory, if it is a regular file therein."""
-
-    file = run / name
-    target = Path(os.path.realpath(file))
-
-    if not target.is_file():
-        raise UserError(f"{file} is missing, or not a regular file.")
-
-    if not target.is_relative_to(os.path.realpath(run)):
-        raise UserError(
-            f"{file} is a link to {target}, out of the run directory. Copy the file instead."
-        )
-
-    return file
 
 
 def check_archive(f: BinaryIO) -> bool:
@@ -346,30 +335,27 @@ def check_archive(f: BinaryIO) -> bool:
 
             for item in items:
                 if item.filename.endswith(".pkl"):
-                    _check_pickle(item.file_size, archive.open(item))
+                    _check_pickle(archive.open(item))
     else:
         f.seek(0)
 
         for _ in range(5):  # magic number, protocol, system, tensors, names of the storages
-            _check_pickle(0, f)
+            _check_pickle(f)
 
     f.seek(0)
 
     return archived
 
 
-def _check_pickle(size: int, f: Any) -> None:
-    if size > MAX_PICKLE:
-        raise ValueError(f"it has {size} bytes of names, but at most {MAX_PICKLE} are read")
-
+def _check_pickle(f: Any) -> None:
     for code, argument, position in pickletools.genops(f):
         if (position or 0) > MAX_PICKLE:
             raise ValueError(f"it has more than {MAX_PICKLE} bytes of names")
 
-        known = code.name != "GLOBAL" or argument in CALLS
+        calls = code.name in ("GLOBAL", "STACK_GLOBAL", "INST", "EXT1")
         storage = str(argument).startswith("torch ") and str(argument).endswith("Storage")
 
-        if not (known or storage) or code.name in ("STACK_GLOBAL", "INST", "EXT1"):
+        if calls and not (code.name == "GLOBAL" and (argument in CALLS or storage)):
             raise ValueError(f"it calls for '{argument}', which tensors do not need")
 
 
@@ -379,18 +365,18 @@ def total_size(tensors: Any) -> int:
     return sum(x.numel() * x.element_size() for x in tensors.values())
 
 
-def read_weights(file: Path) -> dict[str, Tensor]:
+def _read_weights(file: Path) -> dict[str, Tensor]:
     r"""Returns the tensors in a file, on the CPU. Nothing in the file is executed."""
 
-    try:
-        with open(file, "rb") as f:
-            mmap = check_archive(f)
+    with os.fdopen(open_regular(file), "rb") as f:
+        try:
+            archived = check_archive(f)
 
-        # Mapped rather than read, so that a file is never in memory twice.
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as e:  # any kind of damage, each with its own kind of exception
-        reason = str(e).partition("\n")[0]
-        raise UserError(f"{file} is damaged, or not a file of weights: {reason}") from e
+            # Mapped rather than read, so that a file is never in memory twice.
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=archived)
+        except Exception as e:  # any kind of damage, each with its own kind of exception
+            reason = str(e).partition("\n")[0]
+            raise UserError(f"{file} is damaged, or not a file of weights: {reason}") from e
 
     if not isinstance(state, dict) or not all(isinstance(x, torch.Tensor) for x in state.values()):
         raise UserError(f"{file} holds something else than a state dict: tensors by name.")
@@ -398,7 +384,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     return dict(state)
 
 
-def field_size(file: Path, state: dict[str, Tensor]) -> int:
+def _field_size(file: Path, state: dict[str, Tensor]) -> int:
     r"""Returns the size of the fields that weights are for."""
 
     if "kernel.forcing" not in state:
@@ -415,7 +401,7 @@ def field_size(file: Path, state: dict[str, Tensor]) -> int:
     return shape[1]
 
 
-def check_alpha(file: Path, state: dict[str, Tensor], alpha: str) -> None:
+def _check_alpha(file: Path, state: dict[str, Tensor], alpha: str) -> None:
     r"""Checks that weights are for a given `alpha`, see :func:`sda_ray.nn.score.make_score`."""
 
     marks = [name for name in ALPHAS if f"alpha_{name}" in state] or ["cos"]
@@ -427,7 +413,7 @@ def check_alpha(file: Path, state: dict[str, Tensor], alpha: str) -> None:
         )
 
 
-def check_weights(file: Path, state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def _check_weights(file: Path, state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     r"""Checks that weights have the names, shapes and dtypes expected, and are in the file."""
 
     wrong = []

@@ -272,7 +272,7 @@ def weigh(path: Path, weights: Any) -> None:
         (lambda p: weigh(p, {"kernel.forcing": torch.zeros(1, 16, 16)}), "does not fit"),
         (lambda p: weigh(p, os.system), "is damaged, or not a file of weights"),
         (lambda p: os.mkfifo(bare(p)), "regular"),
-        (lambda p: bare(p).symlink_to("/etc/passwd"), "out of the run directory"),
+        (lambda p: bare(p).symlink_to("/etc/passwd"), "out of its directory"),
     ],
 )  # fmt: skip
 def test_damaged_and_hostile_files_are_refused(
