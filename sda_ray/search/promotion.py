@@ -258,7 +258,7 @@ def decide(
     exhausted: bool = False,
     stops: PruneRule | None = None,
 ) -> Action:
-    r"""Returns what a free slot is used for.
+    r"""Returns the next action for a free slot.
 
     Arguments:
         records: The runs of the sweep.

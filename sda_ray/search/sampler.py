@@ -166,7 +166,7 @@ def memory_study(
         trials: The trials.
         objectives: The number of objectives.
         name: The name of the study.
-        notes: Is given what is noted in trials, by their numbers.
+        notes: Filled with the notes of samplers and pruners, by the numbers of trials.
     """
 
     storage = _MemoryStorage(trials, {} if notes is None else notes)
@@ -581,7 +581,7 @@ def _first(distribution: Any) -> Any:
 
 
 def sample(draw: Draw, count: int) -> list[tuple[dict[str, Any], CallbackTrial]]:
-    r"""Draws configurations at random, for checks, and the trials that they are of, of no study."""
+    r"""Returns configurations that are drawn at random, for checks, and their trials."""
 
     with quiet_optuna():
         sampler, study = optuna.samplers.RandomSampler(seed=0), memory_study([])

@@ -1,4 +1,4 @@
-r"""The study of a sweep: Optuna's record of what was tried, which is the truth about it.
+r"""The study of a sweep: Optuna's record of its trials, which is the truth about it.
 
 It is an append-only journal with one writer, the driver of the sweep. A run enters it in one line,
 complete, before it starts; the values of its epochs are appended. What a driver has not recorded

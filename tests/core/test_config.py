@@ -125,7 +125,7 @@ def test_defaults_are_those_of_sda() -> None:
 
 
 @pytest.mark.parametrize(("changes", "message"), BAD, ids=[str(b)[:60] for b, _ in BAD])
-def test_what_is_wrong_is_named(changes: dict[Any, Any], message: str) -> None:
+def test_errors_are_named(changes: dict[Any, Any], message: str) -> None:
     with pytest.raises(UserError) as e:
         check_config(CONFIG | changes, size=64, length=32)
 
@@ -134,7 +134,7 @@ def test_what_is_wrong_is_named(changes: dict[Any, Any], message: str) -> None:
     assert len(str(e.value)) < 300
 
 
-def test_all_faults_are_found_at_once() -> None:
+def test_all_errors_are_found_at_once() -> None:
     config = CONFIG | {"kernel_size": 4, "activation": "tanh", "hidden_blocks": (1,), "lr": 1}
     del config["seed"]
 

@@ -1,4 +1,4 @@
-r"""Tests for sda_ray.core.space: what is wrong with a SPACE, and what is drawn from it."""
+r"""Tests for sda_ray.core.space: checks of a SPACE, and draws from it."""
 
 import json
 import math
@@ -101,14 +101,14 @@ def sample(function: Callable[[Any], Any], trials: int = 32) -> list[Any]:
 
 
 @pytest.mark.parametrize(("space", "message"), BAD, ids=[str(b)[:60] for b, _ in BAD])
-def test_what_is_wrong_is_named(space: Any, message: str) -> None:
+def test_errors_are_named(space: Any, message: str) -> None:
     with pytest.raises(UserError) as e:
         check_space(space, CONFIG, size=64, length=64, pruner="asha")
 
     assert message in str(e.value)
 
 
-def test_all_faults_are_found_at_once() -> None:
+def test_all_errors_are_found_at_once() -> None:
     space = {"lr": choice(1), "kernel_size": choice(2, 4), "embedding": 3, "epochs": choice(8)}
 
     with pytest.raises(UserError) as e:
@@ -248,7 +248,7 @@ def test_function_may_suggest_tuples() -> None:
         ({"learning_rate": "fast"}, "learning_rate is 'fast', but must be a number"),
     ],
 )
-def test_what_a_function_returns_is_checked(values: Any, message: str) -> None:
+def test_values_of_a_function_are_checked(values: Any, message: str) -> None:
     with pytest.raises(UserError) as e:
         sample(lambda trial: draw_values(lambda _: values, trial, pruner="asha"), trials=1)
 
@@ -286,7 +286,7 @@ def test_range_of_numbers_contains_its_bounds() -> None:
     assert "SiLU" not in choice("GELU", (8, 16))
 
 
-def test_domain_of_a_distribution_contains_what_is_drawn_from_it() -> None:
+def test_domain_of_a_distribution_contains_its_draws() -> None:
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
 
     for trial in (study.ask() for _ in range(32)):

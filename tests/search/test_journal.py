@@ -1,4 +1,4 @@
-r"""Tests for sda_ray.search.journal: what becomes of a study when something goes wrong with its file."""
+r"""Tests for sda_ray.search.journal: a study survives faults of its file."""
 
 import json
 import logging
@@ -108,7 +108,7 @@ def test_torn_record_of_any_length_is_cut(journal: Path, lease: Lease) -> None:
         assert journal.read_bytes() == whole
 
 
-def test_sweep_goes_on_from_a_journal_cut_anywhere(tmp_path: Path, whole: Sweeping) -> None:
+def test_sweep_resumes_from_a_journal_cut_anywhere(tmp_path: Path, whole: Sweeping) -> None:
     expected = list(outcomes(whole.drive()))
     size = whole.journal.stat().st_size
 
@@ -162,7 +162,7 @@ def test_other_errors_are_not_waited_for(journal: Path, lease: Lease) -> None:
         add(study)
 
 
-# What is no journal
+# Other files
 
 
 def test_damage_in_the_middle_is_named_and_left(journal: Path, whole: Sweeping) -> None:
@@ -182,7 +182,9 @@ def test_damage_in_the_middle_is_named_and_left(journal: Path, whole: Sweeping) 
 
 
 @pytest.mark.parametrize("content", [b"", b"x", b"no journal\n" * 9, b"\0" * 10**5])
-def test_what_is_no_journal_is_left_as_it_is(journal: Path, lease: Lease, content: bytes) -> None:
+def test_files_other_than_journals_are_left_unchanged(
+    journal: Path, lease: Lease, content: bytes
+) -> None:
     journal.write_bytes(content)
 
     with pytest.raises(UserError, match=r"is not a journal|is empty: its records are lost"):
@@ -199,7 +201,7 @@ def test_lines_of_something_else_are_no_records(journal: Path, lease: Lease) -> 
         Study(journal, "test", lease)
 
 
-def test_journal_of_a_stranger_is_refused(journal: Path, lease: Lease) -> None:
+def test_journal_of_another_study_is_refused(journal: Path, lease: Lease) -> None:
     with quiet_optuna():
         storage = JournalStorage(JournalFileBackend(str(journal)))
         optuna.create_study(storage=storage, study_name="theirs").add_trial(
@@ -215,7 +217,7 @@ def test_journal_of_a_stranger_is_refused(journal: Path, lease: Lease) -> None:
 
 
 @pytest.mark.parametrize("kind", ["directory", "pipe", "link"])
-def test_what_is_no_file_is_refused(
+def test_only_regular_files_are_opened(
     tmp_path: Path, journal: Path, lease: Lease, kind: str
 ) -> None:
     if kind == "directory":

@@ -1,4 +1,4 @@
-r"""Tests for the sda_ray.search.pruners module: verdicts by name, final ones."""
+r"""Tests for the sda_ray.search.pruners module: final verdicts."""
 
 import os
 import random
@@ -179,7 +179,7 @@ def test_hidden_values_are_hidden_from_verdicts(pruner: str) -> None:
 
 
 @pytest.mark.parametrize("pruner", FINAL)
-def test_verdicts_hang_on_the_runs_alone(pruner: str) -> None:
+def test_verdicts_depend_on_the_runs_alone(pruner: str) -> None:
     rng = random.Random(0)
     records = [
         run(i, *(rng.random() for _ in range(n)), state="complete" if n == 18 else "pruned")

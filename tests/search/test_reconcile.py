@@ -1,4 +1,4 @@
-r"""Tests for sda_ray.search.reconcile: whatever dies, whenever, the study comes out whole."""
+r"""Tests for sda_ray.search.reconcile: the study survives crashes of driver and trials."""
 
 import os
 import shutil
@@ -115,7 +115,7 @@ def after(records: list[TrialRecord], steps: list[Step]) -> list[TrialRecord]:
         (run(9, 9, "complete", source="elsewhere"), said("running", 2), ["then draw"]),
     ],
 )
-def test_what_has_to_be_done(
+def test_steps_by_state_of_record_and_directory(
     record: TrialRecord, found: DirectoryState | None, expected: list[str]
 ) -> None:
     assert brief(record, found) == expected

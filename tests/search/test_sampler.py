@@ -1,4 +1,4 @@
-r"""Tests for the sda_ray.search.sampler, seen and danger modules: what a sweep draws next."""
+r"""Tests for sda_ray.search.sampler: the configurations that a sweep draws."""
 
 import copy
 import json
@@ -29,10 +29,10 @@ from sda_ray.sweep.definition import Sweep
 
 __all__ = ["lease", "no_sync", "study"]  # fixtures
 
-# What the sampler sees
+# Views
 
 
-def test_all_trials_carry_the_space_as_it_is() -> None:
+def test_all_trials_carry_the_current_space() -> None:
     narrow = sweep_of({**SPACE, "learning_rate": loguniform(1e-6, 1e-3)})
     wide = sweep_of({**SPACE, "activation": choice("ELU", "GELU", "SiLU", "ReLU")})
     current = distributions(wide.draw)
@@ -94,7 +94,7 @@ def test_with_hyperband_a_sampler_sees_the_runs_of_one_bracket() -> None:
     assert drawn_without(kin=False) == sweep.propose(records)[0] != drawn_without(kin=True)
 
 
-def test_sampler_sees_each_run_as_what_it_is_worth(study: Study) -> None:
+def test_sampler_sees_state_and_value_of_each_run(study: Study) -> None:
     complete = study.report(add(study, until=9), {e: 1.0 / e for e in range(1, 10)})
     complete = study.tell(complete, "complete")
     paused = study.report(add(study), {1: 0.7})
@@ -138,7 +138,7 @@ def test_draws_depend_on_seed_number_and_values_alone(
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "random", "grid"])
-def test_what_a_function_may_not_return_is_passed_over(
+def test_rejected_configurations_are_skipped(
     sampler: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     def space(trial: Any) -> dict[str, Any]:
@@ -156,7 +156,7 @@ def test_what_a_function_may_not_return_is_passed_over(
         propose(sweep.draw, [], fixed={"size": 7})
 
 
-def test_what_mattered_is_told_from_the_second_complete_run_on() -> None:
+def test_importances_are_known_from_the_second_complete_run_on() -> None:
     def value(config: dict[str, Any]) -> float:
         return abs(math.log10(config["learning_rate"]) + 3)
 
@@ -173,7 +173,7 @@ def test_what_mattered_is_told_from_the_second_complete_run_on() -> None:
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "gp"])
-def test_a_sweep_whose_runs_all_diverge_goes_on(sampler: str) -> None:
+def test_a_sweep_whose_runs_all_diverge_continues(sampler: str) -> None:
     assert len(play(sweep_of(sampler=sampler, pruner="none"), 16, lambda config: None)) == 16
 
 
@@ -191,7 +191,7 @@ def test_divergent_regions_are_left(tmp_path: Path) -> None:
 # Other samplers
 
 
-def test_gaussian_processes_find_what_is_good() -> None:
+def test_gaussian_processes_find_good_values() -> None:
     space = {"learning_rate": loguniform(1e-6, 1.0), "weight_decay": uniform(0.0, 0.1)}
 
     def value(config: dict[str, Any]) -> float | None:
@@ -350,7 +350,7 @@ def test_the_last_configurations_of_a_larger_space_are_found() -> None:
 # Grid
 
 
-def test_a_grid_that_was_widened_takes_what_is_not_tried_yet() -> None:
+def test_a_widened_grid_takes_the_untried_configurations() -> None:
     space = {"batch_size": integer(8, 24, step=8), "activation": choice("ELU", "SiLU")}
     wide = {"batch_size": integer(8, 32, step=8), "activation": choice("ELU", "GELU", "SiLU")}
     records = play(sweep_of(space, sampler="grid"), 99, lambda config: 1.0)
@@ -361,7 +361,7 @@ def test_a_grid_that_was_widened_takes_what_is_not_tried_yet() -> None:
     assert set(configs) == {(b, a) for b in (8, 16, 24, 32) for a in ("ELU", "GELU", "SiLU")}
 
 
-def test_a_grid_finds_what_is_left_in_one_draw() -> None:
+def test_a_grid_finds_the_last_configuration_in_one_draw() -> None:
     sweep = sweep_of({"seed": integer(0, 499)}, sampler="grid")
     first = sweep.propose([])
     trial = copy.copy(first[1])
@@ -446,7 +446,7 @@ def test_any_sampler_of_optuna_draws_and_draws_the_same_again(name: str) -> None
         assert {r.config["activation"] for r in records} == {"SiLU"}
 
 
-def test_a_sampler_of_the_user_sees_what_the_runs_are_worth() -> None:
+def test_a_sampler_of_the_user_sees_states_and_values() -> None:
     seen: list[Any] = []
 
     class Spy(optuna.samplers.RandomSampler):
@@ -472,7 +472,9 @@ def test_a_sampler_of_the_user_sees_what_the_runs_are_worth() -> None:
         ),
     ],
 )
-def test_what_is_no_sampler_is_refused_before_the_sweep_starts(sampler: Any, error: str) -> None:
+def test_other_objects_are_refused_as_samplers_before_the_sweep_starts(
+    sampler: Any, error: str
+) -> None:
     with pytest.raises(UserError, match=error):
         sweep_of(sampler=sampler)
 

@@ -72,7 +72,7 @@ def test_states_survive_a_reload(
     assert found.config == record.config
 
 
-def test_closed_run_that_goes_on_has_a_new_record_that_supersedes_the_old(study: Study) -> None:
+def test_closed_run_that_resumes_has_a_new_record_that_supersedes_the_old(study: Study) -> None:
     study.tell(study.report(add(study), {1: 0.5}), "pruned")
     (closed,) = study.records()
     revived = study.start(closed, 3, None)
@@ -85,7 +85,7 @@ def test_closed_run_that_goes_on_has_a_new_record_that_supersedes_the_old(study:
     assert [t.state for t in study.study.trials] == [TrialState.PRUNED, TrialState.RUNNING]
 
 
-def test_trials_of_strangers_are_passed_over(study: Study) -> None:
+def test_trials_that_are_no_runs_are_skipped(study: Study) -> None:
     study.study.add_trial(optuna.trial.create_trial(state=TrialState.RUNNING))
     add(study)
 
@@ -147,7 +147,7 @@ def test_decisions_of_several_slots_outlive_the_driver(tmp_path: Path, seed: int
     assert deaths > 1
 
 
-def test_extended_sweep_goes_on_in_the_same_directories(tmp_path: Path) -> None:
+def test_extended_sweep_resumes_in_the_same_directories(tmp_path: Path) -> None:
     sweeping = Sweeping(tmp_path, RULES)
     before = {r.run_id: r for r in sweeping.drive()}
     sweeping.rules = replace(RULES, target=24)
@@ -171,7 +171,7 @@ def test_values_of_one_report_are_appended_at_once(tmp_path: Path, study: Study)
     assert [data.count(b"\n") for data in appended] == [9, 3]
 
 
-def test_values_beyond_what_a_run_was_sent_for_wait(study: Study) -> None:
+def test_values_beyond_the_rung_of_a_run_wait(study: Study) -> None:
     record = study.report(add(study, until=3), {e: 1 / e for e in range(1, 10)})
     assert list(record.values) == [1, 2, 3]
     assert study.tell(record, "complete") == record  # it waits at its rung
@@ -262,9 +262,7 @@ print(json.dumps(study.best_value))
     assert best == min(r.values[9] for r in records if r.state == "complete")
 
 
-def test_it_is_said_that_a_space_is_exhausted(
-    study: Study, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_exhausted_space_is_reported(study: Study, caplog: pytest.LogCaptureFixture) -> None:
     def draw_next() -> TrialRecord | None:
         return draw_run(study, study.records(), Rules(8, 9), CONFIG, sweep.propose)
 
