@@ -6,8 +6,9 @@ others are drawn.
 """
 
 import random
+import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from ..core import (
     Config,
     Domain,
     UserError,
-    check_config,
     check_value,
     decode_params,
     did_you_mean,
@@ -30,19 +30,12 @@ from ..core import (
     split_group,
 )
 from ..runs import RunPath
-from ..search import CallbackTrial, Study, TrialRecord
+from ..search import CallbackTrial, Study, TrialRecord, distributions
 from .definition import Sweep
 
-__all__ = [
-    "Answers",
-    "Fit",
-    "bring_all",
-    "bring_in",
-    "fit",
-    "parse_item",
-    "try_draw",
-    "words",
-]
+__all__ = ["Fit", "bring_all", "bring_in", "fit", "parse_item"]
+
+DRAWS = 100  # of a SPACE that is a function, to learn what it suggests
 
 
 @dataclass(frozen=True)
@@ -57,11 +50,11 @@ class Fit:
         differences: The keys outside SPACE that differ from the sweep's CONFIG, described.
     """
 
-    params: dict[str, Any] = field(default_factory=dict)
-    distributions: dict[str, Any] = field(default_factory=dict)
-    values: Config = field(default_factory=dict)
-    faults: list[str] = field(default_factory=list)
-    differences: dict[str, str] = field(default_factory=dict)
+    params: dict[str, Any]
+    distributions: dict[str, Any]
+    values: Config
+    faults: list[str]
+    differences: dict[str, str]
 
 
 def fit(sweep: Sweep, config: Config, known: Mapping[str, Any] | None = None) -> Fit:
@@ -74,158 +67,27 @@ def fit(sweep: Sweep, config: Config, known: Mapping[str, Any] | None = None) ->
             suggest names that are no keys of CONFIG.
     """
 
-    faults = _lacking(sweep, config)
-    given = {**config, **(known or {})} if callable(sweep.space) else _encoded(sweep, config)
-    answers = Answers(given)
-    trial = CallbackTrial(answers)
-    values: Config = {}
-
-    if not faults:
-        values, faults = try_draw(sweep, trial)
-        faults += answers.faults.values()
-        faults += [
-            f"SPACE suggests '{name}', which is no key of CONFIG: what it was cannot be told"
-            for name in answers.free
-        ]
-
-    if not faults:
-        faults = [
+    if callable(sweep.space):
+        trial, values, faults = _replay(sweep, config | dict(known or {}))
+        params, spans = trial.params, trial.distributions
+        faults = faults or [
             f"{key}={format_value(config[key])} is not what SPACE makes of it, {format_value(x)}"
             for key, x in values.items()
             if config[key] != x
         ]
+        inside = {*values}
+    else:
+        params, faults = _options(sweep.space, config)
+        values, spans = decode_params(params), distributions(sweep.draw)
+        inside = {key for name in sweep.space for key in split_group(name)}
 
-    inside = (
-        set(values) if callable(sweep.space) else {k for n in sweep.space for k in split_group(n)}
-    )
     differences = {
         key: f"{key}={format_value(x)} where the sweep has {format_value(sweep.config[key])}"
         for key, x in config.items()
         if key not in inside and x != sweep.config[key]
     }
 
-    return Fit(trial.params, trial.distributions, values, faults, differences)
-
-
-def _lacking(sweep: Sweep, config: Config) -> list[str]:
-    if callable(sweep.space):
-        return []
-
-    return [
-        f"{words(name, config)} is not in SPACE, which has {domain}"
-        for name, domain in sweep.space.items()
-        if _value(name, config) not in domain
-    ]
-
-
-def _encoded(sweep: Sweep, config: Config) -> dict[str, Any]:
-    assert not callable(sweep.space)
-
-    return {name: encode_option(name, _value(name, config)) for name in sweep.space}
-
-
-def _value(name: str, config: Config) -> Any:
-    keys = split_group(name)
-
-    return tuple(config[key] for key in keys) if len(keys) > 1 else config[name]
-
-
-def words(name: str, config: Config) -> str:
-    r"""Returns the values of a key of SPACE, or of a group of keys, as text."""
-
-    return " ".join(
-        f"{key}={format_value(config[key])}" for key in split_group(name) if key in config
-    )
-
-
-def try_draw(sweep: Sweep, trial: CallbackTrial) -> tuple[Config, list[str]]:
-    r"""Returns the values that a trial draws from the SPACE of a sweep, and what is wrong."""
-
-    try:
-        return sweep.draw(trial), []
-    except UserError as error:
-        return {}, str(error).split("\n")
-    except Exception as error:  # of the user's own function
-        return {}, [f"SPACE cannot be drawn from: {type(error).__name__}: {error}"]
-
-
-class Answers:
-    r"""Answers a :class:`sda_ray.search.sampler.CallbackTrial` with given values, or texts of them.
-
-    Afterwards `faults` has what is wrong with given values, by name, and `free` the names of what
-    was asked for but not given.
-
-    Arguments:
-        given: Values by name.
-        rng: Draws the other values; if None, they are the first options or the lower bounds.
-    """
-
-    def __init__(self, given: Mapping[str, Any], rng: random.Random | None = None) -> None:
-        self.given = given
-        self.rng = rng
-        self.faults: dict[str, str] = {}
-        self.free: list[str] = []
-
-    def __call__(self, name: str, distribution: Any) -> Any:
-        if name not in self.given:
-            self.free.append(name)
-            return self._any(distribution)
-
-        given = self.given[name]
-
-        try:
-            value = _parse(given, distribution)
-
-            if value in domain_of(distribution):
-                return value
-        except (KeyError, TypeError, ValueError, OverflowError):
-            pass
-
-        text = format_value(given)
-        self.faults[name] = f"{name}={text} is not in SPACE, which has {domain_of(distribution)}"
-
-        return self._any(distribution)
-
-    def _any(self, distribution: Any) -> Any:
-        rng = self.rng
-
-        if hasattr(distribution, "choices"):
-            return rng.choice(distribution.choices) if rng else distribution.choices[0]
-
-        low, high, step = distribution.low, distribution.high, distribution.step
-
-        if rng is None:
-            return low
-        elif step is None:
-            return rng.uniform(low, high)
-
-        return low + step * rng.randint(0, round((high - low) / step))
-
-
-def _parse(value: Any, distribution: Any) -> Any:
-    if hasattr(distribution, "choices"):
-        return {_plain(option): option for option in distribution.choices}[_plain(value)]
-
-    number = float(value)
-
-    if isinstance(distribution.low, float):
-        return number
-
-    return int(number) if number.is_integer() else int("not an integer")
-
-
-def _plain(option: Any) -> str:
-    r"""Returns an option as text, for comparison: tuples without brackets and spaces."""
-
-    text = format_value(option).replace(" ", "").strip("()[]").rstrip(",")
-
-    try:
-        return repr(float(text))
-    except ValueError:
-        return text
-
-
-DRAWS = 100  # of a SPACE that is a function, to learn what it suggests
+    return Fit(params, spans, values, faults, differences)
 
 
 def parse_item(
@@ -245,113 +107,44 @@ def parse_item(
     """
 
     if "=" not in text or (Path(text) / "config.json").is_file():
-        found = fit(sweep, load_config(RunPath.find(runs, text).config))
-        params, faults = found.params, found.faults
+        match = fit(sweep, load_config(RunPath.find(runs, text).config))
+        params, faults = match.params, match.faults
 
-        if found.differences and not faults:
+        if match.differences and not faults:
             notice(
                 f"--enqueue {text}: only the keys of SPACE are taken. The run has "
-                f"{'; '.join(found.differences.values())}."
+                f"{'; '.join(match.differences.values())}."
             )
     else:
         given, faults = _split(text)
         params, more = (_drawn if callable(sweep.space) else _parsed)(sweep, given)
         faults += more
 
-    if not faults and not callable(sweep.space) and params.keys() == sweep.space.keys():
-        faults = _conflicts(sweep.config | decode_params(params))
-
     if faults:
-        raise UserError("\n".join(f"--enqueue {text}: {_sentence(fault)}" for fault in faults))
+        ends = (fault if fault.endswith((".", "?")) else f"{fault}." for fault in faults)
+        raise UserError("\n".join(f"--enqueue {text}: {fault}" for fault in ends))
 
     return params
 
 
-def _sentence(fault: str) -> str:
-    return fault if fault.endswith((".", "?")) else f"{fault}."
-
-
-def _conflicts(config: Config) -> list[str]:
-    try:
-        check_config(config)
-    except UserError as error:
-        return str(error).split("\n")
-
-    return []
-
-
 def _split(text: str) -> tuple[dict[str, str], list[str]]:
-    r"""Returns the texts of keys. A comma without `key=` after it is part of a value."""
+    r"""Returns the texts of keys, and faults. A comma without `key=` after it is part of a value."""
 
     given: dict[str, str] = {}
     faults: list[str] = []
-    name = ""
 
-    for piece in text.split(","):
+    for piece in re.split(r",(?=[^,]*=)", text):
         key, equals, value = piece.partition("=")
         key = key.strip()
 
-        if equals and key in given:
-            faults.append(f"{key} is given twice")
-        elif equals:
-            name, given[key] = key, value.strip()
-        elif name:
-            given[name] += f",{piece.strip()}"
-        else:
+        if not equals:
             faults.append(f"'{piece}' is not of the form key=value, as batch_size=32")
+        elif key in given:
+            faults.append(f"{key} is given twice")
+        else:
+            given[key] = value.strip()
 
     return given, faults
-
-
-def _parsed(sweep: Sweep, given: dict[str, str]) -> tuple[dict[str, Any], list[str]]:
-    r"""Returns parameters of a SPACE that is a dict, and what is wrong."""
-
-    assert not callable(sweep.space)
-    known = [key for name in sweep.space for key in split_group(name)]
-    faults = [_unknown(key, known, sweep) for key in given if key not in known]
-    values: Config = {}
-    params = {}
-
-    for key in (key for key in given if key in known):
-        try:
-            values[key] = check_value(key, parse_value(key, given[key]))
-        except UserError as error:
-            faults.append(str(error))
-
-    for name, domain in sweep.space.items():
-        asked = [key for key in split_group(name) if key in given]
-
-        if not asked or any(key not in values for key in asked):
-            continue
-
-        found = _matching(name, domain, values)
-
-        if len(found) == 1:
-            params[name] = encode_option(name, found[0])
-        elif found:
-            others = ", ".join(key for key in split_group(name) if key not in given)
-            faults.append(f"{words(name, values)} is of several options. Give {others} as well")
-        else:
-            faults.append(f"{words(name, values)} is not in SPACE, which has {domain}")
-
-    return params, faults
-
-
-def _matching(name: str, domain: Domain, values: Config) -> list[Any]:
-    r"""Returns the options of a key, or of a group of keys, that have the given values."""
-
-    keys = split_group(name)
-
-    if len(keys) == 1:
-        return [values[name]] if values[name] in domain else []
-
-    assert isinstance(domain, Choice)
-
-    return [
-        option
-        for option in domain.options
-        if all(values.get(key, x) == x for key, x in zip(keys, option, strict=True))
-    ]
 
 
 def _unknown(key: str, known: Iterable[str], sweep: Sweep) -> str:
@@ -364,33 +157,178 @@ def _unknown(key: str, known: Iterable[str], sweep: Sweep) -> str:
     return f"SPACE has no key {short_repr(key)}, but {names}.{did_you_mean(key, known)}"
 
 
-def _drawn(sweep: Sweep, given: dict[str, str]) -> tuple[dict[str, Any], list[str]]:
-    r"""Returns parameters of a SPACE that is a function, as found by draws."""
+# A SPACE that is a dict
 
-    seen: dict[str, None] = {}
-    wrong: dict[str, str] = {}
+
+def _parsed(sweep: Sweep, given: dict[str, str]) -> tuple[dict[str, Any], list[str]]:
+    assert not callable(sweep.space)
+    known = [key for name in sweep.space for key in split_group(name)]
+    faults = [_unknown(key, known, sweep) for key in given if key not in known]
+    values: Config = {}
+
+    for key in (key for key in given if key in known):
+        try:
+            values[key] = check_value(key, parse_value(key, given[key]))
+        except UserError as error:
+            faults.append(str(error))
+
+    params, more = _options(sweep.space, values)
+
+    return params, faults + more
+
+
+def _options(space: Mapping[str, Domain], values: Config) -> tuple[dict[str, Any], list[str]]:
+    r"""Returns the parameters that stand for values of keys, of all keys or some, and faults."""
+
+    params, faults = {}, []
+
+    for name, domain in space.items():
+        keys = split_group(name)
+        text = " ".join(f"{key}={format_value(values[key])}" for key in keys if key in values)
+
+        if not text:
+            continue
+
+        options = _matching(keys, domain, values)
+
+        if len(options) == 1:
+            params[name] = encode_option(name, options[0])
+        elif options:
+            others = ", ".join(key for key in keys if key not in values)
+            faults.append(f"{text} is of several options. Give {others} as well")
+        else:
+            faults.append(f"{text} is not in SPACE, which has {domain}")
+
+    return params, faults
+
+
+def _matching(keys: list[str], domain: Domain, values: Config) -> list[Any]:
+    r"""Returns the options of a key, or of a group of keys, that have the given values."""
+
+    if len(keys) == 1:
+        return [values[keys[0]]] if values[keys[0]] in domain else []
+
+    assert isinstance(domain, Choice)
+
+    return [
+        option
+        for option in domain.options
+        if all(values.get(key, x) == x for key, x in zip(keys, option, strict=True))
+    ]
+
+
+# A SPACE that is a function
+
+
+def _replay(
+    sweep: Sweep, given: Mapping[str, Any], rng: random.Random | None = None
+) -> tuple[CallbackTrial, Config, list[str]]:
+    r"""Draws from a function once with given parameters, or texts of them.
+
+    Returns the trial, the values of keys and faults. Other parameters are drawn by a generator;
+    without one they are faults.
+    """
+
+    faults: list[str] = []
+
+    def answer(name: str, distribution: Any) -> Any:
+        if name in given:
+            try:
+                return _parse(given[name], distribution)
+            except (TypeError, ValueError):
+                text, domain = format_value(given[name]), domain_of(distribution)
+                faults.append(f"{name}={text} is not in SPACE, which has {domain}")
+        elif rng is None:
+            faults.append(
+                f"SPACE suggests '{name}', which is no key of CONFIG: its value is unknown"
+            )
+
+        return _random(distribution, rng or random.Random(0))
+
+    trial = CallbackTrial(answer)
+
+    try:
+        return trial, sweep.draw(trial), faults
+    except UserError as error:
+        return trial, {}, faults + str(error).split("\n")
+    except Exception as error:  # of the user's own function
+        return trial, {}, [*faults, f"SPACE cannot be drawn from: {type(error).__name__}: {error}"]
+
+
+def _drawn(sweep: Sweep, given: dict[str, str]) -> tuple[dict[str, Any], list[str]]:
+    r"""Returns the parameters with which a function is drawn from, and faults.
+
+    Of many draws, the one counts that suggests most of the given names.
+    """
+
+    seen: dict[str, Any] = {}
     best: dict[str, Any] = {}
+    wrong: list[str] = []
 
     for i in range(DRAWS):
-        answers = Answers(given, random.Random(i))
-        trial = CallbackTrial(answers)
-        _, faults = try_draw(sweep, trial)
-        seen |= dict.fromkeys(trial.params)
-        wrong |= answers.faults
-        taken = {
-            name: x for name, x in trial.params.items() if name in given.keys() - answers.faults
-        }
+        trial, _, faults = _replay(sweep, given, random.Random(i))
+        taken = {name: x for name, x in trial.params.items() if name in given}
+        seen |= trial.params
 
-        if not faults and len(taken) > len(best):
+        if faults:
+            wrong = wrong or faults
+        elif len(taken) > len(best):
             best = taken
 
     faults = [_unknown(name, seen, sweep) for name in given if name not in seen]
-    faults += [fault for name, fault in wrong.items() if name not in best]
 
     if not faults and best.keys() != given.keys():
-        faults = [f"SPACE never suggests {' and '.join(given)} at once"]
+        return best, wrong or [f"SPACE never suggests {' and '.join(given)} at once"]
 
     return best, faults
+
+
+def _parse(value: Any, distribution: Any) -> Any:
+    r"""Returns a value of a distribution, given as such or as text.
+
+    Raises:
+        TypeError, ValueError: If the distribution does not have it.
+    """
+
+    if hasattr(distribution, "choices"):
+        texts = [_plain(option) for option in distribution.choices]
+        return distribution.choices[texts.index(_plain(value))]
+
+    number: float = float(value)
+
+    if isinstance(distribution.low, int) and number.is_integer():
+        number = int(number)
+
+    if number not in domain_of(distribution):
+        raise ValueError
+
+    return number
+
+
+def _plain(option: Any) -> str:
+    r"""Returns an option as text, for comparison: tuples without brackets and spaces."""
+
+    text = format_value(option).replace(" ", "").strip("()[]").rstrip(",")
+
+    try:
+        return repr(float(text))
+    except ValueError:
+        return text
+
+
+def _random(distribution: Any, rng: random.Random) -> Any:
+    if hasattr(distribution, "choices"):
+        return rng.choice(distribution.choices)
+
+    low, high, step = distribution.low, distribution.high, distribution.step
+
+    if step is None:
+        return rng.uniform(low, high)
+
+    return low + step * rng.randint(0, round((high - low) / step))
+
+
+# Finished runs
 
 
 def bring_in(study: Study, item: Mapping[str, Any]) -> bool:
@@ -398,7 +336,7 @@ def bring_in(study: Study, item: Mapping[str, Any]) -> bool:
 
     Arguments:
         study: The study, whose lease is held.
-        item: What :attr:`Prior.item` returns.
+        item: See :attr:`sda_ray.sweep.prior_runs.Prior.item`.
 
     Returns:
         Whether it was not there before.
