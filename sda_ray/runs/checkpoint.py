@@ -11,15 +11,10 @@ import io
 import json
 import logging
 import os
-import pickletools
-import zipfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import msgspec
 
 from ..core import (
     MAX_WEIGHTS,
@@ -28,7 +23,6 @@ from ..core import (
     is_out_of_memory,
     load_config,
     open_atomic,
-    open_regular,
     read_regular,
     sync_directory,
     write_atomic,
@@ -39,8 +33,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
-    "CheckpointInfo",
-    "checkpoint_info",
     "keep_checkpoint",
     "keep_previous",
     "load_checkpoint",
@@ -51,31 +43,13 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-MAX_PICKLE = 2**24  # bytes that name the tensors of a checkpoint; a thousand take 0.3 MB
-
 Hold = Callable[[], AbstractContextManager[None]]
-
-
-class CheckpointInfo(msgspec.Struct, frozen=True):
-    r"""What a checkpoint says of itself.
-
-    Arguments:
-        epoch: The epochs that are complete.
-        step: The steps of the next epoch that are complete.
-        size: The bytes of the file.
-        sha256: The digest of its tensors and its text.
-    """
-
-    epoch: int
-    step: int
-    size: int
-    sha256: str
 
 
 def save_checkpoint(
     path: RunPath, tensors: dict[str, Tensor], info: dict[str, Any], hold: Hold = nullcontext
-) -> str:
-    r"""Saves a checkpoint, keeps the one before as `checkpoint.prev.pth`, and returns its digest.
+) -> None:
+    r"""Saves a checkpoint, and keeps the one before as `checkpoint.prev.pth`.
 
     The file is written aside, synced and renamed: at every instant there is a whole checkpoint.
 
@@ -90,12 +64,8 @@ def save_checkpoint(
     """
 
     text = json.dumps(info)
-    digest = _digest(tensors, text)
-
-    content = {"tensors": tensors, "info": text, "sha256": digest}
+    content = {"tensors": tensors, "info": text, "sha256": _digest(tensors, text)}
     _save(content, path.checkpoint, hold, lambda: keep_previous(path))
-
-    return digest
 
 
 def keep_previous(path: RunPath) -> None:
@@ -111,11 +81,7 @@ def keep_previous(path: RunPath) -> None:
 
 
 def keep_checkpoint(path: RunPath, hold: Hold = nullcontext) -> None:
-    r"""Keeps the newest checkpoint as `checkpoint.decay.pth`, beside later ones.
-
-    Raises:
-        OSError: If that fails.
-    """
+    r"""Keeps the newest checkpoint as `checkpoint.decay.pth`, beside later ones."""
 
     with hold():
         path.decay.unlink(missing_ok=True)
@@ -128,11 +94,7 @@ def keep_checkpoint(path: RunPath, hold: Hold = nullcontext) -> None:
 
 
 def save_state(path: RunPath, tensors: dict[str, Tensor], hold: Hold = nullcontext) -> None:
-    r"""Saves a state dict as `state.pth`, in the format of upstream: weights and nothing else.
-
-    Raises:
-        OSError: If the file cannot be written.
-    """
+    r"""Saves a state dict as `state.pth`, in the format of upstream: weights and nothing else."""
 
     _save({key: x.detach().cpu().contiguous() for key, x in tensors.items()}, path.state, hold)
 
@@ -212,30 +174,6 @@ def read_checkpoint(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return _load(_read(file))
     except Exception as error:  # a damaged file makes torch raise almost anything
         raise ValueError(f"{file} is damaged ({_reason(error)})") from error
-
-
-def checkpoint_info(file: Path) -> CheckpointInfo | None:
-    r"""Returns what a checkpoint says of itself, or None if it is missing or damaged.
-
-    Neither tensors nor torch are loaded: the digest is read, and not checked.
-    """
-
-    try:
-        with os.fdopen(open_regular(file), "rb") as f, zipfile.ZipFile(f) as archive:
-            item = next(x for x in archive.infolist() if x.filename.endswith("/data.pkl"))
-
-            if item.compress_type != zipfile.ZIP_STORED or item.file_size > MAX_PICKLE:
-                return None
-
-            # Each string of the pickle that another one follows, with that one
-            codes = pickletools.genops(archive.read(item))
-            words = dict(pairwise(str(x) for code, x, _ in codes if code.name == "BINUNICODE"))
-            info = json.loads(words["info"])
-            fields = {"epoch": info["epoch"], "step": info["step"], "sha256": words["sha256"]}
-
-            return msgspec.convert(fields | {"size": os.fstat(f.fileno()).st_size}, CheckpointInfo)
-    except (OSError, ValueError, LookupError, StopIteration, zipfile.BadZipFile):
-        return None
 
 
 def _reason(error: Exception) -> str:

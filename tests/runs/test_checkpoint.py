@@ -13,8 +13,6 @@ from torch import Tensor
 
 from sda_ray.core.errors import UserError
 from sda_ray.runs.checkpoint import (
-    CheckpointInfo,
-    checkpoint_info,
     load_checkpoint,
     save_checkpoint,
     save_state,
@@ -45,27 +43,6 @@ def save(path: RunPath, *values: int) -> None:
 def epoch(path: RunPath) -> Any:
     found = load_checkpoint(path)
     return None if found is None else found[1]["epoch"]
-
-
-def test_info_is_read_without_torch(path: RunPath) -> None:
-    assert checkpoint_info(path.checkpoint) is None
-
-    digest = save_checkpoint(path, tensors(), {"epoch": 7, "step": 3})
-    size = path.checkpoint.stat().st_size
-    assert checkpoint_info(path.checkpoint) == CheckpointInfo(7, 3, size, digest)
-    assert torch.load(path.checkpoint, weights_only=True)["sha256"] == digest
-
-    code = (
-        "import sys; from pathlib import Path; from sda_ray.runs.checkpoint import checkpoint_info;"
-        "print(checkpoint_info(Path(sys.argv[1])).epoch, 'torch' in sys.modules)"
-    )
-    command = [sys.executable, "-c", code, str(path.checkpoint)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout == "7 False\n"
-
-    for damage in (b"", b"PK", path.checkpoint.read_bytes()[:-30]):
-        path.checkpoint.write_bytes(damage)
-        assert checkpoint_info(path.checkpoint) is None
 
 
 # Names
