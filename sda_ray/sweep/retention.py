@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from ..core import UserError, format_size
-from ..runs import RunPath, give_back, resumable
+from ..runs import RunPath, prune_run, resumable
 from ..search import TrialRecord, rank_key
 
 __all__ = ["Retention", "parse_size"]
@@ -174,7 +174,7 @@ class Retention:
                 continue
 
             try:
-                freed += give_back(paths[record.run_id], self.sweep)
+                freed += prune_run(paths[record.run_id], self.sweep)
             except UserError as error:
                 logger.debug("%s", error)
                 self._retries[record.run_id] = time.monotonic() + RETRY

@@ -16,7 +16,7 @@ from sda_ray.core.config import Config
 from sda_ray.runs.checkpoint import load_checkpoint
 from sda_ray.runs.metrics import read_history
 from sda_ray.runs.path import RunPath
-from sda_ray.runs.prune import give_back, resumable
+from sda_ray.runs.prune import prune_run, resumable
 from sda_ray.runs.run import Run
 from sda_ray.runs.tracking import Wandb
 from sda_ray.runs.train import train_run
@@ -43,7 +43,7 @@ def test_run_whose_checkpoint_was_given_back_ends_in_the_same_bits(
 
     path = path_of(runs, 3)
     lines = path.metrics.read_text()
-    assert give_back(path, "width") > 0
+    assert prune_run(path, "width") > 0
     assert "given_back" in json.loads(path.record.read_text())
     caplog.set_level(logging.WARNING)
     go_on(runs, 3, data, wandb=Wandb("disabled"))
@@ -74,7 +74,7 @@ def test_repeated_epochs_are_not_sent_to_wandb_again(
     next(training), next(training)
     training.close()  # type: ignore[attr-defined]
     run.close("paused")
-    give_back(run.path, "width")
+    prune_run(run.path, "width")
     again = Run(tmp_path / "runs", {}, "a" * 8, wandb=offline, attempt=2)
     list(train_run(again, data))
     again.close("finished")
@@ -131,7 +131,7 @@ def test_deletion_killed_at_any_file_leaves_a_whole_run(
         patch.setattr(Path, "unlink", unlink_some)
 
         try:
-            give_back(path, "width")
+            prune_run(path, "width")
         except KeyboardInterrupt:
             assert count < 3
 

@@ -15,7 +15,7 @@ from kept import MADE, Keeping, identity, keeping, made, path_of, runs, snapshot
 from sda_ray.core.errors import UserError
 from sda_ray.core.lease import Lease
 from sda_ray.runs.path import RunPath
-from sda_ray.runs.prune import give_back, resumable
+from sda_ray.runs.prune import prune_run, resumable
 from sda_ray.search.promotion import TrialRecord
 from sda_ray.sweep.retention import AGAIN, Retention, parse_size
 
@@ -170,7 +170,7 @@ def test_run_in_use_keeps_its_checkpoint(runs: Path, keeping: Callable[..., Keep
     assert keeping(limit=1).left == {1, 2, 3, 7}
 
     with lease.hold(), pytest.raises(UserError, match="cannot be locked"):
-        give_back(path_of(runs, 1), "width")
+        prune_run(path_of(runs, 1), "width")
 
     lease.release()
     assert 1 not in keeping(limit=1).left
@@ -223,7 +223,7 @@ def test_hard_linked_file_counts_once(runs: Path) -> None:
     os.link(path.checkpoint, path.decay)
 
     assert sum(resumable(path).values()) == size
-    assert give_back(path, "width") == size
+    assert prune_run(path, "width") == size
     assert not path.decay.exists()
 
 
@@ -277,7 +277,7 @@ def test_checkpoint_is_deleted_on_a_full_disk(disk: Path, runs: Path) -> None:
             f.write(b"x" * 4096)
 
     there = RunPath(disk / path.directory.name)
-    assert give_back(there, "width") > 0
+    assert prune_run(there, "width") > 0
     assert not resumable(there)
     assert json.loads(there.record.read_text())["status"] == "paused"
 
@@ -339,6 +339,6 @@ def test_checkpoint_of_a_run_with_damaged_weights_stays(runs: Path) -> None:
     state.write_bytes(content)
 
     with pytest.raises(UserError, match=r"state.pth is damaged"):
-        give_back(path_of(runs, 4), "width")
+        prune_run(path_of(runs, 4), "width")
 
     assert resumable(path_of(runs, 4))
