@@ -16,6 +16,7 @@ from typing import Any
 
 ENTITY = "someone"
 HISTORY = "wandb-history.jsonl"
+SUMMARY = "wandb-summary.json"
 
 Json = dict[str, Any]
 
@@ -49,7 +50,7 @@ class ServedRun:
             f"{stream}LineCount": len(self.rows.get(f"wandb-{stream}.jsonl", []))
             for stream in ("history", "events")
         }
-        summary = self.rows.get("wandb-summary.json", ["{}"])[-1]
+        summary = self.rows.get(SUMMARY, ["{}"])[-1]
 
         history = self.history
         keys = {"lastStep": history[-1]["_step"], "keys": {}} if history else None
@@ -235,19 +236,6 @@ class DyingServer(WandbServer):
         self.left -= len(chunk["content"])
         self.dead = self.left == 0
         assert not self.dead, "gone before it answers"
-
-
-class RewindingServer(WandbServer):
-    r"""Creates a server that can forget the steps after one."""
-
-    def query(self, operation: str, values: Json) -> Json:
-        if operation != "RewindRun":
-            return super().query(operation, values)
-
-        run, last = self.runs[values["runName"]], values["metricValue"]
-        run.rows[HISTORY] = [r for r in run.rows[HISTORY] if json.loads(r)["_step"] <= last]
-
-        return {"rewindRun": {"rewoundRun": run.describe()}}
 
 
 class Refusal(BaseHTTPRequestHandler):

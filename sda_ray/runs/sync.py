@@ -7,215 +7,114 @@ W&B's steps only increase. So every step is on the server once if its number of 
 step are right.
 """
 
-import fcntl
 import os
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..core import Config, UserError, open_regular, read_json
+from ..core import UserError, locked, open_regular, read_json
+from .inventory import Entry, entries, is_held, read_entry
 from .metrics import read_history
 from .path import RunPath, sweep_directory
 from .record import logged_config
-from .tracking import Wandb, own_environment, summary, wandb_settings
+from .tracking import Wandb, own_environment, start_run, summary
 
-if TYPE_CHECKING:
-    from .inventory import Entry
-
-__all__ = [
-    "Server",
-    "Target",
-    "Unreachable",
-    "sync_runs",
-    "target_of",
-    "upload",
-]
+__all__ = ["Unreachable", "sync_runs"]
 
 ENDED = ("finished", "diverged")
-
 PATIENCE = 6.0  # seconds that the server may take for an answer
-LAG = (0.0, 0.2, 0.5, 1.0, 2.0, 4.0)  # seconds between two looks at what has arrived
+LAG = (0.0, 0.2, 0.5, 1.0, 2.0, 4.0)  # seconds between two looks at the rows that have arrived
 
 
 class Unreachable(RuntimeError):
-    r"""Signals that the server is absent, does not answer or refuses."""
+    r"""Raised if the server is absent, does not answer or refuses."""
 
 
 def sync_runs(runs: Path, names: Sequence[str] = ()) -> None:
     r"""Uploads runs, by default the finished ones. Exits with 1 if one is missing in the end."""
 
-    entries = _named(runs, names) if names else _finished(runs)
-    chosen = {entry.path.directory.name: entry for entry in entries}
-    done, failed = 0, 0
+    free: list[Entry] = []
 
-    if not chosen:
+    for entry in _named(runs, names) if names else _finished(runs):
+        if is_held(entry.path):
+            print(f"{entry.path.directory.name} is left out: a process is using it.")
+        else:
+            free.append(entry)
+
+    if not free:
         print("There is nothing to upload.")
         return
 
+    done = 0
+
     try:
-        server = Server()
+        api = _connect()
 
-        for name, entry in chosen.items():
-            try:
-                with _locked(entry.path.directory):
-                    print(f"{name}: {upload(server, target_of(entry, runs))}", flush=True)
+        with _locked(runs / ".sync.lock"):
+            for entry in free:
+                name = entry.path.directory.name
 
-                done += 1
-            except (UserError, OSError) as error:
-                print(f"{name}: {error}", file=sys.stderr, flush=True)
-                failed += 1
+                try:
+                    print(f"{name}: {_upload(api, entry, runs)}", flush=True)
+                    done += 1
+                except (UserError, OSError) as error:
+                    print(f"{name}: {error}", file=sys.stderr, flush=True)
     except Unreachable as error:
         place = os.environ.get("WANDB_BASE_URL") or "its server"
         print(
-            f"sda-ray: W&B at {place} cannot be used: {error}. {done} of {len(chosen)} runs are "
+            f"sda-ray: W&B at {place} cannot be used: {error}. {done} of {len(free)} runs are "
             "uploaded. The others are unchanged: repeat the command to continue.",
             file=sys.stderr,
         )
         sys.exit(1)
 
-    print(f"{done} of {len(chosen)} runs are at {server.url}.")
-    sys.exit(1 if failed else 0)
+    print(f"{done} of {len(free)} runs are at {api.settings['base_url']}.")
+    sys.exit(0 if done == len(free) else 1)
 
 
-def _named(runs: Path, names: Sequence[str]) -> "list[Entry]":
-    from .inventory import read_entry
+@contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(file, wait=False))
+        except OSError as error:
+            reason = f"{file} cannot be locked: {error.strerror}"
+            raise UserError(f"{reason}. Another `sda-ray sync` may be running.") from error
 
-    entries = {path: read_entry(path) for path in (RunPath.find(runs, name) for name in names)}
-    return [entry for entry in entries.values() if entry is not None and _is_free(entry)]
+        yield
 
 
-def _finished(runs: Path) -> "list[Entry]":
+def _named(runs: Path, names: Sequence[str]) -> list[Entry]:
+    paths = dict.fromkeys(RunPath.find(runs, name) for name in names)
+    return [entry for path in paths if (entry := read_entry(path)) is not None]
+
+
+def _finished(runs: Path) -> list[Entry]:
     r"""Returns the runs that have ended, and prints which ones are left out."""
 
-    from .inventory import entries
-
     known = list(entries(runs))
+    ended = [entry for entry in known if entry.status in ENDED and entry.epoch is not None]
+    public = [entry for entry in ended if _settings(entry, runs).get("mode") != "disabled"]
     other = (*ENDED, "adopted")  # an adopted run is a copy of one that has its own place on W&B
     unfinished = Counter(entry.status for entry in known if entry.status not in other)
-    ended = [entry for entry in known if entry.status in ENDED and entry.epoch is not None]
-    private = [entry for entry in ended if _settings(entry, runs).get("mode") == "disabled"]
 
     if unfinished:
         statuses = ", ".join(f"{n} {status}" for status, n in sorted(unfinished.items()))
         print(f"Not finished, and left out unless they are named: {statuses}.")
 
-    if private:
-        print(f"Trained with --wandb disabled, and left out unless named: {len(private)}.")
+    if private := len(ended) - len(public):
+        print(f"Trained with --wandb disabled, and left out unless named: {private}.")
 
-    return [entry for entry in ended if entry not in private and _is_free(entry)]
-
-
-def _is_free(entry: "Entry") -> bool:
-    from .inventory import is_held
-
-    if held := is_held(entry.path):
-        print(f"{entry.path.directory.name} is left out: a process is using it.")
-
-    return not held
+    return public
 
 
-@contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    r"""Keeps another `sda-ray sync` off the same run, where the file system has such locks."""
-
-    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError("another `sda-ray sync` is uploading it.")
-        except OSError:  # NFS locks no directories
-            pass
-
-        yield
-    finally:
-        os.close(handle)
-
-
-# What a run is on the server
-
-
-@dataclass(frozen=True)
-class Target:
-    r"""A run as it is on a server that has all of it.
-
-    Arguments:
-        id: Its id.
-        name: Its name.
-        wandb: Its project, entity, tags, group and job type.
-        config: Its config, see :func:`sda_ray.runs.record.logged_config`.
-        rows: Its metrics by step.
-        image: Its picture, if it has one, which comes one step after the metrics.
-        good: Whether its training did not fail.
-    """
-
-    id: str
-    name: str
-    wandb: Wandb
-    config: Config
-    rows: dict[int, dict[str, float]]
-    image: Path | None = None
-    good: bool = True
-
-    @property
-    def steps(self) -> list[int]:
-        steps = sorted(self.rows)
-        return [*steps, steps[-1] + 1] if self.image is not None else steps
-
-    @property
-    def whole(self) -> tuple[int, int]:
-        r"""The number of rows and the last step on a server that has all of the run."""
-
-        return len(self.steps), self.steps[-1]
-
-    def has_prefix(self, count: int, last: int) -> bool:
-        r"""Returns whether a number of rows and a last step are those of the run's beginning."""
-
-        return count <= len(self.steps) and (count == 0 or self.steps[count - 1] == last)
-
-
-def target_of(entry: "Entry", runs: Path) -> Target:
-    r"""Returns a run as it is to be on the server.
-
-    Raises:
-        UserError: If its files are damaged or have no epochs.
-    """
-
-    path = entry.path
-    lines = read_history(path.metrics)
-
-    if entry.config is None or not lines:
-        faults = "; ".join(entry.faults) or f"{path.metrics} has no epochs"
-        raise UserError(f"cannot be uploaded: {faults.rstrip('.')}.")
-
-    rows = {
-        epoch: {k: x for k, x in line.items() if k != "epoch" and type(x) in (int, float)}
-        for epoch, line in lines.items()
-    }
-    image = path.samples if entry.status == "finished" and os.path.lexists(path.samples) else None
-
-    if image is not None:
-        os.close(open_regular(image))
-
-    return Target(
-        path.id,
-        path.name,
-        Wandb.from_record(_settings(entry, runs), path.record),
-        logged_config(entry.config, entry.record),
-        rows,
-        image,
-        entry.status != "failed",
-    )
-
-
-def _settings(entry: "Entry", runs: Path) -> dict[str, Any]:
+def _settings(entry: Entry, runs: Path) -> dict[str, Any]:
     r"""Returns the W&B settings of a run, from its record or from that of its sweep."""
 
     settings, sweep = entry.record.get("wandb"), entry.record.get("sweep")
@@ -229,62 +128,43 @@ def _settings(entry: "Entry", runs: Path) -> dict[str, Any]:
     return settings if isinstance(settings, dict) else {}
 
 
-# The server
-
-
-class Server:
-    r"""A connection to the W&B server of this user's account.
+def _rows(entry: Entry) -> dict[int, dict[str, Any]]:
+    r"""Returns the rows of a run by step: its metrics, and its picture one step after them.
 
     Raises:
-        Unreachable: If there is no server, no account, or no answer within seconds.
+        UserError: If its files are damaged or have no epochs.
     """
 
-    def __init__(self) -> None:
-        import wandb
+    path = entry.path
+    lines = read_history(path.metrics)
 
-        with _reaching(), own_environment():
-            wandb.setup(wandb.Settings(silent=True))
-            self.api = wandb.Api(timeout=int(PATIENCE))
+    if entry.config is None or not lines:
+        faults = "; ".join(entry.faults) or f"{path.metrics} has no epochs"
+        raise UserError(f"cannot be uploaded: {faults.rstrip('.')}.")
 
-    @property
-    def url(self) -> str:
-        return str(self.api.settings["base_url"])
+    rows: dict[int, dict[str, Any]] = {
+        epoch: {k: x for k, x in line.items() if k != "epoch" and type(x) in (int, float)}
+        for epoch, line in lines.items()
+    }
 
-    def progress(self, target: Target) -> tuple[int, int]:
-        r"""Returns the number of rows that the server has of a run, and its last step.
+    if entry.status == "finished" and os.path.lexists(path.samples):
+        rows[max(rows) + 1] = {"samples": _open_image(path.samples)}
 
-        Of a run that the server does not know, both are 0.
+    return rows
 
-        Raises:
-            Unreachable: If the server does not answer.
-        """
 
-        import wandb
+def _open_image(file: Path) -> Any:
+    from wandb import Image
 
-        with _reaching():
-            entity = target.wandb.entity or self.api.default_entity
+    os.close(open_regular(file))
 
-            try:
-                run = self.api.run(f"{entity}/{target.wandb.project}/{target.id}")
-                data = run.load(force=True)
-            except (wandb.errors.CommError, ValueError) as error:
-                if isinstance(getattr(error, "exc", error), ValueError):  # no such run
-                    return 0, 0
+    try:
+        return Image(str(file))
+    except Exception as error:  # a strange file makes PIL raise almost anything
+        raise UserError(f"{file} is not a picture to upload: {error}.") from error
 
-                raise
 
-            return data["historyLineCount"] or 0, (data["historyKeys"] or {}).get("lastStep", 0)
-
-    def has(self, target: Target) -> bool:
-        r"""Returns whether the server has all of a run, once what is in transit has arrived."""
-
-        for seconds in LAG:
-            time.sleep(seconds)
-
-            if (rows := self.progress(target)) == target.whole or rows[0] > target.whole[0]:
-                return rows == target.whole
-
-        return False
+# The server
 
 
 @contextmanager
@@ -303,102 +183,98 @@ def _reaching() -> Iterator[None]:
         raise Unreachable(reason.rstrip(".")) from error
 
 
-def upload(server: Server, target: Target) -> str:
-    r"""Uploads a run, each step once. Safe to repeat, and to interrupt.
+def _connect() -> Any:
+    r"""Returns a client of the W&B server of this user's account."""
 
-    The rows that the server lacks are sent. If those it has are not the run's beginning, as after
-    `wandb sync` of overlapping attempts, the run is rewound there and sent anew.
+    import wandb
+
+    with _reaching(), own_environment():
+        wandb.setup(wandb.Settings(silent=True))
+        api = wandb.Api(timeout=int(PATIENCE))
+        _ = api.default_entity  # a request, to see whether the server answers
+
+        return api
+
+
+def _progress(api: Any, wandb: Wandb, id: str) -> tuple[int, int]:
+    r"""Returns the number of rows that the server has of a run, and its last step.
+
+    Of a run that the server does not know, both are 0.
+    """
+
+    from wandb.errors import CommError
+
+    with _reaching():
+        entity = wandb.entity or api.default_entity
+
+        try:
+            data = api.run(f"{entity}/{wandb.project}/{id}").load(force=True)
+        except (CommError, ValueError) as error:
+            if isinstance(getattr(error, "exc", error), ValueError):  # no such run
+                return 0, 0
+
+            raise
+
+        return data["historyLineCount"] or 0, (data["historyKeys"] or {}).get("lastStep", 0)
+
+
+def _upload(api: Any, entry: Entry, runs: Path) -> str:
+    r"""Sends the rows of a run that the server lacks. Safe to repeat, and to interrupt.
 
     Returns:
-        What was done, in words.
+        A description of the upload.
 
     Raises:
         Unreachable: If the server does not answer, or lacks a part of the run afterwards.
-        UserError: If the server refuses the run.
+        UserError: If the run is damaged, or the server refuses it or has other rows.
     """
 
-    count, last = server.progress(target)
+    path, rows = entry.path, _rows(entry)
+    wandb = replace(Wandb.from_record(_settings(entry, runs), path.record), mode="online")
+    steps = list(rows)
+    count, last = _progress(api, wandb, path.id)
 
-    if (count, last) == target.whole:
-        return "there already"
-
-    fits = target.has_prefix(count, last)
-    keep = last if fits else 0
-    _replay(target, keep, rewind=not fits)
-
-    if not server.has(target):
-        rows, end = server.progress(target)
-        raise Unreachable(
-            f"it has {rows} rows to step {end} of {target.name}_{target.id}, but should have "
-            f"{target.whole[0]} to step {target.whole[1]}"
+    if count > len(steps) or (count and steps[count - 1] != last):
+        raise UserError(
+            f"W&B has {count} rows of it, to step {last}, which are not its first ones, as after "
+            "`wandb sync` of overlapping attempts. To upload it to another project, name that in "
+            f"the entry 'wandb' of {path.record}."
         )
 
-    if not fits:
-        return f"uploaded, {len(target.steps)} rows, instead of {count} that were not its own"
+    if count == len(steps):
+        return "there already"
 
-    return f"completed, from step {keep + 1} on" if keep else f"uploaded, {len(target.steps)} rows"
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+        run = _start(entry, wandb, scratch)
 
+        for step in steps[count:]:
+            run.log(rows[step], step=step, commit=True)
 
-def _replay(target: Target, keep: int, rewind: bool) -> None:
-    r"""Sends the rows and the picture of a run, as its training does.
+        run.finish(exit_code=1 if entry.status == "failed" else 0)
 
-    Arguments:
-        target: The run.
-        keep: The last step that the server has and keeps.
-        rewind: Whether the server has to forget later ones.
-    """
+    for seconds in LAG:
+        time.sleep(seconds)
+        arrived, last = _progress(api, wandb, path.id)
 
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch, own_environment():
-        image = None if target.image is None else _open_image(target.image)
-        past = f"{target.id}?_step={keep}"
-        run = _start(target, scratch, **{"resume_from": past} if rewind else {"resume": "allow"})
+        if (arrived, last) == (len(steps), steps[-1]):
+            rest = f"completed, from step {steps[count]} on"
+            return rest if count else f"uploaded, {arrived} rows"
 
-        if (
-            run.starting_step > keep + 1
-        ):  # the summary, which W&B resumes from, is ahead of the rows
-            run.finish()
-            run = _start(target, scratch, resume_from=past)
-
-        for step in target.steps:
-            if step > keep:
-                values: dict[str, Any] = {**target.rows.get(step, {"samples": image})}
-                run.log(values, step=step, commit=True)
-
-        run.finish(exit_code=0 if target.good else 1)
-
-
-def _open_image(file: Path) -> Any:
-    from wandb import Image
-
-    try:
-        return Image(str(file))
-    except Exception as error:  # a strange file makes PIL raise almost anything
-        raise UserError(f"{file} is not a picture to upload: {error}.") from error
-
-
-def _start(target: Target, directory: str, **resume: str) -> Any:
-    import wandb
-
-    settings = wandb_settings(
-        PATIENCE + len(target.rows) / 100,
-        x_disable_stats=True,  # those of this machine say nothing about the training
+    raise Unreachable(
+        f"it has {arrived} rows to step {last} of {path.directory.name}, but should have "
+        f"{len(steps)} to step {steps[-1]}"
     )
 
+
+def _start(entry: Entry, wandb: Wandb, directory: str) -> Any:
+    from wandb.errors import UsageError
+
+    assert entry.config is not None
+    path, config = entry.path, logged_config(entry.config, entry.record)
+    patience = PATIENCE + (entry.epoch or 0) / 100
+
     with _reaching():
-        try:
-            return wandb.init(
-                mode="online",
-                dir=directory,
-                project=target.wandb.project,
-                entity=target.wandb.entity,
-                id=target.id,
-                name=target.name,
-                config=target.config,
-                tags=target.wandb.tags,
-                group=target.wandb.group,
-                job_type=target.wandb.job_type,
-                settings=settings,
-                **resume,  # type: ignore[arg-type]
-            )
-        except wandb.errors.UsageError as error:  # such as a project that takes no runs
+        try:  # the load of this machine says nothing about the training
+            return start_run(directory, path.id, path.name, config, wandb, patience, stats=False)
+        except UsageError as error:  # such as a project that takes no runs
             raise UserError(f"W&B refuses it: {summary(error).rstrip('.')}.") from error

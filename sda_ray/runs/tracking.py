@@ -7,12 +7,11 @@ replayed above the server's last step.
 import atexit
 import logging
 import os
-import signal
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,13 @@ import msgspec
 
 from ..core import Config, UserError
 
-__all__ = ["Tracker", "Wandb", "own_environment", "safe_name", "wandb_settings"]
+__all__ = ["Tracker", "Wandb", "own_environment", "safe_name", "start_run", "summary"]
 
 logger = logging.getLogger(__name__)
 
 PATIENCE = 7.5  # seconds that W&B may take to start, and to finish
 
-# The variables that locate W&B's server and the account. The name of a run, and where it goes, are
-# given by its own settings.
+# The variables that locate W&B's server and the account; a run has its own name and place
 CONNECTION = (
     "WANDB_API_KEY",
     "WANDB_APP_URL",
@@ -129,7 +127,7 @@ class Tracker:
 
         try:
             given = name if named or wandb.mode == "offline" else None
-            self._run = _init(directory, id, given, config, wandb, wandb.mode)
+            self._run = start_run(directory, id, given, config, wandb)
             self.name = self._run.name or name
         except Exception as error:  # a dead server, a bad key
             logger.warning("W&B cannot be used: %s", error)
@@ -139,11 +137,9 @@ class Tracker:
                 self._go_offline(directory, id, config, wandb)
 
     def _go_offline(self, directory: Path, id: str, config: Config, wandb: Wandb) -> None:
-        import wandb as client
-
         try:
-            client.teardown()  # otherwise the next run waits for the dead server, too
-            self._run = _init(directory, id, self.name, config, wandb, "offline")
+            _end_service()  # otherwise the next run waits for the dead server, too
+            self._run = start_run(directory, id, self.name, config, replace(wandb, mode="offline"))
             logger.warning("The run continues offline.")
         except Exception as error:
             logger.warning("W&B cannot be used offline either: %s", error)
@@ -175,8 +171,6 @@ class Tracker:
             self._run = None
 
     def log_image(self, key: str, file: Path, step: int) -> None:
-        r"""Sends a picture."""
-
         if self._run is not None:
             from wandb import Image
 
@@ -209,40 +203,34 @@ def summary(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def wandb_settings(patience: float = PATIENCE, **more: Any) -> Any:
-    r"""Returns settings that keep W&B silent and within a time, and what is private, private.
+def start_run(
+    directory: Path | str,
+    id: str,
+    name: str | None,
+    config: Config,
+    wandb: Wandb,
+    patience: float = PATIENCE,
+    stats: bool = True,
+) -> Any:
+    r"""Starts or resumes a W&B run, which keeps silent, within a time, and what is private, private.
 
     Neither code nor installed packages, command lines or the variables of Slurm are sent.
+
+    Arguments:
+        directory: Where W&B puts its own files.
+        id: The id of the run.
+        name: The name of the run; by default the server names it.
+        config: The config of the run.
+        wandb: The settings.
+        patience: The seconds that the end of the run may take.
+        stats: Whether W&B records the load of this machine.
     """
 
-    from wandb import Settings
-
-    return Settings(
-        init_timeout=PATIENCE,
-        finish_timeout=patience,
-        silent=True,
-        console="off",
-        disable_git=True,
-        disable_code=True,
-        save_code=False,  # otherwise the account's setting decides
-        x_disable_meta=True,
-        x_save_requirements=False,
-        reinit="create_new",  # the default returns a run that was not finished
-        **more,
-    )
-
-
-def _init(
-    directory: Path, id: str, name: str | None, config: Config, wandb: Wandb, mode: str
-) -> Any:
     import wandb as client
-
-    # A kill loses 1 s of rows, not 15
-    settings = wandb_settings(x_transaction_log_flush_interval=1.0)
 
     with own_environment():
         return client.init(
-            mode=mode,  # type: ignore[arg-type]
+            mode=wandb.mode,  # type: ignore[arg-type]
             dir=directory,
             project=wandb.project,
             entity=wandb.entity,
@@ -253,7 +241,20 @@ def _init(
             tags=wandb.tags,
             group=wandb.group,
             job_type=wandb.job_type,
-            settings=settings,
+            settings=client.Settings(
+                init_timeout=PATIENCE,
+                finish_timeout=patience,
+                silent=True,
+                console="off",
+                disable_git=True,
+                disable_code=True,
+                save_code=False,  # otherwise the account's setting decides
+                x_disable_meta=True,
+                x_disable_stats=not stats,
+                x_save_requirements=False,
+                x_transaction_log_flush_interval=1.0,  # a kill loses 1 s of rows, not 15
+                reinit="create_new",  # the default returns a run that was not finished
+            ),
         )
 
 
@@ -275,10 +276,23 @@ def own_environment() -> Iterator[None]:
         for key, value in hidden.items():
             os.environ.setdefault(key, value)
 
-        atexit.register(_limit_exit)  # after wandb's own handler, and so called before it
+        atexit.register(_limit_service)  # after wandb's own handler, and so called before it
 
 
-def _limit_exit() -> None:
+def _end_service() -> None:
+    r"""Ends wandb's service within seconds."""
+
+    import wandb
+
+    timer = _limit_service()
+
+    with suppress(SystemExit):  # wandb exits with the code of a service that was killed
+        wandb.teardown()
+
+    timer.cancel()
+
+
+def _limit_service() -> threading.Timer:
     r"""Makes wandb's service end within seconds: wandb 0.31 waits for it without a limit.
 
     With a server that accepts and never answers, the service sometimes does not end.
@@ -288,11 +302,13 @@ def _limit_exit() -> None:
     timer.daemon = True
     timer.start()
 
+    return timer
+
 
 def _kill_services() -> None:
-    for file in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            name, _, rest = file.read_text(errors="replace").partition("(")[2].rpartition(")")
+    import psutil
 
-            if name == "wandb-core" and int(rest.split()[1]) == os.getpid():
-                os.kill(int(file.parent.name), signal.SIGKILL)
+    for process in psutil.Process().children():
+        with suppress(psutil.Error):
+            if process.name() == "wandb-core":
+                process.kill()

@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 from offline import EPOCHS, ID, NAME, STEPS, WANDB, attempted, make_run, run
-from wandb_server import HISTORY, DyingServer, Refusal, RewindingServer, WandbServer
+from wandb_server import HISTORY, SUMMARY, DyingServer, Refusal, WandbServer
 
 from sda_ray.cli.main import main
 from sda_ray.core.config import CONFIG
-from sda_ray.core.files import write_json
+from sda_ray.core.files import locked, write_json
 from sda_ray.core.lease import Lease
 from sda_ray.runs.path import RunPath
 
@@ -48,14 +48,6 @@ def sync(env: dict[str, str], tmp_path: Path) -> Sync:
 @pytest.fixture
 def server() -> Iterator[WandbServer]:
     with WandbServer() as found:
-        yield found
-
-
-@pytest.fixture
-def rewinding() -> Iterator[RewindingServer]:
-    found = RewindingServer()
-
-    with found:
         yield found
 
 
@@ -130,34 +122,41 @@ def chunk(kind: bytes, size: int = 0) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def test_what_the_server_lacks_is_replayed(
-    run: RunPath, sync: Sync, rewinding: RewindingServer
+def test_rows_that_the_server_lacks_are_replayed(
+    run: RunPath, sync: Sync, server: WandbServer
 ) -> None:
-    def rows() -> list[str]:
-        return rewinding.runs[ID].rows[HISTORY]
-
     origin = {"sweep": "width", "trial": 3, "study": "sweeps/width/study.journal"}
     write_json(run.record, json.loads(run.record.read_text()) | origin)
 
-    assert f"uploaded, {len(STEPS)} rows" in sync(rewinding.env, NAME).stdout
-    check(rewinding)
-    told = json.loads(rewinding.runs[ID].config)
-    assert {key: told[key]["value"] for key in origin} == origin
+    assert f"uploaded, {len(STEPS)} rows" in sync(server.env, NAME).stdout
+    check(server)
+    config = json.loads(server.runs[ID].config)
+    assert {key: config[key]["value"] for key in origin} == origin
 
-    # The beginning of the run; the summary is ahead of it
-    beginning = rows()[:4]
-    rewinding.runs[ID].rows[HISTORY] = list(beginning)
+    rows = server.runs[ID].rows
+    beginning = rows[HISTORY][:4]
+    rows[HISTORY], rows[SUMMARY] = list(beginning), beginning[-1:]
 
-    assert "completed, from step 5 on" in sync(rewinding.env, "--all").stdout
-    assert rows()[:4] == beginning
-    check(rewinding)
+    assert "completed, from step 5 on" in sync(server.env, "--all").stdout
+    assert rows[HISTORY][:4] == beginning
+    check(server)
 
-    # Epochs that were sent twice have been given other steps
-    twice = [json.dumps(json.loads(row) | {"_step": 8 + i}) for i, row in enumerate(rows()[3:])]
-    rewinding.runs[ID].rows[HISTORY] = [*rows(), *twice]
 
-    assert "instead of 11 that were not its own" in sync(rewinding.env, "--all").stdout
-    check(rewinding)
+def test_rows_that_are_not_those_of_the_run_are_an_error(
+    run: RunPath, sync: Sync, server: WandbServer
+) -> None:
+    r"""As after `wandb sync` of attempts that overlap: it gives the rows of the second new steps."""
+
+    assert sync(server.env, NAME).returncode == 0
+    rows = server.runs[ID].rows[HISTORY]
+    rows += [json.dumps(json.loads(row) | {"_step": 8 + i}) for i, row in enumerate(rows[3:])]
+    before = list(rows)
+
+    done = sync(server.env, "--all")
+
+    assert done.returncode == 1
+    assert "W&B has 11 rows of it, to step 11, which are not its first ones" in done.stderr
+    assert server.runs[ID].rows[HISTORY] == before
 
 
 def test_server_that_dies_leaves_the_rest_for_later(
@@ -222,6 +221,16 @@ def test_server_that_is_absent_refuses_or_hangs_is_an_error_soon(run: RunPath, s
     assert files(run.directory) == before
 
 
+def test_second_upload_at_the_same_time_is_refused(
+    run: RunPath, sync: Sync, server: WandbServer
+) -> None:
+    with locked(run.directory.with_name(".sync.lock")):
+        done = sync(server.env, ID)
+
+    assert done.returncode == 2 and not server.runs
+    assert "Another `sda-ray sync` may be running" in done.stderr
+
+
 def test_without_an_account_an_error_says_what_to_do(run: RunPath, sync: Sync) -> None:
     done = sync({"WANDB_BASE_URL": "http://127.0.0.1:9"}, "--all")
 
@@ -229,7 +238,7 @@ def test_without_an_account_an_error_says_what_to_do(run: RunPath, sync: Sync) -
     assert "wandb login" in done.stderr
 
 
-def test_only_finished_runs_that_nobody_is_at_are_uploaded(
+def test_finished_runs_that_no_process_uses_are_uploaded(
     tmp_path: Path, sync: Sync, server: WandbServer
 ) -> None:
     runs = tmp_path / "runs"

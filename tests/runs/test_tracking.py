@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -164,13 +165,19 @@ def test_dead_server_costs_seconds_and_the_run_goes_on_offline(
     with WandbServer() as server:
         env = server.env
 
-    start = time.monotonic()
     done = cli("train", "epochs=2", *settings, **env)
+    ended = time.time()
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - start < 40
     assert "W&B cannot be used" in done.stderr and "continues offline" in done.stderr
     path = only_run(tmp_path)
     assert path.state.exists()
+
+    # What W&B costs at the start and at the end; imports and epochs take long on a busy machine
+    record = json.loads(path.record.read_text())
+    taken = datetime.fromisoformat(json.loads(path.lease.read_text())["since"])
+    begun = datetime.fromisoformat(record["attempts"][0]["started"])
+    assert (begun - taken).total_seconds() + ended - path.record.stat().st_mtime < 40
+
     fragments = list(path.directory.glob("wandb/offline-run-*/run-*.wandb"))
     assert len(fragments) == 1 and path.name.encode() in fragments[0].read_bytes()
 
