@@ -91,19 +91,18 @@ def read_entry(path: RunPath) -> Entry | None:
         The entry, or None if the directory holds no run, or has vanished.
     """
 
-    faults: list[str] = []
-
     try:
         names = set(os.listdir(path.directory))
     except FileNotFoundError:
         return None
     except OSError as error:
-        faults.append(f"{path.directory} cannot be read: {error.strerror}.")
-        return Entry(path, "damaged", _modified(path.directory), faults=tuple(faults))
+        fault = f"{path.directory} cannot be read: {error.strerror}."
+        return Entry(path, "damaged", _modified(path.directory), faults=(fault,))
 
     if not names & {"config.json", "run.json", "state.pth", "lease.json", *OURS}:
         return None
 
+    faults: list[str] = []
     record: dict[str, Any] = {}
     config: Config | None = None
     line: dict[str, Any] = {}
@@ -210,15 +209,12 @@ def _modified(file: Path) -> float:
 def measured(entry: Entry) -> Entry:
     r"""Returns an entry with the bytes in its directory. Links are not followed."""
 
-    size, todo = 0, [str(entry.path.directory)]
+    size = 0
 
-    while todo:
-        with contextlib.suppress(OSError), os.scandir(todo.pop()) as items:
-            for item in items:
-                if item.is_dir(follow_symlinks=False):
-                    todo.append(item.path)
-                else:
-                    size += item.stat(follow_symlinks=False).st_size
+    for directory, _, names in os.walk(entry.path.directory):
+        for name in names:
+            with contextlib.suppress(OSError):
+                size += os.lstat(os.path.join(directory, name)).st_size
 
     return replace(entry, size=size)
 
@@ -302,26 +298,11 @@ def row(entry: Entry) -> dict[str, Any]:
 
 
 def as_json(obj: Any) -> str:
-    r"""Returns an object as JSON that every program can read, whatever a stranger's file holds."""
+    r"""Returns an object as JSON that every program can read: with null in place of NaN."""
 
-    return json.dumps(_plain(obj), indent=2, allow_nan=False)
+    finite = json.loads(json.dumps(obj, default=str), parse_constant=lambda _: None)
 
-
-def _plain(x: Any, depth: int = 16) -> Any:
-    r"""Returns an object without NaN (None instead), with paths as text and bounded depth."""
-
-    if isinstance(x, float):
-        return x if math.isfinite(x) else None
-    elif isinstance(x, str | int | None):
-        return x
-    elif depth == 0:
-        return "…"
-    elif isinstance(x, dict):
-        return {str(key): _plain(value, depth - 1) for key, value in x.items()}
-    elif isinstance(x, list | tuple):
-        return [_plain(value, depth - 1) for value in x]
-
-    return str(x)
+    return json.dumps(finite, indent=2)
 
 
 def in_full(entry: Entry) -> tuple[Entry, list[dict[str, Any]]]:
@@ -343,23 +324,21 @@ def source(entry: Entry, runs: Path) -> dict[str, Any]:
     attempts = record.get("attempts", [])
     last = attempts[-1] if attempts else {}
     parent = RunPath.of_id(runs, record["parent"]) if "parent" in record else None
-    number = path.name.rpartition("-")[2]
-    own = entry.sweep and entry.status != "adopted"
     copied = record.get("origin")
     exact = {
         True: "yes",
         False: "no: it resumed elsewhere, or a repeated epoch came out different",
     }
-    commit = f"{last.get('commit')}{' with changes' if last.get('dirty') else ''}"
     labels = {
         "directory": path.directory,
         "started": record.get("created"),
         "sweep": entry.sweep,
-        "trial": record.get("trial", int(number) if own and number.isdecimal() else None),
+        "trial": record.get("trial"),
         "parent": parent.directory.name if parent else record.get("parent"),
         "attempts": len(attempts) or None,
-        "exact": exact.get(record["exact"]) if "exact" in record else None,
-        "commit": commit if last.get("commit") else None,
+        "exact": exact.get(record.get("exact")),  # type: ignore[arg-type]
+        "commit": last.get("commit")
+        and last["commit"] + " with changes" * bool(last.get("dirty")),
         "data": record.get("data"),
         "reason": record.get("reason"),
         "weights": path.state if path.state.is_file() else None,

@@ -62,9 +62,9 @@ class Line(msgspec.Struct):
 
 
 def read_metrics(file: Path) -> list[Metrics]:
-    r"""Returns the lines of `metrics.jsonl` in the order of their epochs.
+    r"""Returns the lines of `metrics.jsonl` by epoch, and none if there is no such file.
 
-    Of a missing file, there are none. A last line that was cut off by a crash is ignored.
+    A last line that was cut off by a crash is ignored.
 
     Raises:
         UserError: If another line is damaged, or the file is unreadable or too large.
@@ -145,27 +145,21 @@ def finals(path: RunPath, objectives: Sequence[str]) -> list[float]:
     """
 
     lines = read_metrics(path.metrics)
-    total = {"seconds": sum(float(line.get("seconds", 0.0)) for line in lines)}
-    last = lines[-1] if lines else {}
-    known = {**read_record(path), **last, **total}
-    values = []
+    last = {**(lines[-1] if lines else {}), "seconds": sum(x.get("seconds", 0.0) for x in lines)}
+    known = {**read_record(path), **last}
+
+    if "parameters" in objectives:
+        known.setdefault("parameters", _parameters(path))
 
     for name in objectives:
-        value = known.get(name)
-
-        if value is None and name == "parameters":
-            value = _parameters(path)
-
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            numbers = [key for key, x in {**last, **total}.items() if isinstance(x, int | float)]
+        if type(known.get(name)) not in (int, float):
+            numbers = [key for key, x in last.items() if type(x) in (int, float)]
             raise UserError(
                 f"{path.directory.name} has no number '{name}'. Objectives may be "
                 f"{', '.join(numbers)} and parameters."
             )
 
-        values.append(float(value))
-
-    return values
+    return [float(known[name]) for name in objectives]
 
 
 def _parameters(path: RunPath) -> int:
@@ -174,10 +168,9 @@ def _parameters(path: RunPath) -> int:
     from ..nn import make_score, network_settings
 
     with torch.device("meta"):
-        return sum(
-            p.numel()
-            for p in make_score(**network_settings(load_config(path.config))).parameters()
-        )
+        score = make_score(**network_settings(load_config(path.config)))
+
+    return sum(p.numel() for p in score.parameters())
 
 
 class History:

@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
-    "Attempt",
-    "Fields",
     "Record",
     "code_of",
     "differences",
@@ -41,27 +39,18 @@ __all__ = [
     "provenance",
     "read_record",
     "save_diff",
+    "timestamp",
 ]
 
 logger = logging.getLogger(__name__)
 
-PACKAGES = (
-    "coolname",
-    "h5py",
-    "numpy",
-    "optuna",
-    "pillow",
-    "ray",
-    "rich",
-    "wandb",
-)
+PACKAGES = ("coolname", "h5py", "numpy", "optuna", "pillow", "ray", "rich", "wandb")
 
 DECISIVE = ("sda_ray", "numpy", "torch")  # the packages that bits depend on
 
 PACKAGE = Path(__file__).resolve().parents[1]
 ORIGIN = PACKAGE / "origin.json"  # of a copy of the package in the record of a sweep
 LARGEST_DIFF = 2**20  # bytes
-LARGEST_FILE = 2**22  # bytes of a file of the package
 
 
 class Attempt(msgspec.Struct):
@@ -134,7 +123,7 @@ class Record(dict[str, Any]):
         hold: Callable[[], AbstractContextManager[None]],
         more: dict[str, Any],
     ) -> None:
-        super().__init__(id=path.id, name=path.name, created=_now(), exact=True)
+        super().__init__(id=path.id, name=path.name, created=timestamp(), exact=True)
         self.update(read_record(path))
         self.update(more)
         self.path = path
@@ -154,19 +143,19 @@ class Record(dict[str, Any]):
                 " and ".join(differs),
             )
 
-        attempts.append({"number": attempt, "started": _now(), **provenance})
+        attempts.append({"number": attempt, "started": timestamp(), **provenance})
         self.write("running")
 
     def end(self, status: str, **more: Any) -> None:
         r"""Records the end of an attempt."""
 
-        self["attempts"][-1]["ended"] = _now()
+        self["attempts"][-1]["ended"] = timestamp()
         self.write(status, **more)
 
     def write(self, status: str, **more: Any) -> None:
         r"""Writes the record with a new status."""
 
-        self.update(status=status, updated=_now(), **more)
+        self.update(status=status, updated=timestamp(), **more)
 
         with self.hold():
             write_json(self.path.record, self)
@@ -175,9 +164,7 @@ class Record(dict[str, Any]):
 def logged_config(config: Config, record: dict[str, Any]) -> Config:
     r"""Returns the config that W&B shows for a run: its own, and the sweep that it belongs to.
 
-    Arguments:
-        config: The config of the run.
-        record: Its `run.json`, of which `sweep`, `trial` and `study` are shown.
+    Its `run.json` names the sweep, the trial and the study.
     """
 
     origin = {key: record.get(key) for key in ("sweep", "trial", "study")}
@@ -185,7 +172,7 @@ def logged_config(config: Config, record: dict[str, Any]) -> Config:
     return config | {key: x for key, x in origin.items() if isinstance(x, str | int)}
 
 
-def _now() -> str:
+def timestamp() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
@@ -233,17 +220,12 @@ def digests(package: Path) -> dict[str, str]:
 
     sums = {}
 
-    for directory, folders, files in os.walk(package):
-        folders[:] = sorted(x for x in folders if x != "__pycache__" and not x.startswith("."))
+    for file in package.rglob("*"):
+        name = file.relative_to(package)
+        hidden = any(part.startswith(".") or part == "__pycache__" for part in name.parts)
 
-        for name in files:
-            if not name.startswith((".", "origin.")) and not name.endswith(".pyc"):
-                file = Path(directory, name)
-
-                with open(file, "rb") as f:
-                    data = f.read(LARGEST_FILE)
-
-                sums[file.relative_to(package).as_posix()] = hashlib.sha256(data).hexdigest()
+        if not hidden and not file.match("origin.*") and file.suffix != ".pyc" and file.is_file():
+            sums[name.as_posix()] = hashlib.sha256(file.read_bytes()).hexdigest()
 
     return dict(sorted(sums.items()))
 
@@ -267,27 +249,19 @@ def save_diff(path: RunPath, hold: Callable[[], AbstractContextManager[None]]) -
 
     Untracked files are left out. Only its owner may read the file; that of an earlier attempt is
     replaced only by another difference.
-
-    Arguments:
-        path: The run.
-        hold: Entered around the write, see :meth:`sda_ray.core.lease.Lease.hold`.
     """
 
     diff = _diff()
 
-    if not diff:
-        return
-
-    if len(diff) > LARGEST_DIFF:
+    if diff and len(diff) > LARGEST_DIFF:
         logger.warning(
             "The code differs from its commit by %d bytes, but diff.patch keeps at most %d.",
             len(diff),
             LARGEST_DIFF,
         )
-        return
-
-    with hold():
-        write_atomic(path.diff, diff, mode=0o600)
+    elif diff:
+        with hold():
+            write_atomic(path.diff, diff, mode=0o600)
 
 
 @cache
@@ -295,15 +269,8 @@ def _versions() -> dict[str, str]:
     return {
         "python": platform.python_version(),
         "sda_ray": __version__,
-        **{package: _version(package) for package in PACKAGES},
+        **{package: version(package) for package in PACKAGES},
     }
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except ImportError:
-        return "not installed"
 
 
 @cache

@@ -2,7 +2,7 @@ r"""An open run: everything that a training writes to its directory and to W&B."
 
 import logging
 import time
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +130,7 @@ class Run:
                 save_config(config, self.path.config)
 
         self.config = load_config(self.path.config)
-        self.history = History(self.path.metrics, self._hold)
+        self.history = History(self.path.metrics, self.lease.hold)
         named = self.path.directory != self._link
         shown = logged_config(self.config, read_record(self.path) | record)
         self.tracker = Tracker(self.path.directory, self.id, name, shown, wandb, named=named)
@@ -164,9 +164,6 @@ class Run:
                     self._link.symlink_to(path.directory.name)
 
                 self.path, self.lease.file, self.history.file = path, path.lease, path.metrics
-
-    def _hold(self) -> AbstractContextManager[None]:
-        return self.lease.hold()
 
     @property
     def lines(self) -> dict[int, Metrics]:
@@ -243,7 +240,7 @@ class Run:
 
         try:
             self.history.write()
-            save_checkpoint(self.path, state.tensors(), state.info(), self._hold)
+            save_checkpoint(self.path, state.tensors(), state.info(), self.lease.hold)
             state.saved = state.position
         except OSError as error:
             check_present(self.path.lease)
@@ -306,10 +303,8 @@ class Run:
                 logger.warning("run.json keeps its status: %s.", error)
 
         self.tracker.finish(good=status != "failed")
-        hold = self.lease.hold if is_present(self.path.lease) else nullcontext
 
-        with suppress(LeaseLost, OSError), hold():
-            if self._link.is_symlink():
-                self._link.unlink()
+        with suppress(LeaseLost, OSError), self.lease.hold():
+            self._link.unlink(missing_ok=True)
 
         self.lease.release()

@@ -104,96 +104,83 @@ def train_run(
         LeaseGone: If the run's directory is gone.
     """
 
-    with _memory(run.config["batch_size"], device):
-        yield from _train(run, data, device, rungs, init, stop, after_step, share)
+    config, cuda = run.config, torch.device(device).type == "cuda"
 
+    with _memory(config["batch_size"], device):
+        if cuda:
+            make_deterministic()
+        else:
+            keep_memory()
 
-def _train(
-    run: Run,
-    data: Path,
-    device: str,
-    rungs: Iterable[int],
-    init: Path | None,
-    stop: Stop | None,
-    after_step: Callable[[TrainState], None] | None,
-    share: float,
-) -> Iterator[Metrics]:
-    config = run.config
+        warn_slow(config["precision"], device)
 
-    if torch.device(device).type == "cuda":
-        make_deterministic()
-    else:
-        keep_memory()
+        # Data
+        trainset = TrajectoryDataset(data / "train.h5", window=config["window"])
+        validset = TrajectoryDataset(data / "valid.h5", window=config["window"])
 
-    warn_slow(config["precision"], device)
+        if cuda:
+            free, total = torch.cuda.mem_get_info(device)
+            trainset.move(device, limit=int(RESIDENT * min(free, share * total)))
 
-    # Data
-    trainset = TrajectoryDataset(data / "train.h5", window=config["window"])
-    validset = TrajectoryDataset(data / "valid.h5", window=config["window"])
+        validation = Validation(validset, device)
 
-    if torch.device(device).type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        trainset.move(device, limit=int(RESIDENT * min(free, share * total)))
+        rungs = {*rungs, *run.record.get("rungs", ())}  # a run may be resumed without its sweep
 
-    validation = Validation(validset, device)
+        # Network
+        state = TrainState(config, size=trainset.shape[-1], device=device)
+        run.load(state)
 
-    rungs = {*rungs, *run.record.get("rungs", ())}  # a run may be resumed without its sweep
-
-    # Network
-    state = TrainState(config, size=trainset.shape[-1], device=device)
-    run.load(state)
-
-    if state.saved is None and init is not None and "extends" in run.record:
-        carry_over(run, state, RunPath(init), lambda: validate(state, validation, rungs))
-    elif state.saved is None and init is not None:
-        state.begin(load_network(init)[0].state_dict())
-        run.save(state)
-    elif state.saved is None and "parent" in run.record:
-        raise UserError(
-            f"{run.path.directory.name} has no checkpoint, and started with the weights of "
-            f"run '{run.record['parent']}', which is gone. Start a new run."
-        )
-
-    # Training
-    def end_step(state: TrainState) -> None:
-        stopping = stop is not None and stop.signal is not None
-
-        if stopping or run.due:
+        if state.saved is None and init is not None and "extends" in run.record:
+            carry_over(run, state, RunPath(init), lambda: validate(state, validation, rungs))
+        elif state.saved is None and init is not None:
+            state.begin(load_network(init)[0].state_dict())
             run.save(state)
+        elif state.saved is None and "parent" in run.record:
+            raise UserError(
+                f"{run.path.directory.name} has no checkpoint, and started with the weights of "
+                f"run '{run.record['parent']}', which is gone. Start a new run."
+            )
 
-        if after_step is not None:
-            after_step(state)
+        # Training
+        def end_step(state: TrainState) -> None:
+            stopping = stop is not None and stop.signal is not None
 
-        if stopping:
-            raise Interrupted("asked to stop")
-
-    saved = {*rungs, config["epochs"], steady_epochs(config)}
-    keep_start(run, state)  # in case the run was killed before it did
-
-    try:
-        for metrics in epochs(state, trainset, validation, end_step, rungs):
-            run.log(metrics)
-
-            if metrics["epoch"] in saved or run.due:
+            if stopping or run.due:
                 run.save(state)
-                keep_start(run, state)
 
-            yield metrics
-    except GeneratorExit:  # the caller stops here
-        with suppress(LeaseLost, LeaseGone):
-            run.save(state)
+            if after_step is not None:
+                after_step(state)
 
-        raise
-    except Diverged as error:
+            if stopping:
+                raise Interrupted("asked to stop")
+
+        saved = {*rungs, config["epochs"], steady_epochs(config)}
+        keep_start(run, state)  # in case the run was killed before it did
+
         try:
-            run.record.write("diverged", reason=str(error))
-        except OSError as full:  # the divergence is a result even so
-            check_present(run.path.lease)
-            logger.warning("%s keeps its status: %s.", run.path.record, full)
+            for metrics in epochs(state, trainset, validation, end_step, rungs):
+                run.log(metrics)
 
-        raise
+                if metrics["epoch"] in saved or run.due:
+                    run.save(state)
+                    keep_start(run, state)
 
-    run.finish(state)
+                yield metrics
+        except GeneratorExit:  # the caller stops here
+            with suppress(LeaseLost, LeaseGone):
+                run.save(state)
+
+            raise
+        except Diverged as error:
+            try:
+                run.record.write("diverged", reason=str(error))
+            except OSError as full:  # the divergence is a result even so
+                check_present(run.path.lease)
+                logger.warning("%s keeps its status: %s.", run.path.record, full)
+
+            raise
+
+        run.finish(state)
 
 
 @contextmanager
