@@ -25,11 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_extension(path: RunPath, changes: Config) -> Config:
-    r"""Returns the config of a longer version of a run.
-
-    Arguments:
-        path: The run.
-        changes: The new settings: `epochs`.
+    r"""Returns the config of a longer version of a run. Its `epochs` alone may change.
 
     Raises:
         UserError: If the longer run would differ from one that is trained at once.
@@ -65,10 +61,7 @@ def check_extension(path: RunPath, changes: Config) -> Config:
 def describe_extension(path: RunPath, fingerprint: str, device: str) -> dict[str, Any]:
     r"""Returns the entries about a run in the record of a longer version of it.
 
-    Arguments:
-        path: The run.
-        fingerprint: The fingerprint of the data of the longer run.
-        device: Where the longer run trains.
+    The longer version trains on the data of a fingerprint, on a device.
 
     Raises:
         UserError: If the run was trained on other data, or has no checkpoint to start from.
@@ -134,14 +127,9 @@ def carry_over(
 ) -> None:
     r"""Starts a run from the checkpoint and the metrics that it has in common with a shorter one.
 
-    It may be killed at any time and repeated: the checkpoint comes last.
-
-    Arguments:
-        run: The run.
-        state: Its state at the start.
-        parent: The shorter run.
-        validate: Validates the state again: the shorter run was judged by several draws at its
-            end, which may be an ordinary epoch of this one.
+    It may be killed at any time and repeated: the checkpoint comes last. The last epoch of the
+    shorter run, which several draws judged, may be an ordinary one of this run: it is validated
+    again.
     """
 
     try:

@@ -1,7 +1,7 @@
 r"""The contents of run directories, read without trusting them and without waiting.
 
-A run may be in use, half written, damaged, or from a stranger. Reading it never raises: what is
-wrong stands in :attr:`Entry.faults`. Nothing here writes.
+A run may be in use, half written, damaged, or from a stranger. Reading it never raises: its
+faults are in :attr:`Entry.faults`. Nothing here writes.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ __all__ = [
     "source",
 ]
 
-# What a run of upstream has not
+# Files that a run of upstream lacks
 OURS = {*RESUMED, "checkpoint.decay.pth"} - {"config.json", "run.json"}
 
 
@@ -54,7 +54,7 @@ class Entry:
         loss_valid: The loss of the last epoch.
         sweep: The sweep that it belongs to.
         config: Its config, if that can be read.
-        faults: What is wrong with it, one sentence each.
+        faults: Its faults, one sentence each.
         record: Its `run.json`, or an empty dict if that is missing or damaged.
         size: The bytes in its directory, see :func:`measured`.
     """
@@ -223,7 +223,7 @@ def _rank(x: float | None, sign: int = 1) -> float:
     return math.inf if x is None or math.isnan(x) else sign * x
 
 
-# What `sort` accepts beside the keys of CONFIG. The best, newest, largest or first comes first.
+# Keys to sort by, beside those of CONFIG. The best, newest, largest or first comes first.
 SORTS: dict[str, Any] = {
     "age": lambda entry: -entry.created,
     "name": lambda entry: entry.path.directory.name,

@@ -1,7 +1,6 @@
 r"""The metrics of a run: `metrics.jsonl`, one line per epoch, appended once and never changed.
 
-Lines are checked when they are read, since a directory may come from a stranger. They may have
-more keys than those of :class:`Line`.
+Lines are checked when they are read, since a directory may come from a stranger.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ TIMING = ("seconds",)  # differs when an epoch is repeated
 
 
 class Line(msgspec.Struct):
-    r"""What every line of `metrics.jsonl` is checked for."""
+    r"""The keys of a line of `metrics.jsonl` that are checked. It may have more."""
 
     epoch: Annotated[int, msgspec.Meta(ge=0, le=10**8)]
     loss_train: float | None = None

@@ -53,7 +53,7 @@ def refusal(entry: Entry, sweep: str | None = None) -> str | None:
 
     if sweep is not None:
         if path.directory.is_symlink():
-            return "its directory is a link to somewhere else."
+            return "its directory is a link."
 
         if path.record.is_symlink() or entry.sweep != sweep:
             return f"its run.json does not name sweep '{sweep}'."

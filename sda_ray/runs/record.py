@@ -1,4 +1,4 @@
-r"""The record of a run: `run.json`, all there is to know beside its config and its metrics.
+r"""The record of a run: `run.json`, all that is known beside its config and its metrics.
 
 The bits of a run depend on versions, code, device and threads: its provenance. A process
 determines these once, for all the runs that it trains: its imports do not change.
@@ -54,7 +54,7 @@ LARGEST_DIFF = 2**20  # bytes
 
 
 class Attempt(msgspec.Struct):
-    r"""What an attempt in `run.json` is checked for. It may have more keys."""
+    r"""The keys of an attempt in `run.json` that are checked. It may have more."""
 
     number: int | None = None
     started: str | None = None
@@ -70,7 +70,7 @@ class Attempt(msgspec.Struct):
 
 
 class Fields(msgspec.Struct):
-    r"""What `run.json` is checked for. It may have more keys."""
+    r"""The keys of `run.json` that are checked. It may have more."""
 
     id: str | None = None
     name: str | None = None
@@ -180,7 +180,7 @@ def timestamp() -> str:
 
 
 def provenance(device: str | torch.device = "cpu") -> dict[str, Any]:
-    r"""Returns what bits depend on beside the config: versions, code, device and threads."""
+    r"""Returns the versions, code, device and threads that bits depend on beside the config."""
 
     import torch
 
@@ -191,7 +191,12 @@ def provenance(device: str | torch.device = "cpu") -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if cuda else _processor(),
         "threads": torch.get_num_threads(),
         "code": _code(),
-        "versions": {**_versions(), "torch": str(torch.__version__)},  # with its build
+        "versions": {
+            "python": platform.python_version(),
+            "sda_ray": __version__,
+            **{package: version(package) for package in PACKAGES},
+            "torch": str(torch.__version__),  # with its build
+        },
         **_commit(),
     }
 
@@ -262,15 +267,6 @@ def save_diff(path: RunPath, hold: Callable[[], AbstractContextManager[None]]) -
     elif diff:
         with hold():
             write_atomic(path.diff, diff, mode=0o600)
-
-
-@cache
-def _versions() -> dict[str, str]:
-    return {
-        "python": platform.python_version(),
-        "sda_ray": __version__,
-        **{package: version(package) for package in PACKAGES},
-    }
 
 
 @cache

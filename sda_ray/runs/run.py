@@ -94,7 +94,7 @@ class Run:
         r"""Finds or makes the directory of the run and returns the run's name.
 
         A run that the W&B server names starts in the provisional directory `.{id}`, since W&B
-        wants a directory before it tells the name.
+        needs a directory before it gives the name.
         """
 
         runs.mkdir(parents=True, exist_ok=True)
@@ -228,7 +228,7 @@ class Run:
         self.record.write("running")
 
     def save(self, state: TrainState) -> None:
-        r"""Saves a checkpoint, unless the newest one is at this very step.
+        r"""Saves a checkpoint, unless the newest one is at this step.
 
         A full disk does not stop the training: the old checkpoint stays.
         """

@@ -37,7 +37,7 @@ class Unreachable(RuntimeError):
 
 
 def sync_runs(runs: Path, names: Sequence[str] = ()) -> None:
-    r"""Uploads runs, by default the finished ones. Exits with 1 if one is missing in the end."""
+    r"""Uploads runs, by default the finished ones. Exits with 1 if one is missing afterwards."""
 
     free: list[Entry] = []
 

@@ -212,7 +212,7 @@ def start_run(
     patience: float = PATIENCE,
     stats: bool = True,
 ) -> Any:
-    r"""Starts or resumes a W&B run, which keeps silent, within a time, and what is private, private.
+    r"""Starts or resumes a W&B run that prints nothing and starts and ends within seconds.
 
     Neither code nor installed packages, command lines or the variables of Slurm are sent.
 
