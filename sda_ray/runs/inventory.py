@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timezone
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -193,8 +193,7 @@ def is_held(path: RunPath, quiet: float = STALE) -> bool:
 
 def _created(path: RunPath, record: dict[str, Any]) -> float:
     try:
-        when = datetime.fromisoformat(record["created"])
-        return (when if when.tzinfo else when.replace(tzinfo=timezone.utc)).timestamp()
+        return datetime.fromisoformat(record["created"]).timestamp()
     except (KeyError, TypeError, ValueError, OverflowError, OSError):
         return _modified(path.config) or _modified(path.directory)
 
@@ -256,15 +255,12 @@ def select(
 
     wanted = (settings or {}).items()
     chosen = [
-        entry
+        measured(entry)
         for entry in runs
         if sweep in (None, entry.sweep)
         and status in (None, entry.status)
         and all(entry.config is not None and entry.config[k] == x for k, x in wanted)
     ]
-
-    if sort == "size":
-        chosen = [measured(entry) for entry in chosen]
 
     def by_config(entry: Entry) -> Any:
         return (entry.config is None, entry.config[sort] if entry.config else 0)
@@ -272,7 +268,7 @@ def select(
     chosen.sort(key=SORTS["age"])
     chosen.sort(key=SORTS.get(sort, by_config))
 
-    return [entry if entry.size is not None else measured(entry) for entry in chosen[:limit]]
+    return chosen[:limit]
 
 
 # Runs in full
