@@ -147,6 +147,16 @@ def test_sweep_starts_without_what_only_trials_need() -> None:
     assert "torch" not in loaded or any(Path("/dev").glob("nvidia*"))
 
 
+def test_driver_of_a_sweep_does_without_torch() -> None:
+    loaded = loaded_by(
+        "from sda_ray.cluster import execute\n"
+        "from sda_ray.storage import serve_files\n"
+        "from sda_ray.sweep import launch_sweep"
+    )
+
+    assert {"ray", "optuna"} < loaded and "torch" not in loaded
+
+
 def test_package_is_light() -> None:
     loaded = loaded_by("import sda_ray; sda_ray.CONFIG; sda_ray.choice(1); dir(sda_ray)")
     assert not loaded & {"torch", "numpy", "h5py", "ray", "optuna", "wandb", "rich"}

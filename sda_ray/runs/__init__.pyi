@@ -1,5 +1,6 @@
 r"""What a training leaves on disk and on W&B."""
 
+from .checkpoint import CHECKPOINT_SECONDS as CHECKPOINT_SECONDS
 from .checkpoint import keep_previous as keep_previous
 from .checkpoint import read_checkpoint as read_checkpoint
 from .extend import check_extension as check_extension
@@ -36,7 +37,6 @@ from .record import code_of as code_of
 from .record import digests as digests
 from .record import origin as origin
 from .record import read_record as read_record
-from .run import CHECKPOINT_SECONDS as CHECKPOINT_SECONDS
 from .run import Run as Run
 from .sync import sync_runs as sync_runs
 from .tracking import Wandb as Wandb

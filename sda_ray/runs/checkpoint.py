@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "CHECKPOINT_SECONDS",
     "keep_checkpoint",
     "keep_previous",
     "load_checkpoint",
@@ -42,6 +43,8 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+CHECKPOINT_SECONDS = 60.0  # between two checkpoints, unless they cost too much
 
 Hold = Callable[[], AbstractContextManager[None]]
 

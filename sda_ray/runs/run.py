@@ -21,7 +21,7 @@ from ..core import (
     write_atomic,
 )
 from ..training import Metrics, TrainState, draw_samples
-from .checkpoint import load_checkpoint, save_checkpoint, save_state
+from .checkpoint import CHECKPOINT_SECONDS, load_checkpoint, save_checkpoint, save_state
 from .metrics import History
 from .path import RunPath, new_id, new_name
 from .record import Record, logged_config, provenance, read_record, save_diff
@@ -33,8 +33,7 @@ logger = logging.getLogger(__name__)
 
 WANDB = Wandb()
 
-CHECKPOINT_SECONDS = 60.0  # between two checkpoints, unless they cost more than …
-CHECKPOINT_COST = 0.03  # … this part of the time
+CHECKPOINT_COST = 0.03  # the most that checkpoints may take of the time
 
 
 class Run:

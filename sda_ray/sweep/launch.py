@@ -359,7 +359,8 @@ def _drive(driver: Driver, slots: Slots, options: Options, table: Table, package
 
     with suppress(KeyboardInterrupt), table, ExitStack() as stack:
         with serving(driver):
-            started = connected(options.address, package=package, modules=["ray.tune"])
+            modules = ["sda_ray.cluster.executor"]
+            started = connected(options.address, package=package, modules=modules)
             scratch = stack.enter_context(started)
 
         from ..cluster import execute  # imports Ray, which must be set up by then
