@@ -6,13 +6,16 @@ Ray's own check ends at the outline, and a cluster without the token is open to 
 connect. Keys of a cloud provider below `node_config` are left to the provider.
 """
 
+import json
 import re
 import sys
 from collections.abc import Iterator
-from difflib import get_close_matches
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from ..core import did_you_mean
 
 __all__ = ["check_cluster", "main"]
 
@@ -22,44 +25,6 @@ MAKE_TOKEN = "(umask 077; ray get-auth-token --generate)"  # Ray's own file is o
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PIN = re.compile(r"\bray(?:\[[^\]]*\])?==(\d+(?:\.\w+)*)")
 IMAGE = re.compile(r"\brayproject/[\w-]+:(\d+\.\d+\.\d+)")
-
-# https://docs.ray.io/en/latest/cluster/vms/references/ray-cluster-configuration.html
-KEYS = [
-    "cluster_name",
-    "max_workers",
-    "upscaling_speed",
-    "idle_timeout_minutes",
-    "docker",
-    "provider",
-    "auth",
-    "available_node_types",
-    "head_node_type",
-    "file_mounts",
-    "cluster_synced_files",
-    "file_mounts_sync_continuously",
-    "rsync_exclude",
-    "rsync_filter",
-    "metadata",
-    "initialization_commands",
-    "setup_commands",
-    "head_setup_commands",
-    "worker_setup_commands",
-    "head_start_ray_commands",
-    "worker_start_ray_commands",
-    "no_restart",
-]
-NODE_KEYS = [
-    "node_config",
-    "resources",
-    "labels",
-    "min_workers",
-    "max_workers",
-    "idle_timeout_s",
-    "priority",
-    "docker",
-    "initialization_commands",
-    "worker_setup_commands",
-]
 
 
 def check_cluster(file: Path) -> list[str]:
@@ -80,11 +45,10 @@ def check_cluster(file: Path) -> list[str]:
         return [f"{file} is no cluster file: it has no keys."]
 
     outline = [*_outline(config)]
-    more = (
-        () if outline else (_resources(config), _access(config), _paths(config), _versions(config))
-    )
+    checks = () if outline else (_resources, _access, _paths, _versions)
+    faults = [fault for check in checks for fault in check(config)]
 
-    return [*_placeholders(text), *outline, *(fault for check in more for fault in check)]
+    return [*_placeholders(text), *outline, *faults]
 
 
 def _placeholders(text: str) -> Iterator[str]:
@@ -96,50 +60,36 @@ def _placeholders(text: str) -> Iterator[str]:
 def _outline(config: dict[str, Any]) -> Iterator[str]:
     r"""Yields keys that Ray does not know, misses, or expects to hold something else."""
 
-    types = config.get("available_node_types", {})
-    provider = config.get("provider")
-    yield from _unknown("the file", config, KEYS)
+    from jsonschema import Draft7Validator
 
-    if not isinstance(config.get("cluster_name"), str):
-        yield "cluster_name is missing."
+    for error in Draft7Validator(_schema()).iter_errors(config):
+        where = ".".join(map(str, error.path)) or "the file"
 
-    if not isinstance(provider, dict) or "type" not in provider:
-        yield "provider is missing, or has no type."
+        if error.validator != "additionalProperties":
+            yield f"{where}: {error.message}."
+            continue
 
-    for key in KEYS:
-        if key.endswith("_commands") and not isinstance(config.get(key, []), list):
-            yield f"{key} must be a list of commands."
+        known = error.schema.get("properties", {})
 
-    if not isinstance(config.get("file_mounts", {}), dict):
-        yield "file_mounts must map paths on the nodes to paths here."
+        for key in error.instance:
+            if key not in known:
+                yield f"{where} has '{key}', which Ray does not know.{did_you_mean(key, known)}"
 
-    if not isinstance(types, dict) or not all(isinstance(x, dict) for x in types.values()):
-        yield "available_node_types must map names to node types."
-        return
+    types, head = config.get("available_node_types"), config.get("head_node_type")
 
-    if types and config.get("head_node_type") not in types:
-        yield f"head_node_type is {config.get('head_node_type')!r}, but must be one of {', '.join(types)}."
-
-    for name, node in types.items():
-        yield from _unknown(f"node type {name}", node, NODE_KEYS)
-
-        for key in ("resources", "node_config"):
-            if not isinstance(node.get(key), dict):
-                yield f"node type {name}: {key} is missing."
-
-        most = node.get("max_workers", config.get("max_workers", 0))
-
-        if node.get("min_workers", 0) > most:
-            yield f"node type {name}: min_workers is {node['min_workers']}, but max_workers {most}."
+    if isinstance(types, dict) and head not in types:
+        yield f"head_node_type is {head!r}, but must be one of {', '.join(types)}."
 
 
-def _unknown(where: str, given: dict[str, Any], known: list[str]) -> Iterator[str]:
-    for key in given:
-        if key not in known:
-            near = get_close_matches(str(key), known, 1, 0.5)
-            yield f"{where} has '{key}', which Ray does not know." + "".join(
-                f" Did you mean '{x}'?" for x in near
-            )
+def _schema() -> dict[str, Any]:
+    r"""Returns Ray's schema of cluster files, which it has beside its autoscaler as of Ray 2.60."""
+
+    ray = find_spec("ray")
+    file = (
+        Path(ray.origin if ray and ray.origin else "").with_name("autoscaler") / "ray-schema.json"
+    )
+
+    return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def _types(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -237,19 +187,16 @@ def _versions(config: dict[str, Any]) -> Iterator[str]:
 
 
 def main(words: list[str]) -> int:
-    r"""Prints the faults of cluster files, and returns 1 if there are any."""
+    r"""Prints the faults of a cluster file, and returns 1 if there are any."""
 
-    count = 0
+    file = Path(*words)
+    faults = check_cluster(file)
+    print(f"{file}: {f'{len(faults)} to correct' if faults else 'fine'}")
 
-    for word in words or ["cluster.yaml"]:
-        faults = check_cluster(Path(word))
-        count += len(faults)
-        print(f"{word}: {f'{len(faults)} to correct' if faults else 'fine'}")
+    for fault in faults:
+        print(f"  {fault}")
 
-        for fault in faults:
-            print(f"  {fault}")
-
-    return int(count > 0)
+    return int(bool(faults))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,12 @@
 r"""Tests for sda_ray.cluster.clusterfile, and for the cluster files of the repository."""
 
-import json
 import re
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import pytest
-import ray
 import yaml
 
 from sda_ray.cluster.clusterfile import check_cluster, main
@@ -149,11 +146,6 @@ def test_command_says_what_is_wrong(make: Make, capsys: pytest.CaptureFixture[st
 @pytest.fixture
 def config() -> dict[str, Any]:
     return yaml.safe_load((ROOT / "cluster.yaml").read_text())
-
-
-def test_schema_of_ray_is_met(config: dict[str, Any]) -> None:
-    schema = Path(ray.__file__).parent / "autoscaler" / "ray-schema.json"
-    jsonschema.validate(config, json.loads(schema.read_text()))
 
 
 def test_workers_are_spot_gpus_from_none_to_four(config: dict[str, Any]) -> None:
