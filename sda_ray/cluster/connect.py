@@ -7,15 +7,15 @@ import secrets
 import socket
 import sys
 import threading
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ..core import UserError
 from ..storage import on_node
-from .ray_node import local_cpus, local_gpus, member, private_directory
+from .ray_node import ENVIRONMENT, local_cpus, local_gpus, private_directory, started
 
 __all__ = ["connected", "local_cpus", "local_gpus", "map_on_ray", "on_node", "ray_endpoint"]
 
@@ -26,17 +26,6 @@ logger = logging.getLogger(__name__)
 
 CONNECT = 10.0  # seconds that a TCP connection to an address may take
 SHUTDOWN = 15.0  # seconds after which a Ray of our own that does not answer is killed
-
-# The driver's settings; those of nodes are in :data:`sda_ray.cluster.ray_node.SETTINGS`. Tune's
-# own progress table, loggers and signal handler are off: the sweep has its own.
-DRIVER = {
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_AIR_NEW_OUTPUT": "0",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",
-}
 
 # Variables that describe another Ray, or processes unlike this one
 FOREIGN = ("RAY_ADDRESS", "RAY_NAMESPACE", "RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_RUNTIME_ENV_HOOK")
@@ -51,15 +40,14 @@ def connected(
 ) -> Iterator[Path]:
     r"""Starts a Ray of our own on this machine, or attaches to the one at an address.
 
-    Our own Ray counts the CPUs of this process' affinity, keeps its files in a private directory,
-    accepts the processes that know its random token only, runs in a session of its own, which
-    signals to this process' group do not reach, and ends with the block or with this process.
+    Our own Ray accepts the processes that know its random token only, and ends with the block or
+    with this process, see :func:`sda_ray.cluster.ray_node.started`.
 
     Arguments:
         address: The address of a running cluster, such as `auto` on its head.
         cpus: The number of CPUs of our own Ray.
         package: The directory of the package that workers import, whatever else they could find.
-        modules: What to import in this process while Ray starts.
+        modules: The modules to import in this process while Ray starts.
 
     Yields:
         A private directory that is removed at the end of the block.
@@ -68,14 +56,20 @@ def connected(
         UserError: If Ray does not start, or there is no cluster at the address.
     """
 
-    for name, value in DRIVER.items():
+    for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 
     if address is not None:
         _check_port(address)
 
-        with private_directory() as directory, _attached(address, package):
-            yield directory
+        with private_directory() as directory:
+            try:
+                _attach(address, package)
+            except Exception as error:
+                raise UserError(_no_ray(address, error)) from error
+
+            with _attachment():
+                yield directory
 
         return
 
@@ -86,17 +80,24 @@ def connected(
 
     with ExitStack() as stack:
         try:
-            own = member(token, cpus=cpus or local_cpus(), gpus=local_gpus(), alone=True)
-            started = stack.enter_context(own)
+            own = started(token, cpus=cpus, gpus=local_gpus(), alone=True)
+            node = stack.enter_context(own)
             importing.join()
-            stack.enter_context(_attached(started.address, package, started.kill))
-        except UserError as error:
+            _attach(node.address, package)
+        except Exception as error:
+            why = (str(error).strip() or type(error).__name__).splitlines()[0]
+
+            if not isinstance(error, UserError):
+                why = f"Ray could not be started on this machine: {why}"
+
             raise UserError(
-                f"{error} Nothing is lost; is the machine overloaded, or out of memory or disk? "
-                "The same command tries again."
+                f"{why}. Nothing is lost; is the machine overloaded, or out of memory or disk? The "
+                "same command tries again."
             ) from error
 
-        yield started.directory
+        stack.enter_context(_attachment(node.kill))
+
+        yield node.directory
 
 
 def _own_token() -> str:
@@ -118,7 +119,7 @@ def _own_token() -> str:
 
 
 def _ignore_foreign() -> None:
-    r"""Drops what the environment says of another Ray, such as that of a job or of `uv run`."""
+    r"""Drops variables that describe another Ray, such as that of a job or of `uv run`."""
 
     for name in FOREIGN:
         if os.environ.pop(name, None) is not None and name not in ("RAY_ADDRESS", "RAY_NAMESPACE"):
@@ -136,18 +137,7 @@ def _import(*modules: str) -> None:
         importlib.import_module(module)
 
 
-@contextmanager
-def _attached(
-    address: str, package: Path | None, kill: Callable[[], None] | None = None
-) -> Iterator[None]:
-    r"""Attaches to Ray, and leaves it with the block.
-
-    Arguments:
-        address: The address of Ray.
-        package: See :func:`connect`.
-        kill: Ends the Ray if it does not let go of this process in time.
-    """
-
+def _attach(address: str, package: Path | None) -> None:
     import ray
 
     options: dict[str, Any] = {}
@@ -163,28 +153,25 @@ def _attached(
 
     try:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", **options)
-    except Exception as error:
+    except Exception:
         ray.shutdown()
+        raise
 
-        if kill is not None:
-            lines = (str(error).strip() or type(error).__name__).splitlines()
-            raise UserError(f"Ray could not be started on this machine: {lines[0]}.") from error
 
-        raise UserError(_no_ray(address, error)) from error
+@contextmanager
+def _attachment(kill: Callable[[], None] = lambda: None) -> Iterator[None]:
+    r"""Leaves Ray at the end of the block, and kills it if it does not answer in time."""
+
+    import ray
 
     try:
         yield
     finally:
-        timer = threading.Timer(SHUTDOWN, kill) if kill is not None else None
-
-        if timer is not None:
-            timer.daemon = True
-            timer.start()
-
+        timer = threading.Timer(SHUTDOWN, kill)
+        timer.daemon = True
+        timer.start()
         ray.shutdown()
-
-        if timer is not None:
-            timer.cancel()
+        timer.cancel()
 
 
 def ray_endpoint(own: bool) -> tuple[str, str | None]:
@@ -252,21 +239,17 @@ def map_on_ray(
     if workers is not None and workers < 1:
         raise UserError(f"workers is {workers}, but must be at least 1.")
 
-    def run(item: T) -> R:
-        return function(item)
+    def run(item: T) -> tuple[T, R]:
+        return item, function(item)
 
     with connected(address, workers):
         import ray
 
         cpus = workers or int(ray.cluster_resources().get("CPU", 1))
-        task = ray.remote(num_cpus=1)(run)
-        queue = deque(items)
-        running: dict[Any, T] = {}
+        tasks = map(ray.remote(num_cpus=1)(run).remote, items)
+        running = list(islice(tasks, 2 * cpus))
 
-        while queue or running:
-            while queue and len(running) < 2 * cpus:
-                item = queue.popleft()
-                running[task.remote(item)] = item
-
-            (ready, *_), _ = ray.wait(list(running), num_returns=1)
-            yield running.pop(ready), ray.get(ready)
+        while running:
+            (ready,), running = ray.wait(running)
+            running += islice(tasks, 1)
+            yield ray.get(ready)

@@ -1,6 +1,6 @@
 r"""Both sides of joining a running sweep with another machine: `sda-ray join`.
 
-The driver of a sweep announces its Ray in `runs/sweeps/{name}/head.json` while it runs. A Ray that
+The driver of a sweep notes the address of its Ray in the sweep's lease while it runs. A Ray that
 belongs to the sweep has its own token, in the file `token` beside it, readable by its owner alone.
 
 A machine that joins reads both, adds a node to the Ray, and removes it again without loss: nothing
@@ -13,29 +13,36 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from ..core import LEAST, Lease, LeaseLost, UserError, deadline, read_json, write_json
-from .ray_node import DRAIN, END, Member, member, own_cpus, own_gpus, own_ip, write_secret
+from ..core import (
+    LEAST,
+    Lease,
+    LeaseLost,
+    UserError,
+    deadline,
+    read_notes,
+    write_atomic,
+)
+from .ray_node import RayNode, own_ip, started
 
 __all__ = ["announced", "find_token", "is_requeued", "join_sweep", "read_head", "stay"]
 
-POLL = 2.0  # seconds between two reads of head.json
+POLL = 2.0  # seconds between two looks at the lease
 REPEAT = 1.0  # seconds within which `timeout` and srun may send the same signal twice
-PATIENCE = 6.0  # seconds without head.json after which the sweep counts as stopped
+PATIENCE = 6.0  # seconds without a driver after which the sweep counts as stopped
 
 Reason = Callable[[], str]  # why to leave, or an empty string
 
 
 @contextmanager
 def announced(
-    directory: Path, lease: Lease, address: str, token: str | None, job: str | None = None
+    directory: Path, lease: Lease, address: str, token: str | None
 ) -> Iterator[Callable[[Mapping[str, str]], None]]:
     r"""Announces the Ray of a sweep to other machines within the block.
 
-    All files are written under the lease: a driver that was taken over changes nothing.
+    All is written under the lease: a driver that was taken over changes nothing.
 
     Arguments:
         directory: The directory of the sweep.
@@ -43,71 +50,55 @@ def announced(
         address: The address of Ray, `IP:PORT`.
         token: The token of a Ray that belongs to the sweep, or None for a cluster with a token of
             its own.
-        job: The Slurm job that the sweep runs in, which may be requeued, see :func:`is_requeued`.
 
     Yields:
         A function that records the avoided nodes: the reasons by Ray's ids.
     """
 
-    head, secret, restart = (directory / name for name in ("head.json", "token", "job.json"))
-    content = {
-        "host": socket.gethostname(),
-        "ip": address.rpartition(":")[0],
-        "pid": os.getpid(),
-        "address": address,
-        "attempt": lease.attempt,
-        "code": _code(directory),
-        "since": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
+    file, recorded = directory / "token", dict[str, str]()
 
     with lease.hold():
-        secret.unlink(missing_ok=True)
+        file.unlink(missing_ok=True)
 
         if token is not None:
-            write_secret(secret, token)
+            write_atomic(file, token.encode(), mode=0o600)
 
-        if job is None:
-            restart.unlink(missing_ok=True)
-        else:
-            write_json(restart, {"job": job})
+    lease.note(address=address)
 
-        write_json(head, content)
+    def record(avoided: Mapping[str, str]) -> None:
+        nonlocal recorded
 
-    def update(avoided: Mapping[str, str]) -> None:
-        if content.get("avoided", {}) != avoided:
-            content["avoided"] = dict(avoided)
+        if recorded != avoided:
+            recorded = dict(avoided)
 
-            with suppress(LeaseLost, OSError), lease.hold():
-                write_json(head, content)
+            with suppress(LeaseLost, OSError):
+                lease.note(avoided=recorded)
 
     try:
-        yield update
+        yield record
     finally:
-        with suppress(LeaseLost, OSError), lease.hold():
-            head.unlink(missing_ok=True)
-            secret.unlink(missing_ok=True)
+        with suppress(LeaseLost, OSError):
+            lease.note(address=None, avoided={})
 
-
-def _code(directory: Path) -> str | None:
-    r"""Returns the recorded hash of the code that a sweep runs, if any."""
-
-    with suppress(UserError, AttributeError):
-        return read_json(directory / "sweep.json").get("code")
-
-    return None
+            with lease.hold():
+                file.unlink(missing_ok=True)
 
 
 def read_head(directory: Path) -> dict[str, Any] | None:
-    r"""Returns the announcement of a sweep's driver, or None if no driver is running."""
+    r"""Returns `address`, `host`, `attempt` and `avoided` of a sweep's driver, or None without one."""
 
-    try:
-        found = read_json(directory / "head.json")
-    except UserError:  # absent, or being written
+    holder, notes = read_notes(directory / "lease.json")
+    address, avoided = notes.get("address"), notes.get("avoided", {})
+
+    if holder is None or holder["pid"] is None:
         return None
 
-    known = isinstance(found, dict) and isinstance(found.get("address"), str)
+    if not isinstance(address, str) or not isinstance(avoided, dict):
+        return None
 
-    return found if known and type(found.get("attempt")) is int else None
+    known = {key: holder[key] for key in ("host", "attempt")}
+
+    return known | {"address": address, "avoided": avoided}
 
 
 def find_token(directory: Path) -> str | None:
@@ -139,14 +130,12 @@ def find_token(directory: Path) -> str | None:
 
 
 def is_requeued(directory: Path, job: str | None) -> bool:
-    r"""Tells whether a Slurm job was the last to drive a sweep, and so was requeued."""
+    r"""Tells whether a Slurm job was the last to drive a sweep, and so was requeued.
 
-    try:
-        found = read_json(directory / "job.json")
-    except UserError:
-        return False
+    Drivers note their job in the lease of the sweep.
+    """
 
-    return job is not None and isinstance(found, dict) and found.get("job") == job
+    return job is not None and read_notes(directory / "lease.json")[1].get("job") == job
 
 
 def join_sweep(
@@ -166,11 +155,9 @@ def join_sweep(
         UserError: If the sweep is not running, or its Ray cannot be joined.
     """
 
-    for option, value in {"cpus": cpus, "gpus": gpus}.items():
-        if value is not None and value < (option == "cpus"):
-            raise UserError(
-                f"--{option} is {value}, but must be at least {int(option == 'cpus')}."
-            )
+    for option, value, least in (("cpus", cpus, 1), ("gpus", gpus, 0)):
+        if value is not None and value < least:
+            raise UserError(f"--{option} is {value}, but must be at least {least}.")
 
     name = directory.name
 
@@ -179,14 +166,13 @@ def join_sweep(
 
         while (head := _await_head(directory, last, 60 * wait, requested)) is not None:
             last = head["attempt"]
-            ip = own_ip(head["ip"])
+            ip = own_ip(_host_of(head))
 
-            with member(find_token(directory), head["address"], ip, cpus, gpus) as node:
-                offer = own_cpus(os.environ) if cpus is None else cpus
-                more = own_gpus(os.environ) if gpus is None else gpus
+            with started(find_token(directory), head["address"], ip, cpus, gpus) as node:
                 print(
-                    f"joined sweep '{name}', driven on {head['host']}, with {offer} CPUs"
-                    f"{'' if more is None else f' and {more} GPUs'}. Ctrl-C leaves, without loss.",
+                    f"joined sweep '{name}', driven on {head['host']}, with {node.cpus} CPUs"
+                    f"{'' if node.gpus is None else f' and {node.gpus} GPUs'}. Ctrl-C leaves, "
+                    "without loss.",
                     flush=True,
                 )
                 why = stay(node, _watch(directory, last, requested))
@@ -196,7 +182,7 @@ def join_sweep(
                 return
 
 
-def stay(node: Member, over: Reason) -> str:
+def stay(node: RayNode, over: Reason) -> str:
     r"""Keeps a node until there is a reason to leave, then leaves and returns the reason.
 
     Arguments:
@@ -205,19 +191,15 @@ def stay(node: Member, over: Reason) -> str:
             there are no trials to wait for.
     """
 
-    while node.lives() and not (why := over()):
+    while node.is_running() and not (why := over()):
         time.sleep(0.2)
 
-    if not node.lives():
+    if not node.is_running():
         return "its Ray is gone: the driver has ended, or the network is down"
 
     if not why.startswith("the sweep"):
         print(f"Leaving, since {why}: trials here save a checkpoint first.", flush=True)
         node.leave()
-        until = time.monotonic() + DRAIN + END
-
-        while node.lives() and time.monotonic() < until:
-            time.sleep(0.1)
 
     return why
 
@@ -261,21 +243,19 @@ def _await_head(
     name, until, silent = directory.name, time.monotonic() + wait, ""
 
     while not requested():
-        if directory.is_dir():
-            head = read_head(directory)
+        head = read_head(directory)
 
-            if head is not None and head["attempt"] > last:
-                _check_reach(name, head)
+        if head is not None and head["attempt"] > last:
+            _check_reach(name, head)
 
-                if wait == 0 or _answers(head):
-                    return head
+            if wait == 0 or _answers(head):
+                return head
 
-                if head["address"] != silent:
-                    silent = head["address"]
-                    print(
-                        f"No answer from {silent}, where sweep '{name}' ran last: waiting.",
-                        flush=True,
-                    )
+            if head["address"] != silent:
+                silent = head["address"]
+                print(
+                    f"No answer from {silent}, where sweep '{name}' ran last: waiting.", flush=True
+                )
 
         if time.monotonic() >= until:
             if last:
@@ -291,13 +271,16 @@ def _await_head(
     return None
 
 
+def _host_of(head: dict[str, Any]) -> str:
+    return str(head["address"]).rpartition(":")[0]
+
+
 def _answers(head: dict[str, Any]) -> bool:
     r"""Tells whether the announced Ray still answers."""
 
-    host, _, port = head["address"].rpartition(":")
-
     try:
-        socket.create_connection((host, int(port)), POLL).close()
+        port = int(head["address"].rpartition(":")[2])
+        socket.create_connection((_host_of(head), port), POLL).close()
     except (OSError, ValueError):
         return False
 
@@ -305,11 +288,11 @@ def _answers(head: dict[str, Any]) -> bool:
 
 
 def _check_reach(name: str, head: dict[str, Any]) -> None:
-    if head["ip"].startswith("127.") and head["host"] != socket.gethostname():
+    if _host_of(head).startswith("127.") and head["host"] != socket.gethostname():
         raise UserError(
-            f"sweep '{name}' runs on {head['host']}, whose Ray listens on {head['ip']} alone: it "
-            "found no network when it started. Stop the sweep and resume it once there is one, or "
-            "on a cluster with --address."
+            f"sweep '{name}' runs on {head['host']}, whose Ray listens on {_host_of(head)} alone: "
+            "it found no network when it started. Stop the sweep and resume it once there is one, "
+            "or on a cluster with --address."
         )
 
 

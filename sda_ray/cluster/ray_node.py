@@ -1,12 +1,12 @@
-r"""One node of a Ray that belongs to a sweep: started here, and ended in good order.
+r"""One node of a Ray that belongs to a sweep: started on this machine, and ended gracefully.
 
-Ray counts the CPUs of a machine, listens on fixed ports, and keeps its files in `/tmp/ray`, which
-belongs to whoever came first. A node of ours counts what this process may use, takes free ports,
-and has a private directory, so that several of them, of whatever jobs, live on one machine.
+By default Ray counts the CPUs of the machine, listens on fixed ports, and keeps its files in
+`/tmp/ray`, which belongs to the user who came first. A node of ours counts the CPUs that this process
+may use, takes free ports, and has a private directory: several of them, of different jobs, can share
+one machine.
 """
 
 import ctypes
-import fcntl
 import importlib.util
 import os
 import shutil
@@ -16,13 +16,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
-from ..core import UserError
+from ..core import UserError, locked, write_atomic
 
-__all__ = ["DRAIN", "Member", "member", "own_cpus", "own_gpus", "own_ip", "write_secret"]
+__all__ = [
+    "ENVIRONMENT",
+    "RayNode",
+    "local_cpus",
+    "local_gpus",
+    "own_ip",
+    "private_directory",
+    "started",
+]
 
 START = 180.0  # seconds that Ray may take to start
 TRIES = 3  # times that it may, if the machine is busy
@@ -33,14 +42,20 @@ PREFIX = "sda-ray-"
 RAY = "r"  # the part of a private directory that Ray opens to everybody
 LONGEST = 24  # characters of a directory in which the paths of Ray's sockets stay short enough
 
-# Ray would renice its workers, give up on a slow start after 30 s, start a worker on each CPU that no
-# trial takes, and send usage statistics.
-SETTINGS = {
-    "RAY_worker_niceness": "0",
-    "RAY_raylet_start_wait_time_s": "120",
-    "RAY_prestart_worker_first_driver": "0",
+# The environment of drivers and nodes, unless the user sets other values. By default Ray renices its
+# workers, gives up on a slow start after 30 s, starts a worker on each CPU that no trial takes, and
+# sends usage statistics. Tune's own progress table, loggers and signal handler are off: the sweep has
+# its own.
+ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_prestart_worker_first_driver": "0",
+    "RAY_raylet_start_wait_time_s": "120",
+    "RAY_worker_niceness": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
 }
 
 # A node among others counts as lost after 10 s without an answer.
@@ -55,12 +70,13 @@ _LIBC = ctypes.CDLL(None)
 
 
 def local_cpus() -> int:
-    r"""Returns the number of CPUs that this process may use, by its affinity."""
+    r"""Returns the number of CPUs that this process may use: its affinity, its share in Slurm."""
 
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
+    affinity = hasattr(os, "sched_getaffinity")
+    cpus = len(os.sched_getaffinity(0)) if affinity else os.cpu_count() or 1
+    share = os.environ.get("SLURM_CPUS_ON_NODE", "")
 
-    return os.cpu_count() or 1
+    return min(cpus, int(share)) if share.isdigit() and int(share) else cpus
 
 
 def local_gpus() -> int:
@@ -76,22 +92,14 @@ def local_gpus() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
-def own_cpus(environ: Mapping[str, str]) -> int:
-    r"""Returns the number of CPUs that this process may use: its affinity, its share in Slurm."""
-
-    share = environ.get("SLURM_CPUS_ON_NODE", "")
-
-    return min(local_cpus(), int(share)) if share.isdigit() and int(share) else local_cpus()
-
-
-def own_gpus(environ: Mapping[str, str]) -> int | None:
+def slurm_gpus() -> int | None:
     r"""Returns the number of GPUs that Slurm gives to this process, or None outside of Slurm."""
 
-    if "SLURM_JOB_ID" not in environ:
+    if "SLURM_JOB_ID" not in os.environ:
         return None
 
-    given = environ.get("SLURM_GPUS_ON_NODE", "")
-    seen = environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    given = os.environ.get("SLURM_GPUS_ON_NODE", "")
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
 
     return int(given) if given.isdigit() else sum(x not in ("", "NoDevFiles", "-1") for x in seen)
 
@@ -109,62 +117,57 @@ def own_ip(peer: str = "8.8.8.8") -> str:
     return "127.0.0.1"
 
 
-class Member:
-    r"""Creates the handle of a node that has been started.
+@dataclass(frozen=True)
+class RayNode:
+    r"""A running node of Ray.
 
     Arguments:
         process: `ray start --block`.
         directory: The private directory of the node.
         address: The address of its Ray.
+        cpus: The CPUs that it offers.
+        gpus: The GPUs that it offers, or None if Ray counts them.
     """
 
-    def __init__(self, process: "subprocess.Popen[bytes]", directory: Path, address: str) -> None:
-        self.process = process
-        self.directory = directory
-        self.address = address
+    process: "subprocess.Popen[bytes]"
+    directory: Path
+    address: str
+    cpus: int
+    gpus: int | None
 
-    def lives(self) -> bool:
+    def is_running(self) -> bool:
         return self.process.poll() is None
 
     def leave(self) -> None:
-        r"""Begins to leave. Nothing new starts here, and trials save a checkpoint first.
+        r"""Leaves the Ray. Nothing new starts here, and trials save a checkpoint first.
 
         Ray 2.60 drains a node when `ray start --block` is asked to end, and waits until it is
         idle. Trials look out for that, see :mod:`sda_ray.cluster.preemption`.
         """
 
-        with suppress(ProcessLookupError):
-            self.process.terminate()
-
-    def kill(self) -> None:
-        r"""Kills all processes of the node, in whatever state they are."""
-
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-
-    def end(self) -> None:
-        r"""Ends the node, with whatever runs on it."""
-
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGTERM)
+        self.process.terminate()
 
         with suppress(subprocess.TimeoutExpired):
-            self.process.wait(END)
+            self.process.wait(DRAIN + END)
 
-        self.kill()
-        self.process.wait()
+    def kill(self) -> None:
+        r"""Kills all processes of the node."""
+
+        _kill(self.process)
 
 
 @contextmanager
-def member(
+def started(
     token: str | None,
     address: str | None = None,
     ip: str | None = None,
     cpus: int | None = None,
     gpus: int | None = None,
     alone: bool = False,
-) -> Iterator[Member]:
-    r"""Starts a node of Ray on this machine, which ends with the block.
+) -> Iterator[RayNode]:
+    r"""Starts a node of Ray on this machine, which ends with the block or with this process.
+
+    The node runs in a session of its own, which signals to this process' group do not reach.
 
     Arguments:
         token: The token of the Ray, or None for the one that this user keeps.
@@ -178,53 +181,64 @@ def member(
         UserError: If it does not start.
     """
 
-    cpus = own_cpus(os.environ) if cpus is None else cpus
-    gpus = own_gpus(os.environ) if gpus is None else gpus
+    cpus = local_cpus() if cpus is None else cpus
+    gpus = slurm_gpus() if gpus is None else gpus
 
     with private_directory() as directory:
-        environment = {**os.environ, **SETTINGS, **({} if alone else HEALTH)}
+        environment = {**ENVIRONMENT, **({} if alone else HEALTH), **os.environ}
         environment.pop("RAY_ADDRESS", None)
         environment["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = f"{DRAIN if address else 0:g}"
 
         if token is not None:
-            write_secret(directory / "token", token)
+            file = directory / "token"
+            write_atomic(file, token.encode(), mode=0o600)
             environment.pop("RAY_AUTH_TOKEN", None)
-            environment |= {
-                "RAY_AUTH_MODE": "token",
-                "RAY_AUTH_TOKEN_PATH": str(directory / "token"),
-            }
+            environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(file)}
 
-        where = (
-            ["--head", "--port=0", "--include-dashboard=false", "--no-monitor", *_client_port()]
-            if address is None
-            else [f"--address={address}"]
-        )
-        resources = [f"--num-cpus={cpus}", *([] if gpus is None else [f"--num-gpus={gpus}"])]
-        command = [
-            *[sys.executable, "-m", "ray.scripts.scripts", "start", *where, *resources],
+        options = [
+            *(_head_options() if address is None else [f"--address={address}"]),
             *([f"--node-ip-address={ip}"] if ip else []),
+            *([] if gpus is None else [f"--num-gpus={gpus}"]),
+            *[f"--num-cpus={cpus}", f"--object-store-memory={STORE}"],
             *["--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"],
-            *[f"--object-store-memory={STORE}", f"--temp-dir={directory / RAY}"],
-            *["--include-log-monitor=false", "--disable-usage-stats", "--block"],
+            *["--include-log-monitor=false", f"--temp-dir={directory / RAY}", "--block"],
         ]
-
-        process, found = _start(command, environment, directory)
+        process, found = _start(options, environment, directory)
 
         try:
-            yield Member(process, directory, found)
+            yield RayNode(process, directory, found, cpus, gpus)
         finally:
-            Member(process, directory, found).end()
+            _end(process)
+
+
+def _head_options() -> list[str]:
+    r"""Returns the options of a node that starts a Ray, without autoscaler or dashboard.
+
+    `--no-monitor` is not in the help of Ray 2.60. It saves a process, and a second at each start.
+    """
+
+    options = ["--head", "--port=0", "--include-dashboard=false", "--no-monitor"]
+
+    if importlib.util.find_spec("grpc") is not None:  # then Ray's client takes a port, 10001
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            options.append(f"--ray-client-server-port={probe.getsockname()[1]}")
+
+    return options
 
 
 def _start(
-    command: list[str], environment: dict[str, str], directory: Path
+    options: list[str], environment: dict[str, str], directory: Path
 ) -> tuple["subprocess.Popen[bytes]", str]:
     r"""Starts a node, again if the machine is too busy. Returns it and the address of its Ray."""
+
+    script = Path(sys.executable).with_name("ray")
+    ray = [str(script)] if script.exists() else ["-m", "ray.scripts.scripts"]
 
     for left in reversed(range(TRIES)):
         with open(directory / "ray.log", "wb") as log:
             process = subprocess.Popen(
-                command,
+                [sys.executable, *ray, "start", *options],
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -236,7 +250,7 @@ def _start(
         try:
             return process, _wait(process, directory)
         except BaseException as error:
-            Member(process, directory, "").end()
+            _end(process)
 
             # Ray 2.60 gives its own processes 30 s, whatever RAY_raylet_start_wait_time_s says
             if not (left and isinstance(error, UserError) and "timed out" in str(error)):
@@ -245,17 +259,6 @@ def _start(
             shutil.rmtree(directory / RAY, ignore_errors=True)
 
     raise AssertionError
-
-
-def _client_port() -> list[str]:
-    r"""Returns what keeps Ray's client, where it is installed, from the port that all would take."""
-
-    if importlib.util.find_spec("grpc") is None:
-        return []
-
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return [f"--ray-client-server-port={probe.getsockname()[1]}"]
 
 
 def _end_with_parent() -> None:
@@ -268,24 +271,33 @@ def _wait(process: "subprocess.Popen[bytes]", directory: Path) -> str:
 
     file, deadline = directory / RAY / "ray_current_cluster", time.monotonic() + START
 
-    while not (file.is_file() and (found := file.read_text().strip())):
+    while not (file.is_file() and (address := file.read_text().strip())):
         if process.poll() is not None or time.monotonic() > deadline:
-            said = (directory / "ray.log").read_text(errors="replace").strip().splitlines()
-            why = said[-1].strip() if process.poll() is not None and said else "it timed out"
+            lines = (directory / "ray.log").read_text(errors="replace").strip().splitlines()
+            why = lines[-1].strip() if process.poll() is not None and lines else "it timed out"
             raise UserError(f"Ray could not be started on {socket.gethostname()}: {why}")
 
-        time.sleep(0.1)
+        time.sleep(0.05)
 
-    return found
+    return address
 
 
-def write_secret(file: Path, text: str) -> None:
-    r"""Writes a new file that nobody else can read at any time."""
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    r"""Ends a node and all that runs on it."""
 
-    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
 
-    with os.fdopen(descriptor, "w") as f:
-        f.write(text + "\n")
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(END)
+
+    _kill(process)
+    process.wait()
+
+
+def _kill(process: "subprocess.Popen[bytes]") -> None:
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 @contextmanager
@@ -297,24 +309,14 @@ def private_directory() -> Iterator[Path]:
 
     parent = tempfile.gettempdir() if len(tempfile.gettempdir()) <= LONGEST else "/tmp"
 
-    with ExitStack() as held:
+    with ExitStack() as stack:
         directory = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
-        held.callback(shutil.rmtree, directory, ignore_errors=True)
-        lock = held.enter_context(open(directory / "new", "w"))
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        stack.callback(shutil.rmtree, directory, ignore_errors=True)
+        stack.enter_context(locked(directory / "new"))
         os.replace(directory / "new", directory / "lock")  # never there without being locked
 
-        for other in Path(parent).glob(f"{PREFIX}*"):
-            if other != directory and not _is_locked(other):
-                shutil.rmtree(other, ignore_errors=True)
+        for other in Path(parent).glob(f"{PREFIX}*/lock"):
+            with suppress(OSError), locked(other, wait=False):  # in use, or not ours
+                shutil.rmtree(other.parent, ignore_errors=True)
 
         yield directory
-
-
-def _is_locked(directory: Path) -> bool:
-    try:
-        with open(directory / "lock") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return False
-    except OSError:  # in use, not ours, or just being made
-        return True

@@ -11,7 +11,6 @@ The token of the job's Ray is made here and reaches the other nodes through the 
 `srun`: no command, environment or script contains it.
 """
 
-import json
 import os
 import re
 import secrets
@@ -23,11 +22,10 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from ..core import UserError, deadline
 from .join import stay
-from .ray_node import Member, member, own_cpus, own_ip
+from .ray_node import RayNode, own_ip, started
 
 __all__ = ["job_script", "main", "names"]
 
@@ -54,9 +52,7 @@ SCRIPT = """\
 {environment}exec {command}
 """
 
-TIME_UP = (
-    75  # exit code of a sweep whose time is up (EX_TEMPFAIL), see :mod:`sda_ray.sweep.launch`
-)
+TIME_UP = os.EX_TEMPFAIL  # exit code of a sweep whose time is up, see :mod:`sda_ray.sweep.launch`
 STOP_TIMEOUT = 100.0  # seconds for the driver to stop, if the end of the job is unknown
 REQUEUE_BEFORE = 20.0  # seconds before its end at which the job is requeued in any case
 
@@ -125,19 +121,17 @@ def names(given: Sequence[str]) -> set[str]:
 
 
 def _quote(word: str) -> str:
-    return (
-        word if re.fullmatch(r"[\w@%+=:,./\[\]-]+", word) else '"' + word.replace('"', '\\"') + '"'
-    )
+    plain = re.fullmatch(r"[\w@%+=:,./\[\]-]+", word)
+
+    return word if plain else '"' + word.replace('"', '\\"') + '"'
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(words: Sequence[str]) -> None:
     r"""Runs a sweep in this allocation, or a further node of its Ray.
 
     Arguments:
-        argv: `--node`, or the arguments of `sda-ray sweep`; by default those of the process.
+        words: `--node`, or the arguments of `sda-ray sweep`.
     """
-
-    words = list(sys.argv[1:] if argv is None else argv)
 
     try:
         sys.exit(_node() if words == ["--node"] else _run(words))
@@ -156,18 +150,14 @@ def _run(words: Sequence[str]) -> int:
     if job is None:
         raise UserError("this runs in a Slurm job only: submit the script with sbatch.")
 
-    received: list[int] = []
-
-    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: received.append(number))
-
+    received = _signals(signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
     end, token = deadline(None, os.environ), secrets.token_hex(32)
     others = _others(os.environ.get("SLURM_JOB_NODELIST", ""))
     restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
     print(f"job {job}, start {int(restarts) + 1 if restarts.isdigit() else '?'}", flush=True)
 
-    with member(token, ip=own_ip(others[0]) if others else None) as head:
-        print(f"Ray at {head.address}: {own_cpus(os.environ)} CPUs here", flush=True)
+    with started(token, ip=own_ip(others[0]) if others else None) as head:
+        print(f"Ray at {head.address}: {head.cpus} CPUs here", flush=True)
 
         with _workers(others, head.address, token):
             code = _drive(words, head, received, end)
@@ -179,17 +169,26 @@ def _run(words: Sequence[str]) -> int:
     return code
 
 
+def _signals(*numbers: int) -> list[int]:
+    r"""Returns the list of the signals that arrive from now on."""
+
+    received: list[int] = []
+
+    for number in numbers:
+        signal.signal(number, lambda number, frame: received.append(number))
+
+    return received
+
+
 def _others(nodes: str) -> list[str]:
     r"""Returns the nodes of the allocation other than this one, the first."""
 
     if not set(nodes) & set("[,"):
         return []
 
-    done = subprocess.run(
-        ["scontrol", "show", "hostnames", nodes], stdout=subprocess.PIPE, text=True, check=True
-    )
+    command = ["scontrol", "show", "hostnames", nodes]
 
-    return done.stdout.split()[1:]
+    return subprocess.check_output(command, text=True).split()[1:]
 
 
 @contextmanager
@@ -200,10 +199,10 @@ def _workers(nodes: list[str], address: str, token: str) -> Iterator[None]:
         yield
         return
 
-    n = len(nodes)
     environment = {key: x for key, x in os.environ.items() if key not in WHOLE}
     command = [
-        *["srun", f"--nodes={n}", f"--ntasks={n}", "--ntasks-per-node=1", "--cpu-bind=none"],
+        *["srun", f"--nodes={len(nodes)}", f"--ntasks={len(nodes)}", "--ntasks-per-node=1"],
+        "--cpu-bind=none",
         *[f"--nodelist={','.join(nodes)}", "--kill-on-bad-exit=0", "--wait=0", "--unbuffered"],
         *[sys.executable, "-m", "sda_ray.cluster.slurm", "--node"],
     ]
@@ -214,7 +213,7 @@ def _workers(nodes: list[str], address: str, token: str) -> Iterator[None]:
 
     try:
         with suppress(BrokenPipeError):
-            step.stdin.write((json.dumps({"address": address, "token": token}) + "\n").encode())
+            step.stdin.write(f"{address} {token}\n".encode())
             step.stdin.flush()
 
         yield
@@ -232,13 +231,9 @@ def _workers(nodes: list[str], address: str, token: str) -> Iterator[None]:
 def _node() -> int:
     r"""Runs a node of Ray until standard input ends, or Slurm asks it to leave."""
 
-    received: list[int] = []
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: received.append(number))
-
-    known = json.loads(sys.stdin.readline())
-    ip = own_ip(known["address"].rpartition(":")[0])
+    received = _signals(signal.SIGTERM, signal.SIGINT)
+    address, token = sys.stdin.readline().split()
+    ip = own_ip(address.rpartition(":")[0])
     os.set_blocking(sys.stdin.fileno(), False)
 
     def over() -> str:
@@ -248,8 +243,8 @@ def _node() -> int:
 
         return "Slurm asked for it" if received else ""
 
-    with member(known["token"], known["address"], ip) as node:
-        print(f"{os.uname().nodename}: {own_cpus(os.environ)} CPUs here", flush=True)
+    with started(token, address, ip) as node:
+        print(f"{os.uname().nodename}: {node.cpus} CPUs here", flush=True)
         why = stay(node, over)
 
     print(f"{os.uname().nodename}: left: {why}", flush=True)
@@ -257,17 +252,14 @@ def _node() -> int:
     return 0
 
 
-def _drive(words: Sequence[str], head: Member, received: list[int], end: float | None) -> int:
+def _drive(words: Sequence[str], head: RayNode, received: list[int], end: float | None) -> int:
     r"""Runs the driver to its end, passing on Slurm's signals. Returns its exit code."""
 
     command = [sys.executable, "-m", "sda_ray", "sweep", *words, f"--address={head.address}"]
-    environment = {
-        **{
-            key: x for key, x in os.environ.items() if key not in ("RAY_ADDRESS", "RAY_AUTH_TOKEN")
-        },
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(head.directory / "token"),
-    }
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(head.directory / "token")}
+    environment = os.environ | token
+    environment.pop("RAY_ADDRESS", None)
+    environment.pop("RAY_AUTH_TOKEN", None)
     driver = subprocess.Popen(command, env=environment, start_new_session=True)
     stopping, last = False, None if end is None else end + 90 - REQUEUE_BEFORE
 
@@ -293,28 +285,24 @@ def _drive(words: Sequence[str], head: Member, received: list[int], end: float |
 def _requeue(job: str) -> int:
     r"""Requeues the job, unless it is about to end for another reason."""
 
-    state = _output("squeue", "--noheader", f"--jobs={job}", "--format=%T")
+    state = ""
+
+    with suppress(OSError, subprocess.TimeoutExpired):
+        command = ["squeue", "--noheader", f"--jobs={job}", "--format=%T"]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=30)
+        state = done.stdout.strip()
 
     if state not in ("RUNNING", ""):  # cancelled, for one
         print(f"the job is {state}: it is not requeued", flush=True)
         return TIME_UP
 
     print("the sweep is not done: the job is requeued", flush=True)
-    done = subprocess.run(["scontrol", "requeue", job])
 
-    if done.returncode:
+    if subprocess.run(["scontrol", "requeue", job]).returncode:
         print("requeueing failed: submit the script again to resume the sweep", flush=True)
 
     return TIME_UP
 
 
-def _output(*command: str) -> str:
-    with suppress(OSError, subprocess.TimeoutExpired):
-        done: Any = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=30)
-        return str(done.stdout).strip()
-
-    return ""
-
-
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

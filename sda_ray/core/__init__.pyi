@@ -53,6 +53,7 @@ from .lease import is_local as is_local
 from .lease import is_present as is_present
 from .lease import last_heartbeat as last_heartbeat
 from .lease import read_holder as read_holder
+from .lease import read_notes as read_notes
 from .lease import this_process as this_process
 from .space import Choice as Choice
 from .space import Domain as Domain

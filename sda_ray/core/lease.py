@@ -40,6 +40,7 @@ __all__ = [
     "is_present",
     "last_heartbeat",
     "read_holder",
+    "read_notes",
     "this_host",
     "this_process",
 ]
@@ -159,6 +160,7 @@ class Lease:
         self.what = what
         self.confirmed = time.monotonic()
         self._released = threading.Event()
+        self._notes: dict[str, Any] = {}
 
         try:
             while not self._take(attempt, takeover, patience):
@@ -213,8 +215,20 @@ class Lease:
         return True
 
     def _write(self, holder: Holder, version: str | None) -> None:
-        self._version = self.backend.write(_encode(holder), version)
+        self._version = self.backend.write(_encode(holder, self._notes), version)
         self._mine = holder
+
+    def note(self, **facts: Any) -> None:
+        r"""Adds facts to the record, where :func:`read_notes` finds them until the next attempt.
+
+        Raises:
+            LeaseLost: If the lease is no longer held.
+            OSError: If the record cannot be written.
+        """
+
+        with self.hold():
+            self._notes = self._notes | facts
+            self._write(self._mine, self._version)
 
     def _beat(self) -> None:
         while not self._released.wait(HEARTBEAT):
@@ -232,7 +246,7 @@ class Lease:
         start = time.monotonic()
 
         with self.hold():
-            self._version = self.backend.beat(_encode(self._mine), self._version)
+            self._version = self.backend.beat(_encode(self._mine, self._notes), self._version)
 
         self.confirmed = start
 
@@ -304,6 +318,19 @@ def read_holder(place: Path | Backend) -> Holder | None:
     return _observe(_backend(place))[0]
 
 
+def read_notes(place: Path | Backend) -> tuple[Holder | None, dict[str, Any]]:
+    r"""Returns the last holder of a lease, and what it has added by :meth:`Lease.note`."""
+
+    with suppress(OSError):
+        record = _backend(place).read()
+
+        if record is not None and (holder := _parse_holder(record[0])) is not None:
+            notes = json.loads(record[0]).get("notes")
+            return holder, notes if isinstance(notes, dict) else {}
+
+    return None, {}
+
+
 def _observe(backend: Backend) -> tuple[Holder | None, Any]:
     r"""Returns the holder and the version of a record; None of what cannot be read."""
 
@@ -326,6 +353,7 @@ def _parse_holder(data: bytes) -> Holder | None:
         return None
 
     holder.pop("beat", None)  # which changes with each heartbeat of an object
+    holder.pop("notes", None)
     pid, attempt = holder.get("pid"), holder.get("attempt")
     texts = all(isinstance(holder.get(key), str) for key in ("host", "boot", "space", "since"))
     process = pid is None or (
@@ -460,8 +488,10 @@ def _backend(place: Path | Backend) -> Backend:
     return FileBackend(place) if isinstance(place, Path) else place
 
 
-def _encode(holder: Holder) -> bytes:
-    return (json.dumps(holder, indent=2) + "\n").encode()
+def _encode(holder: Holder, notes: dict[str, Any]) -> bytes:
+    record = holder | ({"notes": notes} if notes else {})
+
+    return (json.dumps(record, indent=2) + "\n").encode()
 
 
 def _start_of(pid: int) -> str | None:

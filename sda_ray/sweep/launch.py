@@ -206,6 +206,8 @@ def launch_sweep(
     lease = Lease(directory / "lease.json", f"sweep '{sweep.name}'", takeover=requeued)
 
     try:
+        lease.note(job=options.job)
+
         if options.bucket and options.replica is None:
             raise UserError(
                 f"the driver of sweep '{sweep.name}' has just ended. The same command resumes "
@@ -373,9 +375,7 @@ def _drive(driver: Driver, slots: Slots, options: Options, table: Table, package
         slots.check()
         lease, own = driver.study.journal.lease, options.address is None or bool(options.job)
         assert lease is not None
-        tell = stack.enter_context(
-            announced(driver.request.parent, lease, *ray_endpoint(own), options.job)
-        )
+        tell = stack.enter_context(announced(driver.request.parent, lease, *ray_endpoint(own)))
         house = driver.house
 
         def also_tell() -> None:

@@ -1,7 +1,6 @@
 r"""Tests for sda_ray.cluster.join: machines that come to a sweep, and go again."""
 
 import json
-import os
 import re
 import signal
 import socket
@@ -25,7 +24,7 @@ from sda_ray.cluster.join import (
     read_head,
 )
 from sda_ray.core.errors import UserError
-from sda_ray.core.lease import Lease
+from sda_ray.core.lease import Lease, this_process
 from sda_ray.runs.path import sweep_directory
 from sda_ray.sweep.record import write_sweep
 
@@ -60,14 +59,11 @@ def test_sweep_is_found_for_as_long_as_it_runs(tmp_path: Path) -> None:
     lease = take(tmp_path)
     assert read_head(tmp_path) is None
 
-    (tmp_path / "sweep.json").write_text('{"code": "c0de"}')
-
     with announced(tmp_path, lease, "10.0.0.1:1234", "secret") as tell:
         head = read_head(tmp_path)
         assert head is not None
-        assert (head["ip"], head["address"]) == ("10.0.0.1", "10.0.0.1:1234")
-        assert (head["pid"], head["attempt"]) == (os.getpid(), 1)
-        assert head["code"] == "c0de" and "avoided" not in head
+        assert (head["host"], head["address"]) == (socket.gethostname(), "10.0.0.1:1234")
+        assert head["attempt"] == 1 and head["avoided"] == {}
         tell({"n0de": "it died"})
         assert read_head(tmp_path) == head | {"avoided": {"n0de": "it died"}}
         assert find_token(tmp_path) == "secret"
@@ -76,6 +72,14 @@ def test_sweep_is_found_for_as_long_as_it_runs(tmp_path: Path) -> None:
     assert read_head(tmp_path) is None
     assert find_token(tmp_path) is None
     lease.release()
+
+
+def test_driver_that_has_ended_is_not_announced(tmp_path: Path) -> None:
+    lease = take(tmp_path)
+
+    with announced(tmp_path, lease, "10.0.0.1:1234", None):
+        lease.release()
+        assert read_head(tmp_path) is None
 
 
 def test_token_of_a_ray_that_is_not_the_sweeps_is_not_told(tmp_path: Path) -> None:
@@ -93,15 +97,15 @@ def test_token_of_a_ray_that_is_not_the_sweeps_is_not_told(tmp_path: Path) -> No
 def test_driver_that_was_taken_over_changes_nothing_when_it_comes_back(tmp_path: Path) -> None:
     old = take(tmp_path)
 
-    with announced(tmp_path, old, "10.0.0.1:1", "old", "7"):
+    with announced(tmp_path, old, "10.0.0.1:1", "old"):
         new = take(tmp_path, takeover=True)
         assert old.is_lost() and not new.is_lost()
 
-        with announced(tmp_path, new, "10.0.0.2:2", "new", "7"):
+        with announced(tmp_path, new, "10.0.0.2:2", "new"):
             before = content(tmp_path)
             old.release()
             assert content(tmp_path) == before
-            block = announced(tmp_path, old, "10.0.0.1:1", "old", "7")
+            block = announced(tmp_path, old, "10.0.0.1:1", "old")
 
             with pytest.raises(RuntimeError, match="was released"), block:
                 pass
@@ -127,21 +131,19 @@ def test_token_that_others_could_read_is_refused(tmp_path: Path) -> None:
 
 
 def test_job_knows_its_own_sweep_again_and_no_other(tmp_path: Path) -> None:
-    lease = take(tmp_path)
     assert not is_requeued(tmp_path, "7")
 
-    with announced(tmp_path, lease, "10.0.0.1:1", None, "7"):
-        pass
+    lease = take(tmp_path)
+    lease.note(job="7")
+    lease.release()
 
     assert is_requeued(tmp_path, "7")
     assert not is_requeued(tmp_path, "8")
     assert not is_requeued(tmp_path, None)
 
-    with announced(tmp_path, lease, "10.0.0.1:1", None):  # somebody else has driven it since
-        pass
+    take(tmp_path).release()  # somebody else has driven it since
 
     assert not is_requeued(tmp_path, "7")
-    lease.release()
 
 
 def test_machine_is_told_when_there_is_nothing_to_join(cli: Any, tmp_path: Path) -> None:
@@ -174,7 +176,7 @@ def test_who_waits_passes_over_an_address_where_nobody_answers(
     gone.close()
     old = take(directory)
 
-    # A driver whose machine was lost leaves its notice
+    # The lease of a driver whose machine was lost still has its address
     with ThreadPoolExecutor() as pool, here, announced(directory, old, stale, None):
         waiting = pool.submit(_await_head, directory, 0, 60.0, lambda: "")
         time.sleep(1)
@@ -195,8 +197,8 @@ def test_who_waits_passes_over_an_address_where_nobody_answers(
 def test_ray_that_only_its_own_host_reaches_is_not_waited_for(tmp_path: Path) -> None:
     directory = sweep_directory(tmp_path, "shared")
     directory.mkdir(parents=True)
-    head = {"host": "elsewhere", "ip": "127.0.0.1", "address": "127.0.0.1:1", "attempt": 1}
-    (directory / "head.json").write_text(json.dumps(head))
+    elsewhere = this_process(1) | {"host": "elsewhere", "notes": {"address": "127.0.0.1:1"}}
+    (directory / "lease.json").write_text(json.dumps(elsewhere))
 
     with pytest.raises(UserError, match=r"runs on elsewhere, whose Ray listens on 127\.0\.0\.1"):
         join_sweep(directory, wait=0.05)
@@ -238,4 +240,4 @@ def test_machine_that_joins_takes_trials_and_leaves_without_loss(
     assert not re.search(r"run \d+ \w+ is lost", said)
     assert len(list(tmp_path.glob("runs/*/checkpoint.pth"))) == 2
     assert " interrupted: epoch" in said
-    assert list((tmp_path / "runs/sweeps/shared").glob("head.json")) == []
+    assert read_head(tmp_path / "runs/sweeps/shared") is None

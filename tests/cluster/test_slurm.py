@@ -1,6 +1,5 @@
 r"""Tests for sda_ray.cluster.slurm: jobs that carry out sweeps."""
 
-import json
 import os
 import shutil
 import signal
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from sda_ray.cluster.join import read_head
 from sda_ray.core.lease import read_holder
 from sda_ray.runs.path import RunPath
 from sda_ray.runs.record import read_record
@@ -215,8 +215,7 @@ def test_job_is_requeued_when_its_time_is_up_and_done_when_the_sweep_is(
             file.read_bytes() for file in Path("/proc").glob("[0-9]*/cmdline") if readable(file)
         ]
         assert not any(token.encode() in words for words in said)
-        head = json.loads((directory / "head.json").read_text())
-        assert head["address"].startswith(head["ip"]) and head["attempt"] == 1
+        assert (read_head(directory) or {})["attempt"] == 1
 
         # Shortly before the end
         process.send_signal(signal.SIGUSR1)
@@ -225,7 +224,7 @@ def test_job_is_requeued_when_its_time_is_up_and_done_when_the_sweep_is(
         run = RunPath(next(tmp_path.glob("runs/*/metrics.jsonl")).parent)
         assert run.checkpoint.exists()
         assert read_record(run)["status"] == "interrupted"
-        assert not (directory / "head.json").exists() and not (directory / "token").exists()
+        assert read_head(directory) is None and not (directory / "token").exists()
         assert list(short.glob("sda-ray-*")) == []
 
         # As it was left; what was asked of the first start is not asked again

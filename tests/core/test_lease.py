@@ -30,6 +30,7 @@ from sda_ray.core.lease import (
     is_alive,
     is_present,
     read_holder,
+    read_notes,
     this_host,
     this_process,
 )
@@ -114,6 +115,24 @@ def test_fenced_holder_writes_nothing(file: Path) -> None:
 
     with new.hold():
         pass
+
+
+def test_notes_are_found_until_the_next_attempt(file: Path) -> None:
+    lease = Lease(file, "run x")
+    holder = read_holder(file)
+    lease.note(address="10.0.0.1:1")
+    lease.note(job="7")
+    assert read_notes(file) == (holder, {"address": "10.0.0.1:1", "job": "7"})
+    assert read_holder(file) == holder and not lease.is_lost()
+
+    lease.release()
+    assert read_notes(file)[1]["job"] == "7"
+
+    with pytest.raises(LeaseLost):
+        lease.note(job="8")
+
+    Lease(file, "run x").release()
+    assert read_notes(file)[1] == {}
 
 
 def test_released_holder_writes_nothing(file: Path) -> None:

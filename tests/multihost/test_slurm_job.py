@@ -12,6 +12,8 @@ import pytest
 from lab import SHARED, SLOW, Lab, laboratory, obstacle, wait
 from standin import Job, install
 
+from sda_ray.cluster.join import read_head
+
 pytestmark = pytest.mark.skipif(bool(obstacle()), reason=obstacle())
 
 SWEEP = """
@@ -82,7 +84,7 @@ def test_job_survives_whatever_befalls_its_hosts(hosts: Lab, job: Job) -> None:
         return {lease["host"] for lease in found if lease["pid"]}
 
     def works() -> bool:
-        return (directory / "head.json").exists() and len(nodes()) == 2
+        return read_head(directory) is not None and len(nodes()) == 2
 
     # Two nodes, both of which work; before the end of its time it saves all, and is requeued
     process = job.start(["w1", "w2"])
@@ -93,7 +95,7 @@ def test_job_survives_whatever_befalls_its_hosts(hosts: Lab, job: Job) -> None:
     kept = epochs()
     statuses = [json.loads(file.read_text())["status"] for file in root.glob("runs/*/run.json")]
     assert set(statuses) == {"interrupted"}
-    assert not (directory / "head.json").exists()
+    assert read_head(directory) is None
     assert not (directory / "token").exists()
 
     # Carried on, until the host of the driver loses its power
