@@ -13,8 +13,6 @@ import resource
 import secrets
 import shutil
 import socket
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,7 +27,7 @@ import psutil
 from .. import __version__
 from ..core import UserError, lock_works
 from ..data import fingerprint
-from ..runs import Entry, entries
+from ..runs import Entry, cpu_model, entries
 from ..storage import local_directory
 from .connect import on_node
 from .join import read_head
@@ -42,7 +40,6 @@ __all__ = [
     "check_files",
     "clock_skew",
     "cluster_status",
-    "cpu_model",
     "examine",
     "listening",
     "live_nodes",
@@ -54,8 +51,6 @@ __all__ = [
 ]
 
 PACKAGES = ("ray", "torch", "optuna", "wandb")
-COUNT_GPUS = "import torch; print(torch.cuda.device_count())"
-TORCH_TIMEOUT = 60.0  # seconds to count GPUs with torch
 SERVER_TIMEOUT = 5.0  # seconds to connect to a server
 STATUS_TIMEOUT = 20.0  # seconds for a node to report its memory and disk
 TIMEOUT = 60.0  # seconds for any other answer of a node
@@ -92,13 +87,11 @@ def survey(
 
     import ray
 
-    task = ray.remote(num_cpus=0, max_retries=0)(look)
-    answers = {id: task.options(**on_node(id)).remote(*arguments) for id in nodes}
+    answers = {id: _call(id, look, *arguments) for id in nodes}
+    facts: dict[str, Facts] = {}
 
     if answers:
         ray.wait(list(answers.values()), num_returns=len(answers), timeout=timeout)
-
-    facts: dict[str, Facts] = {}
 
     for id, answer in answers.items():
         try:
@@ -120,7 +113,7 @@ def bandwidth(node: str) -> float:
 
     import ray
 
-    answer = ray.remote(num_cpus=0, max_retries=0)(_sample).options(**on_node(node)).remote()
+    answer = _call(node, lambda: bytes(SAMPLE))
     ray.wait([answer], timeout=TIMEOUT, fetch_local=False)
     start = time.monotonic()
     ray.get(answer, timeout=TIMEOUT)
@@ -137,24 +130,23 @@ def clock_skew(node: str, tries: int = 5) -> float:
 
     import ray
 
-    task = ray.remote(num_cpus=0, max_retries=0)(_clock).options(**on_node(node))
     samples = []
 
     for _ in range(tries):
         sent = time.time()
-        clock = ray.get(task.remote(), timeout=TIMEOUT)
+        clock = ray.get(_call(node, lambda: time.time()), timeout=TIMEOUT)
         received = time.time()
         samples.append((received - sent, clock - (sent + received) / 2))
 
     return min(samples)[1]
 
 
-def _sample() -> bytes:
-    return bytes(SAMPLE)
+def _call(node: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    r"""Starts a function on a node, beside the trials there, and returns Ray's reference to it."""
 
+    import ray
 
-def _clock() -> float:
-    return time.time()
+    return ray.remote(num_cpus=0, max_retries=0, **on_node(node))(function).remote(*arguments)
 
 
 @contextmanager
@@ -164,14 +156,7 @@ def marker(runs: Path) -> Iterator[str]:
     A node that finds the file has this very directory. Directories made for it are removed again.
     """
 
-    made = []
-
-    for part in (runs, *runs.parents):
-        if part.is_dir():
-            break
-
-        made.append(part)
-
+    made = [part for part in (runs, *runs.parents) if not part.is_dir()]
     file = runs / f".sda-ray-{secrets.token_hex(8)}"
 
     try:
@@ -190,7 +175,7 @@ def machine() -> Facts:
     r"""Returns the memory of this machine and the disk that trials use, in bytes."""
 
     memory = psutil.virtual_memory()
-    disk = shutil.disk_usage(os.environ.get("SDA_RAY_LOCAL") or tempfile.gettempdir())
+    disk = shutil.disk_usage(_local())
 
     return {
         "memory": {"used": memory.total - memory.available, "total": memory.total},
@@ -219,11 +204,9 @@ def examine(
         url: A server to connect to.
     """
 
-    local = Path(os.environ.get("SDA_RAY_LOCAL") or tempfile.gettempdir())
     faults, missing = check_files(runs, token, data, expected, remote) if token else ([], [])
 
     return {
-        "host": socket.gethostname(),
         "cpu": cpu_model(),
         "limit": memory_limit(),
         "faults": faults,
@@ -234,7 +217,7 @@ def examine(
         "locks": lock_works(_existing(runs)) or "",
         "free": {
             str(place): shutil.disk_usage(place).free
-            for place in {_existing(runs), _existing(local)}
+            for place in {_existing(runs), _existing(_local())}
         },
         "gpus": _count_gpus() if gpus else None,
         "listening": [list(port) for port in listening()],
@@ -289,17 +272,6 @@ def check_files(
     return faults, list(missing)
 
 
-def cpu_model() -> str:
-    r"""Returns the model of this machine's CPU."""
-
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-
-    return platform.processor() or platform.machine()
-
-
 def memory_limit() -> int:
     r"""Returns the bytes of memory that processes can use here, by the machine and its cgroup."""
 
@@ -324,6 +296,10 @@ def _versions() -> dict[str, str]:
     return versions
 
 
+def _local() -> Path:
+    return Path(os.environ.get("SDA_RAY_LOCAL") or tempfile.gettempdir())
+
+
 def _existing(place: Path) -> Path:
     return next(part for part in (place, *place.parents) if part.is_dir())
 
@@ -331,21 +307,14 @@ def _existing(place: Path) -> Path:
 def _count_gpus() -> int | str:
     r"""Returns the number of GPUs that torch sees, or why it cannot tell."""
 
-    # Ray hides GPUs from a process that has not requested any
-    env = {key: x for key, x in os.environ.items() if key != "CUDA_VISIBLE_DEVICES"}
-    command = [sys.executable, "-c", COUNT_GPUS]
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # Ray hides GPUs that were not requested
 
     try:
-        done = subprocess.run(
-            command, env=env, capture_output=True, text=True, timeout=TORCH_TIMEOUT
-        )
-    except subprocess.TimeoutExpired:
-        return f"torch has not answered within {TORCH_TIMEOUT:g} s"
+        import torch
+    except Exception as error:
+        return str(error)
 
-    if done.returncode:
-        return (done.stderr.strip().splitlines() or ["torch cannot be imported"])[-1]
-
-    return int(done.stdout)
+    return torch.cuda.device_count()
 
 
 def _token_mode() -> int | None:
@@ -398,40 +367,28 @@ def listening() -> Iterator[tuple[int, str, str]]:
     `ray::`, as those of Ray's workers do.
     """
 
-    seen = set()
-
     try:
         sockets = psutil.net_connections("tcp")
     except psutil.AccessDenied:  # macOS shows them to root alone
         return
 
-    for each in sockets:
-        if each.status != psutil.CONN_LISTEN or not each.laddr:
-            continue
+    listeners = {(x.laddr, x.pid) for x in sockets if x.status == psutil.CONN_LISTEN}
 
-        address = ipaddress.ip_address(each.laddr.ip)
+    for (ip, port), pid in listeners:
+        address = ipaddress.ip_address(ip)
         address = getattr(address, "ipv4_mapped", None) or address
 
-        if (
-            not address.is_loopback
-            and (key := (each.laddr.port, str(address), each.pid)) not in seen
-        ):
-            seen.add(key)
-            yield each.laddr.port, str(address), _command(each.pid)
+        if not address.is_loopback:
+            yield port, str(address), _command(pid)
 
 
 def _command(pid: int | None) -> str:
-    r"""Returns the command of a process, or an empty string for one of another user."""
+    with suppress(psutil.Error, OSError):  # of another user, or ended
+        process = psutil.Process(pid or 0)
+        command = " ".join(process.cmdline()).strip()
+        loaded = [library.path for library in process.memory_maps()]
 
-    with suppress(psutil.Error, OSError):
-        process = psutil.Process(pid) if pid else None
-
-        if process is not None:
-            command = " ".join(process.cmdline()).strip()
-            loaded = [library.path for library in process.memory_maps()]
-
-            # A driver opens a port, too
-            return f"ray:: {command}" if any("/ray/_raylet" in x for x in loaded) else command
+        return f"ray:: {command}" if any("/ray/_raylet" in x for x in loaded) else command
 
     return ""
 
@@ -461,10 +418,12 @@ def cluster_status(runs: Path) -> dict[str, Any]:
     known = [_node(node, draining, facts.get(node["NodeID"], {})) for node in nodes]
     elsewhere = _place_runs(known, entries(runs) if runs.is_dir() else ())
 
-    for sweep, avoided in _avoided(runs):
+    for lease in sorted(runs.glob("sweeps/*/lease.json")):
+        avoided = (read_head(lease.parent) or {"avoided": {}})["avoided"]
+
         for node in known:
             if node["id"] in avoided:
-                node["avoided"][sweep] = str(avoided[node["id"]])
+                node["avoided"][lease.parent.name] = str(avoided[node["id"]])
 
     return {
         "address": str(ray.get_runtime_context().gcs_address),
@@ -519,13 +478,3 @@ def _place_runs(nodes: Sequence[dict[str, Any]], found: Iterable[Entry]) -> list
             by_name.get(host, elsewhere).append(run)
 
     return elsewhere
-
-
-def _avoided(runs: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    r"""Yields sweeps and the ids of the nodes that their drivers avoid, with the reasons."""
-
-    for file in sorted(runs.glob("sweeps/*/head.json")):
-        avoided = (read_head(file.parent) or {}).get("avoided")
-
-        if isinstance(avoided, dict) and avoided:
-            yield file.parent.name, avoided

@@ -34,6 +34,7 @@ from .prune import refusal as refusal
 from .prune import resumable as resumable
 from .record import PACKAGE as PACKAGE
 from .record import code_of as code_of
+from .record import cpu_model as cpu_model
 from .record import digests as digests
 from .record import origin as origin
 from .record import read_record as read_record

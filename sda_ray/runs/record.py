@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Record",
     "code_of",
+    "cpu_model",
     "differences",
     "digests",
     "logged_config",
@@ -188,7 +189,7 @@ def provenance(device: str | torch.device = "cpu") -> dict[str, Any]:
 
     return {
         "host": platform.node(),
-        "device": torch.cuda.get_device_name(device) if cuda else _processor(),
+        "device": torch.cuda.get_device_name(device) if cuda else cpu_model(),
         "threads": torch.get_num_threads(),
         "code": _code(),
         "versions": {
@@ -321,7 +322,9 @@ def _git(*command: str) -> bytes | None:
 
 
 @cache
-def _processor() -> str:
+def cpu_model() -> str:
+    r"""Returns the model of this machine's CPU."""
+
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
