@@ -78,4 +78,5 @@ from .system import deadline as deadline
 from .system import is_out_of_memory as is_out_of_memory
 from .system import keep_memory as keep_memory
 from .system import margin as margin
+from .system import on_signals as on_signals
 from .system import release_memory as release_memory

@@ -1,4 +1,4 @@
-r"""The operating system and Slurm: memory that a training process keeps, and deadlines.
+r"""The operating system and Slurm: signals, deadlines, and memory that a training process keeps.
 
 The C library maps large blocks of memory on request, and unmaps them when they are freed. Each page
 of a fresh block costs a page fault, and a training step on a CPU requests and frees the same
@@ -9,14 +9,16 @@ import ctypes
 import logging
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 from .errors import UserError
 
-__all__ = ["deadline", "is_out_of_memory", "keep_memory", "margin", "release_memory"]
+__all__ = ["deadline", "is_out_of_memory", "keep_memory", "margin", "on_signals", "release_memory"]
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +30,23 @@ PAD = 64 * 2**20  # bytes by which the heap grows at least
 
 # Messages of torch's allocator for the CPU, of CUDA itself, and of cuBLAS and cuDNN
 SHORT = ("can't allocate memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
+
+
+@contextmanager
+def on_signals(handle: Callable[[int], None]) -> Iterator[None]:
+    r"""Calls a function on SIGINT, SIGTERM and SIGHUP, unless they are ignored, as under nohup."""
+
+    every = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {n: old for n in every if (old := signal.getsignal(n)) is not signal.SIG_IGN}
+
+    for number in before:
+        signal.signal(number, lambda n, frame: handle(n))
+
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def keep_memory() -> bool:

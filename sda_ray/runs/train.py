@@ -7,11 +7,18 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType
 
 import torch
 
-from ..core import LeaseGone, LeaseLost, UserError, check_present, is_out_of_memory, keep_memory
+from ..core import (
+    LeaseGone,
+    LeaseLost,
+    UserError,
+    check_present,
+    is_out_of_memory,
+    keep_memory,
+    on_signals,
+)
 from ..data import TrajectoryDataset
 from ..nn import load_network, make_deterministic, warn_slow
 from ..training import Diverged, Metrics, TrainState, Validation, epochs, steady_epochs, validate
@@ -47,23 +54,14 @@ class Stop:
         A second SIGINT interrupts at once.
         """
 
-        def handle(number: int, frame: FrameType | None) -> None:
+        def handle(number: int) -> None:
             if self.signal == signal.SIGINT == number:
                 raise KeyboardInterrupt
 
             self.signal = number
 
-        before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-
-        for number, handler in before.items():
-            if handler is not signal.SIG_IGN:  # as under nohup
-                signal.signal(number, handle)
-
-        try:
+        with on_signals(handle):
             yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def default_device() -> str:
