@@ -31,7 +31,7 @@ from ..runs import Entry, cpu_model, entries
 from ..storage import local_directory
 from .connect import on_node
 from .join import read_head
-from .slots import HEAD, leaving_nodes
+from .preemption import draining_nodes
 
 __all__ = [
     "PACKAGES",
@@ -55,6 +55,8 @@ SERVER_TIMEOUT = 5.0  # seconds to connect to a server
 STATUS_TIMEOUT = 20.0  # seconds for a node to report its memory and disk
 TIMEOUT = 60.0  # seconds for any other answer of a node
 SAMPLE = 16 * 2**20  # bytes sent to measure the bandwidth
+
+HEAD = "node:__internal_head__"  # a resource that the head has, and no other node
 
 Facts = dict[str, Any]
 
@@ -412,7 +414,7 @@ def cluster_status(runs: Path) -> dict[str, Any]:
     import ray
 
     nodes = sorted(ray.nodes(), key=lambda n: (not n["Alive"], HEAD not in n["Resources"]))
-    draining = leaving_nodes()
+    draining = draining_nodes()
     facts = survey(machine, nodes=live_nodes(), timeout=STATUS_TIMEOUT)
     total, free = ray.cluster_resources(), ray.available_resources()
     known = [_node(node, draining, facts.get(node["NodeID"], {})) for node in nodes]

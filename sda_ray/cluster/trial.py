@@ -4,17 +4,21 @@ Tune receives numbers only: the run's directory, its checkpoints and its resumpt
 trial's process is kept for the next trial, so that everything ends in :meth:`Trial.close`.
 """
 
+import socket
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from signal import SIGTERM
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import ray
 from ray import tune
 
 from ..core import release_memory, write_atomic
+
+if TYPE_CHECKING:
+    from ..runs import Stop
 
 __all__ = ["REPORT_SECONDS", "Trial", "memory_fraction"]
 
@@ -39,12 +43,12 @@ class Trial(tune.Trainable):
     to the next rung. It returns
 
     * `epochs`, the list of (epoch, value)
-    * `event`: `running`, `complete`, `diverged`, `interrupted`, `stopped` (by the user, for
-      good), `memory` (which was short) or `failed`. After all but the first the attempt has ended
+    * `event`: `running`, `complete`, `diverged`, `interrupted`, `stopped` (by the user), `memory`
+      (which was short) or `failed`. After all but the first the attempt has ended
     * `error`, and for a complete run `finals`, see :func:`sda_ray.runs.metrics.finals`
     * `unreached`, why W&B's server cannot be used by this attempt, if that was wanted
     * `longest`, the seconds that it went without looking for a stop request
-    * `node`, Ray's id of the node that it runs on; and from its first step `actor`, its handle
+    * `node` and `host`, Ray's id of its node and the name; from its first step `actor`, its handle
     * `leaving`, whether that node is about to go, which interrupts
     * `notes`, what the user should know, by subject
 
@@ -53,10 +57,10 @@ class Trial(tune.Trainable):
     """
 
     def setup(self, config: dict[str, Any]) -> None:
-        from .preemption import watch
+        from .preemption import leaving
 
         self.spec = config
-        self.leaving = watch()
+        self.leaving = leaving()
         self.greeted = False
         self.remote: Any = None
         self.data: Any = None  # keeps data that were fetched
@@ -77,36 +81,28 @@ class Trial(tune.Trainable):
         self.close("interrupted")
 
     def step(self) -> dict[str, Any]:
-        if not self.greeted:
-            self.greeted = True
-            context = ray.get_runtime_context()
+        context = ray.get_runtime_context()
+        result: dict[str, Any] = {"event": "running", "epochs": [], "error": ""}
 
-            actor = context.current_actor if context.get_actor_id() else None
+        if self.greeted:
+            result = self._advance_run()
+        elif context.get_actor_id():
+            result["actor"] = context.current_actor
 
-            return self._result("running", [], actor=actor)
+        self.greeted = True
+        where = {"node": context.get_node_id(), "host": socket.gethostname()}
 
-        return self._advance_run()
-
-    def _result(
-        self, event: str, values: list[tuple[int, float]], error: str = "", **more: Any
-    ) -> dict[str, Any]:
-        return {
-            "event": event,
-            "epochs": values,
-            "error": error,
-            "node": ray.get_runtime_context().get_node_id(),
-            "leaving": self.leaving(),
-            **more,
-        }
+        return {**result, **where, "leaving": self.leaving()}
 
     def _advance_run(self) -> dict[str, Any]:
         from ..core import LeaseGone, LeaseLost
-        from ..runs import Interrupted, OutOfMemory
+        from ..runs import Interrupted, OutOfMemory, finals
         from ..storage import Disconnected
         from ..training import Diverged
 
         values: list[tuple[int, float]] = []
-        event, error, finals = "running", "", None
+        event, error, last = "running", "", None
+        objectives = self.spec.get("objectives") or ()
 
         try:
             if self.training is None:
@@ -115,9 +111,9 @@ class Trial(tune.Trainable):
             self.watchdog.phase()
             event = self._advance(values)
 
-            if event == "complete":
-                finals = self._finals()
-            elif self.remote is not None:
+            if event == "complete" and len(objectives) > 1:
+                last = finals(self.run.path, objectives)
+            elif event == "running" and self.remote is not None:
                 self._hand_over(values)
         except Disconnected:
             self.close("interrupted")
@@ -126,16 +122,15 @@ class Trial(tune.Trainable):
             self.close("interrupted")
             raise Disconnected(f"the trial was cut off from the head: {e}") from e
         except Interrupted:
-            event = "stopped" if self.stop_flag.alone else "interrupted"
-        except Diverged as e:
-            event, error = "diverged", str(e)
-        except OutOfMemory as e:
-            event, error = "memory", str(e)
-        except LeaseGone as e:
-            event, error = "failed", str(e)
-        except Exception as e:  # a bug or a bad configuration: told once, not tried again
+            event = "stopped" if self.stop_flag.scope == "alone" else "interrupted"
+        except (Diverged, OutOfMemory, LeaseGone) as e:
+            events = {Diverged: "diverged", OutOfMemory: "memory", LeaseGone: "failed"}
+            event, error = events[type(e)], str(e)
+        except Exception as e:  # a bug or a bad configuration: not tried again
             event, error = "failed", f"{type(e).__name__}: {e}"
-            self._keep(traceback.format_exc())
+
+            if self.run is not None:
+                write_atomic(self.run.path.error, traceback.format_exc().encode())
 
         notes = {} if self.remote is None else self.remote.notes
         unreached = "" if self.tracker is None else self.tracker.failed
@@ -153,15 +148,15 @@ class Trial(tune.Trainable):
             if wrong is not None and event == "complete":
                 event, error = "failed", f"its files cannot be kept on the head: {wrong}"
 
-        return self._result(
-            event,
-            values,
-            error,
-            finals=finals,
-            unreached=unreached,
-            longest=longest,
-            notes=dict(notes),
-        )
+        return {
+            "event": event,
+            "epochs": values,
+            "error": error,
+            "finals": last,
+            "unreached": unreached,
+            "longest": longest,
+            "notes": dict(notes),
+        }
 
     def _open(self) -> list[tuple[int, float]]:
         r"""Opens the run and returns the values that it has already."""
@@ -215,7 +210,7 @@ class Trial(tune.Trainable):
         self.watchdog.close()
         self.watchdog = Watchdog(self.run.path.directory / STACKS, stall)
         self.watchdog.phase()
-        self.stop_flag = stop_flag(request, spec["index"], self.remote)
+        self.stop_flag = StopFlag(self._stop_request)
 
         if self.remote is not None:
             self.remote.watch(self.run.path)
@@ -225,7 +220,7 @@ class Trial(tune.Trainable):
             data,
             device,
             spec["rungs"],
-            stop=self.stop_flag,
+            stop=cast("Stop", self.stop_flag),
             after_step=self._after_step,
             share=share,
         )
@@ -234,9 +229,6 @@ class Trial(tune.Trainable):
 
     def _after_step(self, state: Any) -> None:
         self.watchdog.step()
-
-        if self.leaving():
-            self.stop_flag.signal = SIGTERM
 
         if state.step == len(state.losses):  # the epoch's last
             self.watchdog.phase()
@@ -266,16 +258,24 @@ class Trial(tune.Trainable):
         else:
             self.remote.push_lines()
 
-    def _finals(self) -> list[float] | None:
-        from ..runs import finals
+    def _stop_request(self) -> str:
+        r"""Returns why to stop: `leaving` (the node), `all` (trials), `alone` (this one), or none.
 
-        objectives = self.spec.get("objectives") or ()
+        The head node looks for trials that cannot see the files.
 
-        return finals(self.run.path, objectives) if len(objectives) > 1 else None
+        Raises:
+            Disconnected: If the trial is cut off from the head node.
+        """
 
-    def _keep(self, error: str) -> None:
-        if self.run is not None:
-            write_atomic(self.run.path.error, error.encode())
+        from ..storage import stop_scope
+
+        if self.leaving():
+            return "leaving"
+
+        if self.remote is not None:
+            return str(self.remote.stop_request())
+
+        return stop_scope(Path(self.spec["request"]), self.spec["index"])
 
     def close(self, status: str) -> Exception | None:
         r"""Ends the attempt: checkpoint, W&B, lease. Never raises, and may be repeated.
@@ -324,35 +324,25 @@ def memory_fraction(share: float, total: int) -> float:
     return max(share / 2, share - CONTEXT / total)
 
 
-def stop_flag(request: Path, index: int, remote: Any = None) -> Any:
-    r"""Returns a stop flag that is set once a stop file exists.
+class StopFlag:
+    r"""A stop flag that looks now and then whether it is set.
 
     Tune creates the actors of trials without concurrency groups, so that a trial answers no call
-    while it trains: it looks for a file instead, see :func:`sda_ray.storage.server.stop_scope`.
-    Where the files cannot be seen, it asks the head node; a trial that was cut off from there
-    raises.
+    while it trains: it looks itself.
+
+    Arguments:
+        look: Returns why to stop, or an empty text.
     """
 
-    from ..runs import Stop
-    from ..storage import stop_scope
+    def __init__(self, look: Callable[[], str]) -> None:
+        self.look = look
+        self.looked = 0.0
+        self.scope = ""
 
-    class Request(Stop):
-        looked = 0.0
-        number: int | None = None
-        alone = False
+    @property
+    def signal(self) -> int | None:
+        if not self.scope and time.monotonic() - self.looked > LOOK:
+            self.looked = time.monotonic()
+            self.scope = self.look()
 
-        @property
-        def signal(self) -> int | None:
-            if self.number is None and time.monotonic() - self.looked > LOOK:
-                self.looked = time.monotonic()
-                scope = stop_scope(request, index) if remote is None else remote.stop_request()
-                self.alone = scope == "alone"
-                self.number = SIGTERM if scope else None
-
-            return self.number
-
-        @signal.setter
-        def signal(self, number: int | None) -> None:
-            self.number = number
-
-    return Request()
+        return SIGTERM if self.scope else None

@@ -121,6 +121,7 @@ def plan_sweep(
     gpus = int(local_gpus() > 0) if options.gpus is None else options.gpus
     slots = Slots(options.cpus, gpus, options.parallel)
     runs, data, local = options.runs, options.data, options.address is None
+    slots.grows = not local and options.parallel is not None
     sweep, broken = None, []
 
     try:

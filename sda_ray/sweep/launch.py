@@ -49,6 +49,7 @@ __all__ = [
 ]
 
 OFFLINE = Wandb()
+JOIN = 60.0  # seconds in which nodes of a cluster that was just started may join
 LATER = 75  # the exit code of a sweep whose time is up (EX_TEMPFAIL)
 
 
@@ -372,8 +373,10 @@ def _drive(driver: Driver, slots: Slots, options: Options, table: Table, package
             server = serve_files(options.runs, options.data, driver.request)
             driver.spec = driver.spec | {"server": stack.enter_context(server)}
 
-        slots.check()
-        lease, own = driver.study.journal.lease, options.address is None or bool(options.job)
+        alone = options.address is None
+        slots.grows = options.parallel is not None and not alone and not options.job
+        slots.check(patience=0 if alone else JOIN)
+        lease, own = driver.study.journal.lease, alone or bool(options.job)
         assert lease is not None
         tell = stack.enter_context(announced(driver.request.parent, lease, *ray_endpoint(own)))
         house = driver.house
@@ -384,7 +387,6 @@ def _drive(driver: Driver, slots: Slots, options: Options, table: Table, package
 
         driver.house = also_tell
         resources = {"cpu": options.cpus, "gpu": slots.wanted.get("GPU", 0)}
-        alone = options.address is None
         execute(driver, resources, scratch, own=alone, requests=RequestServer(driver))
 
 

@@ -55,13 +55,13 @@ with connected(modules=["colorsys"]) as scratch:
     slots, asked = Slots(1, 0), []
     slots.avoided = {node["NodeID"]: "node bad: 3 workers in a row died there"}
     slots.forgive = lambda: asked.append(1) or len(asked) == 1
-    slots._complain(59)
+    slots._check_avoided(59)
     said["asked"] = [len(asked)]
-    slots._complain(61)  # some are given back
+    slots._check_avoided(61)  # some are given back
     said["asked"].append(len(asked))
 
     try:
-        slots._complain(61)
+        slots._check_avoided(61)
     except ValueError as error:
         said["left"] = str(error)
 

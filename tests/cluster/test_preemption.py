@@ -1,6 +1,7 @@
-r"""Tests for sda_ray.cluster.preemption: the notice of a spot machine is heard, and nobody else is asked."""
+r"""Tests for sda_ray.cluster.preemption: the notice of a spot machine, and drained nodes."""
 
 import json
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -8,9 +9,10 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+import ray
 
 from sda_ray.cluster import preemption
-from sda_ray.cluster.preemption import Spot
+from sda_ray.cluster.preemption import draining_nodes, has_notice
 
 WHEN = 1_800_000_000
 
@@ -59,27 +61,41 @@ def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Metadata]]:
         server.shutdown()
 
 
-def test_notice_is_heard(service: type[Metadata]) -> None:
-    spot = Spot()
-    assert spot() is None
+def test_notice_is_found(service: type[Metadata]) -> None:
+    assert not has_notice()
 
     service.taken = True
-    assert spot() == WHEN
+    assert has_notice()
 
     service.session += 1  # the one of before is over
-    assert spot() == WHEN
+    assert has_notice()
 
 
-def test_nobody_is_asked_where_there_is_nobody(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_no_machine_but_those_of_aws_is_asked(
+    service: type[Metadata], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preemption, "VENDOR", tmp_path / "missing")
-    assert Spot().base == "" and Spot()() is None
+    service.taken = True
+    monkeypatch.setattr(preemption, "SERVICE", os.environ["SDA_RAY_METADATA"])
+    monkeypatch.setattr(preemption, "VENDOR", tmp_path / "vendor")
+    monkeypatch.delenv("SDA_RAY_METADATA")
+    assert not has_notice()
 
-    (tmp_path / "missing").write_text("QEMU\n")
-    assert Spot().base == "" and Spot()() is None
+    (tmp_path / "vendor").write_text("QEMU\n")
+    assert not has_notice()
 
-    (tmp_path / "missing").write_text("Amazon EC2\n")
-    assert Spot().base == "http://169.254.169.254"
+    (tmp_path / "vendor").write_text("Amazon EC2\n")
+    assert has_notice()
 
-    assert Spot("http://127.0.0.1:1")() is None
+    monkeypatch.setattr(preemption, "SERVICE", "http://127.0.0.1:1")
+    assert not has_notice()
+
+
+def test_no_node_is_drained_for_a_ray_that_cannot_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray._private import state
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(state, "state", object())  # as if the method was gone
+    assert draining_nodes() == set()
+
+    monkeypatch.delattr(state, "state")
+    assert draining_nodes() == set()
