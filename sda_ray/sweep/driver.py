@@ -23,13 +23,15 @@ from ..search import (
     draw_run,
     unhide,
 )
-from .failures import Losses, Outage, alike
+from .failures import Losses, alike
 
 __all__ = ["TIME", "Driver", "Notify"]
 
 logger = logging.getLogger(__name__)
 
 TIME = "its time is up"
+LEAVING = "this machine is about to be taken away"
+UNREACHED = 2  # attempts that W&B's server fails, after which new ones start offline
 HOUSEKEEPING = 5.0  # seconds between two calls of the housekeeping
 
 Notify = Callable[[str, TrialRecord], None]
@@ -83,10 +85,11 @@ class Driver:
 
         self.live: dict[str, int] = {}  # name of a trial -> index of its run
         self.closing: dict[int, Callable[[], bool]] = {}  # index of a run -> whether it is closed
+        self.home = ""  # the node that trials cannot avoid, since the driver's Ray ends with it
         self.noted: set[str] = set()  # the subjects of the notes that were passed on
+        self.unreached: set[tuple[int, int]] = set()  # attempts that W&B's server failed
         self.cancelled: set[int] = set()  # runs that the user stops, until that is recorded
         self.losses = Losses()
-        self.outage = Outage()
         self.errors: list[str] = []
         self.exhausted = False
         self.stopping = False  # no new trials start
@@ -221,27 +224,14 @@ class Driver:
                 whether it has ended.
         """
 
-        records = self.study.records()
-        record = self.study.report(_record(records, self.live[trial]), dict(result["epochs"]))
-        records = [record if r.index == record.index else r for r in records]
+        epochs = dict(result["epochs"])
+        record = self.study.report(self._record(self.live[trial]), epochs)
         event, error = result["event"], result["error"]
-        self.longest = max(self.longest, result.get("longest", 0.0))
-
-        for subject, note in result.get("notes", {}).items():
-            if subject not in self.noted:  # one trial says it for all
-                self.noted.add(subject)
-                logger.warning("%s", note)
-
-        if result.get("unreached"):
-            self.spec = self.outage.note(self.spec, record, result["unreached"])
+        self._take_notes(record, result)
 
         while event == "running" and record.paused:
-            if self._promote(record, records):
-                records = self.study.records()
-                record = _record(records, record.index)
-                # it may bring epochs that an older journal had lost
-                record = self.study.report(record, dict(result["epochs"]))
-                records = [record if r.index == record.index else r for r in records]
+            if self._promote(record):
+                record = self.study.report(record, epochs)  # with those that the journal had lost
             else:
                 event = "paused"
                 self.closing[record.index] = close(event)
@@ -260,7 +250,9 @@ class Driver:
         if event != "running":
             del self.live[trial]
 
-            if result.get("leaving"):
+            if result.get("leaving") and result["node"] == self.home:
+                self.stop(LEAVING)
+            elif result.get("leaving"):
                 self.losses.leave(record.index)
             else:
                 self.losses.acquit(record.index)
@@ -272,13 +264,39 @@ class Driver:
 
         return bool(event == "running")
 
-    def _promote(self, record: TrialRecord, records: Sequence[TrialRecord]) -> bool:
+    def _take_notes(self, record: TrialRecord, result: dict[str, Any]) -> None:
+        r"""Takes from a result what is not about the run itself."""
+
+        self.longest = max(self.longest, result.get("longest", 0.0))
+
+        if (node := result.get("node")) and node != self.home:
+            self.losses.places[record.index] = node, result["host"]
+
+        for subject, note in result.get("notes", {}).items():
+            if subject not in self.noted:  # one trial says it for all
+                self.noted.add(subject)
+                logger.warning("%s", note)
+
+        if why := result.get("unreached"):
+            self.unreached.add((record.index, record.attempt))
+            wandb = self.spec["wandb"]
+
+            if len(self.unreached) >= UNREACHED and wandb["mode"] == "online":
+                self.spec = self.spec | {"wandb": wandb | {"mode": "offline"}}
+                logger.warning(
+                    "%d runs could not use W&B's server: the rest of the sweep starts offline, "
+                    "and `sda-ray sync --all` uploads it later. The last one was told: %s",
+                    len(self.unreached),
+                    why,
+                )
+
+    def _promote(self, record: TrialRecord) -> bool:
         r"""Promotes a run at a rung if its slot would be used for it anyway."""
 
         if self.stopping or record.index in self.cancelled:
             return False
 
-        action, _ = self._decide(records, self._busy() - {record.index})
+        action, _ = self._decide(self.study.records(), self._busy() - {record.index})
 
         if action.kind == "prune" or action.record is None or action.record.index != record.index:
             return False
@@ -303,8 +321,8 @@ class Driver:
         Arguments:
             trial: The trial's name.
             reason: A line about the loss.
-            cause: `node`, which is never held against the run; `memory`, at most once; or
-                `worker`.
+            cause: `node`, which is never held against the run; `memory` or `start`, at most
+                once; or `worker`.
         """
 
         index = self.live.pop(trial, None)
@@ -312,7 +330,7 @@ class Driver:
         if index is None:
             return
 
-        record = _record(self.study.records(), index)
+        record = self._record(index)
 
         if self.stopping:
             self.unsaved.add(index)
@@ -331,6 +349,5 @@ class Driver:
         self.fault = self.fault or error
         self.stop()
 
-
-def _record(records: Sequence[TrialRecord], index: int) -> TrialRecord:
-    return next(record for record in records if record.index == index)
+    def _record(self, index: int) -> TrialRecord:
+        return next(record for record in self.study.records() if record.index == index)

@@ -1,14 +1,13 @@
-r"""Failures outside the trials: lost workers, bad nodes, an unreachable W&B server."""
+r"""Failures outside the trials: lost workers and bad nodes."""
 
 import logging
 import re
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
 
 from ..search import Study, TrialRecord
 
-__all__ = ["Losses", "Outage", "alike"]
+__all__ = ["Losses", "alike"]
 
 logger = logging.getLogger(__name__)
 
@@ -16,7 +15,6 @@ ALIKE = 3  # runs that fail alike, before any is complete, after which a sweep s
 LOST = 5  # times that a worker may die under a run
 STRIKES = 3  # workers in a row that may die on a node, before it is avoided
 SHORT = 1  # times that a run may be short of memory
-UNREACHED = 2  # attempts that W&B's server fails, after which new ones start offline
 
 
 def alike(errors: Sequence[str]) -> bool:
@@ -46,14 +44,16 @@ class Losses:
         Arguments:
             study: The study.
             record: The run.
-            cause: See :func:`~sda_ray.cluster.executor.cause_of`. A lost node is never held against a run.
+            cause: See :func:`sda_ray.cluster.executor.cause_of`. A lost node is never held
+                against a run. A worker that does not start lacks memory as a rule.
             reason: A line about the loss.
         """
 
-        if cause == "memory":
+        if cause in ("memory", "start"):
+            what = "out of memory" if cause == "memory" else "its worker could not be started"
             short = study.record_memory_error(record).memory_errors
 
-            return f"out of memory {short} times, last of: {reason}" if short > SHORT else ""
+            return f"{what} {short} times, last of: {reason}" if short > SHORT else ""
 
         if cause == "node":
             return ""
@@ -128,27 +128,3 @@ class Losses:
             self.strikes.pop(id, None)  # it stays avoided
             self.avoided[id] = why
             logger.warning("Node %s leaves the cluster: its trials resume elsewhere.", name)
-
-
-class Outage:
-    r"""Counts the attempts that could not reach W&B's server."""
-
-    def __init__(self) -> None:
-        self.attempts: set[tuple[int, int]] = set()
-
-    def note(self, spec: dict[str, Any], record: TrialRecord, why: str) -> dict[str, Any]:
-        r"""Returns the arguments of trials from now on: offline after repeated failures."""
-
-        self.attempts.add((record.index, record.attempt))
-
-        if len(self.attempts) < UNREACHED or spec["wandb"]["mode"] != "online":
-            return spec
-
-        logger.warning(
-            "%d runs could not use W&B's server: the rest of the sweep starts offline, and "
-            "`sda-ray sync --all` uploads it later. The last one was told: %s",
-            len(self.attempts),
-            why,
-        )
-
-        return spec | {"wandb": spec["wandb"] | {"mode": "offline"}}

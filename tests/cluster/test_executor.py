@@ -26,10 +26,9 @@ from ray.exceptions import (
 )
 
 from sda_ray.cluster.connect import local_cpus
-from sda_ray.cluster.executor import BEATS, PAUSE, Housekeeping, Liveness, cause_of, end_frozen
-from sda_ray.core.lease import HEARTBEAT, Lease, read_holder
+from sda_ray.cluster.executor import BEATS, Attempt, Executor, NotStarted, cause_of
+from sda_ray.core.lease import HEARTBEAT
 from sda_ray.runs.path import RunPath
-from sda_ray.search.promotion import TrialRecord
 from sda_ray.storage.client import Disconnected
 
 HOLD = """
@@ -40,8 +39,6 @@ lease = Lease(Path(sys.argv[1]), "a run")
 print("held", flush=True)
 time.sleep(60)
 """
-
-RECORD = TrialRecord(1, "abcdefgh", "running", 9, 9, attempt=1)
 
 
 @pytest.fixture
@@ -62,112 +59,67 @@ def process(path: RunPath, env: dict[str, str]) -> Iterator["subprocess.Popen[st
     process.communicate()
 
 
-def wait(liveness: Liveness, seconds: float) -> None:
-    r"""Lets time pass for the watch: it has looked all the while, and seen nothing new."""
-
-    liveness.seen = {
-        index: (sign, since - seconds) for index, (sign, since) in liveness.seen.items()
-    }
+@pytest.fixture
+def attempt(tmp_path: Path) -> Attempt:
+    return Attempt({"runs": str(tmp_path), "run_id": "abcdefgh", "attempt": 1, "stall": 30.0})
 
 
-def test_process_that_is_silent_for_long_is_found_and_ended(
-    tmp_path: Path, path: RunPath, process: "subprocess.Popen[str]"
+def test_process_that_is_silent_for_long_is_found(
+    attempt: Attempt, process: "subprocess.Popen[str]"
 ) -> None:
-    liveness = Liveness(tmp_path, 30.0)
     os.kill(process.pid, signal.SIGSTOP)
     os.waitid(os.P_PID, process.pid, os.WSTOPPED)
-    assert liveness.look([RECORD]) == []
-    wait(liveness, 29.0)
-    assert liveness.look([RECORD]) == []
-    wait(liveness, 2.0)
-    ((record, silent),) = liveness.look([RECORD])
-    assert record == RECORD and silent > 30
-
-    text = end_frozen(path, record, silent)
-    assert f"from process {process.pid} on " in text and "stopped" in text
-    assert process.wait(timeout=10) == -signal.SIGKILL
-    assert text in (path.directory / "stacks.txt").read_text()
+    assert attempt.silence() == 0
+    attempt.since -= 29.0
+    assert attempt.silence() == 0
+    attempt.since -= 2.0
+    assert attempt.silence() > 30
 
 
-def test_heartbeat_and_new_attempt_are_signs_of_life(
-    tmp_path: Path, path: RunPath, process: "subprocess.Popen[str]"
+def test_heartbeat_is_a_sign_of_life(
+    attempt: Attempt, path: RunPath, process: "subprocess.Popen[str]"
 ) -> None:
-    liveness = Liveness(tmp_path, 30.0)
-    liveness.look([RECORD])
-    wait(liveness, 31.0)
+    attempt.silence()
+    attempt.since -= 31.0
     os.utime(path.lease)
-    assert liveness.look([RECORD]) == []
-    wait(liveness, 31.0)
-    assert [r for r, _ in liveness.look([RECORD])] == [RECORD]
+    assert attempt.silence() == 0
+    attempt.since -= 31.0
+    assert attempt.silence() > 30
 
 
-def test_start_may_take_longer(tmp_path: Path, path: RunPath) -> None:
-    liveness = Liveness(tmp_path, 30.0)
-    liveness.look([RECORD])
-    wait(liveness, 31.0)
-    assert liveness.look([RECORD]) == []
-    wait(liveness, 60.0)
-    assert len(liveness.look([RECORD])) == 1
+def test_start_may_take_longer(attempt: Attempt, path: RunPath) -> None:
+    attempt.silence()
+    attempt.since -= 31.0
+    assert attempt.silence() == 0
+    attempt.since -= 60.0
+    assert attempt.silence() > 90
 
 
-def test_driver_that_was_frozen_itself_blames_nobody(
-    tmp_path: Path, path: RunPath, process: "subprocess.Popen[str]"
+def test_silence_while_the_driver_was_frozen_itself_does_not_count(
+    attempt: Attempt, process: "subprocess.Popen[str]"
 ) -> None:
-    liveness = Liveness(tmp_path, 30.0)
-    liveness.look([RECORD])
-    wait(liveness, 100.0)
-    liveness.looked -= PAUSE + 1
-    assert liveness.look([RECORD]) == []
+    attempt.silence()
+    attempt.since -= 100.0
+    assert attempt.silence(fresh=True) == 0
 
 
-def test_missed_heartbeat_is_no_silence_however_short_the_limit(tmp_path: Path) -> None:
-    assert Liveness(tmp_path, 0.1).limit >= BEATS * HEARTBEAT > HEARTBEAT
-
-
-def test_run_without_a_directory_or_a_process_is_ended_without_harm(
-    tmp_path: Path, path: RunPath
+def test_missed_heartbeat_is_no_silence_however_short_the_limit(
+    attempt: Attempt, process: "subprocess.Popen[str]"
 ) -> None:
-    liveness = Liveness(tmp_path, 30.0)
-    assert liveness.path(TrialRecord(2, "zzzzzzzz", "running", 9, 9)) is None
-    assert read_holder(path.lease) is None
-    assert "from process None" in end_frozen(path, RECORD, time.monotonic())
+    attempt.spec["stall"] = 0.1
+    attempt.silence()
+    attempt.since -= BEATS * HEARTBEAT - 1.0
+    assert attempt.silence() == 0
 
 
-def test_process_of_which_the_machine_is_not_known_is_left_alone(path: RunPath) -> None:
-    Lease(path.lease, "a run")
-    content = json.loads(path.lease.read_text())
-    path.lease.write_text(json.dumps({k: x for k, x in content.items() if k != "machine"}))
+def test_run_without_a_directory_is_watched(tmp_path: Path) -> None:
+    attempt = Attempt({"runs": str(tmp_path), "run_id": "zzzzzzzz", "attempt": 1})
 
-    assert f"from process {os.getpid()} on " in end_frozen(path, RECORD, 31.0)
+    assert attempt.path is None and attempt.holder == {} and attempt.silence() == 0
 
 
 # What Ray says if a node has lost its network, before it takes the node for dead
 CUT = ActorUnavailableError("The actor is temporarily unavailable: RpcError.", b"a" * 16)
-
-
-def test_trial_whose_node_dies_before_its_first_report_is_lost_to_the_node(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    nodes = [{"NodeID": "dead", "Alive": False}, {"NodeID": "well", "Alive": True}]
-    monkeypatch.setattr(ray, "nodes", lambda: nodes)
-    manual = ManualDriver(tmp_path / "sweep")
-    housekeeping = Housekeeping(manual.driver)
-
-    for name, node in {"a": "dead", "b": "well"}.items():
-        spec = manual.driver.suggest(name)
-        assert spec is not None
-        manual.driver.losses.places[spec["index"]] = (node, node)
-        housekeeping.lose(name, CUT)
-
-    assert [*manual.driver.live] == ["a", "b"]  # not known yet
-
-    housekeeping._settle_doubts()
-    assert [*manual.driver.live] == ["b"]
-
-    housekeeping.doubts = {name: (why, 0.0) for name, (why, _) in housekeeping.doubts.items()}
-    housekeeping._settle_doubts()  # a minute later
-    assert [*manual.driver.live] == []
-    assert [record.worker_deaths for record in manual.study.records()] == [0, 1]
 
 
 def test_death_of_an_actor_is_that_of_its_node_if_that_is_dead(
@@ -176,18 +128,18 @@ def test_death_of_an_actor_is_that_of_its_node_if_that_is_dead(
     nodes = [{"NodeID": name, "Alive": True} for name in ("first", "second")]
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
     manual = ManualDriver(tmp_path / "sweep")
-    housekeeping = Housekeeping(manual.driver)
-    housekeeping._see_nodes()
+    executor = Executor(manual.driver, {"CPU": 1})
+    executor._look_at_nodes()
 
-    for name, node in {"a": "first", "b": "second"}.items():
-        assert manual.driver.suggest(name) is not None
-        housekeeping.nodes[name] = node
+    for name, node in {"a": "first", "b": "second", "c": ""}.items():  # c has not reported yet
+        spec = executor.suggest(name)
+        assert spec is not None
+        executor.attempts[spec["index"]].node = node
 
-    assert manual.driver.suggest("c") is not None  # which has not reported from anywhere
     nodes[0]["Alive"] = False
 
     for name in "abc":
-        housekeeping.lose(name, ActorDiedError())
+        executor.lose(name, ActorDiedError())
 
     assert [record.worker_deaths for record in manual.study.records()] == [0, 1, 0]
 
@@ -202,7 +154,7 @@ MEMORY = (
     [
         (ActorDiedError(), "worker", "died unexpectedly"),
         (RayActorError(error_msg="x", preempted=True), "node", "x"),
-        (CUT, "unclear", "is unavailable: "),
+        (CUT, "node", "is unavailable: "),
         (OutOfMemoryError(f"{MEMORY}\nRefer to the documentation."), "memory", "was 3GB"),
         (NodeDiedError("The node died."), "node", "The node died."),
         (
@@ -215,6 +167,7 @@ MEMORY = (
             "worker",
             "a bug",
         ),
+        (NotStarted(f"{MEMORY}\nRefer to the documentation."), "start", "was 3GB"),
         (None, "worker", "unknown"),
     ],
 )
@@ -330,5 +283,6 @@ def test_run_whose_workers_are_killed_by_the_memory_monitor_fails_for_that(
     )
 
     assert done.returncode == 2, done.stdout + done.stderr
-    assert "out of memory 2 times, last of: " in done.stderr + done.stdout
+    assert " 2 times, last of: " in done.stderr + done.stdout
+    assert "running low on memory" in done.stderr + done.stdout
     assert "Traceback" not in done.stderr

@@ -632,7 +632,6 @@ def test_hung_frozen_killed_and_starved_trials_are_adopted_and_complete(place: P
     _, pid = place.at_work(1, 3)
     os.kill(pid, signal.SIGSTOP)
     path, pid = place.at_work(1, 4)
-    assert "no sign of life for " in stacks.read_text()
     os.kill(pid, signal.SIGKILL)
 
     assert place.end() == {1: (60, "complete"), 2: (60, "complete")}
@@ -643,7 +642,7 @@ def test_hung_frozen_killed_and_starved_trials_are_adopted_and_complete(place: P
     memory, hung, frozen, killed = (e[3] for e in events if e[0] in ("memory", "lost"))
     assert "out of memory" in memory and "a peak of" in memory
     assert "its process hung: " in hung and "stacks.txt says where" in hung
-    assert "no sign of life" in frozen and "stopped" in frozen
+    assert "no sign of life for " in frozen
     assert "its worker process has died" in killed
     assert [json.loads(x)["epoch"] for x in path.metrics.read_text().splitlines()] == list(
         range(1, 61)
