@@ -7,12 +7,10 @@ resumed with its recorded code unless the user asks for the current code, which 
 beside the older one.
 """
 
-import hashlib
-import json
 import os
 import re
-import secrets
 import shutil
+import stat
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -20,20 +18,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from ..core import UserError, sync_directory
+from ..core import UserError, read_json, write_atomic, write_json
 from ..runs import PACKAGE, code_of, digests, origin
 
 __all__ = [
     "Code",
-    "CodeDamaged",
     "OtherCode",
     "check_code",
+    "damage",
     "differing",
     "execute",
     "keep_code",
     "recorded_code",
     "running",
-    "verify",
 ]
 
 NAMED = 5  # files that are named where some differ
@@ -49,10 +46,6 @@ if command.endswith(".py"):
 else:
     runpy.run_module("sda_ray", run_name="__main__")
 """
-
-
-class CodeDamaged(Exception):
-    r"""Raised if recorded code must not be run. The message says why."""
 
 
 class OtherCode(UserError):
@@ -88,46 +81,40 @@ class Code:
 def recorded_code(directory: Path) -> Code | None:
     r"""Returns the code that a sweep has recorded, not verified, or None if there is none."""
 
-    try:
-        code = json.loads((directory / "sweep.json").read_bytes()).get("code")
-    except (OSError, ValueError, AttributeError):
-        return None
+    with suppress(UserError, AttributeError):
+        hash = read_json(directory / "sweep.json").get("code")
 
-    if not isinstance(code, str) or not re.fullmatch("[0-9a-f]{64}", code):
-        return None
+        if isinstance(hash, str) and re.fullmatch("[0-9a-f]{64}", hash):
+            return Code(hash, directory / "code" / hash[:16])
 
-    return Code(code, directory / "code" / code[:16])
+    return None
 
 
-def verify(code: Code) -> dict[str, str]:
-    r"""Returns the digests of recorded code.
+def damage(code: Code) -> str:
+    r"""Returns why recorded code must not be run, or an empty string.
 
-    Raises:
-        CodeDamaged: If the copy is incomplete or changed, or another user owns a part of it.
+    It must be complete and unchanged, and no part of it may belong to another user.
     """
 
     if not code.package.is_dir():
-        raise CodeDamaged(f"{code.package} is missing")
+        return f"{code.package} is missing"
 
-    inside = [
-        Path(where, x) for where, *kinds in os.walk(code.package) for names in kinds for x in names
-    ]
+    try:
+        for part in (code.place.parent, code.place, code.package, *code.package.rglob("*")):
+            status = part.lstat()
 
-    for part in (code.place.parent, code.place, code.package, *inside):
-        status = os.lstat(part)
+            if status.st_uid not in (0, os.geteuid()):
+                return f"{part} belongs to another user (number {status.st_uid})"
 
-        if status.st_uid not in (0, os.geteuid()):
-            raise CodeDamaged(f"{part} belongs to another user (number {status.st_uid})")
+            if stat.S_ISLNK(status.st_mode):
+                return f"{part} is a link"
 
-        if os.path.islink(part):
-            raise CodeDamaged(f"{part} is a link")
+        if code_of(digests(code.package)) == code.hash:
+            return ""
+    except OSError as error:
+        return str(error)
 
-    if code_of(files := digests(code.package)) != code.hash:
-        raise CodeDamaged(
-            f"{code.package} is not what was recorded: files in it are changed or damaged"
-        )
-
-    return files
+    return f"{code.package} is not what was recorded: files in it are changed or damaged"
 
 
 def differing(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
@@ -148,43 +135,39 @@ def check_code(directory: Path, choice: str = "recorded") -> None:
         UserError: If the recorded code cannot be run.
     """
 
-    if (code := recorded_code(directory)) is None:
+    code, now = recorded_code(directory), digests(PACKAGE)
+
+    if code is None or code_of(now) == code.hash:
         return
 
-    name, before, now = directory.name, {}, digests(PACKAGE)
+    name, damaged = directory.name, damage(code)
 
-    if code_of(now) == code.hash:
-        return
+    if damaged and choice != "current":
+        raise UserError(
+            f"sweep '{name}' cannot be resumed with the code that it was started with: {damaged}. "
+            f"Restore it, or resume with the code of {PACKAGE}: --code current"
+        )
 
-    try:
-        before = verify(code)
-    except (CodeDamaged, OSError) as error:
-        if choice != "current":
-            raise UserError(
-                f"sweep '{name}' cannot be resumed with the code that it was started with: "
-                f"{error}. Restore it, or resume with the code of {PACKAGE}: --code current"
-            ) from error
-
-    files = differing(before, now)
-    count = f"{len(files)} file{'s' * (len(files) != 1)} of {PACKAGE}"
-    differ = f"differ{'s' * (len(files) == 1)} from it: {_listed(files)}"
+    files = differing({} if damaged else digests(code.package), now)
+    count = (
+        f"{len(files)} files of {PACKAGE} differ"
+        if len(files) > 1
+        else (f"1 file of {PACKAGE} differs")
+    )
+    changes = f"{count} from it: {', '.join(files[:NAMED])}{', …' * (len(files) > NAMED)}"
 
     if choice != "current":
         raise OtherCode(
-            f"sweep '{name}' resumes with its recorded code. {count} {differ} "
+            f"sweep '{name}' resumes with its recorded code. {changes} "
             "(--code current resumes with those)",
             code.place,
         )
 
     print(
         f"sweep '{name}' resumes with the code of {PACKAGE}. Its recorded code stays in "
-        f"{code.place}; {count} {differ}",
+        f"{code.place}; {changes}",
         flush=True,
     )
-
-
-def _listed(files: Sequence[str]) -> str:
-    return ", ".join(files[:NAMED]) + ", …" * (len(files) > NAMED)
 
 
 def execute(place: Path, command: str, arguments: Sequence[str]) -> NoReturn:
@@ -207,55 +190,35 @@ def keep_code(directory: Path) -> Code:
     The caller holds the lease of the sweep.
     """
 
-    contents = {name: (PACKAGE / name).read_bytes() for name in digests(PACKAGE)}
-    hash = code_of({name: hashlib.sha256(data).hexdigest() for name, data in contents.items()})
-    code = Code(hash, directory / "code" / hash[:16])
-    place = code.place
+    files, copies = digests(PACKAGE), directory / "code"
+    code = Code(hash := code_of(files), copies / hash[:16])
 
-    with suppress(CodeDamaged, OSError):
-        verify(code)
+    if not damage(code):
         return code
 
-    place.parent.mkdir(exist_ok=True)
-
-    for aside in place.parent.glob(".*.tmp"):  # of a start that was killed
-        shutil.rmtree(aside, ignore_errors=True)
-
-    aside = place.with_name(f".{place.name}.{secrets.token_hex(4)}.tmp")
+    aside = Code(hash, copies / ".new.tmp")
+    shutil.rmtree(aside.place, ignore_errors=True)  # of a start that was killed
 
     try:
-        for name, content in (contents | _origin()).items():
-            _write(aside / "sda_ray" / name, content)
+        for name in files:
+            (aside.package / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(PACKAGE / name, aside.package / name)
 
-        sync_directory(aside / "sda_ray")
-        shutil.rmtree(place, ignore_errors=True)  # a damaged copy
-        os.rename(aside, place)
+        commit, diff = origin()
+        write_json(aside.package / "origin.json", commit)
+
+        if diff is not None:
+            write_atomic(aside.package / "origin.patch", diff, 0o600)
+
+        # The package may have been edited since it was hashed
+        code = Code(hash := code_of(digests(aside.package)), copies / hash[:16])
+        shutil.rmtree(code.place, ignore_errors=True)  # a damaged copy
+        aside.place.rename(code.place)
     except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise UserError(f"the code cannot be kept in {place}: {error}.") from error
-
-    sync_directory(place.parent)
+        shutil.rmtree(aside.place, ignore_errors=True)
+        raise UserError(f"the code cannot be kept in {copies}: {error}.") from error
 
     return code
-
-
-def _origin() -> dict[str, bytes]:
-    r"""Returns files that describe the commit of the code and its uncommitted changes."""
-
-    described, diff = origin()
-    files = {"origin.json": json.dumps(described, indent=2).encode() + b"\n"}
-
-    return files if diff is None else {**files, "origin.patch": diff}
-
-
-def _write(file: Path, content: bytes) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    mode = 0o600 if file.suffix == ".patch" else 0o666
-
-    with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as f:
-        f.write(content)
-        f.flush()
-        os.fsync(f.fileno())
 
 
 @contextmanager
