@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -52,15 +52,14 @@ def slurm_command(args: Args) -> None:
       sda-ray slurm width --submit -- --cpus-per-task=8        resume, on CPUs, and submit at once
     """
 
-    from ..cluster import Slots, job_script, names
+    from ..cluster import job_script, names
     from ..runs import sweep_directory
     from ..sweep import check_start
 
     _check_slurm(args)
     sweep, options = chosen_sweep(args, launch_options(args))
-    slots = Slots(options.cpus, options.gpus or 0, options.parallel)
-    start = check_start(sweep, args.runs, options.data, slots, options.wandb, "slurm")
-    name = start.sweep.name
+    check_start(sweep, replace(options, gpus=options.gpus or 0, address="slurm"))
+    name = sweep.name
     directory = sweep_directory(args.runs, name)
     file = Path(os.path.abspath(args.output)) if args.output else directory / "slurm.sh"
     text = job_script(name, directory, file, _words(args), args.sbatch)
@@ -333,13 +332,10 @@ def _server(asked: str | None) -> str | None:
     r"""Returns the address of W&B's server if it was asked for, or there is a key for it."""
 
     from ..runs import Wandb
-    from ..sweep import check_wandb, wandb_server
+    from ..sweep import wandb_faults, wandb_server
 
-    if asked != "online":
-        try:
-            check_wandb(Wandb(mode="online"))
-        except UserError:
-            return None
+    if asked != "online" and any(wandb_faults(Wandb(mode="online"))):
+        return None
 
     return wandb_server()
 

@@ -208,14 +208,11 @@ def _detach(sweep: Any, options: Any, words: Sequence[str]) -> None:
         UserError: If anything is wrong with the sweep.
     """
 
-    from ..cluster import Slots
     from ..runs import sweep_directory
-    from ..sweep import check_start, count_gpus, recorded_code
+    from ..sweep import check_start, recorded_code
 
-    gpus = count_gpus() if options.gpus is None else options.gpus
-    slots = Slots(options.cpus, gpus, options.parallel)
-    start = check_start(sweep, options.runs, options.data, slots, options.wandb, options.address)
-    name = start.sweep.name
+    check_start(sweep, options)
+    name = sweep.name
     directory = sweep_directory(options.runs, name)
     directory.mkdir(parents=True, exist_ok=True)
     file, deadline = directory / "detached.log", time.monotonic() + PATIENCE

@@ -131,7 +131,7 @@ def plan_sweep(
         broken = [str(error)]
 
     report(f"checking, with {DRAWS} draws")
-    found = find_faults(sweep, runs, data, slots, options.wandb, local, count=DRAWS)
+    found = find_faults(sweep, runs, data, slots, options.wandb, local, draws=DRAWS)
     plan = Plan(
         name=str(source) if sweep is None else sweep.name,
         trials=0 if sweep is None else sweep.trials,
@@ -145,7 +145,7 @@ def plan_sweep(
     if plan.sweep is not None and found.info is not None:
         from .cost import distinct_shapes
 
-        plan.shapes, plan.order = distinct_shapes(found.draws, found.info, report)
+        plan.shapes, plan.order = distinct_shapes(plan.sweep.configs(DRAWS), found.info, report)
         _check_disk(plan, plan.sweep, runs)
 
         if local and slots.wanted.keys() == {"CPU"}:

@@ -149,12 +149,8 @@ def check_code(directory: Path, choice: str = "recorded") -> None:
         )
 
     files = differing({} if damaged else digests(code.package), now)
-    count = (
-        f"{len(files)} files of {PACKAGE} differ"
-        if len(files) > 1
-        else (f"1 file of {PACKAGE} differs")
-    )
-    changes = f"{count} from it: {', '.join(files[:NAMED])}{', …' * (len(files) > NAMED)}"
+    changes = f"{len(files)} file{'s' * (len(files) > 1)} of {PACKAGE} changed since: "
+    changes += ", ".join(files[:NAMED]) + ", …" * (len(files) > NAMED)
 
     if choice != "current":
         raise OtherCode(

@@ -1,11 +1,14 @@
 r"""The definition of a sweep: a name, a CONFIG, a SPACE and a few settings, made in a script."""
 
-import importlib.util
+import hashlib
+import inspect
+import json
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+import runpy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..core import (
     Config,
@@ -13,13 +16,13 @@ from ..core import (
     UserError,
     check_config,
     check_space,
-    check_value,
     draw_values,
+    format_value,
+    space_to_json,
     split_group,
 )
 from ..data import DataInfo
 from ..search import FINAL, PruneRule, Rules, TrialRecord
-from .record import definition_of
 
 if TYPE_CHECKING:
     from optuna.pruners import BasePruner
@@ -31,23 +34,27 @@ __all__ = [
     "SAMPLERS",
     "SETTINGS",
     "Sweep",
+    "caught",
     "load_script",
 ]
+
+T = TypeVar("T")
 
 PRUNERS = ("promotion", *FINAL, "none")
 SAMPLERS = ("tpe", "random", "gp", "grid", "nsga2")
 OBJECTIVES = ("loss_valid", "parameters", "seconds", "loss_train", "loss_valid_se")
-SETTINGS = (
-    "seed",
-    "sampler",
-    "pruner",
-    "min_epochs",
-    "eta",
-    "finalists",
-    "objectives",
-    "percentile",
-    "patience",
-)
+DRAWS = 32  # of a SPACE that is a function
+
+
+def caught(faults: list[str], call: Callable[[], T]) -> T | None:
+    r"""Returns the result of a call, or None if it raises a UserError, whose lines are added."""
+
+    try:
+        return call()
+    except UserError as error:
+        faults += str(error).split("\n")
+
+    return None
 
 
 def _setting_faults(sweep: Any) -> Iterator[str]:
@@ -70,17 +77,14 @@ def _setting_faults(sweep: Any) -> Iterator[str]:
 
     for key, low in least.items():
         value = getattr(sweep, key)
+        left_out = value is None and key in ("min_epochs", "patience")
 
-        if value is None and key in ("min_epochs", "patience"):
-            continue
-
-        if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        if not left_out and (type(value) is not int or value < low):
             yield f"{key} is {value!r}, but must be an integer from {low}."
 
     percentile: Any = sweep.percentile
-    number = isinstance(percentile, int | float) and not isinstance(percentile, bool)
 
-    if not number or not 0 < percentile < 100:
+    if type(percentile) not in (int, float) or not 0 < percentile < 100:
         yield f"percentile is {percentile!r}, but must be a number between 0 and 100."
     elif percentile != 25 and sweep.pruner != "percentile":
         yield f"percentile is {percentile}, but only pruner='percentile' takes it."
@@ -93,20 +97,19 @@ def _setting_faults(sweep: Any) -> Iterator[str]:
 
 
 def _method_faults(sweep: Any) -> Iterator[str]:
-    for key, options in (("sampler", SAMPLERS), ("pruner", PRUNERS)):
+    for key, options, other in (
+        ("sampler", SAMPLERS, "a function of a seed"),
+        ("pruner", PRUNERS, "an Optuna pruner"),
+    ):
         value = getattr(sweep, key)
 
-        if (isinstance(value, str) or not _is_method(key, value)) and value not in options:
-            why = ""
+        if value in options if isinstance(value, str) else _is_method(key, value):
+            continue
 
-            if key == "sampler" and str(value).lower().startswith("cma"):
-                why = (
-                    " CMA-ES is left out: Optuna's keeps its state in the study as a pickle, "
-                    "and who may write a study could run code where it is read."
-                )
-
-            other = {"sampler": "a function of a seed", "pruner": "an Optuna pruner"}[key]
-            yield f"{key} is {value!r}, but must be one of {', '.join(options)}, or {other}.{why}"
+        yield f"{key} is {value!r}, but must be one of {', '.join(options)}, or {other}." + (
+            " CMA-ES is left out: Optuna's keeps its state in the study as a pickle, and who may "
+            "write a study could run code where it is read."
+        ) * (key == "sampler" and str(value).lower().startswith("cma"))
 
     if sweep.sampler == "gp" and sweep.pruner != "none":
         yield (
@@ -232,33 +235,30 @@ class Sweep:
 
         return checked
 
-    def examine(self, data: DataInfo | None = None) -> tuple["Sweep", list[str]]:
-        r"""Returns the sweep in its normal form, and everything that is wrong with it."""
+    def examine(
+        self, data: DataInfo | None = None, draws: int = DRAWS
+    ) -> tuple["Sweep", list[str]]:
+        r"""Returns the sweep in its normal form, and everything that is wrong with it.
+
+        This is where CONFIG and SPACE are checked; nothing checks them, or a draw, again.
+
+        Arguments:
+            data: The data, if they are known.
+            draws: The number of draws to check of a SPACE that is a function.
+        """
 
         known = {} if data is None else {"size": data.size, "length": data.length}
         faults = list(_setting_faults(self))
-        config: Config | None = None
-        space, first = self.space, self.min_epochs
+        first, pruner = self.min_epochs, str(self.pruner)
+        config = caught(faults, lambda: check_config(self.config, **known))
+        epochs = self.config.get("epochs") if isinstance(self.config, Mapping) else None
 
-        try:
-            config = check_config(self.config, **known)
-        except UserError as error:
-            faults += str(error).split("\n")
-
-        epochs = _epochs(self.config) if config is None else config["epochs"]
-
-        if isinstance(first, int) and epochs is not None and first > epochs:
+        if isinstance(first, int) and isinstance(epochs, int | float) and first > epochs:
             faults.append(f"min_epochs is {first}, but must be at most epochs (={epochs}).")
 
-        known_pruner = isinstance(self.pruner, str) or _is_method("pruner", self.pruner)
-        pruner = _method(self.pruner) if known_pruner else ""
+        space = caught(faults, lambda: check_space(self.space, config, **known, pruner=pruner))
 
-        try:
-            space = check_space(self.space, config, **known, pruner=pruner)
-        except UserError as error:
-            faults += str(error).split("\n")
-
-        if faults or config is None:
+        if config is None or space is None or faults:
             return self, faults
 
         if self.pruner != "none" and first is None:
@@ -266,38 +266,63 @@ class Sweep:
 
         checked = replace(self, config=config, space=space, min_epochs=first)
 
-        return checked, checked._draw_faults(known)
+        if callable(space):
+            faults = checked._draw_faults(known, draws)
 
-    def _draw_faults(self, known: dict[str, int]) -> list[str]:
-        r"""Returns the faults that only draws show: of functions, and of grids."""
+        if not faults and (self.sampler == "grid" or callable(self.sampler)):
+            try:
+                caught(faults, lambda: checked.propose(()))
+            except Exception as error:  # of the user's own function
+                faults = [f"SPACE cannot be drawn from: {type(error).__name__}: {error}."]
 
-        if not callable(self.space) and self.sampler != "grid" and isinstance(self.sampler, str):
-            return []
+        return checked, faults
+
+    def _draw_faults(self, known: dict[str, int], count: int) -> list[str]:
+        r"""Returns what is wrong with draws of a SPACE that is a function, and how often."""
 
         from ..search import check_kinds, sample
 
-        try:
-            if self.sampler == "grid" or callable(self.sampler):
-                self.propose(())
+        faults: dict[str, list[dict[str, Any]]] = {}  # the parameters with which each occurs
 
-            drawn = sample(self.draw, count=32 if callable(self.space) else 0)
-
-            for values, _ in drawn:
+        def attempt(trial: Any) -> Config:
+            try:
+                values = self.draw(trial)
                 check_config(self.config | values, **known)
+                return values
+            except UserError as error:
+                lines = str(error).split("\n")
+            except Exception as error:  # of the user's own function
+                lines = [f"{type(error).__name__}: {error}"]
 
-            if self.sampler == "tpe":
-                check_kinds(trial for _, trial in drawn)
-        except UserError as error:
-            return str(error).split("\n")
-        except Exception as error:
-            return [f"SPACE cannot be drawn from: {type(error).__name__}: {error}."]
+            for line in lines:
+                faults.setdefault(line, []).append(trial.params)
 
-        return []
+            return {}
+
+        trials = [trial for _, trial in sample(attempt, count)]
+        texts = []
+
+        for line, cases in sorted(faults.items(), key=lambda item: -len(item[1]))[:8]:
+            case = " ".join(f"{key}={format_value(x)}" for key, x in cases[0].items())
+            case = f", as {case}" if case else ""
+            texts.append(f"SPACE: {line} ({len(cases)} of {count} draws{case})")
+
+        if self.sampler == "tpe":
+            caught(texts, lambda: check_kinds(trials))
+
+        return texts
+
+    def configs(self, count: int) -> list[Config]:
+        r"""Returns configurations drawn at random."""
+
+        from ..search import sample
+
+        return [self.config | values for values, _ in sample(self.draw, count)]
 
     def draw(self, trial: Any) -> Config:
         r"""Returns values for the keys of SPACE, as an Optuna trial suggests them."""
 
-        return draw_values(self.space, trial, _method(self.pruner))
+        return draw_values(self.space, trial, str(self.pruner))
 
     def propose(self, records: Sequence[TrialRecord], fixed: dict[str, Any] | None = None) -> Any:
         r"""Draws a configuration that no run has, see :func:`sda_ray.search.sampler.propose`."""
@@ -335,24 +360,30 @@ class Sweep:
 
         return prune_rule(self.rules, self.name, self.percentile, self.patience, pruner)
 
-    def warnings(self) -> list[str]:
+    def warnings(self, data: DataInfo | None = None) -> list[str]:
         r"""Returns what is allowed and probably not intended."""
 
-        said = []
+        texts, keys, batch = [], self._keys(), self.config["batch_size"]
+
+        if data and batch > (n := data.trajectories["train"]) and "batch_size" not in keys:
+            texts.append(
+                f"batch_size is {batch}, but there are {n} trajectories to train with: an epoch is "
+                "one step."
+            )
 
         if len(self.objectives) > 1:
-            said.append(
+            texts.append(
                 "with several objectives nothing is pruned: every trial is trained to its end."
             )
 
         for key in ("scheduler", "warmup"):
-            if self.pruner not in ("none", "patience") and key in self._keys():
-                said.append(
+            if self.pruner not in ("none", "patience") and key in keys:
+                texts.append(
                     f"SPACE has {key!r}, and trials are compared before their end, where what "
                     "decays faster looks better than it is. To be fair to all, take pruner='none'."
                 )
 
-        return said
+        return texts
 
     def _keys(self) -> set[str]:
         r"""Returns the keys of CONFIG that vary; of a function, those of its first draws."""
@@ -374,28 +405,39 @@ class Sweep:
         )
 
     def definition(self) -> dict[str, Any]:
-        r"""Returns the definition of the sweep, without the number of trials, as JSON."""
+        r"""Returns the definition of the sweep, without the number of trials, as JSON.
 
-        from ..search import draw_summary
+        A space that is a function is described by the digests of its source and of what it draws
+        from, which depends on what the function refers to as well: see
+        :func:`sda_ray.search.sampler.draw_summary`.
 
-        drawn = draw_summary(self.draw) if callable(self.space) else ()
+        Raises:
+            UserError: If the source of the space cannot be found.
+        """
 
-        return definition_of(
-            self.config,
-            self.space,
-            drawn,
-            **{key: getattr(self, key) for key in SETTINGS}
-            | {"sampler": _method(self.sampler), "pruner": _method(self.pruner)},
-        )
+        settings = {key: getattr(self, key) for key in SETTINGS}
+        settings |= {"sampler": _method(self.sampler), "pruner": _method(self.pruner)}
+        space = space_to_json(self.space)
+
+        if space is None:
+            from ..search import draw_summary
+
+            try:
+                source = inspect.getsource(self.space)  # type: ignore[arg-type]
+            except (OSError, TypeError) as error:
+                raise UserError(
+                    f"SPACE is {self.space!r}, whose source cannot be read: {error}. Write it as a "
+                    "function of the script."
+                ) from error
+
+            parts = {"function": source, "draws": "\n".join(draw_summary(self.draw))}
+            space = {k: hashlib.sha256(text.encode()).hexdigest() for k, text in parts.items()}
+
+        return json.loads(json.dumps({"config": self.config, "space": space, **settings}))
 
 
-def _epochs(config: Any) -> int | None:
-    r"""Returns the epochs of a configuration that may have faults, if they are accepted."""
-
-    try:
-        return int(check_value("epochs", config["epochs"]))
-    except (UserError, KeyError, TypeError, IndexError):
-        return None
+OTHERS = ("name", "config", "space", "trials", "script")
+SETTINGS = tuple(field.name for field in fields(Sweep) if field.name not in OTHERS)
 
 
 def load_script(script: Path) -> Sweep:
@@ -408,19 +450,12 @@ def load_script(script: Path) -> Sweep:
     if not script.is_file():
         raise UserError(f"there is no sweep script {script}.")
 
-    spec = importlib.util.spec_from_file_location("sda_ray_sweep", script)
-
-    if spec is None or spec.loader is None:
-        raise UserError(f"{script} is no Python script: its name must end with .py.")
-
-    module = importlib.util.module_from_spec(spec)
-
     try:
-        spec.loader.exec_module(module)
+        names = runpy.run_path(str(script), run_name="sda_ray_sweep")
     except (Exception, SystemExit) as error:
         raise UserError(f"{script} cannot be run: {type(error).__name__}: {error}.") from error
 
-    sweeps = [x for x in vars(module).values() if isinstance(x, Sweep)]
+    sweeps = [x for x in names.values() if isinstance(x, Sweep)]
 
     if len(sweeps) != 1:
         raise UserError(f"{script} defines {len(sweeps)} sweeps, but must define one.")

@@ -1,30 +1,29 @@
 r"""Sweeps, from a definition to a finished study.
 
-Starting a sweep, resuming it after a crash and extending it are one operation: :func:`launch`.
+Starting a sweep, resuming it after a crash and extending it are one operation: :func:`launch_sweep`.
 """
 
 import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..cluster import Slots, announced, connected, is_requeued, local_gpus, ray_endpoint
-from ..core import Lease, UserError, deadline, remove_leftovers
+from ..cluster import Slots, announced, connected, is_requeued, ray_endpoint
+from ..core import Lease, UserError, deadline
 from ..data import DataInfo
-from ..runs import Wandb, sweep_directory
-from ..search import Rules, Study, TrialRecord, catch_up, decide, importances
-from .code import check_code, keep_code, running
-from .definition import PRUNERS, SAMPLERS, SETTINGS, Sweep, load_script
+from ..runs import sweep_directory
+from ..search import Study, catch_up, decide, importances
+from .code import Code, check_code, keep_code, running
+from .definition import Sweep
 from .driver import TIME, Driver
 from .enqueue import bring_all, parse_item
 from .preflight import check_start
 from .prior_runs import warm_start
-from .record import check_changes, read_sweep, space_of, write_sweep
+from .record import Options, read_sweep, record_of, write_sweep
 from .requests import (
     NotRunning,
     RequestServer,
@@ -36,64 +35,9 @@ from .requests import (
 )
 from .retention import Retention
 
-__all__ = [
-    "LATER",
-    "LaunchRequests",
-    "Options",
-    "Table",
-    "View",
-    "count_gpus",
-    "launch_sweep",
-    "load_record",
-    "record_of",
-]
+__all__ = ["LaunchRequests", "View", "launch_sweep"]
 
-OFFLINE = Wandb()
 JOIN = 60.0  # seconds in which nodes of a cluster that was just started may join
-LATER = 75  # the exit code of a sweep whose time is up (EX_TEMPFAIL)
-
-
-@dataclass(frozen=True)
-class Options:
-    r"""How a sweep is run. The options may differ from start to start.
-
-    Arguments:
-        root: The directory that recorded paths are relative to.
-        runs: The directory of all runs.
-        data: The directory of the data.
-        wandb: How trials log to W&B.
-        address: The address of a Ray cluster, or None to start Ray on this machine.
-        cpus: The CPUs of a trial.
-        gpus: The GPUs of a trial. By default 1 if this machine has any.
-        parallel: The most trials at a time. By default as many as fit.
-        job_type: The type of the runs, for W&B.
-        hours: The hours after which the sweep stops, to be resumed later.
-        stall: The minutes without a step after which a trial is killed and resumed.
-        keep: The number of best runs that keep their checkpoints, beside running and paused ones.
-        limit: The bytes that all checkpoints of the sweep may take together.
-        job: The Slurm job that runs the sweep, see :mod:`sda_ray.cluster.slurm`.
-        code: `recorded`, or `current` to resume the sweep with other code than recorded.
-        bucket: The bucket with a copy of the runs, `s3://bucket/prefix`, if any.
-        replica: Keeps that copy, see :mod:`sda_ray.storage.bucket`.
-    """
-
-    root: Path
-    runs: Path
-    data: Path
-    wandb: Wandb = OFFLINE
-    address: str | None = None
-    cpus: float = 1
-    gpus: float | None = None
-    parallel: int | None = None
-    job_type: str = "trial"
-    hours: float | None = None
-    stall: float = 10.0
-    keep: int | None = None
-    limit: int | None = None
-    job: str | None = None
-    code: str = "recorded"
-    bucket: str | None = None
-    replica: Any = None
 
 
 @dataclass(frozen=True)
@@ -112,51 +56,16 @@ class LaunchRequests:
     retry: bool = False
     retarget: bool = False
 
-    def __bool__(self) -> bool:
-        return bool(self.enqueue or self.warm_start or self.retry or self.retarget)
-
 
 NOTHING = LaunchRequests()
-
-
-class Table(Protocol):
-    r"""A live table of a sweep, see :class:`sda_ray.cli.table.LiveTable`."""
-
-    target: int
-    size: Callable[[], int]
-
-    def __enter__(self) -> Any: ...
-    def __exit__(self, *_: object) -> None: ...
-    def say(self, text: str) -> None: ...
-    def notify(self, event: str, record: TrialRecord) -> None: ...
 
 
 class View(Protocol):
     r"""Shows a sweep to the user, as the module :mod:`sda_ray.cli.table` does."""
 
-    def announce(
-        self,
-        title: str,
-        rules: Rules,
-        records: Sequence[TrialRecord],
-        directory: Path,
-        wanted: dict[str, float],
-        parallel: int | None,
-    ) -> None: ...
-
-    def LiveTable(
-        self, title: str, target: int, runs: Path, records: Callable[[], list[TrialRecord]]
-    ) -> Table: ...
-
-    def conclude(
-        self,
-        title: str,
-        target: int,
-        records: Sequence[TrialRecord],
-        directory: Path,
-        runs: Path,
-        importances: Mapping[str, float],
-    ) -> None: ...
+    def announce(self, *args: Any, **kwargs: Any) -> None: ...
+    def LiveTable(self, *args: Any, **kwargs: Any) -> Any: ...
+    def conclude(self, *args: Any, **kwargs: Any) -> None: ...
 
 
 def launch_sweep(
@@ -181,22 +90,17 @@ def launch_sweep(
     # Checks
     directory = sweep_directory(options.runs, str(sweep.name))
     check_code(directory, options.code)
-    gpus = count_gpus() if options.gpus is None else options.gpus
-    slots = Slots(options.cpus, gpus, options.parallel)
-    wandb = replace(options.wandb, group=sweep.name, job_type=options.job_type)
-    options = replace(options, gpus=slots.wanted.get("GPU", 0), wandb=wandb)
-    start = check_start(sweep, options.runs, options.data, slots, wandb, options.address)
-    sweep = start.sweep
-    record = record_of(sweep, options, start.info)
-    widened = check_changes(options.runs, record, sweep.script)
+    start = check_start(sweep, options)
+    assert start.sweep is not None and start.info is not None
+    sweep, info = start.sweep, start.info
     queue = [parse_item(text, sweep, options.runs) for text in requests.enqueue]
     requeued = is_requeued(directory, options.job)
 
-    for warning in start.warnings:
-        print(f"Note: {warning}")
+    for line in start.warnings:
+        print(f"Note: {line}")
 
     # Requests to a running sweep
-    if requests and not start.first and not requeued and is_driven(directory):
+    if requests != NOTHING and not requeued and is_driven(directory):
         with suppress(NotRunning):
             trials = sweep.trials if requests.retarget else None
             ask_all(directory, trials, requests.retry, queue, _priors(sweep, options, requests))
@@ -215,8 +119,11 @@ def launch_sweep(
                 f"the sweep, with a copy in {options.bucket}."
             )
 
-        remove_leftovers(directory)
         code = keep_code(directory)
+        wandb = replace(options.wandb, group=sweep.name, job_type=options.job_type)
+        slots = options.slots()
+        options = replace(options, gpus=slots.wanted.get("GPU", 0), wandb=wandb)
+        record = record_of(sweep, options, info)
         write_sweep(directory, record | {"code": code.hash}, sweep.script)
         study = Study(directory / "study.journal", sweep.name, lease, sweep.objectives)
 
@@ -225,7 +132,7 @@ def launch_sweep(
 
         catch_up(study, options.runs)
 
-        for line in widened:
+        for line in start.widened:
             print(line)
 
         _serve(study, sweep.trials, requests, queue, _priors(sweep, options, requests))
@@ -236,7 +143,8 @@ def launch_sweep(
         view.announce(sweep.name, sweep.rules, records, directory, slots.wanted, parallel)
 
         with running(code):
-            _run(sweep, study, slots, options, start.info, code.package, view)
+            spec = _spec(sweep, options, info, directory / "stop")
+            _run(sweep, study, slots, options, spec, code, view)
     finally:
         lease.release()
 
@@ -269,71 +177,7 @@ def _serve(
         print(f"{enqueue_all(study, queue, target)}.")
 
 
-def _run(
-    sweep: Sweep,
-    study: Study,
-    slots: Slots,
-    options: Options,
-    info: DataInfo,
-    package: Path,
-    view: View,
-) -> None:
-    r"""Runs trials until nothing is left to do, or exits and prints how to resume."""
-
-    records, stops = study.records(), sweep.stops()
-    failed = sum(record.state == "failed" for record in records)
-    rules = replace(sweep.rules, excused=failed)
-    directory = sweep_directory(options.runs, sweep.name)
-    table = view.LiveTable(sweep.name, sweep.trials, options.runs, study.records)
-    retention = Retention(
-        options.runs,
-        sweep.name,
-        study.records,
-        options.keep,
-        options.limit,
-        table.say,
-        final=stops is not None,
-    )
-    table.size = lambda: retention.size
-
-    def retarget(target: int) -> None:
-        table.target = target
-        write_sweep(directory, read_sweep(options.runs, sweep.name) | {"trials": target}, None)
-
-    def house() -> None:
-        retention()
-
-        if options.replica is not None:
-            options.replica.check()
-
-    try:
-        if decide(records, (), rules, stops=stops).kind != "stop":
-            driver = Driver(
-                study,
-                rules,
-                sweep.propose,
-                _spec(sweep, options, info),
-                slots,
-                table.notify,
-                directory / "stop",
-                stops,
-                deadline(options.hours, os.environ),
-                retarget,
-                house,
-            )
-            study.journal.give_up = lambda: driver.stopping
-            slots.avoided, slots.forgive = driver.losses.avoided, driver.losses.forgive
-            _drive(driver, slots, options, table, package)
-            runs = options.bucket or options.runs
-            address = None if options.job else options.address  # a job's Ray ends with it
-            _end(driver, _resume_command(sweep.name, options.root, runs, address))
-
-        study.close()
-    finally:
-        retention.finish()
-
-
-def _spec(sweep: Sweep, options: Options, info: DataInfo) -> dict[str, Any]:
+def _spec(sweep: Sweep, options: Options, info: DataInfo, stop: Path) -> dict[str, Any]:
     r"""Returns the arguments that all trials share."""
 
     return {
@@ -352,40 +196,104 @@ def _spec(sweep: Sweep, options: Options, info: DataInfo) -> dict[str, Any]:
             "wandb": asdict(options.wandb),
             "rungs": list(sweep.rules.rungs),
         },
-        "request": str(sweep_directory(options.runs, sweep.name) / "stop"),
+        "request": str(stop),
         "stall": 60 * options.stall,
     }
 
 
-def _drive(driver: Driver, slots: Slots, options: Options, table: Table, package: Path) -> None:
+def _run(
+    sweep: Sweep,
+    study: Study,
+    slots: Slots,
+    options: Options,
+    spec: dict[str, Any],
+    code: Code,
+    view: View,
+) -> None:
+    r"""Runs trials until nothing is left to do, or exits and prints how to resume."""
+
+    records, stops = study.records(), sweep.stops()
+    rules = replace(sweep.rules, excused=sum(record.state == "failed" for record in records))
+    stop = Path(spec["request"])
+    table = view.LiveTable(sweep.name, sweep.trials, options.runs, study.records)
+    retention = Retention(
+        options.runs,
+        sweep.name,
+        study.records,
+        options.keep,
+        options.limit,
+        table.say,
+        final=stops is not None,
+    )
+    table.size = lambda: retention.size
+
+    def retarget(target: int) -> None:
+        table.target = target
+        write_sweep(stop.parent, read_sweep(options.runs, sweep.name) | {"trials": target}, None)
+
+    try:
+        if decide(records, (), rules, stops=stops).kind != "stop":
+            driver = Driver(
+                study,
+                rules,
+                sweep.propose,
+                spec,
+                slots,
+                table.notify,
+                stop,
+                stops,
+                deadline(options.hours, os.environ),
+                retarget,
+            )
+            study.journal.give_up = lambda: driver.stopping
+            slots.avoided, slots.forgive = driver.losses.avoided, driver.losses.forgive
+
+            with suppress(KeyboardInterrupt), table:
+                _drive(driver, slots, options, retention, code)
+
+            _end(driver, _resume_command(sweep.name, options))
+
+        study.close()
+    finally:
+        retention.finish()
+
+
+def _drive(
+    driver: Driver, slots: Slots, options: Options, retention: Retention, code: Code
+) -> None:
     r"""Starts Ray, or connects to it, and runs trials there."""
 
-    with suppress(KeyboardInterrupt), table, ExitStack() as stack:
+    alone = options.address is None
+
+    with ExitStack() as stack:
         with serving(driver):
             modules = ["sda_ray.cluster.executor"]
-            started = connected(options.address, package=package, modules=modules)
+            started = connected(options.address, package=code.package, modules=modules)
             scratch = stack.enter_context(started)
 
         from ..cluster import execute  # imports Ray, which must be set up by then
         from ..storage import serve_files
 
-        if options.address is not None:  # whose nodes may not see our files
+        if not alone:  # its nodes may not see our files
             server = serve_files(options.runs, options.data, driver.request)
             driver.spec = driver.spec | {"server": stack.enter_context(server)}
 
-        alone = options.address is None
         slots.grows = options.parallel is not None and not alone and not options.job
         slots.check(patience=0 if alone else JOIN)
-        lease, own = driver.study.journal.lease, alone or bool(options.job)
+        lease = driver.study.journal.lease
         assert lease is not None
-        tell = stack.enter_context(announced(driver.request.parent, lease, *ray_endpoint(own)))
-        house = driver.house
+        endpoint = ray_endpoint(alone or bool(options.job))
+        announce = stack.enter_context(announced(driver.request.parent, lease, *endpoint))
 
-        def also_tell() -> None:
-            house()
-            tell(driver.losses.avoided)
+        def house() -> None:
+            retention()
 
-        driver.house = also_tell
+            if options.replica is not None:
+                options.replica.check()
+
+            announce(driver.losses.avoided)
+
+        driver.house = house
         resources = {"cpu": options.cpus, "gpu": slots.wanted.get("GPU", 0)}
         execute(driver, resources, scratch, own=alone, requests=RequestServer(driver))
 
@@ -413,73 +321,21 @@ def _end(driver: Driver, command: str) -> None:
         saved = "Nothing is lost"
 
     print(f"Stopped{why}. {saved}: resume with `{command}`.")
-    sys.exit(LATER if driver.why == TIME else 128 + (driver.signal or signal.SIGINT))
+    sys.exit(os.EX_TEMPFAIL if driver.why == TIME else 128 + (driver.signal or signal.SIGINT))
 
 
-def _resume_command(name: str, root: Path, runs: Path | str, address: str | None) -> str:
+def _resume_command(name: str, options: Options) -> str:
     r"""Returns the command that resumes a sweep from the current directory."""
 
-    command = f"sda-ray sweep {name}"
+    words = ["sda-ray", "sweep", name]
 
-    if root != Path.cwd():
-        command += f" --root {shlex.quote(str(root))}"
+    if options.root != Path.cwd():
+        words += ["--root", str(options.root)]
 
-    if runs != root / "runs":
-        command += f" --runs {shlex.quote(str(runs))}"
+    if options.bucket or options.runs != options.root / "runs":
+        words += ["--runs", options.bucket or str(options.runs)]
 
-    if address is not None:
-        command += f" --address {shlex.quote(address)}"
+    if options.address is not None and not options.job:  # a job's Ray ends with it
+        words += ["--address", options.address]
 
-    return command
-
-
-def load_record(runs: Path, name: str) -> tuple[Sweep, dict[str, Any]]:
-    r"""Returns a recorded sweep, and the options of its last start.
-
-    Raises:
-        UserError: If there is no such sweep, or its record is damaged.
-    """
-
-    content = read_sweep(runs, name)
-    definition = content["definition"]
-    script = sweep_directory(runs, name) / "script.py"
-    space = space_of(definition)
-    settings = {key: definition[key] for key in SETTINGS if key in definition}
-    settings["objectives"] = tuple(settings["objectives"])
-    objects = {"sampler": SAMPLERS, "pruner": PRUNERS}
-    in_script = [key for key, names in objects.items() if settings[key] not in names]
-
-    # Functions and objects are in the script alone
-    if space is None or in_script:
-        scripted = load_script(script)
-        space = scripted.space if space is None else space
-        settings |= {key: getattr(scripted, key) for key in in_script}
-
-    sweep = Sweep(name, definition["config"], space, content["trials"], **settings)
-
-    return replace(sweep, script=script if script.exists() else None), content["options"]
-
-
-def record_of(sweep: Sweep, options: Options, info: DataInfo) -> dict[str, Any]:
-    r"""Returns the record of a sweep, see :func:`sda_ray.sweep.record.write_sweep`."""
-
-    return {
-        "name": sweep.name,
-        "trials": sweep.trials,
-        "definition": sweep.definition(),
-        "fingerprint": info.fingerprint,
-        "options": {
-            "data": os.path.relpath(options.data, options.root),
-            "cpus": options.cpus,
-            "gpus": options.gpus,
-            "keep": options.keep,
-            "limit": options.limit,
-            "wandb": asdict(options.wandb),
-        },
-    }
-
-
-def count_gpus() -> int:
-    r"""Returns the GPUs that a trial gets by default."""
-
-    return int(local_gpus() > 0)
+    return shlex.join(words)

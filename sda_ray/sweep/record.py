@@ -4,37 +4,38 @@ A copy of its script and its study are in the same directory. A sweep whose defi
 is another sweep, since its runs could not be compared. Only its SPACE may grow.
 """
 
-import hashlib
-import inspect
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..cluster import Slots, local_gpus
 from ..core import (
     CONFIG,
-    Space,
     UserError,
     covers,
     domain_from_json,
     is_alive,
     read_json,
     space_from_json,
-    space_to_json,
     split_group,
     write_atomic,
     write_json,
 )
-from ..runs import sweep_directory
+from ..data import DataInfo
+from ..runs import Wandb, sweep_directory
+from .definition import PRUNERS, SAMPLERS, SETTINGS, Sweep, load_script
 
 __all__ = [
     "Changes",
+    "Options",
     "check_changes",
     "compare",
-    "definition_of",
+    "load_record",
     "read_sweep",
-    "space_of",
+    "record_of",
     "write_sweep",
 ]
 
@@ -42,41 +43,76 @@ __all__ = [
 LATER: dict[str, Any] = {"objectives": ["loss_valid"], "percentile": 25.0, "patience": None}
 
 
-def definition_of(
-    config: dict[str, Any], space: Space, outline: Sequence[str] = (), **settings: Any
-) -> dict[str, Any]:
-    r"""Returns the definition of a sweep as JSON.
+OFFLINE = Wandb()
 
-    A space that is a function is described by the digests of its source and of what it draws from,
-    which depends on what the function refers to as well: see :func:`sda_ray.search.sampler.draw_summary`.
 
-    Raises:
-        UserError: If the source of the space cannot be found.
+@dataclass(frozen=True)
+class Options:
+    r"""How a sweep is run. The options may differ from start to start.
+
+    Arguments:
+        root: The directory that recorded paths are relative to.
+        runs: The directory of all runs.
+        data: The directory of the data.
+        wandb: How trials log to W&B.
+        address: The address of a Ray cluster, or None to start Ray on this machine.
+        cpus: The CPUs of a trial.
+        gpus: The GPUs of a trial. By default 1 if this machine has any.
+        parallel: The most trials at a time. By default as many as fit.
+        job_type: The type of the runs, for W&B.
+        hours: The hours after which the sweep stops, to be resumed later.
+        stall: The minutes without a step after which a trial is killed and resumed.
+        keep: The number of best runs that keep their checkpoints, beside running and paused ones.
+        limit: The bytes that all checkpoints of the sweep may take together.
+        job: The Slurm job that runs the sweep, see :mod:`sda_ray.cluster.slurm`.
+        code: `recorded`, or `current` to resume the sweep with other code than recorded.
+        bucket: The bucket with a copy of the runs, `s3://bucket/prefix`, if any.
+        replica: Keeps that copy, see :mod:`sda_ray.storage.bucket`.
     """
 
-    described = space_to_json(space)
+    root: Path
+    runs: Path
+    data: Path
+    wandb: Wandb = OFFLINE
+    address: str | None = None
+    cpus: float = 1
+    gpus: float | None = None
+    parallel: int | None = None
+    job_type: str = "trial"
+    hours: float | None = None
+    stall: float = 10.0
+    keep: int | None = None
+    limit: int | None = None
+    job: str | None = None
+    code: str = "recorded"
+    bucket: str | None = None
+    replica: Any = None
 
-    if described is None:
-        try:
-            source = inspect.getsource(space)  # type: ignore[arg-type]
-        except (OSError, TypeError) as error:
-            raise UserError(
-                f"SPACE is {space!r}, whose source cannot be read: {error}. Write it as a function "
-                "of the script."
-            ) from error
+    def slots(self) -> Slots:
+        r"""Returns the count of the trials that fit at a time."""
 
-        parts = {"function": source, "draws": "\n".join(outline)}
-        described = {k: hashlib.sha256(text.encode()).hexdigest() for k, text in parts.items()}
+        gpus = int(local_gpus() > 0) if self.gpus is None else self.gpus
 
-    return json.loads(json.dumps({"config": config, "space": described, **settings}))
+        return Slots(self.cpus, gpus, self.parallel)
 
 
-def space_of(definition: dict[str, Any]) -> Space | None:
-    r"""Returns the space of a definition, or None if it is a function, which the script has."""
+def record_of(sweep: Sweep, options: Options, info: DataInfo) -> dict[str, Any]:
+    r"""Returns the record of a sweep and of the options of its start, see :func:`write_sweep`."""
 
-    space = definition["space"]
-
-    return None if "function" in space else space_from_json(space)
+    return {
+        "name": sweep.name,
+        "trials": sweep.trials,
+        "definition": sweep.definition(),
+        "fingerprint": info.fingerprint,
+        "options": {
+            "data": os.path.relpath(options.data, options.root),
+            "cpus": options.cpus,
+            "gpus": options.gpus,
+            "keep": options.keep,
+            "limit": options.limit,
+            "wandb": asdict(options.wandb),
+        },
+    }
 
 
 def write_sweep(directory: Path, content: dict[str, Any], script: Path | None) -> None:
@@ -84,8 +120,8 @@ def write_sweep(directory: Path, content: dict[str, Any], script: Path | None) -
 
     Arguments:
         directory: The directory of the sweep.
-        content: `name`, `trials`, `definition`, `fingerprint` of the data, and `options`; and
-            `code`, the hash of the code, unless the recorded one stays.
+        content: The return value of :func:`record_of`, and `code`, the hash of the code, unless
+            the recorded one stays.
         script: The script of the sweep. It is copied unless the recorded definition is the same.
     """
 
@@ -96,8 +132,7 @@ def write_sweep(directory: Path, content: dict[str, Any], script: Path | None) -
     if script is not None and not same and script.resolve() != copy.resolve():
         write_atomic(copy, script.read_bytes())
 
-    kept = {key: before[key] for key in ("code",) if key in before}
-    write_json(file, kept | content)
+    write_json(file, {key: before[key] for key in ("code",) if key in before} | content)
 
 
 def read_sweep(runs: Path, name: str) -> dict[str, Any]:
@@ -125,6 +160,34 @@ def read_sweep(runs: Path, name: str) -> dict[str, Any]:
     return content | {"definition": LATER | content["definition"]}
 
 
+def load_record(runs: Path, name: str) -> tuple[Sweep, dict[str, Any]]:
+    r"""Returns a recorded sweep, and the options of its last start.
+
+    Raises:
+        UserError: If there is no such sweep, or its record is damaged.
+    """
+
+    content = read_sweep(runs, name)
+    definition, script = content["definition"], sweep_directory(runs, name) / "script.py"
+    settings = {key: definition[key] for key in SETTINGS if key in definition}
+    objects = {"sampler": SAMPLERS, "pruner": PRUNERS}
+    in_script = [key for key, names in objects.items() if settings[key] not in names]
+
+    # Functions and objects are in the script alone
+    if is_function := "function" in definition["space"]:
+        in_script.append("space")
+
+    settings["space"] = {} if is_function else space_from_json(definition["space"])
+
+    if in_script:
+        scripted = load_script(script)
+        settings |= {key: getattr(scripted, key) for key in in_script}
+
+    sweep = Sweep(name, definition["config"], trials=content["trials"], **settings)
+
+    return replace(sweep, script=script if script.exists() else None), content["options"]
+
+
 @dataclass(frozen=True)
 class Changes:
     r"""The changes in the definition of a sweep, a line for each.
@@ -138,15 +201,7 @@ class Changes:
     refused: tuple[str, ...] = ()
 
     def check(self, name: str, script: Path | None = None) -> None:
-        r"""Raises a UserError that lists the changes and the choices.
-
-        Arguments:
-            name: The name of the sweep.
-            script: The script that has changed.
-
-        Raises:
-            UserError: If the sweep cannot be resumed with the changes.
-        """
+        r"""Raises a UserError with all changes and choices if the sweep cannot be resumed."""
 
         if not self.refused:
             return
@@ -184,18 +239,34 @@ def compare(before: dict[str, Any], now: dict[str, Any]) -> Changes:
 
     old, new = before["definition"], now["definition"]
     widened: list[str] = []
-    refused = [
-        f"{what} was {_show(was)} and is {_show(value)}"
-        for what, was, value in _settings(old, new)
-        if was != value
+    refused: list[str] = []
+
+    # The CONFIG value of a key of SPACE does not matter, except that rungs depend on epochs
+    vary = _keys(old["space"]) & _keys(new["space"]) - {"epochs"}
+    defaults = json.loads(json.dumps(CONFIG))
+    configs = [
+        {f"CONFIG['{key}']": x for key, x in (defaults | d["config"]).items() if key not in vary}
+        for d in (old, new)
+    ]
+    settings = [
+        {key: x for key, x in (LATER | d).items() if key not in ("config", "space")}
+        for d in (old, new)
     ]
 
-    for was, line in _spaces(old["space"], new["space"]):
-        (widened if was else refused).append(line)
+    for was, value in (configs, settings):
+        refused += [
+            f"{key} was {_show(was.get(key))} and is {_show(value.get(key))}"
+            for key in {**was, **value}
+            if was.get(key) != value.get(key)
+        ]
 
-    if before["fingerprint"] != now["fingerprint"]:
-        was, value = before["fingerprint"], now["fingerprint"]
-        refused.append(f"the data was {_digest(was)} and is {_digest(value)}")
+    for grown, line in _spaces(old["space"], new["space"]):
+        (widened if grown else refused).append(line)
+
+    if (was := before["fingerprint"]) != (value := now["fingerprint"]):
+        refused.append(
+            f"the data was that of fingerprint {was[:12]}… and is that of fingerprint {value[:12]}…"
+        )
 
     return Changes(tuple(widened), tuple(refused))
 
@@ -232,26 +303,6 @@ def check_changes(
     return changes.widened
 
 
-def _settings(old: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    r"""Yields the settings of two definitions; missing ones have defaults."""
-
-    default = json.loads(json.dumps(CONFIG))
-    was, value = default | old["config"], default | new["config"]
-
-    # The CONFIG value of a key of SPACE does not matter, except that rungs depend on epochs.
-    vary = _keys(old["space"]) & _keys(new["space"]) - {"epochs"}
-
-    for key in {**was, **value}:
-        if key not in vary:
-            yield f"CONFIG['{key}']", was.get(key), value.get(key)
-
-    was, value = LATER | old, LATER | new
-
-    for key in {**was, **value}:
-        if key not in ("config", "space"):
-            yield key, was.get(key), value.get(key)
-
-
 def _keys(space: dict[str, Any]) -> set[str]:
     return {key for name in space for key in split_group(name)}
 
@@ -279,16 +330,12 @@ def _spaces(old: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[bool, st
         elif was is None:
             yield False, f"SPACE['{name}'] was not there and is {domain_from_json(value)}"
         elif was != value:
-            grown = covers(domain_from_json(value), domain_from_json(was))
-            said = "widened: {} → {}" if grown else "was {} and is {}"
-            yield (
-                grown,
-                f"SPACE['{name}'] {said.format(domain_from_json(was), domain_from_json(value))}",
-            )
+            before, now = domain_from_json(was), domain_from_json(value)
 
-
-def _digest(fingerprint: Any) -> str:
-    return f"that of fingerprint {str(fingerprint)[:12]}…"
+            if covers(now, before):
+                yield True, f"SPACE['{name}'] widened: {before} → {now}"
+            else:
+                yield False, f"SPACE['{name}'] was {before} and is {now}"
 
 
 def _show(value: Any) -> str:

@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,8 @@ from sda_ray.core.lease import read_holder
 from sda_ray.runs.path import RunPath
 from sda_ray.search.promotion import TrialRecord
 from sda_ray.sweep.definition import load_script
-from sda_ray.sweep.launch import Options, _resume_command, launch_sweep, load_record
-from sda_ray.sweep.record import compare, write_sweep
+from sda_ray.sweep.launch import _resume_command, launch_sweep
+from sda_ray.sweep.record import Options, compare, load_record, write_sweep
 
 __all__ = ["place"]  # fixtures
 
@@ -338,15 +339,14 @@ def test_interrupt_while_ray_starts_is_clean(place: Place) -> None:
 
 
 def test_command_that_carries_on_has_all_that_matters(tmp_path: Path) -> None:
-    here = Path.cwd()
-    assert _resume_command("x", here, here / "runs", None) == "sda-ray sweep x"
-    assert _resume_command("x", here, "s3://bucket/x", "auto") == (
-        "sda-ray sweep x --runs s3://bucket/x --address auto"
-    )
-    assert (
-        _resume_command("x", tmp_path, tmp_path / "runs", None)
-        == f"sda-ray sweep x --root {tmp_path}"
-    )
+    root = Path.cwd()
+    options = Options(root, root / "runs", root / "data")
+    assert _resume_command("x", options) == "sda-ray sweep x"
+    elsewhere = replace(options, bucket="s3://bucket/x", address="auto")
+    assert _resume_command("x", elsewhere) == "sda-ray sweep x --runs s3://bucket/x --address auto"
+    assert _resume_command("x", replace(options, job="7", address="auto")) == "sda-ray sweep x"
+    elsewhere = Options(tmp_path, tmp_path / "runs", tmp_path / "data")
+    assert _resume_command("x", elsewhere) == f"sda-ray sweep x --root {tmp_path}"
 
 
 OBJECTS = """

@@ -50,9 +50,9 @@ from sda_ray.search.study import Study
 from sda_ray.sweep.definition import Sweep
 from sda_ray.sweep.driver import Driver
 from sda_ray.sweep.enqueue import bring_in
-from sda_ray.sweep.launch import LaunchRequests, Options, launch_sweep
+from sda_ray.sweep.launch import LaunchRequests, launch_sweep
 from sda_ray.sweep.prior_runs import adopt, fork, warm_start
-from sda_ray.sweep.record import Changes, compare, read_sweep, write_sweep
+from sda_ray.sweep.record import Changes, Options, compare, read_sweep, write_sweep
 from sda_ray.sweep.requests import RequestServer
 from sda_ray.training.validation import DRAWS, Validation
 
