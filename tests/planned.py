@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sda_ray.plan.plan import Plan, plan_sweep
-from sda_ray.sweep.launch import Options
+from sda_ray.sweep.record import Options
 
 __all__ = ["SCRIPT", "faults_of", "plan", "script", "spoil", "write"]
 

@@ -109,7 +109,7 @@ def resume_run(
             "its data with --data."
         )
 
-    config = check_config(load_config(path.config), size=info.size, length=info.length)
+    config = load_config(path.config, info.size, info.length)
     parent = RunPath.of_id(runs, record["parent"]) if record.get("parent") else None
     device = _check_device(device)
     run = Run(

@@ -97,8 +97,8 @@ def parse_overrides(overrides: Iterable[str]) -> Config:
     return parsed
 
 
-def load_config(file: Path | str) -> Config:
-    r"""Returns the checked configuration in a JSON file, written by SDA or this package.
+def load_config(file: Path | str, size: int | None = None, length: int | None = None) -> Config:
+    r"""Returns the configuration in a JSON file, by SDA or this package, see :func:`check_config`.
 
     Keys that SDA does not know have their defaults if they are missing.
 
@@ -112,7 +112,7 @@ def load_config(file: Path | str) -> Config:
         if isinstance(config, dict):
             config = {name: key.default for name, key in KEYS.items() if key.ours} | config
 
-        return check_config(config)
+        return check_config(config, size, length)
     except UserError as e:
         raise UserError("\n".join(f"{file}: {line}" for line in str(e).split("\n"))) from e
 
