@@ -286,7 +286,11 @@ RESOURCES = _all(
     ADDRESS,
     option("--cpus-per-trial", "Default: 1.", Amount()),
     option("--gpus-per-trial", "Default: 1 if any.", Amount(zero=True)),
-    option("--parallel", "At most N trials at a time.", COUNT),
+    option(
+        "--parallel",
+        "At most N trials at a time. A cluster that starts nodes on demand starts them for N.",
+        COUNT,
+    ),
 )
 
 WANDB = _all(
