@@ -99,8 +99,10 @@ def launch_sweep(
     for line in start.warnings:
         print(f"Note: {line}")
 
-    # Requests to a running sweep
-    if requests != NOTHING and not requeued and is_driven(directory):
+    # Requests to a running sweep. One that is only about to start for the first time takes none.
+    recorded = (directory / "sweep.json").exists()
+
+    if requests != NOTHING and recorded and not requeued and is_driven(directory):
         with suppress(NotRunning):
             trials = sweep.trials if requests.retarget else None
             ask_all(directory, trials, requests.retry, queue, _priors(sweep, options, requests))

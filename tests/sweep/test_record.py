@@ -55,11 +55,7 @@ def test_the_same_definition_has_no_changes(sweep: Sweep) -> None:
     [
         ("learning_rate", loguniform(1e-5, 1e-2), ": 0.0001 to 0.001 (log) → 1e-05 to 0.01 (log)"),
         ("learning_rate", loguniform(1e-4, 1e-2), "→ 0.0001 to 0.01 (log)"),
-        (
-            "activation",
-            choice("ELU", "ReLU", "SiLU"),
-            "'SiLU', 'ReLU' → 'ELU', 'ReLU', 'SiLU'",
-        ),
+        ("activation", choice("ELU", "ReLU", "SiLU"), ": SiLU, ReLU → ELU, ReLU, SiLU"),
         ("embedding", integer(4, 24, step=4), ": 8 to 16 in steps of 4 → 4 to 24 in steps of 4"),
     ],
 )
