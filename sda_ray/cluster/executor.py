@@ -27,7 +27,6 @@ from ray.exceptions import (
     RayError,
     RayTaskError,
 )
-from ray.tune import Callback
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
@@ -230,10 +229,11 @@ class Attempt:
         return now - self.since if now - self.since > limit else 0.0
 
 
-class Executor(Callback):
-    r"""Connects a driver to Tune, and does the housekeeping in Tune's loop.
+class Executor(FIFOScheduler):
+    r"""Connects a driver to Tune, as its scheduler, and does the housekeeping in Tune's loop.
 
     Housekeeping serves requests, watches the deadline, and detects lost nodes and frozen processes.
+    Tune is given no callbacks: with any, it imports W&B into the driver, a second at each start.
 
     Arguments:
         driver: The driver.
@@ -247,13 +247,14 @@ class Executor(Callback):
         bundle: dict[str, float],
         requests: Callable[[], None] = lambda: None,
     ) -> None:
+        super().__init__()
         self.driver = driver
         self.bundle = bundle
         self.requests = requests
         self.attempts: dict[int, Attempt] = {}  # index of a run -> its newest attempt
         self.alive: set[str] = set()  # ids of the nodes that were up at the last look
         self.died = -RECENT  # when a node was last seen to be dead
-        self.trials: list[Any] = []  # all of Tune's
+        self.trials: list[Any] = []  # all of Tune's, at its last step
         self.ticked = self.looked = 0.0
         self.seen = self.busy = time.monotonic()  # when a node was alive, when a trial ran
         self.warned = self.announced = False
@@ -267,8 +268,7 @@ class Executor(Callback):
             name="sweep",
             storage_path=str(storage),
             search_alg=_Searcher(self),
-            scheduler=_Scheduler(self),
-            callbacks=[self],
+            scheduler=self,
             num_samples=-1,
             max_failures=0,
             reuse_actors="GPU" not in self.bundle,
@@ -388,14 +388,38 @@ class Executor(Callback):
 
         return node not in self.alive if node else time.monotonic() - self.died < RECENT
 
-    # Housekeeping
+    # Tune's loop
 
-    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        self.trials = trials
+    def choose_trial_to_run(self, controller: Any) -> Any:
+        r"""Does the housekeeping, and returns the trial to start, if any. Tune calls it in each step.
+
+        On a stop, trials that wait for a node are dropped.
+        """
+
+        self.trials = controller.get_trials()
         self.tick()
 
         if isinstance(self.driver.fault, RayGone):  # Tune would wait for it
             raise self.driver.fault
+
+        if not self.driver.stopping:
+            return super().choose_trial_to_run(controller)
+
+        for trial in self.trials:
+            if trial.status == "PENDING":
+                self.driver.live.pop(trial.trial_id, None)
+                controller.request_stop_trial(trial)
+
+        return None
+
+    def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        return self.report(trial.trial_id, result)
+
+    def on_trial_error(self, controller: Any, trial: Any) -> None:
+        try:
+            self.lose(trial.trial_id, _error_of(trial))
+        except Exception as error:
+            self.driver.guard(error)
 
     def tick(self) -> None:
         r"""Does what is due. To be called as often as Tune calls anything."""
@@ -480,36 +504,6 @@ class _Searcher(Searcher):
 
     def save(self, checkpoint_path: str) -> None:
         pass  # the study is the truth
-
-
-class _Scheduler(FIFOScheduler):
-    r"""The driver as Tune reports results to it."""
-
-    def __init__(self, executor: Executor) -> None:
-        super().__init__()
-        self.executor = executor
-
-    def choose_trial_to_run(self, controller: Any) -> Any:
-        r"""Returns the trial to start, if any. On a stop, trials that wait for a node are dropped."""
-
-        if not self.executor.driver.stopping:
-            return super().choose_trial_to_run(controller)
-
-        for trial in controller.get_trials():
-            if trial.status == "PENDING":
-                self.executor.driver.live.pop(trial.trial_id, None)
-                controller.request_stop_trial(trial)
-
-        return None
-
-    def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        return self.executor.report(trial.trial_id, result)
-
-    def on_trial_error(self, controller: Any, trial: Any) -> None:
-        try:
-            self.executor.lose(trial.trial_id, _error_of(trial))
-        except Exception as error:
-            self.executor.driver.guard(error)
 
 
 def _error_of(trial: Any) -> BaseException | None:
