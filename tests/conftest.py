@@ -64,6 +64,13 @@ def home() -> Iterator[Path]:
     shutil.rmtree(path, ignore_errors=True)
 
 
+@pytest.fixture(scope="session")
+def environment() -> dict[str, str]:
+    r"""The variables of this process without the user's settings."""
+
+    return {name: x for name, x in os.environ.items() if not name.startswith(PERSONAL)}
+
+
 @pytest.fixture(autouse=True)
 def surroundings(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     r"""Hides the user's settings and home, and seeds what a test may draw by accident."""

@@ -1,7 +1,6 @@
 r"""Tests for sda_ray.cluster.nodes, and for sweeps as jobs of a cluster, on a real one of one node."""
 
 import json
-import os
 import secrets
 import shutil
 import socket
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PERSONAL
 from recorded_code import SCRIPT, spoil
 
 import sda_ray
@@ -63,7 +61,7 @@ def ports(count: int) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def cluster(home: Path) -> Iterator[tuple[str, dict[str, str]]]:
+def cluster(home: Path, environment: dict[str, str]) -> Iterator[tuple[str, dict[str, str]]]:
     r"""A Ray of one node with 2 CPUs, a token and a dashboard: its address, and the variables."""
 
     pytest.importorskip("aiohttp_cors", reason="jobs need ray[default]")
@@ -72,8 +70,7 @@ def cluster(home: Path) -> Iterator[tuple[str, dict[str, str]]]:
     (token := directory / "token").write_text(secrets.token_hex(32))
     token.chmod(0o600)
     gcs, dashboard, agent, client = ports(4)
-    env = {key: x for key, x in os.environ.items() if not key.startswith(PERSONAL)}
-    env |= {
+    env = environment | {
         "HOME": str(home),
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),

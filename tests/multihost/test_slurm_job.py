@@ -132,11 +132,18 @@ def test_job_survives_whatever_befalls_its_hosts(hosts: Lab, job: Job) -> None:
     process.send_signal(signal.SIGCONT)  # what leads into the host has stopped with it
     code, said = process.wait(SLOW * 240), log.read_text()
     assert code != 0 or "Best configuration" in said, said  # it may see what the others have done
-    wait(
-        "its processes to end",
-        lambda: not hosts.run("w2", "pgrep -f '[r]ay::' || true").strip(),
-        120,
-    )
+    left = ""
+
+    try:
+        wait(
+            "its processes to end",
+            lambda: not hosts.run("w2", "pgrep -f '[r]ay::' || true").strip(),
+            120,
+        )
+    except TimeoutError as error:
+        left = hosts.run("w2", "ps -eo pid,ppid,pgid,sid,etimes,stat,wchan:20,args")
+        raise TimeoutError(f"{error}\n{left}\n{said}") from error
+
     assert snapshot(root) == written
 
 
