@@ -1,6 +1,5 @@
 r"""Ray: nodes, and the trials on them."""
 
-from .clusterfile import check_cluster as check_cluster
 from .connect import connected as connected
 from .connect import local_cpus as local_cpus
 from .connect import local_gpus as local_gpus
