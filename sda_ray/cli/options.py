@@ -185,13 +185,8 @@ def command(
 ) -> Callable[[Function], click.Command]:
     r"""Makes a command of a function that takes its :class:`Args`.
 
-    Root, data and runs are absolute in there; `data_given` tells whether `--data` was.
-
-    Arguments:
-        name: The name of the command.
-        about: Its help, by default the docstring.
-        group: The group that it belongs to.
-        runs: Whether it takes `--runs`.
+    Root, data and runs are absolute in there; `data_given` tells whether `--data` was. The help is
+    the docstring by default.
     """
 
     def decorate(function: Function) -> click.Command:
@@ -244,7 +239,7 @@ def _default_root() -> Path:
 
 
 def _begin(args: Args) -> None:
-    r"""Prints where files are, and checks that they can be there."""
+    r"""Prints where files are, checks that they can be there, and fetches those to be listed."""
 
     places = f"data {args.data}" + ("" if args.command == "simulate" else f", runs {args.runs}")
     places += f", a copy of which is in {args.bucket}" if args.bucket else ""
@@ -257,12 +252,8 @@ def _begin(args: Args) -> None:
         if not existing.is_dir():
             raise UserError(f"{place} cannot be used: {existing} is a file, no directory.")
 
-    if args.bucket:
-        _check_bucket(args)
-
-
-def _check_bucket(args: Args) -> None:
-    r"""Checks that a command can use runs in a bucket, and fetches those that it lists."""
+    if not args.bucket:
+        return
 
     if args.command not in ("sweep", "plan", "stop", *LISTING):
         raise UserError(

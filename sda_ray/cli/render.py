@@ -161,21 +161,17 @@ def chart(
 
 
 def _attempts(tries: Sequence[dict[str, Any]]) -> RenderableType:
-    r"""Returns the table of attempts; versions are named where they change."""
-
     table = make_table("attempt", "began", "took", "host", "device", "threads", "versions")
-    before: dict[str, Any] = {}
 
     for attempt in tries[-50:]:
         found = attempt.get("versions")
         versions = found if isinstance(found, dict) else {}
-        news = [f"{key} {x}" for key, x in versions.items() if before.get(key) != x]
-        before = versions
         began = (attempt.get("started") or "–")[:16].replace("T", " ")
         cells = [attempt.get("number"), began, _took(attempt)]
         cells += [attempt.get(key) for key in ("host", "device", "threads")]
         texts = ["–" if x is None else printable(x, 60) for x in cells]
-        table.add_row(*map(Text, texts), Text(printable(", ".join(news) or "the same", 500)))
+        texts += [printable(", ".join(f"{key} {x}" for key, x in versions.items()), 500)]
+        table.add_row(*map(Text, texts))
 
     return table
 
