@@ -95,7 +95,13 @@ def sweep_command(args: Args) -> None:
     one resumes from the copy. One driver at a time. Requires `pip install 'sda-ray[cluster]'`.
     """
 
-    if _is_requeued(args):  # a job resumes its sweep; its first start made the changes
+    from ..cluster import is_requeued
+    from ..runs import sweep_directory
+
+    job = args.job and os.environ.get("SLURM_JOB_ID")
+
+    # A job resumes its sweep; its first start made the changes
+    if args.job and is_requeued(sweep_directory(args.runs, args.job), job):
         changes = dict.fromkeys(("settings", "fix", "enqueue", "warm_start"), ())
         flags = {"name": None, "trials": None, "fork": False, "retry_failed": False}
         args = Args(**vars(args) | changes | flags | {"sweep": args.job})
@@ -115,16 +121,6 @@ def sweep_command(args: Args) -> None:
             return
 
     _sweep(args)  # the process in the background takes the copy over
-
-
-def _is_requeued(args: Args) -> bool:
-    from ..cluster import is_requeued
-    from ..runs import sweep_directory
-
-    if args.job is None:
-        return False
-
-    return is_requeued(sweep_directory(args.runs, args.job), os.environ.get("SLURM_JOB_ID"))
 
 
 def _passed_on(args: Args) -> bool:
@@ -202,11 +198,7 @@ def _sweep(args: Args, replica: Any = None) -> None:
 
 
 def _detach(sweep: Any, options: Any, words: Sequence[str]) -> None:
-    r"""Runs a command without a terminal, after a check, and returns once the sweep runs.
-
-    Raises:
-        UserError: If anything is wrong with the sweep.
-    """
+    r"""Runs a command without a terminal, after a check, and returns once the sweep runs."""
 
     from ..runs import sweep_directory
     from ..sweep import check_start, recorded_code
@@ -233,7 +225,7 @@ def _detach(sweep: Any, options: Any, words: Sequence[str]) -> None:
     ):
         if process.poll() is not None:
             lines = file.read_bytes()[begin:].decode(errors="replace").splitlines()
-            print("\n".join(["…", *lines[-LINES:]] if len(lines) > LINES else lines), flush=True)
+            print("\n".join(lines[-LINES:]), flush=True)
             sys.exit(process.returncode)
 
         if time.monotonic() > deadline:
@@ -276,8 +268,8 @@ def stop_command(args: Args) -> None:
 def plan_command(args: Args) -> None:
     r"""Says what a sweep would cost, and what is wrong with it, before anything starts.
 
-    Parameters, memory and seconds of its networks, trials at a time, hours, disk. A probe of at
-    most 10 s on each kind of node measures speed and memory. Exits with 2 if anything is wrong,
+    Parameters, memory and seconds of its networks, trials at a time, hours, disk. A probe of some
+    seconds on each kind of node measures speed and memory. Exits with 2 if anything is wrong,
     and lists all of it.
 
       sda-ray plan sweeps/demo.py

@@ -1,11 +1,9 @@
 r"""The live table of a sweep, its leaderboard, and what to do next."""
 
-import itertools
 import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..core import UserError, format_size, format_value, make_console, read_holder
-from ..runs import RunPath, read_metrics, seconds_per_epoch, sweep_directory
+from ..runs import RunPath, sweep_directory
 from ..search import Rules, Study, TrialRecord, count_trials, importances, rank_key
 from ..sweep import read_sweep, watch
 from .options import SWEEP, Args, command
@@ -26,8 +24,6 @@ __all__ = ["LiveTable", "announce", "attach_command", "conclude", "leaderboard"]
 
 REFRESH = 4  # times a second
 LOOK = 1.0  # seconds between two looks at the files of a sweep
-WEIGH = 10  # looks until its checkpoints are weighed again
-SAMPLE = 16  # runs whose epochs are timed for an estimate
 KEY = 9  # characters of a column with a key of CONFIG, at least
 EVENTS = {
     "draw": "starts",
@@ -79,14 +75,7 @@ def _rows(records: Sequence[TrialRecord], names: dict[str, str], width: int) -> 
 
 
 class LiveTable:
-    r"""Creates the live table of a sweep: a table on a terminal, a line per event elsewhere.
-
-    Arguments:
-        title: The name of the sweep.
-        target: The number of runs wanted.
-        runs: The directory of all runs.
-        records: Gives the runs of the sweep.
-    """
+    r"""The live table of a sweep: a table on a terminal, a line per event elsewhere."""
 
     def __init__(
         self, title: str, target: int, runs: Path, records: Callable[[], list[TrialRecord]]
@@ -221,8 +210,6 @@ def announce(
 
     from ..plan import estimate
 
-    seconds = _epoch_seconds(directory.parents[1], records)
-    expected = estimate(rules, wanted, parallel, seconds)
     rungs = ", ".join(map(str, rules.rungs))
     print(f"sweep '{title}' in {directory}: {rules.target} trials, rungs at epochs {rungs}")
 
@@ -235,23 +222,7 @@ def announce(
             f"{paused} paused" + (f"; {brought} brought in" if brought else "")
         )
 
-    print(f"estimate: {expected}", flush=True)
-
-
-def _epoch_seconds(runs: Path, records: Sequence[TrialRecord]) -> float | None:
-    r"""Returns the median time of an epoch in the first runs of a sweep, if it is known."""
-
-    ids = {record.run_id for record in records[:SAMPLE]}
-    times = []
-
-    for path in RunPath.all(runs) if ids else ():
-        with suppress(UserError, OSError):
-            if path.id in ids:
-                times.append(seconds_per_epoch(read_metrics(path.metrics)))
-
-    known = [x for x in times if x is not None]
-
-    return statistics.median(known) if known else None
+    print(f"estimate: {estimate(rules, wanted, parallel)}", flush=True)
 
 
 def leaderboard(title: str, records: Sequence[TrialRecord], runs: Path, count: int = 10) -> None:
@@ -392,18 +363,13 @@ def _follow(
 
     table = LiveTable(name, read_sweep(runs, name)["trials"], runs, study.records)
     table.start -= seconds
-    size = 0
-    table.size = lambda: size
 
     if not table.console.is_terminal:
         table.console.print(table._render())
 
     with table:
-        for n in itertools.count():
-            if n % WEIGH == 0:
-                size = _checkpoint_size(runs, table.now)
-                table.target = read_sweep(runs, name)["trials"]
-
+        while True:
+            table.target = read_sweep(runs, name)["trials"]
             ended = not alive()
             table.look()
 
@@ -411,19 +377,6 @@ def _follow(
                 return
 
             time.sleep(LOOK)
-
-
-def _checkpoint_size(runs: Path, records: Sequence[TrialRecord]) -> int:
-    r"""Returns the bytes of all checkpoints of some runs."""
-
-    ids, size = {record.run_id for record in records}, 0
-
-    for path in RunPath.all(runs):
-        for file in path.directory.glob("checkpoint*.pth") if path.id in ids else ():
-            with suppress(OSError):  # replaced just now
-                size += file.lstat().st_size
-
-    return size
 
 
 def _seconds(holder: dict[str, Any]) -> float:

@@ -1,17 +1,15 @@
 r"""The cost of training a network: operations, memory and files, counted on the meta device.
 
 A training step runs on tensors that have shapes but no content, so nothing is computed and no memory
-is taken. Counted are floating point operations, the activations that the forward pass saves for the
-backward pass, and the peak memory.
+is taken. Counted are floating point operations and the peak memory.
 """
 
 import io
 import math
-import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +33,7 @@ __all__ = [
     "file_size",
     "measure",
     "shape_of",
+    "spread",
     "tensors_of",
 ]
 
@@ -42,33 +41,21 @@ __all__ = [
 SHAPE = (*NETWORK, "batch_size", "precision")
 SWITCHES = ("dropout", "ema", "grad_clip")  # it only matters whether these are 0
 
-PATIENCE = 10.0  # seconds for all shapes; each of the others costs what the nearest one does
+MOST = 24  # shapes whose cost is counted; each of the others costs what the nearest one does
 UNIT = 64  # bytes to which torch aligns tensors in files
 
 
 @dataclass(frozen=True)
 class Cost:
-    r"""The cost of a shape of network and batch.
-
-    Arguments:
-        parameters: The number of parameters.
-        flops: The floating point operations of a training step: convolutions and matrix products.
-        forward: Those of the forward pass of a single item.
-        activations: The bytes that the forward pass saves for the backward pass.
-        state: The bytes of weights, moments and averages.
-        peak: The most bytes of tensors in use at a time, in training or validation.
-        checkpoint: The bytes of `checkpoint.pth`.
-        weights: The bytes of `state.pth`.
-    """
+    r"""The cost of a shape of network and batch."""
 
     parameters: int
-    flops: float
-    forward: float
-    activations: int
-    state: int
-    peak: int
-    checkpoint: int
-    weights: int
+    flops: float  # of a training step: convolutions and matrix products
+    forward: float  # of the forward pass of a single item
+    state: int  # bytes of weights, moments and averages
+    peak: int  # the most bytes of tensors at a time, in training or validation
+    checkpoint: int  # bytes of `checkpoint.pth`
+    weights: int  # bytes of `state.pth`
 
 
 def shape_of(config: Config) -> tuple[Any, ...]:
@@ -78,19 +65,14 @@ def shape_of(config: Config) -> tuple[Any, ...]:
 
 
 def measure(config: Config, size: int) -> Cost:
-    r"""Returns the cost of a config.
-
-    Arguments:
-        config: A checked config.
-        size: The number of grid cells along each axis of the data.
-    """
+    r"""Returns the cost of a checked config, given the grid cells along each axis of the data."""
 
     with torch.device("meta"):
         score = make_score(**network_settings(config), size=size).eval()
         sde = VPSDE(score.kernel, (2 * config["window"], size, size), config["alpha"])
 
     score.train()
-    step, step_peak, activations = _step(sde, score, config)
+    step, step_peak = _step(sde, config)
     forward, forward_peak = _forward(sde, Validation.chunk)
     tensors = tensors_of(score, config)
     weights = {key: x for key, x in tensors.items() if key.startswith("score.")}
@@ -101,7 +83,6 @@ def measure(config: Config, size: int) -> Cost:
         parameters=sum(p.numel() for p in score.parameters()),
         flops=step,
         forward=forward / Validation.chunk,
-        activations=activations,
         state=state,
         peak=state + max(step_peak, forward_peak),
         checkpoint=file_size(tensors),
@@ -193,38 +174,25 @@ class _Autocast(TorchFunctionMode):
 
 @contextmanager
 def _lowered(precision: str) -> Iterator[None]:
-    with ExitStack() as stack:
-        if precision == "bf16":
-            stack.enter_context(torch.autocast("cpu", dtype=torch.bfloat16))
-            stack.enter_context(_Autocast())
-
+    if precision == "bf16":
+        with torch.autocast("cpu", dtype=torch.bfloat16), _Autocast():
+            yield
+    else:
         yield
 
 
-def _step(sde: VPSDE, score: MCScoreNet, config: Config) -> tuple[int, int, int]:
-    r"""Runs a training step. Returns its FLOPs, peak memory, and bytes of saved activations."""
-
-    own = {x.untyped_storage()._cdata for x in (*score.parameters(), *score.buffers())}
-    saved: dict[int, int] = {}
-
-    def keep(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-
-        if storage._cdata not in own:
-            saved[storage._cdata] = storage.nbytes()
-
-        return x
+def _step(sde: VPSDE, config: Config) -> tuple[int, int]:
+    r"""Runs a training step. Returns its FLOPs and peak memory."""
 
     with FlopCounterMode(display=False) as counter, MemoryMeter() as meter:
         x, t, noise = _inputs(sde, config["batch_size"])
-        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
 
-        with _lowered(config["precision"]), hooks:
+        with _lowered(config["precision"]):
             loss = sde.loss(x, t, noise)
 
         loss.backward()
 
-    return counter.get_total_flops(), meter.peak, sum(saved.values())
+    return counter.get_total_flops(), meter.peak
 
 
 @torch.no_grad()
@@ -249,19 +217,12 @@ def _inputs(sde: VPSDE, items: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Shape:
-    r"""A shape of network and batch that a sweep draws.
+    r"""A shape of network and batch that a sweep draws."""
 
-    Arguments:
-        config: A configuration of the shape.
-        draws: The number of draws that have it.
-        cost: Its cost.
-        assumed: Whether that is the cost of another shape, the nearest one.
-    """
-
-    config: Config
-    draws: int
+    config: Config  # a configuration of the shape
+    draws: int  # that have it
     cost: Cost
-    assumed: bool = False
+    assumed: bool = False  # the cost is that of the nearest shape
 
 
 def distinct_shapes(
@@ -276,21 +237,16 @@ def distinct_shapes(
     rough = {key: count_weights(c) * c["batch_size"] for key, c in distinct.items()}
     ranked = sorted(distinct, key=rough.__getitem__)
     count = Counter(keys)
-    costs: dict[tuple[object, ...], Cost] = {}
-    start = time.monotonic()
     report(f"counting the operations of {len(ranked)} network{'s' * (len(ranked) != 1)}")
-
-    for i in _spread(len(ranked)):
-        if len(costs) >= 3 and time.monotonic() - start > PATIENCE:
-            break
-
-        costs[ranked[i]] = measure(distinct[ranked[i]], info.size)
+    chosen = {ranked[i] for i in spread(len(ranked), MOST)}
+    costs = {key: measure(distinct[key], info.size) for key in chosen}
 
     def nearest(key: tuple[object, ...]) -> Cost:
         return costs[min(costs, key=lambda other: abs(math.log(rough[other] / rough[key])))]
 
     shapes = {
-        key: Shape(distinct[key], count[key], nearest(key), key not in costs) for key in ranked
+        key: Shape(distinct[key], count[key], costs.get(key) or nearest(key), key not in costs)
+        for key in ranked
     }
     final = sorted(shapes, key=lambda key: shapes[key].cost.flops)
     place = {key: i for i, key in enumerate(final)}
@@ -298,14 +254,7 @@ def distinct_shapes(
     return [shapes[key] for key in final], [place[key] for key in keys]
 
 
-def _spread(count: int) -> list[int]:
-    r"""Returns the numbers below a count: the last, the first, and then evenly in between."""
+def spread(count: int, most: int) -> list[int]:
+    r"""Returns at most so many of the numbers below a count: the first, the last, and between."""
 
-    order = [count - 1, 0]
-    step = count
-
-    while step > 1:
-        step = -(-step // 2)
-        order += range(0, count, step)
-
-    return list(dict.fromkeys(order))
+    return sorted({round((count - 1) * i / (most - 1)) for i in range(most)})

@@ -94,14 +94,7 @@ def _diagnose_nodes(runs: Path, url: str | None) -> list[Finding]:
 
 
 def judge(node: str, facts: Facts, driver: Facts, shared: bool) -> Iterator[Finding]:
-    r"""Yields the findings about a node.
-
-    Arguments:
-        node: Its name.
-        facts: Its facts, see :func:`sda_ray.cluster.nodes.examine`.
-        driver: Those of the driver's node; none for itself.
-        shared: Whether it is a node of a cluster.
-    """
+    r"""Yields the findings about a node, by its facts and those of the driver, none for itself."""
 
     checks = (_versions, _places, _gpus, _network, _ports, _token, _limits)
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..cluster import Slots, local_gpus, memory_limit
-from ..core import UserError, format_duration, format_size
+from ..core import UserError, format_size
 from ..data import DataInfo
 from ..search import PruneRule, Rules, TrialRecord, decide
 from ..sweep import Options, Sweep, find_faults, free_disk, load_script
@@ -114,7 +114,7 @@ def plan_sweep(
     Arguments:
         source: The sweep, or its script.
         options: How it would be run.
-        adjust: Applies the options of the command line to the sweep of a script.
+        adjust: Applies the options of the command line to a script's sweep.
         report: Called with a text at each step.
     """
 
@@ -335,30 +335,17 @@ def forecast(
     return Forecast(share * epochs, share * busy, finish * share * few / slots)
 
 
-def estimate(
-    rules: Rules, wanted: dict[str, float], parallel: int | None, seconds: float | None = None
-) -> str:
-    r"""Returns one line about the expected training of a sweep, for its start. Measures nothing.
+def estimate(rules: Rules, wanted: dict[str, float], parallel: int | None) -> str:
+    r"""Returns one line about the expected training of a sweep, for its start. Measures nothing."""
 
-    Arguments:
-        rules: The rules of the sweep.
-        wanted: The resources of a trial.
-        parallel: The number of trials at a time, if it is known.
-        seconds: The seconds of an epoch, as in earlier runs, if they are known.
-    """
-
-    expected = forecast(rules, parallel or 1, [seconds or 1.0], quick=True)
+    expected = forecast(rules, parallel or 1, [1.0], quick=True)
     each = " ".join(f"{key}={x:g}" for key, x in wanted.items())
-    text = f"about {expected.epochs:,.0f} epochs"
-    text += f", {parallel} trials at a time" if parallel else ""
+    slots = f", {parallel} trials at a time" if parallel else ""
 
-    if seconds is None:
-        return f"{text}, each with {each}; `sda-ray plan` measures how long they take"
-
-    unit = "GPU" if "GPU" in wanted else "CPU"
-    text += f", {expected.busy * wanted[unit] / 3600:.3g} {unit}-hours"
-
-    return text + (f", {format_duration(expected.finish)} in all" if parallel else "")
+    return (
+        f"about {expected.epochs:,.0f} epochs{slots}, each with {each}; `sda-ray plan` measures "
+        "how long they take"
+    )
 
 
 def _simulate(

@@ -25,7 +25,6 @@ import psutil
 from ..cluster import (
     Facts,
     Slots,
-    bandwidth,
     connected,
     examine,
     fitting,
@@ -52,7 +51,7 @@ __all__ = [
 ]
 
 SECONDS = 6.0  # of training steps, for all networks on a node together
-LIMIT = SECONDS + 4  # seconds after which a probe is ended
+LIMIT = 30.0  # seconds after which a probe is ended: a single step may take long
 START = 60.0  # seconds that a process may take to start
 COPIES = 8  # probes at a time on a node, at most
 REPEATS = 3  # steps of the same size, at least, of which the median counts
@@ -65,34 +64,21 @@ CHUNK = 32  # items in a forward pass of the validation
 
 @dataclass(frozen=True)
 class Sample:
-    r"""The measurement of one size of step.
+    r"""The measurement of one size of step."""
 
-    Arguments:
-        which: The number of the network.
-        batch: The number of items.
-        seconds: The time of a step.
-        memory: The most bytes of the process until then.
-    """
-
-    which: int
-    batch: int
-    seconds: float
-    memory: int
+    which: int  # the number of the network
+    batch: int  # items
+    seconds: float  # of a step
+    memory: int  # the most bytes of the process until then
 
 
 @dataclass(frozen=True)
 class Speed:
-    r"""What a trial takes on a kind of node.
+    r"""What a trial takes on a kind of node."""
 
-    Arguments:
-        points: Floating point operations and seconds of the steps that were measured, in order.
-        base: The bytes of a process that trains nothing yet.
-        factor: The bytes taken for each byte of tensors beside weights and moments.
-    """
-
-    points: tuple[tuple[float, float], ...]
-    base: int
-    factor: float
+    points: tuple[tuple[float, float], ...]  # FLOPs and seconds of the steps measured, in order
+    base: int  # bytes of a process that trains nothing yet
+    factor: float  # bytes for each byte of tensors beside weights and moments
 
     def seconds(self, flops: float) -> float:
         r"""Returns the seconds of a step, given its floating point operations.
@@ -128,14 +114,7 @@ def epoch_seconds(config: Config, cost: Cost, speed: Speed, info: DataInfo) -> t
 def speed_of(
     samples: Sequence[Sample], costs: Sequence[Cost], base: int, gpu: bool = False
 ) -> Speed:
-    r"""Returns the speed that samples show.
-
-    Arguments:
-        samples: The measurements.
-        costs: The cost of the step of each.
-        base: The bytes of the process before.
-        gpu: Whether it was measured on a GPU.
-    """
+    r"""Returns the speed that samples show: each with the cost of its step, and the bytes before."""
 
     both = list(zip(samples, costs, strict=True))
     times: dict[float, list[float]] = defaultdict(list)
@@ -159,17 +138,11 @@ def take_steps(
 ) -> Iterator[tuple[int, Sample, int]]:
     r"""Takes training steps as :func:`sda_ray.runs.train.train_run` does, and leaves nothing behind.
 
-    Batches grow from one item up to the config's, as long as time remains for it.
-
-    Arguments:
-        configs: Networks, of which the first takes the least.
-        data: The directory of the data.
-        cpus: The CPUs of the trial.
-        gpu: Whether to train on a GPU.
-        seconds: The time for all of it.
+    Batches grow from one item up to the config's, as long as time remains for it. The first config
+    takes the least.
 
     Yields:
-        The bytes of the process before, what was measured, and the bytes of the GPU, if any.
+        The bytes of the process before, the measurement, and the bytes of the GPU, if any.
     """
 
     import torch
@@ -278,31 +251,18 @@ def _peak_memory() -> int:
 
 @dataclass(frozen=True)
 class Node:
-    r"""A node that can hold trials.
+    r"""A node that can hold trials."""
 
-    Arguments:
-        name: Its host name.
-        kind: Its hardware: models and counts.
-        fit: The number of trials that its CPUs and GPUs hold at a time.
-        memory: The bytes of memory of the machine, or of one of its GPUs if trials use them.
-        gpus: The number of GPUs.
-        id: Ray's id.
-        faults: What keeps trials from running there.
-        missing: Directories of the head that it does not see, and need not.
-        speed: The measurements from a node of this kind.
-        note: Why there are none, and how files get to the head.
-    """
-
-    name: str
-    kind: str
-    fit: int
-    memory: int
+    name: str  # its host name
+    kind: str  # its hardware: models and counts
+    fit: int  # trials that its CPUs and GPUs hold at a time
+    memory: int  # bytes of the machine, or of one of its GPUs if trials use them
     gpus: int = 0
-    id: str = ""
-    faults: tuple[str, ...] = ()
-    missing: tuple[str, ...] = ()
-    speed: Speed | None = None
-    note: str = ""
+    id: str = ""  # Ray's
+    faults: tuple[str, ...] = ()  # what keeps trials from running there
+    missing: tuple[str, ...] = ()  # directories of the head that it does not see, and need not
+    speed: Speed | None = None  # measured on a node of this kind
+    note: str = ""  # why there is no speed, and how files get to the head
 
 
 def probe_nodes(
@@ -316,17 +276,8 @@ def probe_nodes(
 ) -> list[Node]:
     r"""Surveys all nodes that can hold a trial, and takes training steps on one of each kind.
 
-    Arguments:
-        slots: The resources of a trial.
-        configs: The networks to train, from small to large; nothing is trained if empty.
-        info: The expected data, if they can be used.
-        runs: The directory of all runs.
-        data: The directory of the data.
-        address: The address of a Ray cluster, or None for this machine.
-        report: Called with a text at each step.
-
-    Returns:
-        The nodes; none, if there are none yet and the cluster may start some.
+    Nothing is trained if there are no networks; the first of them takes the least. There are no
+    nodes yet if the cluster starts them on demand.
 
     Raises:
         UserError: If no node can ever hold a trial.
@@ -354,32 +305,23 @@ def probe_nodes(
             chosen = min(usable, key=lambda node: str(data) in node.missing)
 
             if str(data) in chosen.missing:  # the first trial fetches them, which may take long
-                known: dict[str, Any] = {
-                    "note": f"unknown: {chosen.name} does not have the data yet."
-                }
+                note = f"unknown: {chosen.name} does not have the data yet."
+                known: dict[str, Any] = {"note": note}
             else:
                 report(f"measuring on {kind}")
                 known = _measure(chosen, slots, configs, data) if configs else {}
 
             nodes = [replace(x, **known) if x.kind == kind else x for x in nodes]
 
-        return [
-            replace(x, note=f"{_route(x)} {x.note}".strip()) if x.missing and not x.faults else x
-            for x in nodes
-        ]
+    return [
+        replace(node, note=f"{_route(node)} {node.note}".strip()) if node.missing else node
+        for node in nodes
+    ]
 
 
 def _route(node: Node) -> str:
-    r"""Returns how the files of trials get to the head from a node that does not see it."""
-
-    try:
-        speed = f" at {bandwidth(node.id) / 1e6:.3g} MB/s"
-    except Exception:  # busy, or lost meanwhile: a trial will show
-        speed = ""
-
     missing = " and ".join(node.missing)
-
-    return f"{node.name} does not see {missing}: files go through the head{speed}."
+    return f"{node.name} does not see {missing}: files go through the head."
 
 
 def _node(record: dict[str, Any], facts: Facts, slots: Slots) -> Node:
@@ -418,14 +360,21 @@ def _measure(node: Node, slots: Slots, configs: Sequence[Config], data: Path) ->
 
     cpus, gpus = (slots.wanted.get(key, 0) for key in ("CPU", "GPU"))
     copies = min(node.fit, slots.most or COPIES, COPIES)
-    actor = ray.remote(num_cpus=cpus, num_gpus=gpus, max_concurrency=2)(_Probe)
+    actor = ray.remote(num_cpus=cpus, num_gpus=gpus)(_Probe)
     probes = [actor.options(**on_node(node.id)).remote() for _ in range(copies)]
 
     try:
         started = {probe.start.remote(): probe for probe in probes}
         ready, _ = ray.wait(list(started), num_returns=copies, timeout=START)
         ray.get(ready)
-        samples = _run_probes([started[x] for x in ready], configs, data, cpus, gpus > 0)
+
+        if not ready:
+            reason = f"{node.name} is busy, and starts no trial within {START:g} s"
+            return {"note": f"unknown: {reason}."}
+
+        steps = [started[x].take_steps.remote(configs, data, cpus, gpus > 0) for x in ready]
+        done, _ = ray.wait(steps, num_returns=len(steps), timeout=LIMIT)
+        samples = [sample for taken in ray.get(done) for sample in taken]
     except Exception as error:  # out of memory, a driver that does not fit, …
         reason = str(error).strip().split("\n")[-1]
         return {"note": f"unknown: training steps on {node.name} have failed: {reason}"}
@@ -433,25 +382,22 @@ def _measure(node: Node, slots: Slots, configs: Sequence[Config], data: Path) ->
         for probe in probes:
             ray.kill(probe)
 
-    if not ready:
-        return {"note": f"unknown: {node.name} is busy, and starts no trial within {START:g} s."}
-
     if not samples:
-        return {"note": f"unknown: a step of a single item takes more than {LIMIT:g} s."}
+        return {"note": f"unknown: a few training steps take more than {LIMIT:g} s."}
 
     dataset = TrajectoryDataset(data / "train.h5", 1)
-    steps = {(x.which, x.batch) for _, x, _ in samples}
-    costs = {(i, n): measure(configs[i] | {"batch_size": n}, dataset.shape[-1]) for i, n in steps}
+    sizes = {(x.which, x.batch) for _, x, _ in samples}
+    costs = {(i, n): measure(configs[i] | {"batch_size": n}, dataset.shape[-1]) for i, n in sizes}
     speed = speed_of(
         [sample for _, sample, _ in samples],
         [costs[x.which, x.batch] for _, x, _ in samples],
-        base=max(base for base, _, _ in samples),
-        gpu=gpus > 0,
+        max(base for base, _, _ in samples),
+        gpus > 0,
     )
-    most, wanted = max(n for _, n in steps), max(c["batch_size"] for c in configs)
+    most, wanted = max(n for _, n in sizes), max(c["batch_size"] for c in configs)
     note = (
         f"times are extrapolated from batches of {most}, and may be shorter: those of {wanted} "
-        f"are too slow here for a probe of {LIMIT:g} s."
+        f"are too slow here for a probe of {SECONDS:g} s."
         if most < min(wanted, len(dataset))
         else ""
     )
@@ -460,10 +406,7 @@ def _measure(node: Node, slots: Slots, configs: Sequence[Config], data: Path) ->
 
 
 class _Probe:
-    r"""An actor that takes training steps, and returns the samples so far at any time."""
-
-    def __init__(self) -> None:
-        self.samples: list[tuple[int, Sample, int]] = []
+    r"""An actor that takes training steps. Those of a node start at the same time."""
 
     def start(self) -> None:
         from ..runs import (
@@ -471,23 +414,5 @@ class _Probe:
             train_run,  # noqa: F401
         )
 
-    def take_steps(self, *args: Any) -> None:
-        for sample in take_steps(*args):
-            self.samples.append(sample)
-
-    def results(self) -> list[tuple[int, Sample, int]]:
-        return self.samples
-
-
-def _run_probes(probes: Sequence[Any], *args: Any) -> list[tuple[int, Sample, int]]:
-    r"""Returns the samples of probes that run at the same time, to their end or within the limit."""
-
-    import ray
-
-    steps = [probe.take_steps.remote(*args) for probe in probes]
-    done = ray.wait(steps, num_returns=len(steps), timeout=LIMIT)[0] if steps else []
-    ray.get(done)  # raises what they raised
-    results = [probe.results.remote() for probe in probes]
-    results = ray.wait(results, num_returns=len(results), timeout=1)[0] if results else []
-
-    return [sample for samples in ray.get(results) for sample in samples]
+    def take_steps(self, *args: Any) -> list[tuple[int, Sample, int]]:
+        return list(take_steps(*args))

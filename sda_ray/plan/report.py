@@ -7,8 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..core import NETWORK, format_duration, format_size, format_value
-from .cost import Shape
+from ..core import NETWORK, format_duration, format_size, format_value, make_table
+from .cost import Shape, spread
 from .plan import Forecast, Plan, at_a_time, memory_of
 from .probe import Node, epoch_seconds
 
@@ -23,7 +23,6 @@ COLUMNS = (
     "draws",
     "parameters",
     "GFLOP\nper step",
-    "saved\nper step",
     "memory",
     "s per\nepoch",
     "at a\ntime",
@@ -59,32 +58,20 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
 
 
 def _table(plan: Plan, node: Node | None, count: int, width: int) -> Table:
-    title = "" if node is None else f"{count}x {node.kind}" if count > 1 else node.kind
-    table = Table(title=title or None, title_justify="left", box=None, pad_edge=False)
     values = {key: {shape.config[key] for shape in plan.shapes} for key in SHOWN}
     keys = [key for key in plan.shapes[0].config if len(values.get(key, ())) > 1]
     keys = keys[: max(1, (width - FIXED) // LONGEST)]
+    titles = [key.replace("_", "_\n", 1) for key in keys or ["shape"]]
+    table = make_table(*titles, *COLUMNS, right=COLUMNS, fold=())
+    table.title_justify = "left"
+    table.title = None if node is None else f"{count}x {node.kind}" if count > 1 else node.kind
 
-    for key in keys or ["shape"]:
-        table.add_column(key.replace("_", "_\n", 1), no_wrap=True)
-
-    for name in COLUMNS:
-        table.add_column(name, justify="right", no_wrap=True)
-
-    for shape in _some(plan.shapes):
+    for i in reversed(spread(len(plan.shapes), ROWS)):
+        shape = plan.shapes[i]
         settings = [format_value(shape.config[key]) for key in keys] or ["all"]
         table.add_row(*settings, *_cells(plan, shape, node))
 
     return table
-
-
-def _some(shapes: list[Shape]) -> list[Shape]:
-    r"""Returns shapes from large to small, evenly spread if there are many."""
-
-    last = len(shapes) - 1
-    chosen = {round(last * i / (ROWS - 1)) for i in range(ROWS)}
-
-    return [shapes[i] for i in sorted(chosen, reverse=True)]
 
 
 def _cells(plan: Plan, shape: Shape, node: Node | None) -> list[str]:
@@ -94,28 +81,18 @@ def _cells(plan: Plan, shape: Shape, node: Node | None) -> list[str]:
         f"{shape.draws}",
         f"{about}{cost.parameters:,}",
         f"{about}{cost.flops / 1e9:,.1f}",
-        about + format_size(cost.activations),
     ]
 
     if node is None:
         return [*cells, UNKNOWN, UNKNOWN, UNKNOWN]
 
-    memory = memory_of(node, cost)
-    n = at_a_time(node, memory, plan.gpus)
+    on = _on(plan, shape, node)
+    memory, seconds, slots = on["memory"], on["seconds_per_epoch"], f"{on['at_a_time']}"
 
-    if (seconds := _seconds(plan, shape, node)) is None:
-        return [*cells, f"> {format_size(memory)}", UNKNOWN, f"{n}"]
+    if memory is None or seconds is None:
+        return [*cells, f"> {format_size(cost.peak)}", UNKNOWN, slots]
 
-    return [*cells, format_size(memory), f"{seconds:.3g}", f"{n}"]
-
-
-def _seconds(plan: Plan, shape: Shape, node: Node) -> float | None:
-    r"""Returns the seconds of an epoch on a node, if they are known."""
-
-    if node.speed is None or plan.info is None:
-        return None
-
-    return epoch_seconds(shape.config, shape.cost, node.speed, plan.info)[0]
+    return [*cells, format_size(memory), f"{seconds:.3g}", slots]
 
 
 def _totals(plan: Plan) -> list[tuple[str, str]]:
@@ -185,11 +162,14 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
 
 
 def _on(plan: Plan, shape: Shape, node: Node) -> dict[str, Any]:
-    memory = memory_of(node, shape.cost)
+    memory, seconds = memory_of(node, shape.cost), None
+
+    if node.speed is not None and plan.info is not None:
+        seconds, _ = epoch_seconds(shape.config, shape.cost, node.speed, plan.info)
 
     return {
         "name": node.name,
         "memory": None if node.speed is None else memory,
-        "seconds_per_epoch": _seconds(plan, shape, node),
+        "seconds_per_epoch": seconds,
         "at_a_time": at_a_time(node, memory, plan.gpus),
     }

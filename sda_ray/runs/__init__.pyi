@@ -20,7 +20,6 @@ from .metrics import best as best
 from .metrics import finals as finals
 from .metrics import read_history as read_history
 from .metrics import read_metrics as read_metrics
-from .metrics import seconds_per_epoch as seconds_per_epoch
 from .path import COPIED as COPIED
 from .path import LOCAL as LOCAL
 from .path import RECORDS as RECORDS

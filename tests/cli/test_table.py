@@ -136,10 +136,3 @@ def test_announcement_tells_the_state_and_an_estimate(
     assert "8 trials, rungs at epochs 1, 3, 9" in (out := capsys.readouterr().out)
     assert "6 runs so far, 2 of them in progress" in out
     assert "2 trials at a time, each with CPU=1; `sda-ray plan` measures" in out
-
-    (runs / "crimson-cloud-0_run00000" / "metrics.jsonl").write_text(
-        '{"epoch": 1, "loss_train": 1.0, "loss_valid": 1.0, "seconds": 3600.0}\n'
-    )
-    announce("demo", Rules(8, 9, 1), records(6), directory, {"CPU": 1.0}, 2)
-
-    assert "CPU-hours" in capsys.readouterr().out

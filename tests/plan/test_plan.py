@@ -80,8 +80,6 @@ def test_estimate_of_a_sweep_measures_nothing(made: Plan) -> None:
     assert float(text.split()[1]) == pytest.approx(made.pruned.epochs, rel=0.3)
     assert f"epochs, {made.slots} trials at a time, each with CPU=1; `sda-ray plan`" in text
     assert "at a time" not in estimate(rules, wanted, None)
-    assert " GPU-hours, " in (text := estimate(rules, {"GPU": 1.0}, made.slots, 3600.0))
-    assert text.endswith(" h in all")
 
     code = "import sys, sda_ray.plan.plan; assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
