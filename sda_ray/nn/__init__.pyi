@@ -15,5 +15,6 @@ from .score import check_archive as check_archive
 from .score import load_network as load_network
 from .score import load_score as load_score
 from .score import make_score as make_score
+from .score import mismatches as mismatches
 from .score import network_settings as network_settings
 from .score import total_size as total_size

@@ -2,7 +2,7 @@ r"""Diffusion: how data become noise, and noise becomes data."""
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -145,10 +145,7 @@ class VPSDE(nn.Module):
 
         error = (self.eps(self.perturb(x, t, noise), t, c) - noise).square()
 
-        if w is None:
-            return error.mean()
-        else:
-            return (error * w).mean() / w.mean()
+        return error.mean() if w is None else (error * w).mean() / w.mean()
 
     @torch.no_grad()
     def sample(
@@ -160,7 +157,6 @@ class VPSDE(nn.Module):
         tau: float = 1.0,
         generator: torch.Generator | None = None,
         start: Tensor | None = None,
-        progress: Callable[[int], None] | None = None,
     ) -> Tensor:
         r"""Samples from :math:`p(x(0))`.
 
@@ -173,7 +169,6 @@ class VPSDE(nn.Module):
             generator: What draws the noise, on its own device.
             start: The samples :math:`x(1)` to start from, with shape :math:`(*, S)`; standard
                 normal if None.
-            progress: Called after each time step with the number of steps done.
 
         Returns:
             The samples, with shape :math:`(*, S)`.
@@ -188,7 +183,7 @@ class VPSDE(nn.Module):
 
         time = torch.linspace(1, 0, steps + 1, dtype=like.dtype).to(like.device)
 
-        for i, (t, s) in enumerate(itertools.pairwise(time)):
+        for t, s in itertools.pairwise(time):
             # Predictor
             r = self.mu(s) / self.mu(t)
             x = r * x + (self.sigma(s) - r * self.sigma(t)) * self.eps(x, t, c)
@@ -200,9 +195,6 @@ class VPSDE(nn.Module):
                 delta = tau / eps.square().flatten(1).mean(1)
                 delta = delta.reshape(-1, *(1 for _ in self.shape))
                 x = x - self.sigma(s) * (delta * eps + torch.sqrt(2 * delta) * z)
-
-            if progress is not None:
-                progress(i + 1)
 
         return x.reshape(*shape, *self.shape)
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from ..core import (
-    ACTIVATIONS,
     ALPHAS,
     NETWORK,
     Config,
     UserError,
     check_config,
+    check_value,
     load_config,
     open_regular,
 )
@@ -32,6 +32,7 @@ __all__ = [
     "load_network",
     "load_score",
     "make_score",
+    "mismatches",
     "network_settings",
     "total_size",
 ]
@@ -206,8 +207,9 @@ def make_score(
 ) -> MCScoreNet:
     r"""Creates a score network.
 
-    The network of a config is `make_score(**network_settings(config))`. The weights of a network for another `alpha` than SDA's are of no use without it. A buffer
-    `alpha_lin` or `alpha_exp` in the state dict keeps SDA from loading them as if they were.
+    The network of a config is `make_score(**network_settings(config))`. The weights of a
+    network for another `alpha` than SDA's are of no use without it. A buffer `alpha_lin` or
+    `alpha_exp` in the state dict keeps SDA from loading them as if they were.
 
     Arguments:
         window: The number of snapshots of a window. It must be odd and at least 3.
@@ -222,10 +224,7 @@ def make_score(
         dropout: The probability that a feature within a block is zero in training.
     """
 
-    if activation not in ACTIVATIONS:
-        raise UserError(
-            f"activation is {activation!r}, but must be one of {', '.join(ACTIVATIONS)}."
-        )
+    check_value("activation", activation)
 
     kernel = ScoreUNet(
         channels=2 * window,
@@ -300,51 +299,36 @@ def load_network(
     with torch.device("meta"):
         score = make_score(**network_settings(config), size=size)
 
-    _check_alpha(file, state, config["alpha"])
-    _check_weights(file, state, score.state_dict())
+    _check_weights(file, state, score.state_dict(), config["alpha"])
     score.to_empty(device=device).load_state_dict(state)
 
     return score.eval(), config
 
 
-def check_archive(f: BinaryIO) -> bool:
+def check_archive(f: BinaryIO) -> None:
     r"""Checks a file of `torch.save`, before it is loaded, for what would take memory.
 
-    Arguments:
-        f: The file, open at its beginning, where it is left.
-
-    Returns:
-        Whether it is a zip archive, rather than in the format before torch 1.6.
-
     Raises:
-        ValueError: If its entries are compressed or overlap, or it calls for more than tensors.
+        ValueError: If it is no archive, its entries are compressed or overlap, or it calls for
+            more than tensors.
     """
 
     size = f.seek(0, os.SEEK_END)
-    archived = zipfile.is_zipfile(f)
 
-    if archived:
-        with zipfile.ZipFile(f) as archive:
-            items = archive.infolist()
+    with zipfile.ZipFile(f) as archive:
+        items = archive.infolist()
 
-            if any(item.compress_type != zipfile.ZIP_STORED for item in items):
-                raise ValueError("it is compressed")
+        if any(item.compress_type != zipfile.ZIP_STORED for item in items):
+            raise ValueError("it is compressed")
 
-            if sum(item.file_size for item in items) > size:
-                raise ValueError("its entries declare more bytes than it has")
+        if sum(item.file_size for item in items) > size:
+            raise ValueError("its entries declare more bytes than it has")
 
-            for item in items:
-                if item.filename.endswith(".pkl"):
-                    _check_pickle(archive.open(item))
-    else:
-        f.seek(0)
-
-        for _ in range(5):  # magic number, protocol, system, tensors, names of the storages
-            _check_pickle(f)
+        for item in items:
+            if item.filename.endswith(".pkl"):
+                _check_pickle(archive.open(item))
 
     f.seek(0)
-
-    return archived
 
 
 def _check_pickle(f: Any) -> None:
@@ -370,10 +354,10 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
 
     with os.fdopen(open_regular(file), "rb") as f:
         try:
-            archived = check_archive(f)
+            check_archive(f)
 
             # Mapped rather than read, so that a file is never in memory twice.
-            state = torch.load(file, map_location="cpu", weights_only=True, mmap=archived)
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except Exception as e:  # any kind of damage, each with its own kind of exception
             reason = str(e).partition("\n")[0]
             raise UserError(f"{file} is damaged, or not a file of weights: {reason}") from e
@@ -401,42 +385,45 @@ def _field_size(file: Path, state: dict[str, Tensor]) -> int:
     return shape[1]
 
 
-def _check_alpha(file: Path, state: dict[str, Tensor], alpha: str) -> None:
-    r"""Checks that weights are for a given `alpha`, see :func:`sda_ray.nn.score.make_score`."""
+def _check_weights(
+    file: Path, state: dict[str, Tensor], expected: dict[str, Tensor], alpha: str
+) -> None:
+    r"""Checks that weights are for an `alpha`, of the tensors expected, and in the file."""
 
+    config = file.with_name("config.json")
     marks = [name for name in ALPHAS if f"alpha_{name}" in state] or ["cos"]
 
     if marks != [alpha]:
         raise UserError(
-            f"{file} is for alpha={' and '.join(marks)}, but {file.with_name('config.json')} has "
-            f"alpha={alpha}. They are not of the same run."
+            f"{file} is for alpha={' and '.join(marks)}, but {config} has alpha={alpha}. They are "
+            "not of the same run."
         )
 
-
-def _check_weights(file: Path, state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    r"""Checks that weights have the names, shapes and dtypes expected, and are in the file."""
-
-    wrong = []
-
-    for key in [*expected, *(key for key in state if key not in expected)]:
-        if key not in state:
-            wrong.append(f"'{key}' is missing")
-        elif key not in expected:
-            wrong.append(f"'{key}' is unknown")
-        elif (found := _kind(state[key])) != (wanted := _kind(expected[key])):
-            wrong.append(f"'{key}' is {found}, but must be {wanted}")
-
-    if wrong:
+    if wrong := mismatches(state, expected):
         more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise UserError(
-            f"{file} does not fit {file.with_name('config.json')}: {'; '.join(wrong[:3])}{more}."
-        )
+        raise UserError(f"{file} does not fit {config}: {'; '.join(wrong[:3])}{more}.")
 
     # An expanded tensor takes no space in the file, but would in memory.
     needed = total_size(expected)
 
     if needed > file.stat().st_size:
         raise UserError(f"{file} is shorter than the {needed} bytes of weights it should hold.")
+
+
+def mismatches(given: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
+    r"""Returns how the names, shapes and dtypes of tensors differ from those expected."""
+
+    wrong = []
+
+    for key in dict.fromkeys((*expected, *given)):
+        if key not in given:
+            wrong.append(f"'{key}' is missing")
+        elif key not in expected:
+            wrong.append(f"'{key}' is unknown")
+        elif (found := _kind(given[key])) != (wanted := _kind(expected[key])):
+            wrong.append(f"'{key}' is {found}, but must be {wanted}")
+
+    return wrong
 
 
 def _kind(x: Tensor) -> str:

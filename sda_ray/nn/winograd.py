@@ -12,7 +12,6 @@ References:
 """
 
 from collections.abc import Callable
-from fractions import Fraction
 from functools import cache, partial
 from typing import Any
 
@@ -26,10 +25,6 @@ M = 4  # outputs along each side of a tile
 R = 3  # taps along each side of the kernel
 N = M + R - 1  # inputs along each side of a tile
 
-# Where the polynomials of the transforms are evaluated, beside infinity. Symmetric points, such as
-# 0, 1, -1, 2, -2, have one and a half times the rounding error.
-POINTS = (Fraction(0), Fraction(1), Fraction(-1), Fraction(1, 2), Fraction(-2))
-
 CHANNELS = 48  # least number of channels for which it is faster than the direct sum
 TILES = 128  # least number of tiles in a batch, since the weights are transformed once for it
 ROOM = 2**22  # most numbers in a transformed piece of a batch, so that it fits into the cache
@@ -42,13 +37,7 @@ def is_traced() -> bool:
 
 
 def pays(x: Tensor, weight: Tensor, stride: int) -> bool:
-    r"""Returns whether :func:`winograd_conv2d` is applicable and faster than the direct sum.
-
-    Arguments:
-        x: The field, with shape :math:`(B, C, H, W)`.
-        weight: The weights, with shape :math:`(C', C, k, k)`.
-        stride: The stride.
-    """
+    r"""Returns whether :func:`winograd_conv2d` is applicable and faster than the direct sum."""
 
     return (
         x.device.type == "cpu"
@@ -207,42 +196,38 @@ def _backward(
 def _matrices(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     r"""Returns the transforms of products, weights and inputs along one axis of a tile.
 
-    They are those of Toom and Cook: two polynomials are evaluated at the points, multiplied there,
-    and interpolated; a convolution of a tile is the transpose of that.
+    They are those of Toom and Cook: two polynomials are evaluated at 0, 1, -1, 1/2, -2 and
+    infinity, multiplied there, and interpolated; a convolution of a tile is the transpose of that.
+    Symmetric points, such as 0, 1, -1, 2, -2, have one and a half times the rounding error.
     """
 
-    def powers(count: int) -> list[list[Fraction]]:
-        return [[p**j for j in range(count)] for p in POINTS] + [
-            [Fraction(j == count - 1) for j in range(count)]
-        ]
+    products = [
+        [1, 1, 1, 1, 1, 0],
+        [0, 1, -1, 1 / 2, -2, 0],
+        [0, 1, 1, 1 / 4, 4, 0],
+        [0, 1, -1, 1 / 8, -8, 1],
+    ]
+    weights = [
+        [1, 0, 0],
+        [1 / 3, 1 / 3, 1 / 3],
+        [-1 / 3, 1 / 3, -1 / 3],
+        [-16 / 15, -8 / 15, -4 / 15],
+        [1 / 15, -2 / 15, 4 / 15],
+        [0, 0, 1],
+    ]
+    inputs = [
+        [1, -3 / 2, -2, 3 / 2, 1, 0],
+        [0, -1, 1 / 2, 5 / 2, 1, 0],
+        [0, 1, -5 / 2, 1 / 2, 1, 0],
+        [0, -2, -1, 2, 1, 0],
+        [0, 1 / 2, -1, -1 / 2, 1, 0],
+        [0, 1, -3 / 2, -2, 3 / 2, 1],
+    ]
+    back, there, forth = (
+        torch.tensor(x, dtype=dtype, device="cpu") for x in (products, weights, inputs)
+    )
 
-    def polynomial(roots: list[Fraction]) -> list[Fraction]:
-        coefficients = [Fraction(1)]
-
-        for root in roots:
-            shifted, scaled = [Fraction(0), *coefficients], [*coefficients, Fraction(0)]
-            coefficients = [a - root * b for a, b in zip(shifted, scaled, strict=True)]
-
-        return coefficients
-
-    weights, inputs = powers(R), []
-
-    for i, p in enumerate(POINTS):
-        others = [q for q in POINTS if q != p]
-        scale = Fraction(1)
-
-        for q in others:
-            scale *= p - q
-
-        weights[i] = [x / scale for x in weights[i]]
-        inputs.append([*polynomial(others), Fraction(0)])
-
-    inputs.append(polynomial(list(POINTS)))
-
-    def tensor(matrix: list[list[Fraction]]) -> Tensor:
-        return torch.tensor([[float(x) for x in row] for row in matrix], dtype=dtype, device="cpu")
-
-    return tensor(powers(M)).T.contiguous(), tensor(weights), tensor(inputs)
+    return back, there, forth
 
 
 def _both(matrix: Tensor, x: Tensor) -> Tensor:

@@ -17,9 +17,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from ..core import KEYS, Config, UserError, short_repr
+from ..core import Config, UserError, check_value
 from ..data import TrajectoryDataset
-from ..nn import VPSDE, MCScoreNet, allowing_tf32, lowered, make_score, network_settings
+from ..nn import (
+    VPSDE,
+    MCScoreNet,
+    allowing_tf32,
+    lowered,
+    make_score,
+    mismatches,
+    network_settings,
+)
 from .rng import DROPOUT, INIT, NOISE, ORDER, START, rng, seeded
 from .validation import DRAWS, Validation
 
@@ -137,8 +145,8 @@ class TrainState:
         epoch, step = int(info["epoch"]), int(info["step"])
         own = {**self.tensors(), "losses": torch.zeros(step)}
 
-        if difference := _difference(own, tensors):
-            raise ValueError(difference)
+        if wrong := mismatches(tensors, own):
+            raise ValueError(wrong[0])
 
         for key, x in own.items():
             x.copy_(tensors[key])
@@ -184,18 +192,6 @@ class TrainState:
 
         if self.average is not None:
             follow(self.average, self.score, self.config["ema"], n)
-
-
-def _difference(expected: dict[str, Tensor], given: dict[str, Tensor]) -> str:
-    for key in [*expected, *given]:
-        if key not in given:
-            return f"'{key}' is missing"
-        if key not in expected:
-            return f"'{key}' is unknown"
-        if (given[key].shape, given[key].dtype) != (expected[key].shape, expected[key].dtype):
-            return f"'{key}' is {given[key].dtype} of shape {tuple(given[key].shape)}"
-
-    return ""
 
 
 def train_epoch(
@@ -312,18 +308,15 @@ def schedule(name: str, s: float) -> float:
         s: The epoch over the number of epochs.
     """
 
-    if name == "linear":
-        return 1 - s
-    elif name == "cosine":
-        return (1 + math.cos(math.pi * s)) / 2
-    elif name == "exponential":
-        return math.exp(-7 * s**2)
-    elif name == "constant":
-        return 1.0
-    elif name == "wsd":
-        return 1.0 if s <= 0.9 else min(1.0, 10 * (1 - s))
+    factors = {
+        "linear": 1 - s,
+        "cosine": (1 + math.cos(math.pi * s)) / 2,
+        "exponential": math.exp(-7 * s**2),
+        "constant": 1.0,
+        "wsd": 1.0 if s <= 0.9 else min(1.0, 10 * (1 - s)),
+    }
 
-    raise UserError(f"scheduler is {short_repr(name)}, but must be {KEYS['scheduler'].accepts}.")
+    return factors[check_value("scheduler", name)]
 
 
 def learning_rate(config: Config, epoch: int) -> float:
@@ -367,11 +360,7 @@ def follow(average: nn.Module, module: nn.Module, decay: float, n: int) -> None:
     .. math:: \bar{\phi} \gets \delta \bar{\phi} + (1 - \delta) \phi
         \quad \text{with} \quad \delta = \min(\text{decay}, (1 + n) / (10 + n))
 
-    Arguments:
-        average: The copy of the module.
-        module: The module.
-        decay: The decay of the average in the long run.
-        n: The number of the step, from 1.
+    where :math:`n` is the number of the step, from 1.
     """
 
     rate = 1 - min(decay, (1 + n) / (10 + n))

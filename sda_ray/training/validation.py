@@ -84,11 +84,9 @@ class Validation:
         The standard error comes from the second differences of items in neighbouring parts: the
         loss changes steeply from part to part, which is no error.
 
-        Arguments:
-            sde: The diffusion with the network.
-            draws: The number of independent draws whose mean to return. The first ones are the
-                same for all numbers, so that a mean of several is comparable with one of fewer.
-                All but the very first are drawn anew each time, which takes no memory for long.
+        The mean is over independent draws. The first of them are always the same, so that a mean
+        of several is comparable with one of fewer. All but the very first are drawn anew each
+        time, which takes no memory for long.
         """
 
         found = [self._measure(sde, self.first)]

@@ -161,7 +161,7 @@ def test_a_context_is_refused() -> None:
 
 
 def test_unknown_activation_is_refused() -> None:
-    with pytest.raises(UserError, match="activation is 'Softmax', but must be one of"):
+    with pytest.raises(UserError, match="activation is 'Softmax', but must be ELU"):
         small(activation="Softmax")
 
 
@@ -210,13 +210,6 @@ def test_loaded_network_outlives_its_file(run: Path) -> None:
     (run / "state.pth").write_bytes(b"")
 
     assert all(a.equal(b) for a, b in zip(before, score.parameters(), strict=True))
-
-
-def test_old_format_of_torch_is_read(run: Path) -> None:
-    state = torch.load(run / "state.pth", weights_only=True)
-    torch.save(state, run / "state.pth", _use_new_zipfile_serialization=False)
-
-    assert load_score(run).state_dict().keys() == state.keys()
 
 
 def test_unfinished_run_says_how_to_resume(run: Path) -> None:

@@ -271,7 +271,7 @@ def test_checkpoint_of_another_network_is_refused_untouched(small: Config) -> No
     before = copy.deepcopy(state.tensors())
 
     for other, reason in (
-        ({"embedding": 16}, "'score.kernel.embedding.2.weight' is torch.float32 of shape"),
+        ({"embedding": 16}, "'score.kernel.embedding.2.weight' is float32 of shape"),
         ({"hidden_blocks": (1, 2)}, "'score.kernel.network.*' is unknown"),
     ):
         with pytest.raises(ValueError, match=reason):
