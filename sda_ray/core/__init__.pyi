@@ -30,7 +30,6 @@ from .files import remove_leftovers as remove_leftovers
 from .files import sync_directory as sync_directory
 from .files import write_atomic as write_atomic
 from .files import write_json as write_json
-from .keys import ACTIVATIONS as ACTIVATIONS
 from .keys import ALPHAS as ALPHAS
 from .keys import KEYS as KEYS
 from .keys import NETWORK as NETWORK
@@ -43,14 +42,13 @@ from .lease import HEARTBEAT as HEARTBEAT
 from .lease import STALE as STALE
 from .lease import Conflict as Conflict
 from .lease import FileBackend as FileBackend
+from .lease import Hold as Hold
 from .lease import Lease as Lease
 from .lease import LeaseGone as LeaseGone
 from .lease import LeaseLost as LeaseLost
 from .lease import check_present as check_present
 from .lease import holder_alive as holder_alive
 from .lease import is_alive as is_alive
-from .lease import is_local as is_local
-from .lease import is_present as is_present
 from .lease import last_heartbeat as last_heartbeat
 from .lease import read_holder as read_holder
 from .lease import read_notes as read_notes

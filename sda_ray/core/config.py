@@ -83,8 +83,7 @@ def parse_overrides(overrides: Iterable[str]) -> Config:
     parsed: Config = {}
 
     for override in overrides:
-        name, equals, text = override.partition("=")
-        name = name.strip()
+        name, equals, text = map(str.strip, override.partition("="))
 
         if not equals:
             raise UserError(f"{override!r} is not of the form key=value, as epochs=256.")
@@ -126,8 +125,8 @@ def save_config(config: Config, file: Path | str) -> None:
 def _conflicts(config: Config, size: int | None, length: int | None) -> Iterable[str]:
     r"""Yields the conflicts between values that are valid by themselves."""
 
-    channels, blocks = config.get("hidden_channels"), config.get("hidden_blocks")
-    window, kernel = config.get("window"), config.get("kernel_size")
+    keys = ("hidden_channels", "hidden_blocks", "window", "kernel_size")
+    channels, blocks, window, kernel = map(config.get, keys)
 
     if channels and blocks and len(channels) != len(blocks):
         yield (
@@ -136,19 +135,19 @@ def _conflicts(config: Config, size: int | None, length: int | None) -> Iterable
         )
 
     if channels and size is not None:
-        reduction = 2 ** (len(channels) - 1)
+        coarsest, remainder = divmod(size, 2 ** (len(channels) - 1))
 
-        if size % reduction:
+        if remainder:
             yield (
                 f"hidden_channels {channels} has {len(channels)} levels and halves the size of "
                 f"the data (={size}) {len(channels) - 1} times, but {size} must be divisible by "
-                f"{reduction}. Take fewer levels."
+                f"{2 ** (len(channels) - 1)}. Take fewer levels."
             )
-        elif kernel and size // reduction < kernel // 2:
+        elif kernel and coarsest < kernel // 2:
             yield (
-                f"kernel_size is {kernel}, but must be at most {2 * (size // reduction) + 1}: the "
-                f"last of {len(channels)} levels has size {size // reduction} (data of {size}). "
-                "Take a smaller kernel or fewer levels."
+                f"kernel_size is {kernel}, but must be at most {2 * coarsest + 1}: the last of "
+                f"{len(channels)} levels has size {coarsest} (data of {size}). Take a smaller "
+                "kernel or fewer levels."
             )
 
     warmup, epochs = config.get("warmup", 0), config.get("epochs", math.inf)

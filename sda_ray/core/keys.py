@@ -4,7 +4,7 @@ import difflib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 from .errors import UserError
@@ -32,37 +32,21 @@ MAX_LEVELS = 16
 
 @dataclass(frozen=True)
 class Key:
-    r"""The description of a key of CONFIG.
-
-    Arguments:
-        default: The default value.
-        about: A description of one line.
-        kind: `int`, `float`, `str` or `tuple`.
-        low: The lowest number accepted.
-        high: The highest number accepted.
-        above: Whether `low` itself is excluded.
-        below: Whether `high` itself is excluded.
-        odd: Whether the number must be odd.
-        options: The words accepted.
-        ours: Whether SDA does not know the key, so that a file may lack it.
-        item: The kind of the items of a tuple, `int` or `float`.
-        count: The number of items of a tuple, if it is fixed.
-        network: Whether the key shapes the network, or its weights' meaning.
-    """
+    r"""The description of a key of CONFIG."""
 
     default: Any
     about: str
-    kind: type
+    kind: type  # int, float, str or tuple
     low: float = 1
     high: float = math.inf
-    above: bool = False
-    below: bool = False
+    above: bool = False  # whether `low` itself is excluded
+    below: bool = False  # whether `high` itself is excluded
     odd: bool = False
     options: tuple[str, ...] = ()
-    ours: bool = False
-    item: type = int
-    count: int | None = None
-    network: bool = False
+    ours: bool = False  # whether SDA does not know the key, so that a file may lack it
+    item: type = int  # of a tuple, int or float
+    count: int | None = None  # of the items of a tuple, if it is fixed
+    network: bool = False  # whether the key shapes the network, or its weights' meaning
 
     @property
     def accepts(self) -> str:
@@ -156,10 +140,7 @@ def check_value(name: str, value: Any) -> Any:
         return str(value)
 
     if key.kind is tuple:
-        if not isinstance(value, list | tuple):
-            raise fault
-
-        if key.count is not None and len(value) != key.count:
+        if not isinstance(value, list | tuple) or key.count not in (None, len(value)):
             raise fault
 
         if not 1 <= len(value) <= MAX_LEVELS:
@@ -191,13 +172,12 @@ def parse_value(name: str, text: str) -> Any:
     try:
         if key.kind is str:
             return text.strip("'\"")
-        elif key.kind is tuple:
+
+        if key.kind is tuple:
             items = text.strip("()[]").rstrip(",").split(",")
-            return tuple(_integer(item) if key.item is int else float(item) for item in items)
-        elif key.kind is int:
-            return _integer(text)
-        else:
-            return float(text)
+            return tuple(_parse(item, key.item) for item in items)
+
+        return _parse(text, key.kind)
     except ValueError as e:
         raise UserError(f"{name} is {short_repr(text)}, but must be {key.accepts}.") from e
 
@@ -225,16 +205,14 @@ def _key(name: str) -> Key:
     return KEYS[name]
 
 
-def _integer(text: str) -> int:
+def _parse(text: str, kind: type) -> int | float:
     try:
-        return int(text)
+        return int(text) if kind is int else float(text)
     except ValueError:
-        number = float(text)  # as 1e3
-
-        if not number.is_integer():
+        if not (number := float(text)).is_integer():
             raise
 
-        return int(number)
+        return int(number)  # as 1e3
 
 
 def _number(value: Any, kind: type, key: Key, fault: UserError) -> int | float:
@@ -252,10 +230,7 @@ def _number(value: Any, kind: type, key: Key, fault: UserError) -> int | float:
     if kind is float:
         return float(number)
 
-    if not isinstance(number, Integral) and not float(number).is_integer():
-        raise fault
-
-    if key.odd and number % 2 == 0:
+    if number % 1 or (key.odd and number % 2 == 0):
         raise fault
 
     return int(number)

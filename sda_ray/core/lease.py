@@ -14,7 +14,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import datetime, timezone
 from hashlib import sha256
@@ -30,14 +30,13 @@ __all__ = [
     "Backend",
     "Conflict",
     "FileBackend",
+    "Hold",
     "Lease",
     "LeaseGone",
     "LeaseLost",
     "check_present",
     "holder_alive",
     "is_alive",
-    "is_local",
-    "is_present",
     "last_heartbeat",
     "read_holder",
     "read_notes",
@@ -52,6 +51,7 @@ HEARTBEAT = 10.0  # seconds between two heartbeats
 KILL_TIMEOUT = 10.0  # seconds that a killed process may take to end
 
 Holder = dict[str, Any]  # attempt, pid, started, since, host, machine, boot, space
+Hold = Callable[[], AbstractContextManager[None]]  # as :meth:`Lease.hold`
 
 
 class LeaseLost(RuntimeError):
@@ -69,19 +69,14 @@ class Conflict(RuntimeError):
 class Backend(Protocol):
     r"""Storage of one lease record, changed only by compare and swap.
 
-    A version is any value that differs after each write and each heartbeat.
+    A version is any value that differs after each write and each heartbeat. It is None if there
+    is no record. A write to another version raises :class:`Conflict`, a failure an OSError.
     """
 
-    def read(self) -> tuple[bytes, Any] | None:
-        r"""Returns the record and its version, or None if there is no record."""
+    def read(self) -> tuple[bytes, Any] | None: ...
 
     def write(self, data: bytes, version: Any) -> Any:
-        r"""Replaces the record of a version (None: creates it) and returns the new version.
-
-        Raises:
-            Conflict: If the record has another version.
-            OSError: If the storage fails.
-        """
+        r"""Replaces a record and returns its new version."""
 
     def beat(self, data: bytes, version: Any) -> Any:
         r"""Changes the version of a record, but not its meaning, and returns the new version."""
@@ -133,6 +128,7 @@ class Lease:
     r"""Creates a lease and takes it.
 
     Its `confirmed` is when this process last was the holder for certain, on the monotonic clock.
+    If the directory of its file is renamed under :meth:`hold`, set its `backend` at once.
 
     Arguments:
         place: The lease file, or the backend that keeps the record.
@@ -171,17 +167,6 @@ class Lease:
 
         threading.Thread(target=self._beat, name="lease", daemon=True).start()
 
-    @property
-    def file(self) -> Path:
-        r"""The lease file. If its directory is renamed under :meth:`hold`, set it at once."""
-
-        assert isinstance(self.backend, FileBackend)
-        return self.backend.file
-
-    @file.setter
-    def file(self, file: Path) -> None:
-        self.backend = FileBackend(file)
-
     def _take(self, attempt: int | None, takeover: bool, patience: float) -> bool:
         before = read_holder(self.backend)
 
@@ -195,7 +180,7 @@ class Lease:
 
         with self.backend.lock():
             record = self.backend.read()
-            holder = record and _parse_holder(record[0])
+            holder, _ = _parse(record)
 
             if holder != before and not takeover:
                 return False
@@ -266,13 +251,13 @@ class Lease:
                 yield
         except OSError:
             if isinstance(self.backend, FileBackend):
-                check_present(self.file)
+                check_present(self.backend.file)
 
             raise
 
     def _check(self) -> None:
         record = self.backend.read()
-        holder = record and _parse_holder(record[0])
+        holder, _ = _parse(record)
 
         if self._released.is_set():
             raise LeaseLost(f"{self.what} was released by attempt {self.attempt}")
@@ -315,52 +300,45 @@ def read_holder(place: Path | Backend) -> Holder | None:
     Its `pid` is None if the lease was released.
     """
 
-    return _observe(_backend(place))[0]
+    return read_notes(place)[0]
 
 
 def read_notes(place: Path | Backend) -> tuple[Holder | None, dict[str, Any]]:
     r"""Returns the last holder of a lease, and what it has added by :meth:`Lease.note`."""
 
+    return _parse(_read(_backend(place)))
+
+
+def _read(backend: Backend) -> tuple[bytes, Any] | None:
     with suppress(OSError):
-        record = _backend(place).read()
+        return backend.read()
 
-        if record is not None and (holder := _parse_holder(record[0])) is not None:
-            notes = json.loads(record[0]).get("notes")
-            return holder, notes if isinstance(notes, dict) else {}
-
-    return None, {}
+    return None
 
 
-def _observe(backend: Backend) -> tuple[Holder | None, Any]:
-    r"""Returns the holder and the version of a record; None of what cannot be read."""
-
-    with suppress(OSError):
-        if (record := backend.read()) is not None:
-            return _parse_holder(record[0]), record[1]
-
-    return None, None
-
-
-def _parse_holder(data: bytes) -> Holder | None:
-    r"""Returns the holder that a lease record names, or None if the record is damaged."""
+def _parse(record: tuple[bytes, Any] | None) -> tuple[Holder | None, dict[str, Any]]:
+    r"""Returns the holder that a record names and its notes, None and {} if it is damaged."""
 
     try:
-        holder = json.loads(data)
+        holder = json.loads(record[0] if record else b"")
     except (ValueError, RecursionError):
-        return None
+        return None, {}
 
     if not isinstance(holder, dict):
-        return None
+        return None, {}
 
     holder.pop("beat", None)  # which changes with each heartbeat of an object
-    holder.pop("notes", None)
+    notes = holder.pop("notes", None)
     pid, attempt = holder.get("pid"), holder.get("attempt")
     texts = all(isinstance(holder.get(key), str) for key in ("host", "boot", "space", "since"))
     process = pid is None or (
         type(pid) is int and 0 < pid < 2**31 and isinstance(holder.get("started"), str)
     )
 
-    return holder if texts and process and type(attempt) is int and abs(attempt) < 2**31 else None
+    if texts and process and type(attempt) is int and abs(attempt) < 2**31:
+        return holder, notes if isinstance(notes, dict) else {}
+
+    return None, {}
 
 
 def is_alive(place: Path | Backend, patience: float = STALE) -> bool:
@@ -371,9 +349,10 @@ def is_alive(place: Path | Backend, patience: float = STALE) -> bool:
     """
 
     backend = _backend(place)
-    holder, version = _observe(backend)
+    record = _read(backend)
+    holder, _ = _parse(record)
 
-    if holder is None:
+    if record is None or holder is None:
         return False
 
     if (alive := holder_alive(holder)) is not None:
@@ -391,10 +370,10 @@ def is_alive(place: Path | Backend, patience: float = STALE) -> bool:
 
     while time.monotonic() < deadline:
         time.sleep(min(1.0, patience / 10))
-        now, newer = _observe(backend)
+        newer = _read(backend)
 
-        if newer not in (None, version):
-            return (now or holder)["pid"] is not None
+        if newer is not None and newer[1] != record[1]:
+            return (_parse(newer)[0] or holder)["pid"] is not None
 
     return False
 
@@ -405,7 +384,7 @@ def holder_alive(holder: Holder) -> bool | None:
     if holder.get("pid") is None:
         return False
 
-    if is_local(holder):
+    if _is_local(holder):
         return _start_of(holder["pid"]) == holder.get("started")
 
     here = this_host()
@@ -414,7 +393,7 @@ def holder_alive(holder: Holder) -> bool | None:
     return False if same and holder.get("boot") != here["boot"] else None  # it was rebooted
 
 
-def is_local(holder: Holder) -> bool:
+def _is_local(holder: Holder) -> bool:
     r"""Tells whether the process number of a holder names the same process on this host."""
 
     return all(holder.get(key) == value for key, value in this_host().items())
@@ -460,28 +439,21 @@ def last_heartbeat(file: Path) -> int:
         return 0
 
 
-def is_present(lease: Path) -> bool:
-    r"""Tells whether an open run has its lease file, and so its directory.
+def check_present(lease: Path) -> None:
+    r"""Raises LeaseGone if an open run has lost its lease file, and so its directory.
 
     A file system that is only out of reach for now counts as present.
     """
 
     try:
         os.stat(lease)
-    except OSError as error:
-        return not isinstance(error, FileNotFoundError | NotADirectoryError)
-
-    return True
-
-
-def check_present(lease: Path) -> None:
-    r"""Raises LeaseGone unless :func:`is_present`."""
-
-    if not is_present(lease):
+    except (FileNotFoundError, NotADirectoryError):
         raise LeaseGone(
             f"{lease.parent} was deleted or unmounted while it was in use: nothing more is "
             "written there."
         )
+    except OSError:
+        pass
 
 
 def _backend(place: Path | Backend) -> Backend:
@@ -512,14 +484,11 @@ def _start_of(pid: int) -> str | None:
 
 
 def _end_process(holder: Holder) -> None:
-    r"""Kills a holder on this host and waits for its end, so that it cannot keep the lock.
-
-    The agents of former versions, which held leases for others, are left to the attempt number.
-    """
+    r"""Kills a holder on this host and waits for its end, so that it cannot keep the lock."""
 
     pid = holder["pid"]
 
-    if pid in (None, os.getpid()) or holder.get("agent") or not is_local(holder):
+    if pid in (None, os.getpid()) or not _is_local(holder):
         return
 
     deadline = time.monotonic() + KILL_TIMEOUT

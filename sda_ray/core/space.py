@@ -56,11 +56,7 @@ class Choice:
 class Range:
     r"""Creates an interval, bounds included, see :func:`uniform` and :func:`integer`.
 
-    Arguments:
-        low: The lower bound.
-        high: The upper bound.
-        log: Whether values are drawn uniformly in the logarithm.
-        step: The distance between two values; `None` for real numbers.
+    The step is None for real numbers.
 
     Example:
         >>> 5 in Range(3, 7, step=2), 4 in Range(3, 7, step=2)
@@ -115,14 +111,7 @@ def loguniform(low: float, high: float) -> Range:
 
 
 def integer(low: int, high: int, log: bool = False, step: int = 1) -> Range:
-    r"""Returns the integers between two bounds, both included.
-
-    Arguments:
-        low: The lowest integer.
-        high: The highest integer.
-        log: Whether they are drawn by their logarithm.
-        step: The distance between two integers.
-    """
+    r"""Returns the integers between two bounds, both included, a step apart."""
 
     return Range(low, high, log=log, step=step)
 
@@ -258,8 +247,8 @@ def check_space(
             options are tuples of one value for each key; or a function of an Optuna trial that
             returns a dict of keys and values.
         config: The configuration that the space varies. If None, combinations are not tried.
-        size: The number of grid cells along each axis of the data, if known.
-        length: The number of snapshots in a trajectory of the data, if known.
+        size: The size of the data, if known, see :func:`sda_ray.core.config.check_config`.
+        length: The length of its trajectories, if known.
         pruner: The name of the pruner. `epochs` may vary only with `none`.
 
     Raises:
@@ -299,10 +288,7 @@ def draw_values(space: Space, trial: Any, pruner: str = "") -> Config:
 
     Options that are not scalars are suggested as text, see :func:`encode_option`.
 
-    Arguments:
-        space: A space, as :func:`check_space` returns it.
-        trial: A trial of Optuna, or an object with its `suggest_*` methods.
-        pruner: The name of the pruner, see :func:`check_space`.
+    The trial is one of Optuna, or any object with its `suggest_*` methods.
 
     Raises:
         UserError: If a function returns anything but keys of CONFIG and accepted values.
@@ -336,12 +322,8 @@ class _Trial:
         return getattr(self._trial, name)
 
     def suggest_categorical(self, name: str, choices: Any) -> Any:
-        options = {_label(o): o for o in choices}
+        options = {o if isinstance(o, str | int | float | None) else repr(o): o for o in choices}
         return options[self._trial.suggest_categorical(name, list(options))]
-
-
-def _label(option: Any) -> Any:
-    return option if isinstance(option, str | int | float | None) else repr(option)
 
 
 def _suggest(trial: Any, name: str, domain: Domain) -> Any:
@@ -452,25 +434,19 @@ def _check_range(keys: list[str], domain: Range) -> Range:
     if domain.log and low <= 0:
         raise UserError(f"the lower bound is {low}, but must be above 0 for a logarithm.")
 
-    if domain.step is not None:
-        _check_step(keys[0], domain, high - low)
+    if (step := domain.step) is not None:
+        if type(step) is not int or step < 1 or (high - low) % step:
+            raise UserError(
+                f"step is {short_repr(step)}, but must be a divisor of {high - low}, high - low."
+            )
 
-    return Range(low, high, domain.log, domain.step)
+        if domain.log and step != 1:
+            raise UserError(f"step is {step}, but must be 1 with log=True.")
 
+        if KEYS[keys[0]].odd and step % 2:
+            raise UserError(f"step is {step}, but must be even, since {keys[0]} must be odd.")
 
-def _check_step(key: str, domain: Range, width: int) -> None:
-    step = domain.step
-
-    if isinstance(step, bool) or not isinstance(step, int) or step < 1 or width % step:
-        raise UserError(
-            f"step is {short_repr(step)}, but must be a divisor of {width}, high - low."
-        )
-
-    if domain.log and step != 1:
-        raise UserError(f"step is {step}, but must be 1 with log=True.")
-
-    if KEYS[key].odd and step % 2:
-        raise UserError(f"step is {step}, but must be even, since {key} must be odd.")
+    return Range(low, high, domain.log, step)
 
 
 def _conflicts(

@@ -10,11 +10,12 @@ import torch
 
 from ..core import (
     Config,
+    FileBackend,
     Lease,
+    LeaseGone,
     LeaseLost,
     UserError,
     check_present,
-    is_present,
     load_config,
     remove_leftovers,
     save_config,
@@ -162,7 +163,8 @@ class Run:
                 if self.tracker.writes:
                     self._link.symlink_to(path.directory.name)
 
-                self.path, self.lease.file, self.history.file = path, path.lease, path.metrics
+                self.path, self.history.file = path, path.metrics
+                self.lease.backend = FileBackend(path.lease)
 
     @property
     def lines(self) -> dict[int, Metrics]:
@@ -297,9 +299,10 @@ class Run:
 
         try:
             self.record.end(status, **more)
+        except LeaseGone:
+            pass
         except (LeaseLost, OSError) as error:
-            if is_present(self.path.lease):
-                logger.warning("run.json keeps its status: %s.", error)
+            logger.warning("run.json keeps its status: %s.", error)
 
         self.tracker.finish(good=status != "failed")
 

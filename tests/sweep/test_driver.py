@@ -38,7 +38,7 @@ def test_three_runs_that_fail_alike_stop_the_sweep(manual: ManualDriver) -> None
 def test_driver_that_was_taken_over_does_not_stop_the_trials_of_another(
     manual: ManualDriver,
 ) -> None:
-    other = Lease(manual.lease.file, "the sweep", takeover=True)
+    other = Lease(manual.lease.backend, "the sweep", takeover=True)
     manual.driver.stop()
 
     assert manual.driver.stopping
