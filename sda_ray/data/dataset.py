@@ -43,16 +43,10 @@ SPLITS = ("train", "valid")
 
 @dataclass(frozen=True)
 class Origin:
-    r"""The settings that a data set was simulated with, kept as attributes of its files.
+    r"""The settings that a data set was simulated with, kept as attributes of its files."""
 
-    Arguments:
-        trajectories: The number of trajectories in all files together.
-        size: The number of cells along each side of the simulation.
-        seed: The seed of the data set.
-    """
-
-    trajectories: int
-    size: int
+    trajectories: int  # in all files together
+    size: int  # cells along each side of the simulation
     seed: int
 
     @property
@@ -65,12 +59,9 @@ class Origin:
 def read_origin(f: h5py.File) -> Origin | None:
     r"""Returns the record in a simulated file, or None if it has none."""
 
-    keys = list(Origin.__dataclass_fields__)
+    keys = Origin.__dataclass_fields__
 
-    if not all(key in f.attrs for key in keys):
-        return None
-
-    return Origin(*(int(f.attrs[key]) for key in keys))
+    return Origin(*(int(f.attrs[k]) for k in keys)) if all(k in f.attrs for k in keys) else None
 
 
 @contextmanager
@@ -79,10 +70,9 @@ def open_trajectories(file: Path) -> Iterator[h5py.Dataset]:
 
     try:
         if not file.exists():
-            what = "file" if file.parent.is_dir() else "directory"
-            missing = file if what == "file" else file.parent
+            missing = f"file {file}" if file.parent.is_dir() else f"directory {file.parent}"
             raise UserError(
-                f"there is no {what} {missing}, but training needs a data set: train.h5 and "
+                f"there is no {missing}, but training needs a data set: train.h5 and "
                 "valid.h5. `sda-ray simulate --preset demo` makes a small one to try things out, "
                 "`sda-ray simulate --preset full` a real one; --data says where it is."
             )
@@ -199,19 +189,12 @@ def _view(file: Path, dataset: h5py.Dataset) -> np.ndarray:
 
 @dataclass(frozen=True)
 class DataInfo:
-    r"""A summary of the data that a network is trained with.
+    r"""A summary of the data that a network is trained with."""
 
-    Arguments:
-        size: The number of cells along each side of a snapshot.
-        length: The number of snapshots in a trajectory.
-        trajectories: The number of trajectories of each split.
-        fingerprint: The SHA-256 of :func:`fingerprint`.
-    """
-
-    size: int
-    length: int
-    trajectories: dict[str, int]
-    fingerprint: str
+    size: int  # cells along each side of a snapshot
+    length: int  # snapshots in a trajectory
+    trajectories: dict[str, int]  # their number in each split
+    fingerprint: str  # see :func:`fingerprint`
 
 
 class TrajectoryDataset:
@@ -324,14 +307,8 @@ class TrajectoryDataset:
         return out.view(len(pairs), -1, *self.x.shape[3:])
 
 
-def check_data(directory: Path, window: int = 1) -> DataInfo:
-    r"""Checks `train.h5` and `valid.h5`, to the last number.
-
-    `test.h5` is not opened.
-
-    Arguments:
-        directory: The directory of the data set.
-        window: The number of snapshots that a trajectory must have at least.
+def check_data(directory: Path) -> DataInfo:
+    r"""Checks `train.h5` and `valid.h5`, to the last number. `test.h5` is not opened.
 
     Raises:
         UserError: If anything is missing, damaged, unfinished or of the wrong form. The message
@@ -355,7 +332,7 @@ def check_data(directory: Path, window: int = 1) -> DataInfo:
         )
 
     for file in files:
-        check_file(file, window)
+        check_file(file)
 
     trajectories = {"train": train[0], "valid": valid[0]}
 
@@ -367,14 +344,12 @@ def _shape_and_origin(file: Path) -> tuple[tuple[int, ...], Origin | None]:
         return dataset.shape, read_origin(dataset.file)
 
 
-def check_file(file: Path, window: int = 1) -> None:
+def check_file(file: Path) -> None:
     r"""Checks a file of trajectories, to the last number, see :func:`check_data`."""
 
-    dataset = TrajectoryDataset(file, window)
-
-    for i in range(len(dataset)):
+    for i, trajectory in enumerate(TrajectoryDataset(file, window=1).x):
         with np.errstate(all="ignore"):
-            x = np.asarray(dataset.x[i], dtype=np.float32)
+            x = np.asarray(trajectory, dtype=np.float32)
             total = x.sum()
 
         # One pass for the sum is enough, unless it overflows or cancels out.

@@ -100,7 +100,7 @@ class KolmogorovFlow:
         Arguments:
             x: The initial states, of shape :math:`(N, 2, H, W)`.
             length: The number :math:`L` of states to compute.
-            last: The number of states to keep, counted from the end. If :py:`None`, all are kept.
+            last: The number of states to keep, counted from the end; all if None.
 
         Returns:
             The states, of shape :math:`(N, L, 2, H, W)`, without the initial ones.

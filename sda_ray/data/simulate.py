@@ -40,14 +40,11 @@ GROUPS = 16  # at least, where trajectories are simulated together, to share the
 
 # Applies a function to items, perhaps in parallel, and yields each item with its result.
 Function = Callable[[Sequence[int]], np.ndarray]
-MapTasks = Callable[
-    [Function, Iterable[Sequence[int]]], Generator[tuple[Sequence[int], np.ndarray]]
-]
+Results = Generator[tuple[Sequence[int], np.ndarray]]
+MapTasks = Callable[[Function, Iterable[Sequence[int]]], Results]
 
 
-def map_here(
-    function: Function, items: Iterable[Sequence[int]]
-) -> Generator[tuple[Sequence[int], np.ndarray]]:
+def map_here(function: Function, items: Iterable[Sequence[int]]) -> Results:
     r"""Applies a function to items one after the other, in this process."""
 
     for item in items:
@@ -161,17 +158,10 @@ def _simulate(size: int, seed: int, indices: Sequence[int]) -> np.ndarray:
     try:
         flow = KolmogorovFlow(size, dt=0.2)
         x = flow.prior([_seed(seed, i) for i in indices])
-        states = []
-
-        for i in range(DISCARDED + KEPT):
-            x = flow.transition(x)
-
-            if i >= DISCARDED:
-                states.append(coarsen(x, size // SIZE))
+        x = flow.trajectory(x, DISCARDED + KEPT, last=KEPT)
+        result = coarsen(x, size // SIZE).numpy()
     finally:
         torch.set_num_threads(threads)
-
-    result = torch.stack(states, dim=1).numpy()
 
     if not np.isfinite(result).all():
         raise FloatingPointError(

@@ -15,9 +15,8 @@ FORCING = 4  # wavenumber
 def _constants(n: int, dt: float, steps: int) -> tuple[float, float, float, Tensor]:
     r"""Returns the constants of a step, for velocities in cells per step.
 
-    Returns:
-        The factor of the velocities, and four times the diffusion, the drag and the force of a
-        step. The force is a wave of shape :math:`(n)`.
+    They are the factor of the velocities, and four times the diffusion, the drag and the force of
+    a step. The force is a wave of shape :math:`(n)`.
     """
 
     h, tau = 2 * math.pi / n, dt / steps
@@ -28,13 +27,7 @@ def _constants(n: int, dt: float, steps: int) -> tuple[float, float, float, Tens
 
 
 class _Projection:
-    r"""Creates the pressure whose gradient carries the divergence of a batch of states.
-
-    Arguments:
-        batch: The number :math:`B` of states.
-        n: The number of cells along each side.
-        device: The device to compute on.
-    """
+    r"""Creates the pressure whose gradient carries the divergence of a batch of states."""
 
     def __init__(self, batch: int, n: int, device: torch.device) -> None:
         k = 2 * math.pi / n * torch.arange(n, device=device, dtype=torch.float64)
@@ -52,8 +45,6 @@ class _Projection:
         self.parts = torch.view_as_real(spectrum)
 
     def solve(self) -> None:
-        r"""Computes the pressure from the divergence."""
-
         for divergence, spectrum, _ in self.transforms:
             torch.fft.rfft2(divergence, out=spectrum)
 

@@ -12,12 +12,13 @@ import json
 import logging
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core import (
     MAX_WEIGHTS,
+    Hold,
     UserError,
     count_weights,
     is_out_of_memory,
@@ -46,21 +47,14 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINT_SECONDS = 60.0  # between two checkpoints, unless they cost too much
 
-Hold = Callable[[], AbstractContextManager[None]]
-
 
 def save_checkpoint(
     path: RunPath, tensors: dict[str, Tensor], info: dict[str, Any], hold: Hold = nullcontext
 ) -> None:
     r"""Saves a checkpoint, and keeps the one before as `checkpoint.prev.pth`.
 
-    The file is written aside, synced and renamed: at every instant there is a whole checkpoint.
-
-    Arguments:
-        path: The run.
-        tensors: All tensors by name.
-        info: Everything else, as JSON.
-        hold: Entered around the renames, see :meth:`sda_ray.core.lease.Lease.hold`.
+    The file is written aside, synced and renamed, under `hold`: at every instant there is a whole
+    checkpoint.
 
     Raises:
         OSError: If the file cannot be written. Existing checkpoints are then untouched.

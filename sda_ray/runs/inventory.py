@@ -44,32 +44,21 @@ OURS = {*RESUMED, "checkpoint.decay.pth"} - {"config.json", "run.json"}
 class Entry:
     r"""A run at a glance.
 
-    Arguments:
-        path: The run.
-        status: That of `run.json`, but `interrupted` for a run whose process is gone, `damaged`
-            for one that cannot be read, and `unknown` for one without a record.
-        created: When it started, in seconds since 1970.
-        epoch: The last epoch in `metrics.jsonl`.
-        epochs: The number of epochs in its config.
-        loss_valid: The loss of the last epoch.
-        sweep: The sweep that it belongs to.
-        config: Its config, if that can be read.
-        faults: Its faults, one sentence each.
-        record: Its `run.json`, or an empty dict if that is missing or damaged.
-        size: The bytes in its directory, see :func:`measured`.
+    Its status is that of `run.json`, but `interrupted` for a run whose process is gone, `damaged`
+    for one that cannot be read, and `unknown` for one without a record.
     """
 
     path: RunPath
     status: str
-    created: float
-    epoch: int | None = None
+    created: float  # in seconds since 1970
+    epoch: int | None = None  # the last one in `metrics.jsonl`
     epochs: int | None = None
-    loss_valid: float | None = None
+    loss_valid: float | None = None  # of the last epoch
     sweep: str | None = None
-    config: Config | None = None
-    faults: tuple[str, ...] = ()
-    record: dict[str, Any] = field(default_factory=dict)
-    size: int | None = None
+    config: Config | None = None  # if it can be read
+    faults: tuple[str, ...] = ()  # one sentence each
+    record: dict[str, Any] = field(default_factory=dict)  # `run.json`, empty if that is damaged
+    size: int | None = None  # bytes in its directory, see :func:`measured`
 
     @property
     def age(self) -> float:
@@ -85,11 +74,7 @@ def entries(runs: Path) -> Iterator[Entry]:
 
 
 def read_entry(path: RunPath) -> Entry | None:
-    r"""Reads a run at a glance: two small files and the end of a long one.
-
-    Returns:
-        The entry, or None if the directory holds no run, or has vanished.
-    """
+    r"""Returns a run at a glance, or None if the directory holds no run, or has vanished."""
 
     try:
         names = set(os.listdir(path.directory))
@@ -242,15 +227,9 @@ def select(
     sort: str = "age",
     limit: int | None = None,
 ) -> list[Entry]:
-    r"""Returns the matching entries, with their sizes.
+    r"""Returns the entries of a sweep, a status and values of the config, with their sizes.
 
-    Arguments:
-        runs: The entries.
-        sweep: Only the runs of this sweep.
-        status: Only the runs of this status.
-        settings: Only the runs whose config has these values.
-        sort: A key of :data:`SORTS` or of CONFIG.
-        limit: The most entries.
+    They are sorted by a key of :data:`SORTS` or of CONFIG, and at most `limit`.
     """
 
     wanted = (settings or {}).items()
@@ -277,20 +256,11 @@ def select(
 def row(entry: Entry) -> dict[str, Any]:
     r"""Returns an entry as the object that JSON shows."""
 
-    return {
-        "name": entry.path.name,
-        "id": entry.path.id,
-        "directory": entry.path.directory,
-        "status": entry.status,
-        "epoch": entry.epoch,
-        "epochs": entry.epochs,
-        "loss_valid": entry.loss_valid,
-        "sweep": entry.sweep,
-        "size": entry.size,
-        "age": round(entry.age),
-        "faults": entry.faults,
-        "config": entry.config,
-    }
+    path = entry.path
+    keys = ("status", "epoch", "epochs", "loss_valid", "sweep", "size", "faults", "config")
+    shown = {"name": path.name, "id": path.id, "directory": path.directory}
+
+    return shown | {key: getattr(entry, key) for key in keys} | {"age": round(entry.age)}
 
 
 def as_json(obj: Any) -> str:
@@ -321,10 +291,7 @@ def source(entry: Entry, runs: Path) -> dict[str, Any]:
     last = attempts[-1] if attempts else {}
     parent = RunPath.of_id(runs, record["parent"]) if "parent" in record else None
     copied = record.get("origin")
-    exact = {
-        True: "yes",
-        False: "no: it resumed elsewhere, or a repeated epoch came out different",
-    }
+    exact = {True: "yes", False: "no: it resumed elsewhere, or a repeated epoch differs"}
     labels = {
         "directory": path.directory,
         "started": record.get("created"),
@@ -354,10 +321,6 @@ def changed_settings(config: Config) -> Config:
 def compare(runs: Sequence[Entry], lines: Sequence[list[dict[str, Any]]]) -> dict[str, Any]:
     r"""Compares the configs and the metrics of runs.
 
-    Arguments:
-        runs: The runs.
-        lines: Their metrics.
-
     Returns:
         `metrics` and `config`, each a list of values by key; `equal`, the keys of the config that
         all have in common; `notes`, reasons why their losses are not comparable.
@@ -366,14 +329,10 @@ def compare(runs: Sequence[Entry], lines: Sequence[list[dict[str, Any]]]) -> dic
     rows = {key: [(entry.config or {}).get(key) for entry in runs] for key in CONFIG}
     differ = {key: row for key, row in rows.items() if len({x for x in row if x is not None}) > 1}
     tops = [best(x) or {} for x in lines]
-    metrics: dict[str, list[Any]] = {
-        "status": [entry.status for entry in runs],
-        "epoch": [entry.epoch for entry in runs],
-        "epochs": [entry.epochs for entry in runs],
-        "loss_valid": [entry.loss_valid for entry in runs],
-        "loss_valid_best": [top.get("loss_valid") for top in tops],
-        "epoch_best": [top.get("epoch") for top in tops],
-    }
+    keys = ("status", "epoch", "epochs", "loss_valid")
+    metrics = {key: [getattr(entry, key) for entry in runs] for key in keys}
+    metrics["loss_valid_best"] = [top.get("loss_valid") for top in tops]
+    metrics["epoch_best"] = [top.get("epoch") for top in tops]
 
     tables = [{line["epoch"]: line.get("loss_valid") for line in x} for x in lines]
     common = set.intersection(*(set(table) for table in tables)) if tables else set()

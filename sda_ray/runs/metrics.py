@@ -9,14 +9,15 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 
 from ..core import (
+    Hold,
     LeaseGone,
     UserError,
     append_line,
@@ -45,7 +46,6 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 TAIL = 2**16  # bytes at the end of metrics.jsonl that surely hold its last line
-TIMING = ("seconds",)  # differs when an epoch is repeated
 
 
 class Line(msgspec.Struct):
@@ -61,13 +61,7 @@ class Line(msgspec.Struct):
 
 
 def read_metrics(file: Path) -> list[Metrics]:
-    r"""Returns the lines of `metrics.jsonl` by epoch, and none if there is no such file.
-
-    A last line that was cut off by a crash is ignored.
-
-    Raises:
-        UserError: If another line is damaged, or the file is unreadable or too large.
-    """
+    r"""Returns the lines of `metrics.jsonl` by epoch, see :func:`sda_ray.core.files.read_lines`."""
 
     lines = [_check(line, file, f"line {n}") for n, line in enumerate(read_lines(file), start=1)]
 
@@ -137,10 +131,7 @@ def finals(path: RunPath, objectives: Sequence[str]) -> list[float]:
     r"""Returns the values of objectives of a complete run, from its files.
 
     They are numbers of the last line of its metrics or of `run.json`; or `parameters`, their
-    number, and `seconds`, the time that its epochs took.
-
-    Raises:
-        UserError: If there is no such number.
+    number, and `seconds`, the time that its epochs took. Anything else is a UserError.
     """
 
     lines = read_metrics(path.metrics)
@@ -173,18 +164,10 @@ def _parameters(path: RunPath) -> int:
 
 
 class History:
-    r"""The metrics of an open run. A torn last line is cut off.
+    r"""The metrics of an open run, written under `hold`. A torn last line is cut off."""
 
-    Arguments:
-        file: The file, in the run's directory.
-        hold: Entered around each write, see :meth:`sda_ray.core.lease.Lease.hold`.
-    """
-
-    def __init__(
-        self, file: Path, hold: Callable[[], AbstractContextManager[None]] = nullcontext
-    ) -> None:
-        self.file = file
-        self.hold = hold
+    def __init__(self, file: Path, hold: Hold = nullcontext) -> None:
+        self.file, self.hold = file, hold
         self._unwritten: list[Metrics] = []
 
         with hold():
@@ -207,11 +190,7 @@ class History:
                 logger.warning("%s cannot be written: %s.", self.file, error)
 
     def write(self) -> None:
-        r"""Writes the lines that could not be written before.
-
-        Raises:
-            OSError: If they still cannot be written.
-        """
+        r"""Writes the lines that could not be written before, or raises an OSError."""
 
         while self._unwritten:
             with self.hold():
@@ -223,10 +202,9 @@ class History:
         r"""Compares a repeated epoch with its recorded line, timing apart."""
 
         before = self.lines[metrics["epoch"]]
-        keys = (key for key in metrics if key in before and key not in TIMING)
 
         return ", ".join(
-            f"{key} {before[key]} before, {metrics[key]} now"
-            for key in keys
-            if before[key] != metrics[key]
+            f"{key} {before[key]} before, {now} now"
+            for key, now in metrics.items()
+            if key != "seconds" and before.get(key, now) != now
         )

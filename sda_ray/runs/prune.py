@@ -100,25 +100,23 @@ def prune_run(path: RunPath, sweep: str | None = None) -> int:
 
     lock = path.lease.with_suffix(".lock")
 
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(locked(lock, wait=False))
-        except OSError as error:
-            raise UserError(f"{lock} cannot be locked: {error.strerror}.")
+    try:
+        with locked(lock, wait=False):
+            entry = read_entry(path)
 
-        entry = read_entry(path)
+            if entry is None:
+                raise UserError(f"{path.directory.name} has vanished.")
 
-        if entry is None:
-            raise UserError(f"{path.directory.name} has vanished.")
+            if reason := refusal(entry, sweep) or _damage(entry):
+                raise UserError(f"{path.directory.name} stays as it is: {reason}")
 
-        if reason := refusal(entry, sweep) or _damage(entry):
-            raise UserError(f"{path.directory.name} stays as it is: {reason}")
+            if entry.status != "finished":
+                with contextlib.suppress(OSError):  # a full disk needs the space most
+                    write_json(path.record, entry.record | {"given_back": timestamp()})
 
-        if entry.status != "finished":
-            with contextlib.suppress(OSError):  # a full disk needs the space most
-                write_json(path.record, entry.record | {"given_back": timestamp()})
-
-        return _remove(path)
+            return _remove(path)
+    except OSError as error:
+        raise UserError(f"{lock} cannot be locked: {error.strerror}.")
 
 
 def _damage(entry: Entry) -> str | None:

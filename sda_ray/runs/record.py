@@ -12,8 +12,7 @@ import logging
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from functools import cache
 from importlib.metadata import version
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from .. import __version__
-from ..core import Config, UserError, read_json, write_atomic, write_json
+from ..core import Config, Hold, UserError, read_json, write_atomic, write_json
 from .path import RunPath
 
 if TYPE_CHECKING:
@@ -47,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 PACKAGES = ("coolname", "h5py", "numpy", "optuna", "pillow", "ray", "rich", "wandb")
 
-DECISIVE = ("sda_ray", "numpy", "torch")  # the packages that bits depend on
+DECISIVE = ("device", "threads", "sda_ray", "numpy", "torch")  # what bits depend on
 
 PACKAGE = Path(__file__).resolve().parents[1]
 ORIGIN = PACKAGE / "origin.json"  # of a copy of the package in the record of a sweep
@@ -55,8 +54,6 @@ LARGEST_DIFF = 2**20  # bytes
 
 
 class Attempt(msgspec.Struct):
-    r"""The keys of an attempt in `run.json` that are checked. It may have more."""
-
     number: int | None = None
     started: str | None = None
     ended: str | None = None
@@ -71,7 +68,7 @@ class Attempt(msgspec.Struct):
 
 
 class Fields(msgspec.Struct):
-    r"""The keys of `run.json` that are checked. It may have more."""
+    r"""The keys of `run.json` that are checked. It and its attempts may have more."""
 
     id: str | None = None
     name: str | None = None
@@ -110,25 +107,12 @@ def read_record(path: RunPath) -> dict[str, Any]:
 
 
 class Record(dict[str, Any]):
-    r"""The record of an open run. Each new status is written to the disk.
+    r"""The record of an open run. Each new status is written to the disk, under `hold`."""
 
-    Arguments:
-        path: The run.
-        hold: Entered around each write, see :meth:`sda_ray.core.lease.Lease.hold`.
-        more: Entries that are added to the existing ones.
-    """
-
-    def __init__(
-        self,
-        path: RunPath,
-        hold: Callable[[], AbstractContextManager[None]],
-        more: dict[str, Any],
-    ) -> None:
+    def __init__(self, path: RunPath, hold: Hold, more: dict[str, Any]) -> None:
         super().__init__(id=path.id, name=path.name, created=timestamp(), exact=True)
-        self.update(read_record(path))
-        self.update(more)
-        self.path = path
-        self.hold = hold
+        self.update(read_record(path), **more)
+        self.path, self.hold = path, hold
 
     def begin(self, attempt: int, provenance: dict[str, Any]) -> None:
         r"""Records the start of an attempt, and whether its bits may differ from the first's."""
@@ -163,10 +147,7 @@ class Record(dict[str, Any]):
 
 
 def logged_config(config: Config, record: dict[str, Any]) -> Config:
-    r"""Returns the config that W&B shows for a run: its own, and the sweep that it belongs to.
-
-    Its `run.json` names the sweep, the trial and the study.
-    """
+    r"""Returns the config that W&B shows for a run, with the sweep that its `run.json` names."""
 
     origin = {key: record.get(key) for key in ("sweep", "trial", "study")}
 
@@ -205,12 +186,8 @@ def provenance(device: str | torch.device = "cpu") -> dict[str, Any]:
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     r"""Returns the decisive respects in which two provenances differ."""
 
-    def decisive(source: dict[str, Any]) -> dict[str, Any]:
-        versions = {name: source.get("versions", {}).get(name) for name in DECISIVE}
-        return {"device": source.get("device"), "threads": source.get("threads"), **versions}
-
-    then = decisive(before)
-    differ = [key for key, value in decisive(now).items() if then[key] != value]
+    then, here = ({**x, **x.get("versions", {})} for x in (before, now))
+    differ = [key for key in DECISIVE if then.get(key) != here.get(key)]
 
     if (was := before.get("code")) and now.get("code") not in (None, was):
         differ.append("code")
@@ -250,7 +227,7 @@ def origin() -> tuple[dict[str, Any], bytes | None]:
     return {"package": str(PACKAGE), "host": platform.node(), **_commit()}, _diff()
 
 
-def save_diff(path: RunPath, hold: Callable[[], AbstractContextManager[None]]) -> None:
+def save_diff(path: RunPath, hold: Hold) -> None:
     r"""Saves the package's difference to its commit as `diff.patch`, if there is one.
 
     Untracked files are left out. Only its owner may read the file; that of an earlier attempt is
@@ -272,8 +249,6 @@ def save_diff(path: RunPath, hold: Callable[[], AbstractContextManager[None]]) -
 
 @cache
 def _code() -> str:
-    r"""Returns the hash of the package that this process has begun to import."""
-
     return code_of(digests(PACKAGE))
 
 

@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,12 +51,12 @@ def sync_runs(runs: Path, names: Sequence[str] = ()) -> None:
         print("There is nothing to upload.")
         return
 
-    done = 0
+    done, lock = 0, runs / ".sync.lock"
 
     try:
         api = _connect()
 
-        with _locked(runs / ".sync.lock"):
+        with locked(lock, wait=False):
             for entry in free:
                 name = entry.path.directory.name
 
@@ -74,20 +74,12 @@ def sync_runs(runs: Path, names: Sequence[str] = ()) -> None:
         )
         sys.exit(1)
 
+    except OSError as error:
+        reason = f"{lock} cannot be locked: {error.strerror}"
+        raise UserError(f"{reason}. Another `sda-ray sync` may be running.") from error
+
     print(f"{done} of {len(free)} runs are at {api.settings['base_url']}.")
     sys.exit(0 if done == len(free) else 1)
-
-
-@contextmanager
-def _locked(file: Path) -> Iterator[None]:
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(locked(file, wait=False))
-        except OSError as error:
-            reason = f"{file} cannot be locked: {error.strerror}"
-            raise UserError(f"{reason}. Another `sda-ray sync` may be running.") from error
-
-        yield
 
 
 def _named(runs: Path, names: Sequence[str]) -> list[Entry]:
@@ -129,11 +121,7 @@ def _settings(entry: Entry, runs: Path) -> dict[str, Any]:
 
 
 def _rows(entry: Entry) -> dict[int, dict[str, Any]]:
-    r"""Returns the rows of a run by step: its metrics, and its picture one step after them.
-
-    Raises:
-        UserError: If its files are damaged or have no epochs.
-    """
+    r"""Returns the rows of a run by step: its metrics, and its picture one step after them."""
 
     path = entry.path
     lines = read_history(path.metrics)
@@ -197,10 +185,7 @@ def _connect() -> Any:
 
 
 def _progress(api: Any, wandb: Wandb, id: str) -> tuple[int, int]:
-    r"""Returns the number of rows that the server has of a run, and its last step.
-
-    Of a run that the server does not know, both are 0.
-    """
+    r"""Returns the number of rows that the server has of a run, and its last step, 0 for none."""
 
     from wandb.errors import CommError
 
@@ -219,10 +204,7 @@ def _progress(api: Any, wandb: Wandb, id: str) -> tuple[int, int]:
 
 
 def _upload(api: Any, entry: Entry, runs: Path) -> str:
-    r"""Sends the rows of a run that the server lacks. Safe to repeat, and to interrupt.
-
-    Returns:
-        A description of the upload.
+    r"""Sends the rows of a run that the server lacks, and describes that. Safe to interrupt.
 
     Raises:
         Unreachable: If the server does not answer, or lacks a part of the run afterwards.

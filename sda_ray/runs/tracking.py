@@ -122,27 +122,21 @@ class Tracker:
         self.name = name
         self.failed = ""
 
-        if wandb.mode == "disabled":
-            return
+        modes = () if wandb.mode == "disabled" else dict.fromkeys((wandb.mode, "offline"))
 
-        try:
-            given = name if named or wandb.mode == "offline" else None
-            self._run = start_run(directory, id, given, config, wandb)
-            self.name = self._run.name or name
-        except Exception as error:  # a dead server, a bad key
-            logger.warning("W&B cannot be used: %s", error)
+        for mode in modes:
+            try:
+                if self.failed:
+                    logger.warning("The run continues offline.")
+                    _end_service()  # otherwise the next run waits for the dead server, too
 
-            if wandb.mode == "online":
-                self.failed = summary(error)
-                self._go_offline(directory, id, config, wandb)
-
-    def _go_offline(self, directory: Path, id: str, config: Config, wandb: Wandb) -> None:
-        try:
-            _end_service()  # otherwise the next run waits for the dead server, too
-            self._run = start_run(directory, id, self.name, config, replace(wandb, mode="offline"))
-            logger.warning("The run continues offline.")
-        except Exception as error:
-            logger.warning("W&B cannot be used offline either: %s", error)
+                given = name if named or mode == "offline" else None
+                self._run = start_run(directory, id, given, config, replace(wandb, mode=mode))
+                self.name = self._run.name or name
+                break
+            except Exception as error:  # a dead server, a bad key
+                logger.warning("W&B cannot be used: %s", error)
+                self.failed = self.failed or (summary(error) if mode == "online" else "")
 
     @property
     def writes(self) -> bool:
@@ -214,16 +208,8 @@ def start_run(
 ) -> Any:
     r"""Starts or resumes a W&B run that prints nothing and starts and ends within seconds.
 
-    Neither code nor installed packages, command lines or the variables of Slurm are sent.
-
-    Arguments:
-        directory: Where W&B puts its own files.
-        id: The id of the run.
-        name: The name of the run; by default the server names it.
-        config: The config of the run.
-        wandb: The settings.
-        patience: The seconds that the end of the run may take.
-        stats: Whether W&B records the load of this machine.
+    Neither code nor installed packages, command lines or the variables of Slurm are sent. The
+    server names a run without a name. Its end may take `patience` seconds.
     """
 
     import wandb as client
