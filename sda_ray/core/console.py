@@ -29,13 +29,7 @@ INTERVAL = 10.0  # seconds between two lines of progress where there is no termi
 
 
 class ProgressBar:
-    r"""Creates a progress bar with the time left; off a terminal, a line from time to time.
-
-    Arguments:
-        unit: The name of a step, such as `epoch`.
-        total: The number of steps.
-        done: The number of steps that were done before.
-    """
+    r"""Creates a progress bar with the time left; off a terminal, a line from time to time."""
 
     def __init__(self, unit: str, total: int, done: int = 0) -> None:
         from rich import progress
@@ -77,9 +71,9 @@ class ProgressBar:
         elif now - self.last > INTERVAL or done == self.total:
             self.last = now
             left = (now - self.start) * (self.total - done) / max(1, done - self.first)
-            parts = [note] if note else []
-            parts.append(f"{timedelta(seconds=round(left))} left")
-            print(f"{self.unit} {done}/{self.total}: {', '.join(parts)}", flush=True)
+            note = f"{note}, " if note else ""
+            time_left = timedelta(seconds=round(left))
+            print(f"{self.unit} {done}/{self.total}: {note}{time_left} left", flush=True)
 
     def advance(self) -> None:
         r"""Shows that one more step is done."""
@@ -102,10 +96,8 @@ def make_table(
 ) -> Table:
     r"""Returns an empty table without borders.
 
-    Arguments:
-        columns: The titles of the columns.
-        right: The columns to align to the right.
-        fold: The columns whose long cells are folded into several lines, by default all.
+    The columns `right` are aligned to the right. Long cells of the columns `fold`, by default all,
+    are folded into several lines.
     """
 
     from rich.table import Table

@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 import stat
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,14 +43,7 @@ def open_atomic(file: Path | str, mode: int = 0o666) -> Iterator[BinaryIO]:
 
     The bytes are written aside in the same directory, synced and renamed: a reader, or a power
     cut, finds the old file or the new one. If the block raises, the old file stays. A killed
-    writer leaves its aside file behind, see :func:`remove_leftovers`.
-
-    Arguments:
-        file: The file to create or replace.
-        mode: The permissions of a new file, before the umask.
-
-    Yields:
-        A binary file to write to.
+    writer leaves its aside file behind, see :func:`remove_leftovers`. The umask limits `mode`.
     """
 
     file = Path(file)
@@ -78,10 +72,7 @@ def write_atomic(file: Path | str, data: bytes, mode: int = 0o666) -> None:
 
 
 def remove_leftovers(directory: Path | str) -> None:
-    r"""Removes the aside files that killed writers left in a directory.
-
-    Only the owner of the directory may call this: a writer whose aside file is removed fails.
-    """
+    r"""Removes the aside files that killed writers left in a directory, which the caller owns."""
 
     for aside in Path(directory).glob(".*.tmp"):
         if not aside.is_dir():
@@ -91,12 +82,8 @@ def remove_leftovers(directory: Path | str) -> None:
 def open_regular(file: Path | str, flags: int = os.O_RDONLY) -> int:
     r"""Opens a regular file and returns its descriptor.
 
-    Run directories may come from others: links out of the directory are refused, and so are pipes
-    and devices, which may never end.
-
-    Raises:
-        UserError: If the file is not regular, or a link out of its directory.
-        OSError: If the file cannot be opened.
+    Run directories may come from others: links out of the directory are refused by a UserError,
+    and so are pipes and devices, which may never end.
     """
 
     target = Path(os.path.realpath(file))
@@ -230,9 +217,7 @@ def find_torn_lines(file: Path | str) -> tuple[int, bytes]:
     After a crash or a power cut, lines at the end may lack their end or their middle.
     """
 
-    with os.fdopen(open_regular(file), "rb") as f:
-        data = f.read()
-
+    data = read_regular(file, limit=sys.maxsize)
     end = _whole(data)
 
     return end, data[end:]
@@ -294,17 +279,9 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def locked(file: Path | str, *, shared: bool = False, wait: bool = True) -> Iterator[BinaryIO]:
-    r"""Holds an advisory lock on a file, which is created if it is missing.
+    r"""Holds an advisory lock on a file, which is created if it is missing, and yields the file.
 
-    The lock ends with the block, or with the process.
-
-    Arguments:
-        file: The lock file. A link is not followed.
-        shared: Whether other holders may share the lock.
-        wait: Whether to wait for the lock.
-
-    Yields:
-        The open file, to read and write.
+    The lock ends with the block, or with the process. A link is not followed.
 
     Raises:
         BlockingIOError: If another process holds the lock and `wait` is false.
@@ -326,9 +303,6 @@ def lock_works(directory: Path | str) -> str | None:
     Leases rely on `flock`. Some file systems refuse it (Lustre without `-o flock`, NFS without a
     lock daemon); others grant it on each host for itself, so that two hosts may hold one lock.
     `sda-ray doctor` reports both.
-
-    Arguments:
-        directory: The directory, which must be writable for a test of its locks.
 
     Example:
         >>> lock_works("/tmp") is None

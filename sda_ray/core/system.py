@@ -25,7 +25,6 @@ logger = logging.getLogger(__name__)
 SWITCH = "SDA_RAY_KEEP_MEMORY"
 
 TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4  # parameters of mallopt, in malloc.h
-NEVER = -1
 PAD = 64 * 2**20  # bytes by which the heap grows at least
 
 # Messages of torch's allocator for the CPU, of CUDA itself, and of cuBLAS and cuDNN
@@ -50,15 +49,12 @@ def on_signals(handle: Callable[[int], None]) -> Iterator[None]:
 
 
 def keep_memory() -> bool:
-    r"""Makes this process keep freed memory for later requests, with glibc.
+    r"""Makes this process keep freed memory for later requests, with glibc, and returns whether.
 
     The environment variable `SDA_RAY_KEEP_MEMORY=0` prevents it. The process holds as much as it
     ever used until :func:`release_memory`. Its size grows for the first few steps: remainders of
     aligned blocks may keep a block from being reused, until the cache of remainders is full (7 of
     each size).
-
-    Returns:
-        Whether memory is kept.
     """
 
     libc = _glibc()
@@ -66,7 +62,7 @@ def keep_memory() -> bool:
     if libc is None or os.environ.get(SWITCH) == "0":
         return False
 
-    settings = ((MMAP_MAX, 0), (TRIM_THRESHOLD, NEVER), (TOP_PAD, PAD))
+    settings = ((MMAP_MAX, 0), (TRIM_THRESHOLD, -1), (TOP_PAD, PAD))  # -1: never trim
     taken = [libc.mallopt(parameter, value) for parameter, value in settings]
 
     return all(taken)
@@ -107,12 +103,7 @@ SLURM = 120.0  # the same before Slurm kills a job
 def deadline(hours: float | None, environ: Mapping[str, str]) -> float | None:
     r"""Returns the deadline of a sweep on the monotonic clock, or None if there is none.
 
-    Arguments:
-        hours: The hours that the user gives the sweep from now.
-        environ: The environment variables, where Slurm sets the end of a job.
-
-    Raises:
-        UserError: If the number of hours is not valid.
+    It is the end of the hours that the user gives it, or that of the Slurm job, if it is earlier.
     """
 
     ends = []
@@ -151,11 +142,9 @@ def _ask_slurm(job: str) -> str:
 
 
 def margin(longest: float, whole: float) -> float:
-    r"""Returns how many seconds before its deadline a sweep stops.
+    r"""Returns how many seconds before its deadline a sweep stops, at most half of its whole time.
 
-    Arguments:
-        longest: The longest time between two looks of a trial for a request to stop, in seconds.
-        whole: The time of the sweep. At least half of it is used.
+    The longest time is that between two looks of a trial for a request to stop, in seconds.
     """
 
     return min(max(LEAST, 2 * longest), whole / 2)

@@ -123,13 +123,6 @@ class DPSGaussianScore(nn.Module):
         self.joint = joint
 
     def forward(self, x: Tensor, t: Tensor, c: Tensor | None = None) -> Tensor:
-        r"""
-        Arguments:
-            x: The noisy trajectories :math:`x(t)`, with shape :math:`(B, L, C, H, W)`.
-            t: The times, with shape :math:`()` or :math:`(B)`.
-            c: The optional context.
-        """
-
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             eps, denoised = _denoise(self.sde, x, t, c)

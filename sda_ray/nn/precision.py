@@ -29,12 +29,7 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def lowered(precision: str, device: torch.device) -> Iterator[None]:
-    r"""Computes with a lower precision for as long as it is entered.
-
-    Arguments:
-        precision: `fp32`, `bf16` or `tf32`. The latter is up to :func:`allowing_tf32`.
-        device: Where the network is.
-    """
+    r"""Computes in bf16 for as long as it is entered, if that is the precision."""
 
     with torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext():
         yield
@@ -77,11 +72,7 @@ def strict() -> None:
 
 
 def warn_slow(precision: str, device: str) -> bool:
-    r"""Warns of a precision that the device has no instructions for.
-
-    Returns:
-        Whether it did.
-    """
+    r"""Warns of a precision that the device has no instructions for, and returns whether it did."""
 
     if precision != "bf16" or torch.device(device).type != "cpu" or _has_bf16():
         return False

@@ -78,9 +78,9 @@ def describe_extension(path: RunPath, fingerprint: str, device: str) -> dict[str
     described = {"parent": path.id, "extends": path.id, "exact": record.get("exact", False)}
     described |= {"rungs": record["rungs"]} if record.get("rungs") else {}  # judged as it was
 
-    if (attempts := record.get("attempts")) and (
-        differs := differences(attempts[0], provenance(device))
-    ):
+    first = (record.get("attempts") or [{}])[0]
+
+    if first and (differs := differences(first, provenance(device))):
         described["exact"] = False
         logger.warning(
             "%s was trained with another %s: the bits of the longer run may differ from those of "

@@ -179,7 +179,7 @@ def provenance(device: str | torch.device = "cpu") -> dict[str, Any]:
             **{package: version(package) for package in PACKAGES},
             "torch": str(torch.__version__),  # with its build
         },
-        **_commit(),
+        **_source()[0],
     }
 
 
@@ -224,7 +224,9 @@ def code_of(files: Mapping[str, str]) -> str:
 def origin() -> tuple[dict[str, Any], bytes | None]:
     r"""Returns where the package comes from, and its diff to its commit, for a copy of it."""
 
-    return {"package": str(PACKAGE), "host": platform.node(), **_commit()}, _diff()
+    commit, diff = _source()
+
+    return {"package": str(PACKAGE), "host": platform.node(), **commit}, diff
 
 
 def save_diff(path: RunPath, hold: Hold) -> None:
@@ -234,7 +236,7 @@ def save_diff(path: RunPath, hold: Hold) -> None:
     replaced only by another difference.
     """
 
-    diff = _diff()
+    _, diff = _source()
 
     if diff and len(diff) > LARGEST_DIFF:
         logger.warning(
@@ -253,38 +255,23 @@ def _code() -> str:
 
 
 @cache
-def _commit() -> dict[str, Any]:
-    r"""Returns the commit of the package's own repository, if it runs from one or is a copy."""
+def _source() -> tuple[dict[str, Any], bytes | None]:
+    r"""Returns the commit of the package's own repository, or of which it is a copy, and the diff."""
 
     if ORIGIN.is_file():
-        known = json.loads(ORIGIN.read_bytes())
-        return {key: known.get(key) for key in ("commit", "dirty")}
+        known, patch = json.loads(ORIGIN.read_bytes()), ORIGIN.with_suffix(".patch")
+        source = {key: known.get(key) for key in ("commit", "dirty")}
+        return source, patch.read_bytes() if patch.is_file() else None
 
-    if not _is_tracked():
-        return {"commit": None, "dirty": None}
+    if _git("ls-files", "--error-unmatch", "__init__.py") is None:  # a venv in another repository
+        return {"commit": None, "dirty": None}, None
 
-    return {
-        "commit": (_git("rev-parse", "HEAD") or b"").decode().strip() or None,
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
-    }
-
-
-@cache
-def _diff() -> bytes | None:
     # Independent of the user's settings and of programs that the repository names
     options = ("--no-color", "--no-ext-diff", "--no-textconv", "--no-relative", "--binary")
+    diff = _git("diff", *options, "HEAD")
+    commit = (_git("rev-parse", "HEAD") or b"").decode().strip() or None
 
-    if ORIGIN.is_file():
-        return patch.read_bytes() if (patch := ORIGIN.with_suffix(".patch")).is_file() else None
-
-    return _git("diff", *options, "HEAD") if _is_tracked() else None
-
-
-@cache
-def _is_tracked() -> bool:
-    r"""Returns whether the package runs from its repository, and not from a venv in another."""
-
-    return _git("ls-files", "--error-unmatch", "__init__.py") is not None
+    return {"commit": commit, "dirty": bool(diff)}, diff
 
 
 def _git(*command: str) -> bytes | None:

@@ -73,7 +73,6 @@ def sync_runs(runs: Path, names: Sequence[str] = ()) -> None:
             file=sys.stderr,
         )
         sys.exit(1)
-
     except OSError as error:
         reason = f"{lock} cannot be locked: {error.strerror}"
         raise UserError(f"{reason}. Another `sda-ray sync` may be running.") from error

@@ -18,16 +18,9 @@ COLORS = "053061 2166ac 4393c3 92c5de d1e5f0 f7f7f7 fddbc7 f4a582 d6604d b2182b 
 
 
 def draw_samples(sde: VPSDE, seed: int, count: int = 2, steps: int = 64) -> bytes:
-    r"""Samples windows and paints their vorticity: a sample in each row, a snapshot in each column.
+    r"""Samples windows and paints their vorticity as a PNG: a sample a row, a snapshot a column.
 
-    Arguments:
-        sde: The diffusion over windows, of shape :math:`(2K, H, W)`.
-        seed: The seed of the samples.
-        count: The number of samples.
-        steps: The number of steps of the sampler.
-
-    Returns:
-        The picture as a PNG.
+    The event shape of the diffusion is that of windows, :math:`(2K, H, W)`.
     """
 
     from PIL import Image  # takes a tenth of the time and memory of matplotlib
