@@ -242,14 +242,9 @@ def check_space(
     Every combination of options (and bounds of ranges) is checked in CONFIG; of more than 4096,
     a random sample. The values that a function returns are checked in :func:`draw_values`.
 
-    Arguments:
-        space: A dict of keys of CONFIG, or of groups as `"hidden_channels,hidden_blocks"` whose
-            options are tuples of one value for each key; or a function of an Optuna trial that
-            returns a dict of keys and values.
-        config: The configuration that the space varies. If None, combinations are not tried.
-        size: The size of the data, if known, see :func:`sda_ray.core.config.check_config`.
-        length: The length of its trajectories, if known.
-        pruner: The name of the pruner. `epochs` may vary only with `none`.
+    It is a dict of keys of CONFIG, or of groups as `"hidden_channels,hidden_blocks"` whose options
+    are tuples of one value for each key; or a function of an Optuna trial that returns a dict of
+    keys and values. Without `config`, combinations are not tried.
 
     Raises:
         UserError: If anything is wrong. The message has one line for each error.

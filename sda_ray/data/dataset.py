@@ -250,9 +250,6 @@ class TrajectoryDataset:
         r"""Copies the trajectories to a device, if they take at most `limit` bytes there.
 
         Windows are then cut out there, with the same bits. A pickled data set is not moved.
-
-        Returns:
-            Whether the trajectories are on the device.
         """
 
         import torch
@@ -268,11 +265,7 @@ class TrajectoryDataset:
         return True
 
     def windows(self, indices: Sequence[int] | Tensor, starts: Sequence[int] | Tensor) -> Tensor:
-        r"""Copies windows out of the trajectories.
-
-        Arguments:
-            indices: The :math:`B` trajectories.
-            starts: The first snapshot of each window, in :math:`[0, L - K]`.
+        r"""Copies windows out of trajectories, which start at given snapshots.
 
         Returns:
             The windows, of shape :math:`(B, 2K, H, W)`, with the channels of the first snapshot

@@ -6,6 +6,7 @@ References:
 """
 
 import math
+from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
@@ -58,25 +59,14 @@ class KolmogorovFlow:
         self._solvers: dict[int, Solver] = {}
 
     def prior(self, seeds: Sequence[int]) -> Tensor:
-        r"""Draws initial fields, filtered noise without divergence.
-
-        Arguments:
-            seeds: The seed of each of the :math:`N` fields.
-
-        Returns:
-            The fields, of shape :math:`(N, 2, H, W)`.
-        """
+        r"""Draws initial fields :math:`(N, 2, H, W)`, filtered noise without divergence."""
 
         fields = [_initial_field(self.size, seed) for seed in seeds]
 
         return torch.from_numpy(np.stack(fields)).to(self.device)
 
     def transition(self, x: Tensor) -> Tensor:
-        r"""Advances states by the time :math:`dt`.
-
-        Arguments:
-            x: The states, of shape :math:`(*, 2, H, W)`.
-        """
+        r"""Advances states of shape :math:`(*, 2, H, W)` by the time :math:`dt`."""
 
         at_once = max(1, CELLS.get(self.device.type, CELLS["cuda"]) // self.size**2)
         batch = x.detach().to(self.device, torch.float32).reshape(-1, 2, self.size, self.size)
@@ -95,27 +85,19 @@ class KolmogorovFlow:
         return out.reshape(x.shape)
 
     def trajectory(self, x: Tensor, length: int, last: int | None = None) -> Tensor:
-        r"""Computes the states that follow initial ones.
-
-        Arguments:
-            x: The initial states, of shape :math:`(N, 2, H, W)`.
-            length: The number :math:`L` of states to compute.
-            last: The number of states to keep, counted from the end; all if None.
+        r"""Computes the states that follow initial ones of shape :math:`(N, 2, H, W)`.
 
         Returns:
-            The states, of shape :math:`(N, L, 2, H, W)`, without the initial ones.
+            The last of them, by default all, with shape :math:`(N, L, 2, H, W)`.
         """
 
-        last = length if last is None else last
-        states = []
+        states: deque[Tensor] = deque(maxlen=last)
 
-        for i in range(length):
+        for _ in range(length):
             x = self.transition(x)
+            states.append(x)
 
-            if i >= length - last:
-                states.append(x)
-
-        return torch.stack(states, dim=1)
+        return torch.stack(tuple(states), dim=1)
 
     def _solver(self, batch: int) -> Solver:
         if batch not in self._solvers:
@@ -152,15 +134,7 @@ def _initial_field(n: int, seed: int) -> np.ndarray:
 
 
 def coarsen(x: Tensor, r: int) -> Tensor:
-    r"""Averages a field over blocks of cells.
-
-    Arguments:
-        x: The field, of shape :math:`(*, H, W)`.
-        r: The number of cells along each side of a block.
-
-    Returns:
-        The averages, of shape :math:`(*, H / r, W / r)`.
-    """
+    r"""Averages a field of shape :math:`(*, H, W)` over blocks of :math:`r \times r` cells."""
 
     y = F.avg_pool2d(x.reshape(-1, 1, *x.shape[-2:]), r)
 
@@ -170,11 +144,7 @@ def coarsen(x: Tensor, r: int) -> Tensor:
 def vorticity(x: Tensor) -> Tensor:
     r"""Computes the vorticity :math:`\partial_y u - \partial_x v` in units of the grid spacing.
 
-    Arguments:
-        x: The velocities, of shape :math:`(*, 2, H, W)`.
-
-    Returns:
-        The vorticity, of shape :math:`(*, H, W)`, by central differences.
+    The velocities have shape :math:`(*, 2, H, W)`. The differences are central.
     """
 
     u, v = x.unbind(dim=-3)

@@ -118,9 +118,7 @@ class Solver:
     Arguments:
         batch: The number :math:`B` of states.
         n: The number of cells along each side.
-        dt: The time between two states.
-        steps: The number of steps in that time.
-        device: The device to compute on.
+        dt: The time between two states, of `steps` steps.
     """
 
     def __init__(self, batch: int, n: int, dt: float, steps: int, device: torch.device) -> None:

@@ -54,16 +54,10 @@ class LinearMap(torch.autograd.Function):
 
 
 def circular_pad(x: Tensor, padding: int) -> Tensor:
-    r"""Pads a periodic field with its own opposite borders.
+    r"""Pads a periodic field :math:`(B, C, H, W)` with its own opposite borders.
 
-    The result has its channels last in memory, whatever the layout of the field.
-
-    Arguments:
-        x: The field, with shape :math:`(B, C, H, W)`.
-        padding: The number :math:`p` of cells to add on each side, at most :math:`\min(H, W)`.
-
-    Returns:
-        The padded field, with shape :math:`(B, C, H + 2p, W + 2p)`.
+    The result has its channels last in memory, whatever the layout of the field. The padding is at
+    most :math:`\min(H, W)` cells on each side.
     """
 
     if padding > min(x.shape[-2:]):
@@ -235,11 +229,7 @@ def _conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1) -> 
 class CircularConv2d(nn.Conv2d):
     r"""Creates a convolution of periodic fields that keeps their size, or divides it.
 
-    Arguments:
-        in_channels: The number of input channels.
-        out_channels: The number of output channels.
-        kernel_size: The size of the kernel. It must be odd.
-        stride: The stride.
+    The size of the kernel must be odd.
     """
 
     def __init__(

@@ -83,10 +83,8 @@ class VPSDE(nn.Module):
     def perturb(self, x: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         r"""Returns :math:`x(t) = \mu(t) x + \sigma(t) \epsilon`.
 
-        Arguments:
-            x: The data, with shape :math:`(*, S)`, where :math:`S` is the event shape.
-            t: The times, with shape :math:`()` or :math:`(*)`.
-            noise: The noise :math:`\epsilon`, with shape :math:`(*, S)`.
+        The data and the noise have shape :math:`(*, S)`, where :math:`S` is the event shape, and
+        the times :math:`()` or :math:`(*)`.
         """
 
         t = t.reshape(t.shape + (1,) * len(self.shape))
@@ -99,17 +97,7 @@ class VPSDE(nn.Module):
         return self.perturb(x, t, torch.randn_like(x))
 
     def errors(self, x: Tensor, t: Tensor, noise: Tensor, c: Tensor | None = None) -> Tensor:
-        r"""Returns the mean squared error of the estimated noise, item by item.
-
-        Arguments:
-            x: The data, with shape :math:`(B, S)`.
-            t: The times, with shape :math:`(B)`.
-            noise: The noise, with shape :math:`(B, S)`.
-            c: The optional context.
-
-        Returns:
-            The errors, with shape :math:`(B)`.
-        """
+        r"""Returns the mean squared error of the estimated noise of each of :math:`B` items."""
 
         error = self.eps(self.perturb(x, t, noise), t, c) - noise
 
@@ -228,15 +216,8 @@ def load_sde(
 ) -> VPSDE:
     r"""Loads the diffusion of a finished run, by SDA or by us: its network and its `alpha`.
 
-    The network is that of trajectories, see :func:`sda_ray.nn.score.load_score`.
-
-    Arguments:
-        run_directory: The directory, with `config.json` and `state.pth`.
-        device: Where to load the network.
-        length: The number :math:`L` of snapshots of a trajectory; those of a window if None.
-
-    Returns:
-        The noise scheduler, of event shape :math:`(L, 2, N, N)`.
+    The network is that of trajectories, see :func:`sda_ray.nn.score.load_score`. They have
+    :math:`L` snapshots, those of a window by default: the event shape is :math:`(L, 2, N, N)`.
 
     Raises:
         UserError: If the run is not finished, its files do not belong together, or the

@@ -52,9 +52,6 @@ class TimeEmbedding(nn.Sequential):
     r"""Creates an embedding of the diffusion time.
 
     The network sees :math:`\cos(k \pi t)`, then :math:`\sin(k \pi t)`, for :math:`k = 1 \dots 16`.
-
-    Arguments:
-        features: The number of embedding features.
     """
 
     freqs: Tensor
@@ -74,13 +71,8 @@ class TimeEmbedding(nn.Sequential):
 class ScoreUNet(nn.Module):
     r"""Creates a U-Net score network of windows of a Kolmogorov flow.
 
-    It estimates the noise in a window. The forcing of the flow is part of its input.
-
-    Arguments:
-        channels: The number :math:`C` of channels of a window: 2 for each of its snapshots.
-        embedding: The number of time embedding features.
-        size: The number of grid cells along each axis.
-        kwargs: Keyword arguments passed to :class:`sda_ray.nn.unet.UNet`.
+    It estimates the noise in a window of :math:`C` channels, 2 for each of its snapshots. The
+    forcing of the flow is part of its input. The rest is up to :class:`sda_ray.nn.unet.UNet`.
     """
 
     forcing: Tensor
@@ -153,9 +145,6 @@ class MCScoreNet(nn.Module):
 
         Returns:
             The estimated noise, with shape :math:`(B, L, C, H, W)`.
-
-        Raises:
-            UserError: If the trajectories are shorter than a window.
         """
 
         x = self.unfold(x)
@@ -247,12 +236,8 @@ def make_score(
 def load_score(run_directory: Path | str, device: str | torch.device = "cpu") -> MCScoreNet:
     r"""Loads the score network of a finished run, by SDA or by us. It does not drop out.
 
-    Nothing in the files is executed, and no weight is taken before all of them are known to fit
-    the config.
-
-    Arguments:
-        run_directory: The directory, with `config.json` and `state.pth`.
-        device: Where to load the network.
+    Nothing in its `config.json` and `state.pth` is executed, and no weight is taken before all of
+    them are known to fit the config.
 
     Raises:
         UserError: If the run is not finished or its files do not belong together.

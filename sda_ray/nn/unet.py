@@ -20,9 +20,6 @@ class LayerNorm(nn.Module):
 
     The variance is the unbiased one. Features of less than single precision are standardized in
     single precision.
-
-    Arguments:
-        eps: A numerical stability term.
     """
 
     def __init__(self, eps: float = 1e-5) -> None:
@@ -64,15 +61,8 @@ class ModResidualBlock(nn.Module):
 class Residue(nn.Sequential):
     r"""Creates the residue of a block: two convolutions of normalized features.
 
-    While it trains, random features between the convolutions are zero. They are drawn from
-    torch's global generator.
-
-    Arguments:
-        channels: The number of channels.
-        kernel_size: The size of the kernels.
-        activation: The constructor of the activation function.
-        dropout: The probability :math:`p \in [0, 1)` that a feature is zero. The others are scaled
-            by :math:`1 / (1 - p)`.
+    While it trains, random features between the convolutions are zero, with the probability
+    `dropout`. They are drawn from torch's global generator.
     """
 
     def __init__(
@@ -105,11 +95,6 @@ class UpTail(nn.ModuleList):
     r"""Creates the step of an U-Net from one level to the next finer one.
 
     .. math:: y = s + \mathrm{Conv}(\mathrm{Upsample}(\mathrm{LN}(x)))
-
-    Arguments:
-        in_channels: The number of channels of the coarse level.
-        out_channels: The number of channels of the fine level.
-        kernel_size: The size of the kernel.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int) -> None:

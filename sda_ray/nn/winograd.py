@@ -53,18 +53,11 @@ def pays(x: Tensor, weight: Tensor, stride: int) -> bool:
 
 
 def winograd_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    r"""Computes a circular convolution.
+    r"""Computes a circular convolution, whose result has its channels last in memory.
 
-    Its first derivatives are as fast. All others are those of the direct sum.
-
-    Arguments:
-        x: The field, with shape :math:`(B, C, H, W)`, where :math:`H` and :math:`W` are multiples
-            of 4.
-        weight: The weights, with shape :math:`(C', C, 3, 3)`.
-        bias: The biases, with shape :math:`(C')`.
-
-    Returns:
-        The result, with shape :math:`(B, C', H, W)` and its channels last in memory.
+    Its first derivatives are as fast. All others are those of the direct sum. The field has shape
+    :math:`(B, C, H, W)`, where :math:`H` and :math:`W` are multiples of 4, and the weights
+    :math:`(C', C, 3, 3)`.
     """
 
     y: Tensor = _Winograd.apply(_forward, _direct, x, weight, bias)

@@ -42,12 +42,7 @@ def resumable(path: RunPath) -> dict[Path, int]:
 
 
 def refusal(entry: Entry, sweep: str | None = None) -> str | None:
-    r"""Returns why the checkpoints of a run must stay, or None if they may be removed.
-
-    Arguments:
-        entry: The run.
-        sweep: The sweep that prunes its own runs, if any: see :func:`prune_run`.
-    """
+    r"""Returns why the checkpoints of a run must stay, or None, see :func:`prune_run`."""
 
     path, finished = entry.path, entry.status == "finished"
 

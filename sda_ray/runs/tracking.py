@@ -104,15 +104,7 @@ class Tracker:
     r"""The W&B run of a training: a new one, or one that is resumed.
 
     If the server does not answer, it is offline. Its `failed` says why a server that was asked for
-    could not be used, or not to the end.
-
-    Arguments:
-        directory: Where W&B puts its own files, in `wandb/`.
-        id: The id of the run.
-        name: The name of the run.
-        config: The config of the run, see :func:`sda_ray.runs.record.logged_config`.
-        wandb: The settings.
-        named: Whether the run has its name already. Otherwise the server names it.
+    could not be used, or not to the end. A run that is not `named` yet is named by the server.
     """
 
     def __init__(

@@ -371,14 +371,8 @@ def compiled(sde: VPSDE, how: str) -> VPSDE:
     r"""Returns a diffusion with a compiled network, which shares its weights with the given one.
 
     The maths and the draws of dropout are those of the eager network, but the bits differ. The
-    first step of each batch size takes as long as the compilation.
-
-    Arguments:
-        sde: The diffusion. It does not change.
-        how: `off`; `on`; or `graphs`, which adds CUDA graphs. On a CPU that means `on`.
-
-    Raises:
-        UserError: If there is no compiler for the CPU.
+    first step of each batch size takes as long as the compilation. `graphs` adds CUDA graphs to
+    `on`, and means `on` on a CPU.
     """
 
     if how == "off":
