@@ -52,10 +52,8 @@ from .lease import is_alive as is_alive
 from .lease import last_heartbeat as last_heartbeat
 from .lease import read_holder as read_holder
 from .lease import read_notes as read_notes
-from .lease import this_process as this_process
 from .space import Choice as Choice
 from .space import Domain as Domain
-from .space import Range as Range
 from .space import Space as Space
 from .space import check_space as check_space
 from .space import choice as choice

@@ -76,8 +76,6 @@ class ProgressBar:
             print(f"{self.unit} {done}/{self.total}: {note}{time_left} left", flush=True)
 
     def advance(self) -> None:
-        r"""Shows that one more step is done."""
-
         self.update(self.done + 1)
 
 

@@ -74,15 +74,16 @@ class Range:
         return f"{self.low} to {self.high}{step}{log}"
 
     def __contains__(self, value: Any) -> bool:
-        if isinstance(value, bool) or not isinstance(value, (float, int, Real)):
-            return False
-
         x: Any = value
 
-        if self.step is None or not self.low <= x <= self.high:
-            return bool(self.low <= x <= self.high)
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, Real)
+            or not self.low <= x <= self.high
+        ):
+            return False
 
-        steps = (x - self.low) / self.step
+        steps = (x - self.low) / (self.step or math.inf)
         return bool(abs(steps - round(steps)) < 1e-8)
 
 

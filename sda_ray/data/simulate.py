@@ -45,8 +45,6 @@ MapTasks = Callable[[Function, Iterable[Sequence[int]]], Results]
 
 
 def map_here(function: Function, items: Iterable[Sequence[int]]) -> Results:
-    r"""Applies a function to items one after the other, in this process."""
-
     for item in items:
         yield item, function(item)
 
@@ -292,8 +290,6 @@ def write_trajectory(directory: Path, origin: Origin, i: int, x: np.ndarray) -> 
 
 @contextmanager
 def lock_directory(directory: Path) -> Iterator[None]:
-    r"""Locks a directory for this process, until the block or the process ends."""
-
     file = directory / ".lock"
 
     with ExitStack() as stack:

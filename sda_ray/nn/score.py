@@ -354,8 +354,6 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
 
 
 def _field_size(file: Path, state: dict[str, Tensor]) -> int:
-    r"""Returns the size of the fields that weights are for."""
-
     if "kernel.forcing" not in state:
         raise UserError(f"{file} has no 'kernel.forcing'. It is not the state of a score network.")
 

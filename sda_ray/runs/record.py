@@ -132,8 +132,6 @@ class Record(dict[str, Any]):
         self.write("running")
 
     def end(self, status: str, **more: Any) -> None:
-        r"""Records the end of an attempt."""
-
         self["attempts"][-1]["ended"] = timestamp()
         self.write(status, **more)
 

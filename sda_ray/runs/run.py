@@ -47,9 +47,7 @@ class Run:
         config: The config, checked. That of an existing run is kept.
         id: The id of the run. An existing directory of this id is resumed.
         number: The number at the end of the run's name.
-        wandb: The settings of W&B.
-        attempt: The number of this attempt, if the caller counts them.
-        takeover: Whether to take the run from a process that seems to use it.
+        attempt, takeover: See :class:`sda_ray.core.lease.Lease`.
         record: Further entries of `run.json`.
         device: Where the run trains, for the record.
         interval: The least time between two checkpoints, in seconds.
@@ -216,11 +214,10 @@ class Run:
         elif saved:
             self._restart("it has no whole checkpoint")
         elif self.lines and "parent" not in self.record:
-            early = "it ended before its first checkpoint"
-            level = logging.WARNING if given_back else logging.INFO  # the latter is expected
-            self._restart(
-                "its checkpoint was removed to free space" if given_back else early, level
-            )
+            if given_back:
+                self._restart("its checkpoint was removed to free space")
+            else:  # as expected
+                self._restart("it ended before its first checkpoint", logging.INFO)
 
     def _restart(self, why: str, level: int = logging.WARNING) -> None:
         name = self.path.directory.name
@@ -256,8 +253,6 @@ class Run:
 
     @property
     def due(self) -> bool:
-        r"""Whether the next checkpoint is due."""
-
         return time.monotonic() - self._last_save >= self._interval
 
     def finish(self, state: TrainState) -> None:

@@ -135,20 +135,16 @@ def _rows(entry: Entry) -> dict[int, dict[str, Any]]:
     }
 
     if entry.status == "finished" and os.path.lexists(path.samples):
-        rows[max(rows) + 1] = {"samples": _open_image(path.samples)}
+        from wandb import Image
+
+        os.close(open_regular(path.samples))
+
+        try:
+            rows[max(rows) + 1] = {"samples": Image(str(path.samples))}
+        except Exception as error:  # a strange file makes PIL raise almost anything
+            raise UserError(f"{path.samples} is not a picture to upload: {error}.") from error
 
     return rows
-
-
-def _open_image(file: Path) -> Any:
-    from wandb import Image
-
-    os.close(open_regular(file))
-
-    try:
-        return Image(str(file))
-    except Exception as error:  # a strange file makes PIL raise almost anything
-        raise UserError(f"{file} is not a picture to upload: {error}.") from error
 
 
 # The server

@@ -132,8 +132,6 @@ class Tracker:
 
     @property
     def writes(self) -> bool:
-        r"""Whether W&B writes to its directory."""
-
         return self._run is not None
 
     @property
@@ -258,8 +256,6 @@ def own_environment() -> Iterator[None]:
 
 
 def _end_service() -> None:
-    r"""Ends wandb's service within seconds."""
-
     import wandb
 
     timer = _limit_service()

@@ -200,8 +200,6 @@ def _memory(batch_size: int, device: str) -> Iterator[None]:
 
 
 def _peak(device: str) -> int:
-    r"""Returns the peak memory of this process on its device, in bytes."""
-
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
 

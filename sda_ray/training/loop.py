@@ -113,8 +113,6 @@ class TrainState:
         return VPSDE(score.kernel, self.shape, self.config["alpha"]).to(self.device)
 
     def begin(self, weights: dict[str, Tensor]) -> None:
-        r"""Loads the weights of another run."""
-
         self.score.load_state_dict(weights)
         self.result.load_state_dict(weights)
 

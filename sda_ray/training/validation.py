@@ -63,8 +63,6 @@ class Validation:
         self.first = self.drawn(draw)
 
     def drawn(self, draw: int) -> Items:
-        r"""Returns the items of a draw, always the same."""
-
         items = self.repeats * len(self.validset)
         generator = rng(VALID, draw)
 
