@@ -56,21 +56,16 @@ def simulate_dataset(
     seed: int = 0,
     map_tasks: MapTasks = map_here,
 ) -> int:
-    r"""Simulates the trajectories of a data set that are missing in its directory.
+    r"""Simulates the trajectories that are missing in the directory of a data set, and counts them.
 
     It may be killed at any time and called again with the same arguments: a trajectory is marked
     as done once all its numbers are on the disk. On machines of one kind, its bits depend on the
     seed and its index alone. A second call for the same directory at the same time is refused.
 
     Arguments:
-        directory: The directory of the data set.
         trajectories: The number of trajectories, at least 10.
         size: The number of cells along each side of the simulation, a multiple of 64.
-        seed: The seed of the data set.
         map_tasks: A function that simulates groups of trajectories, such as in parallel on Ray.
-
-    Returns:
-        The number of trajectories that were simulated.
 
     Raises:
         UserError: If the arguments are not valid, the directory holds other data or is in use, or

@@ -116,15 +116,7 @@ def upsampled_conv2d(x: Tensor, weight: Tensor, bias: Tensor, skip: Tensor) -> T
     In a field whose cells are repeated twice along each axis, several of the :math:`k^2` taps see
     the same value. Their weights are summed first, for each of the four positions of an output
     within a cell of the field, which leaves :math:`(p + 1)^2` taps, where :math:`p = (k - 1) / 2`.
-
-    Arguments:
-        x: The field, with shape :math:`(B, C, H, W)`.
-        weight: The weights, with shape :math:`(C', C, k, k)`.
-        bias: The biases, with shape :math:`(C')`.
-        skip: A field to add to the result, with shape :math:`(B, C', 2H, 2W)`.
-
-    Returns:
-        The sum of the convolution and the skip, with shape :math:`(B, C', 2H, 2W)`.
+    To the result, a field `skip` of its shape :math:`(B, C', 2H, 2W)` is added.
     """
 
     p = weight.shape[-1] // 2

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "allow_tf32",
     "allowing_tf32",
     "full",
     "lower",
     "lowered",
     "make_deterministic",
-    "strict",
     "warn_slow",
 ]
 
@@ -45,13 +45,13 @@ def allowing_tf32(precision: str, device: torch.device) -> Iterator[None]:
     wanted = precision == "tf32" and device.type == "cuda"
 
     if wanted:
-        _allow_tf32(True)
+        allow_tf32(True)
 
     try:
         yield
     finally:
         if wanted:
-            _allow_tf32(False)
+            allow_tf32(False)
 
 
 def make_deterministic() -> None:
@@ -62,13 +62,7 @@ def make_deterministic() -> None:
     # All memory is written before it is read
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
-    strict()
-
-
-def strict() -> None:
-    r"""Makes CUDA compute fp32 in fp32: torch takes TF32 for convolutions unless told not to."""
-
-    _allow_tf32(False)
+    allow_tf32(False)  # torch takes it for convolutions unless told not to
 
 
 def warn_slow(precision: str, device: str) -> bool:
@@ -95,7 +89,7 @@ def _has_bf16() -> bool:
     )
 
 
-def _allow_tf32(allowed: bool) -> None:
+def allow_tf32(allowed: bool) -> None:
     torch.backends.cudnn.allow_tf32 = allowed
     torch.backends.cuda.matmul.allow_tf32 = allowed
 

@@ -200,17 +200,8 @@ def make_score(
     network for another `alpha` than SDA's are of no use without it. A buffer `alpha_lin` or
     `alpha_exp` in the state dict keeps SDA from loading them as if they were.
 
-    Arguments:
-        window: The number of snapshots of a window. It must be odd and at least 3.
-        embedding: The number of time embedding features.
-        hidden_channels: The number of channels of each level of the U-Net.
-        hidden_blocks: The number of residual blocks of each level.
-        kernel_size: The size of the convolution kernels. It must be odd.
-        activation: The name of the activation function.
-        size: The number of grid cells along each axis.
-        alpha: The decay of the signal that the network is for, see
-            :class:`sda_ray.nn.diffusion.VPSDE`.
-        dropout: The probability that a feature within a block is zero in training.
+    Apart from the number of grid cells along each axis, its `size`, the arguments are keys of
+    :data:`sda_ray.core.config.CONFIG`.
     """
 
     check_value("activation", activation)

@@ -59,12 +59,7 @@ class Diverged(RuntimeError):
 class TrainState:
     r"""Creates everything that training changes: network, moments of AdamW and position.
 
-    Dropout is active during a step only.
-
-    Arguments:
-        config: A checked config.
-        size: The side :math:`H = W` of the states.
-        device: Where to train.
+    The states have the side :math:`H = W`, `size`. Dropout is active during a step only.
     """
 
     score: MCScoreNet

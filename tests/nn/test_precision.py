@@ -13,7 +13,7 @@ from sda_ray.core.config import Config
 from sda_ray.data.dataset import TrajectoryDataset
 from sda_ray.nn.conv import CircularConv2d
 from sda_ray.nn.diffusion import VPSDE
-from sda_ray.nn.precision import allowing_tf32, full, lower, lowered, strict, warn_slow
+from sda_ray.nn.precision import allow_tf32, allowing_tf32, full, lower, lowered, warn_slow
 from sda_ray.nn.score import MCScoreNet, make_score, network_settings
 from sda_ray.nn.unet import LayerNorm, UNet, UpTail
 from sda_ray.training.loop import TrainState, train_epoch
@@ -179,7 +179,7 @@ def test_tf32_is_allowed_in_the_backward_pass_too(
     monkeypatch.setattr(
         "sda_ray.training.loop.allowing_tf32", lambda precision, _: allowing_tf32(precision, cuda)
     )
-    strict()
+    allow_tf32(False)
     train_epoch(state, TrajectoryDataset(data / "train.h5", window=3))
 
     assert seen == {(True, True)} and flags() == (False, False)
@@ -187,7 +187,7 @@ def test_tf32_is_allowed_in_the_backward_pass_too(
 
 @pytest.mark.parametrize("precision", ["tf32", "fp32"])
 def test_tf32_is_allowed_on_cuda_only_inside(precision: str, flags: Flags) -> None:
-    strict()
+    allow_tf32(False)
     assert flags() == (False, False)
 
     with allowing_tf32(precision, torch.device("cuda")):
