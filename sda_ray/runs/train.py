@@ -85,9 +85,7 @@ def train_run(
     a checkpoint is resumed from it.
 
     Arguments:
-        run: The run, open.
         data: The directory of `train.h5` and `valid.h5`.
-        device: Where to train.
         rungs: Epochs at which the run is judged, by several draws, and a checkpoint is saved.
         init: The directory of a run to start from: from its weights, or from its checkpoint if the
             record says that this run extends it.

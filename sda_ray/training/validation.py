@@ -40,11 +40,8 @@ class Validation:
     The weights do not depend on what is drawn. Else a loss that is the same at all times, as that
     of an untrained network, would have the variance of the weights.
 
-    Arguments:
-        validset: The trajectories, of which each is used equally often.
-        device: Where to compute.
-        least: The least number of items :math:`M`, 3 or more.
-        draw: Which draw of the random numbers, the first of several.
+    Each trajectory is used equally often, so that there are at least `least` items, 3 or more. The
+    random numbers are those of the first of several draws, `draw`.
     """
 
     chunk = 32  # items at a time: a matter of memory, but a convolution's last bits depend on it
