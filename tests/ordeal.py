@@ -73,12 +73,12 @@ class Ordeal(RuleBasedStateMachine):
             self.study = self.sweeping.open(self.lease, at)
             self.driver = self.sweeping.driver(self.study, self.slots)
 
-            again = read_directories(
-                self.study.records(), self.sweeping.runs, self.study.objectives
-            )
-            assert reconcile(self.study.records(), again) == []
+            seen = self.study.records()
+            again = read_directories(seen, self.sweeping.runs, self.study.objectives)
+            now = {record.run_id: record for record in seen}
+            assert all(reconcile(now[id], found) == (now[id], "") for id, found in again.items())
 
-            action = decide(self.study.records(), (), self.driver.rules, stops=self.driver.stops)
+            action = decide(seen, (), self.driver.rules, stops=self.driver.stops)
             assert (action.kind, action.until) == self.foreseen
 
     def _foresee(self) -> None:
@@ -89,8 +89,7 @@ class Ordeal(RuleBasedStateMachine):
         failed = sum(r.state == "failed" for r in seen)
         found = read_directories(seen, self.sweeping.runs, study.objectives)
         rules = replace(rules, excused=failed)
-        after = {step.record.index: step.record for step in reconcile(seen, found)}
-        seen = [after.get(record.index, record) for record in seen]
+        seen = [reconcile(r, found[r.run_id])[0] if r.run_id in found else r for r in seen]
         action = decide(seen, (), rules, stops=self.sweeping.stops)
         self.foreseen = action.kind, action.until
 
@@ -227,7 +226,7 @@ class Ordeal(RuleBasedStateMachine):
             for record in self.study.records():
                 if record.state == "failed":
                     self.asked += 1
-                    self.study.revive(record)
+                    self.study.start(record, record.until, record.shown)
 
     @precondition(lambda self: self.dead)
     @rule(more=st.integers(1, 3))

@@ -12,6 +12,7 @@ from .promotion import unhide as unhide
 from .pruners import hyperband_brackets as hyperband_brackets
 from .pruners import prune_rule as prune_rule
 from .reconcile import catch_up as catch_up
+from .reconcile import mark_run as mark_run
 from .sampler import CallbackTrial as CallbackTrial
 from .sampler import check_kinds as check_kinds
 from .sampler import distributions as distributions
@@ -24,4 +25,3 @@ from .sampler import sample as sample
 from .study import Propose as Propose
 from .study import Study as Study
 from .study import draw_run as draw_run
-from .study import queue_warning as queue_warning

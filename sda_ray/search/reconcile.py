@@ -1,14 +1,13 @@
 r"""Brings the study up to date with the directories of its runs, after a crash.
 
 A driver may die between any two appends to the journal, and a trial's process between any two
-writes to its directory; the journal may even be an older copy. :func:`reconcile` returns the steps
-that make the two consistent; :func:`catch_up` takes them. The driver then adopts the runs that are
-in flight no more, whether they have a directory or not.
+writes to its directory; the journal may even be an older copy. The driver then adopts the runs that
+are in flight no more, whether they have a directory or not.
 """
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,9 +19,8 @@ from .study import Study
 
 __all__ = [
     "DirectoryState",
-    "Step",
-    "apply_steps",
     "catch_up",
+    "mark_run",
     "read_directories",
     "reconcile",
 ]
@@ -37,12 +35,8 @@ CLOSED = {"pruned": "paused", "failed": "failed", "stopped": "stopped", "diverge
 class DirectoryState:
     r"""What the directory of a run records.
 
-    Arguments:
-        status: The status in `run.json`.
-        values: The value at each epoch.
-        attempt: The number of the last attempt.
-        reason: Why it diverged, or was stopped.
-        finals: The values of all objectives of a finished run.
+    `values` are those of its epochs; `finals` those of all objectives, of a finished run. The
+    `reason` says why it diverged or was stopped.
     """
 
     status: str = ""
@@ -52,61 +46,32 @@ class DirectoryState:
     finals: tuple[float, ...] = ()
 
 
-@dataclass(frozen=True)
-class Step:
-    r"""A step that brings the study and the directories together.
+def reconcile(record: TrialRecord, directory: DirectoryState) -> tuple[TrialRecord, str]:
+    r"""Returns a run in agreement with its directory.
 
-    Arguments:
-        kind: `count` (an attempt that the study lacks), `extend` (up to an epoch), `report`
-            (values), `tell` (the end) or `mark` (the directory of a run whose process died).
-        record: The run after the step.
-        status: The status that the directory is marked with.
+    The run must not be in flight. Beside the record that the study lacks, it returns the status to
+    mark the directory with if the run's process died before it could, or an empty text.
     """
 
-    kind: str
-    record: TrialRecord
-    status: str = ""
+    if record.source:
+        return record, ""
 
-
-def reconcile(
-    records: Sequence[TrialRecord], directories: Mapping[str, DirectoryState]
-) -> list[Step]:
-    r"""Returns the steps that bring the study and the directories together.
-
-    Arguments:
-        records: The runs of the sweep, as the study has them. None is in flight.
-        directories: The states of the runs' directories, by run id. A run may have none.
-    """
-
-    return [
-        step
-        for record in records
-        if not record.source and record.run_id in directories
-        for step in _steps(record, directories[record.run_id])
-    ]
-
-
-def _steps(record: TrialRecord, directory: DirectoryState) -> Iterator[Step]:
     # An attempt that the journal has lost used up its number all the same.
-    if directory.attempt > record.attempt:
-        record = replace(record, attempt=directory.attempt)
-        yield Step("count", record)
+    after = replace(record, attempt=max(record.attempt, directory.attempt))
 
     if record.state == "running":
-        for step in _closed(record, directory) or _missing(record, directory.values):
-            record = step.record
-            yield step
+        after = _caught_up(after, directory)
 
-    status = CLOSED.get("pruned" if record.paused else record.state)
+    status = CLOSED.get("pruned" if after.paused else after.state)
 
     if status and directory.status == "running":
-        record = replace(record, attempt=record.attempt + 1)
-        yield Step("count", record)
-        yield Step("mark", record, status)
+        return replace(after, attempt=after.attempt + 1), status
+
+    return after, ""
 
 
-def _closed(record: TrialRecord, directory: DirectoryState) -> list[Step]:
-    r"""Returns the steps that close the record of a run that has ended.
+def _caught_up(record: TrialRecord, directory: DirectoryState) -> TrialRecord:
+    r"""Returns an open run with all values, and its end if it has ended.
 
     If the journal is so old that the run is not promoted that far in it, the end stays hidden until
     the rules promote the run.
@@ -116,68 +81,60 @@ def _closed(record: TrialRecord, directory: DirectoryState) -> list[Step]:
     current = directory.attempt >= record.attempt  # written by the last attempt
     ahead = record.until < record.epochs and max(known, default=0) >= record.until
     finals: tuple[float, ...] = ()
+    state, reason = "running", ""
 
     if directory.status == "finished" and record.epochs in known and directory.finals:
-        state, reason, finals = "complete", "", directory.finals
+        state, finals = "complete", directory.finals
 
         if not all(map(math.isfinite, finals)):
             state, reason, finals = "diverged", f"its end is {finals}", ()
     elif directory.status in ("diverged", "stopped") and current:
         state, reason = directory.status, directory.reason
-    else:
-        return []
 
-    steps = []
-
-    if ahead and state != "stopped":
+    if ahead and state in ("complete", "diverged"):
         shown = record.until if record.shown is None else record.shown
         record = replace(record, until=record.epochs, shown=shown)
-        steps.append(Step("extend", record))
 
-    for step in _missing(record, directory.values):
-        record = step.record
-        steps.append(step)
+    values = {e: x for e, x in directory.values.items() if e <= record.until} | record.values
 
-    end = replace(record, state=state, error=reason, finals=finals)
-
-    return [*steps, Step("tell", end)]
+    return replace(record, values=values, state=state, error=reason, finals=finals)
 
 
-def _missing(record: TrialRecord, values: dict[int, float]) -> list[Step]:
-    r"""Returns the step that reports the values, as far as the run may go, that a record lacks."""
+def catch_up(study: Study, runs: Path) -> None:
+    r"""Brings a study up to date with the directories of its runs.
 
-    new = {e: x for e, x in values.items() if e <= record.until and e not in record.values}
+    It may be killed at any moment and repeated. The study's lease keeps other drivers away.
+    """
 
-    return [Step("report", replace(record, values=record.values | new))] if new else []
+    records = study.records()
+    directories = read_directories(records, runs, study.objectives)
 
+    for record in records:
+        if record.run_id not in directories:
+            continue
 
-def apply_steps(study: Study, steps: Sequence[Step], runs: Path) -> None:
-    r"""Takes steps. It may be killed at any moment and repeated."""
+        after, status = reconcile(record, directories[record.run_id])
+        record = study.record_attempt(record, after.attempt)
 
-    records = {record.index: record for record in study.records()}
-    marked = any(step.kind == "mark" for step in steps)
-    paths = {path.id: path for path in RunPath.all(runs)} if marked else {}
-
-    for step in steps:
-        after = step.record
-        record = records[after.index]
-
-        if step.kind == "count":
-            record = study.record_attempt(record, after.attempt)
-        elif step.kind == "extend":
+        if after.until != record.until:
             record = study.extend(record, after.until, after.shown)
-        elif step.kind == "report":
-            record = study.report(record, after.values)
-        elif step.kind == "tell":
-            record = study.tell(record, after.state, after.error, after.finals)
-        elif after.run_id in paths:
-            _mark(paths[after.run_id], after.attempt, step.status)
 
-        records[after.index] = record
+        record = study.report(record, after.values)
+
+        if after.state != record.state:
+            study.tell(record, after.state, after.error, after.finals)
+
+        if status and (path := RunPath.of_id(runs, record.run_id)):
+            mark_run(path, status, after.attempt)
 
 
-def _mark(path: RunPath, attempt: int, status: str) -> None:
-    r"""Writes a status to the record of a run, whose process is dead or loses its lease now."""
+def mark_run(
+    path: RunPath, status: str, attempt: int | None = None, before: Sequence[str] = ("running",)
+) -> None:
+    r"""Replaces some statuses of a run, whose process is dead or loses its lease now.
+
+    The lease is taken at the given attempt, by default the next one.
+    """
 
     with suppress(LeaseLost), ExitStack() as stack:  # lost to another driver
         try:
@@ -185,7 +142,7 @@ def _mark(path: RunPath, attempt: int, status: str) -> None:
             stack.callback(lease.release)
             found = read_record(path)
 
-            if found.get("status") == "running":
+            if found.get("status") in before:
                 with lease.hold():
                     write_json(path.record, found | {"status": status})
         except (OSError, UserError) as error:
@@ -241,16 +198,3 @@ def _read_directory(
 
 def _attempt(path: RunPath) -> int:
     return int((read_holder(path.lease) or {}).get("attempt", 0))
-
-
-def catch_up(study: Study, runs: Path) -> None:
-    r"""Brings a study up to date with the directories of its runs.
-
-    Arguments:
-        study: The study. Its lease keeps other drivers away.
-        runs: The directory of all runs.
-    """
-
-    records = study.records()
-    steps = reconcile(records, read_directories(records, runs, study.objectives))
-    apply_steps(study, steps, runs)

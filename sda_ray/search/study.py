@@ -23,7 +23,7 @@ from .journal import open_study
 from .promotion import Rules, TrialRecord, count_trials
 from .sampler import quiet_optuna
 
-__all__ = ["Propose", "Study", "draw_run", "queue_warning"]
+__all__ = ["Propose", "Study", "draw_run"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,12 +41,8 @@ STATES = {
 class Study:
     r"""Creates the study of a sweep, or opens it.
 
-    Arguments:
-        file: The journal.
-        name: The name of the sweep.
-        lease: The lease of the sweep, or None to read alone: without it nothing is written.
-        objectives: The names of the objectives, which are minimised. The first is the value of the
-            last epoch.
+    Without the lease of the sweep nothing is written. The objectives are minimised; the first is
+    the value of the last epoch.
 
     Raises:
         UserError: If the journal is damaged, or belongs to another study.
@@ -197,7 +193,7 @@ class Study:
         Arguments:
             record: The record.
             state: `complete`, `pruned`, `diverged`, `stopped` or `failed`.
-            error: Why it failed or diverged.
+            error: The reason.
             finals: The values of all objectives of a complete run. By default the last value.
         """
 
@@ -228,14 +224,6 @@ class Study:
         r"""Records that a run ran out of memory."""
 
         return self._set(record, short=record.memory_errors + 1)
-
-    def revive(self, record: TrialRecord) -> TrialRecord:
-        r"""Adds a record that supersedes a closed one, so that the run is adopted next."""
-
-        # The status in the run's directory belongs to the last attempt.
-        revived = replace(record, state="running", attempt=record.attempt + 1)
-
-        return self.add(revived, record.trial, supersedes=record.trial.number)
 
     def queue(self) -> dict[int, dict[str, Any]]:
         r"""Returns the parameters that are to be tried before others, by their numbers.
@@ -365,17 +353,3 @@ def draw_run(
     )
 
     return study.add(record, trial)
-
-
-def queue_warning(study: Study, target: int) -> str:
-    r"""Returns a warning if more is queued than a sweep of so many trials will try, else nothing."""
-
-    room, waiting = max(0, target - count_trials(study.records())), len(study.queue())
-
-    if waiting <= room:
-        return ""
-
-    return (
-        f"The sweep has room for {room} more of its {target} trials and {waiting} are queued: "
-        "raise --trials to try them all"
-    )

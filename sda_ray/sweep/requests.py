@@ -25,7 +25,6 @@ import msgspec
 
 from ..core import (
     STALE,
-    Lease,
     LeaseLost,
     UserError,
     holder_alive,
@@ -34,7 +33,7 @@ from ..core import (
     read_regular,
     write_json,
 )
-from ..runs import RunPath, read_record, sweep_directory
+from ..runs import RunPath, sweep_directory
 from ..search import TrialRecord, count_trials
 from .record import read_sweep
 
@@ -60,10 +59,10 @@ logger = logging.getLogger(__name__)
 
 REQUESTS, ANSWER = "requests", ".answer.json"
 LOOK = 0.2  # seconds between two checks for an answer
-OLD = 3600.0  # seconds after which nobody waits for an answer
 BATCH = 100  # finished runs in a request
 PATIENCE = 120.0  # seconds for an answer; a driver that starts Ray answers meanwhile
 SERVE = 0.25  # seconds between two checks for requests
+OPEN = ("running", "paused", "interrupted", "failed")  # what `run.json` says of a run to stop
 
 
 class NotRunning(UserError):
@@ -71,17 +70,11 @@ class NotRunning(UserError):
 
 
 class Request(msgspec.Struct, frozen=True):
-    r"""A request. Ids sort by the time of posting; `fault` says why a file holds no request."""
-
     kind: str
     content: dict[str, Any]
-    id: str = ""
-    fault: str = ""
 
 
 class Answer(msgspec.Struct, frozen=True):
-    r"""An answer: a sentence, and whether the request was served."""
-
     text: str
     good: bool = True
 
@@ -104,12 +97,19 @@ class Mailbox:
 
         return id
 
-    def pending(self) -> list[Request]:
-        r"""Returns the requests that wait, the oldest first."""
+    def pending(self) -> dict[str, bytes]:
+        r"""Returns the content of the requests that wait, by their ids, the oldest first."""
 
-        files = sorted(self.directory.glob("[!.]*.json"))
+        requests = {}
 
-        return [_read(file) for file in files if not file.name.endswith(ANSWER)]
+        for file in sorted(self.directory.glob("[!.]*.json")):
+            if not file.name.endswith(ANSWER):
+                requests[file.stem] = b""
+
+                with suppress(OSError, UserError):  # no regular file
+                    requests[file.stem] = read_regular(file)
+
+        return requests
 
     def take(self, id: str) -> bool:
         r"""Deletes a request and returns whether it existed: it is then the caller's."""
@@ -148,23 +148,6 @@ class Mailbox:
 
         return None
 
-    def tidy(self) -> None:
-        r"""Deletes answers and half-written requests for which nobody waits any more."""
-
-        for file in [*self.directory.glob(f"*{ANSWER}"), *self.directory.glob(".*.tmp")]:
-            with suppress(OSError):
-                if time.time() - file.lstat().st_mtime > OLD:
-                    file.unlink()
-
-
-def _read(file: Path) -> Request:
-    try:
-        request = msgspec.json.decode(read_regular(file), type=Request)
-    except (UserError, OSError, RecursionError, msgspec.DecodeError) as error:
-        return Request("", {}, file.stem, f"{file.name} is no request: {error}.")
-
-    return Request(request.kind, request.content, file.stem)
-
 
 # The caller
 
@@ -172,11 +155,7 @@ def _read(file: Path) -> Request:
 def is_driven(directory: Path) -> bool:
     r"""Returns whether a sweep seems to have a driver, without waiting for a heartbeat."""
 
-    return _seems_alive(read_holder(directory / "lease.json"))
-
-
-def _seems_alive(holder: dict[str, Any] | None) -> bool:
-    return holder is not None and holder_alive(holder) is not False
+    return holder_alive(read_holder(directory / "lease.json") or {}) is not False
 
 
 def watch(file: Path, holder: dict[str, Any]) -> Callable[[], bool]:
@@ -219,7 +198,7 @@ def ask(directory: Path, kind: str, **content: Any) -> str:
     resume = f"Resume the sweep with `sda-ray sweep {name}`"
     holder = read_holder(file)
 
-    if holder is None or not _seems_alive(holder):
+    if holder is None or not (alive := watch(file, holder))():
         raise NotRunning(f"sweep '{name}' is not running. {resume} and pass changes as options.")
 
     try:
@@ -228,7 +207,7 @@ def ask(directory: Path, kind: str, **content: Any) -> str:
         raise UserError(f"no request can be posted to sweep '{name}': {error}.") from error
 
     try:
-        reply = box.wait(id, watch(file, holder))
+        reply = box.wait(id, alive)
     finally:
         untouched = box.take(id)  # it must not be served later
 
@@ -248,7 +227,7 @@ def ask(directory: Path, kind: str, **content: Any) -> str:
             "it prints the state of the sweep."
         )
 
-    if read_holder(file) == holder and _seems_alive(holder):
+    if alive():
         raise UserError(
             f"{driver} does not answer. Nothing was changed. The process may be frozen, or its "
             f"disk. If it is dead, `sda-ray sweep {name}` takes over."
@@ -306,7 +285,7 @@ def retry_failed(study: Study) -> str:
     failed = [record for record in study.records() if record.state == "failed"]
 
     for record in failed:
-        study.revive(record)
+        study.start(record, record.until, record.shown)
 
     if not failed:
         return "no run has failed"
@@ -319,16 +298,20 @@ def retry_failed(study: Study) -> str:
 def enqueue_all(study: Study, items: Sequence[Mapping[str, Any]], target: int) -> str:
     r"""Queues configurations, unless they are queued already, and returns a sentence about it."""
 
-    from ..search import queue_warning
-
     for item in items:
         if item not in study.queue().values():
             study.enqueue(dict(item))
 
     text = f"{len(items)} configuration{'s' * (len(items) > 1)} queued, to be tried next"
-    warning = queue_warning(study, target)
+    room, waiting = max(0, target - count_trials(study.records())), len(study.queue())
 
-    return f"{text}. {warning}" if warning else text
+    if waiting <= room:
+        return text
+
+    return (
+        f"{text}. The sweep has room for {room} more of its {target} trials and {waiting} are "
+        "queued: raise --trials to try them all"
+    )
 
 
 # The driver
@@ -369,7 +352,6 @@ class RequestServer:
         self.name = driver.request.parent.name
         self.box = Mailbox(driver.request.parent / REQUESTS)
         self.lease = driver.study.journal.lease
-        self.box.tidy()
 
         for record in self.study.records():
             if self._stop_file(record.index).exists():
@@ -382,9 +364,9 @@ class RequestServer:
         r"""Serves the requests posted since the last call. Never raises."""
 
         try:
-            for request in self.box.pending():
-                if self.box.take(request.id):
-                    self.box.answer(request.id, *self._serve(request))
+            for id, request in self.box.pending().items():
+                if self.box.take(id):
+                    self.box.answer(id, *self._serve(request))
 
             self._record_stopped()
         except LeaseLost as error:
@@ -392,7 +374,7 @@ class RequestServer:
         except Exception as error:
             logger.warning("a request was not served: %s: %s.", type(error).__name__, error)
 
-    def _serve(self, request: Request) -> tuple[str, bool]:
+    def _serve(self, data: bytes) -> tuple[str, bool]:
         r"""Serves a request, and returns the answer and whether it is served."""
 
         serve = {
@@ -404,8 +386,7 @@ class RequestServer:
         }
 
         try:
-            if request.fault:
-                raise UserError(request.fault)
+            request = msgspec.json.decode(data, type=Request)
 
             if request.kind not in serve:
                 raise UserError(
@@ -482,18 +463,22 @@ class RequestServer:
     def _record_stopped(self) -> None:
         r"""Records the runs that were stopped, once their processes have ended."""
 
+        from ..search import mark_run
+
         driver = self.driver
 
         for index in sorted(driver.cancelled - driver.at_work()):
             record = next(r for r in self.study.records() if r.index == index)
 
             if self._resumable(record):
-                record = self.study.revive(record)
+                record = self.study.start(record, record.until, record.shown)
 
             if record.state == "running":
                 record = self.study.tell(record, "stopped")
-                _write_stopped(Path(driver.spec["runs"]), record)
                 driver.notify("stopped", record)
+
+                if path := RunPath.of_id(Path(driver.spec["runs"]), record.run_id):
+                    mark_run(path, "stopped", before=OPEN)
 
             driver.cancelled.discard(index)
             self._stop_file(index).unlink(missing_ok=True)
@@ -536,21 +521,3 @@ class RequestServer:
         driver.exhausted = False
 
         return enqueue_all(self.study, items, driver.rules.target)
-
-
-def _write_stopped(runs: Path, record: TrialRecord) -> None:
-    r"""Writes to `run.json` of a run without a process that it was stopped."""
-
-    path = RunPath.of_id(runs, record.run_id)
-
-    if path is None or (content := read_record(path)).get("status") in (None, "stopped"):
-        return
-
-    with suppress(UserError, OSError):
-        lease = Lease(path.lease, f"run {path.directory.name}", takeover=True)
-
-        try:
-            with lease.hold():
-                write_json(path.record, content | {"status": "stopped"})
-        finally:
-            lease.release()

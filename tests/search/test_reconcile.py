@@ -19,7 +19,6 @@ from sda_ray.runs.path import RunPath
 from sda_ray.search.promotion import Rules, TrialRecord, decide
 from sda_ray.search.reconcile import (
     DirectoryState,
-    Step,
     read_directories,
     reconcile,
 )
@@ -58,22 +57,19 @@ def said(status: str, last: int, attempt: int = 2, reason: str = "") -> Director
 
 
 def brief(record: TrialRecord, found: DirectoryState | None) -> list[str]:
-    r"""Returns the kinds of the steps, and what comes next."""
+    r"""Returns the kinds of changes, and what comes next."""
 
-    steps = reconcile([record], {} if found is None else {record.run_id: found})
-    action = decide(after([record], steps), (), replace(RULES, target=1))
+    after, status = (record, "") if found is None else reconcile(record, found)
+    changes = {
+        "count": after.attempt > record.attempt,
+        "extend": after.until > record.until,
+        "report": after.values != record.values,
+        after.state: after.state != record.state,
+        "mark": bool(status),
+    }
+    action = decide([after], (), replace(RULES, target=1))
 
-    return [s.record.state if s.kind == "tell" else s.kind for s in steps] + [
-        f"then {action.kind}"
-    ]
-
-
-def after(records: list[TrialRecord], steps: list[Step]) -> list[TrialRecord]:
-    r"""Returns the runs after some steps."""
-
-    changed = {step.record.index: step.record for step in steps}
-
-    return [changed.get(record.index, record) for record in records]
+    return [kind for kind, changed in changes.items() if changed] + [f"then {action.kind}"]
 
 
 @pytest.mark.parametrize(
@@ -88,11 +84,11 @@ def after(records: list[TrialRecord], steps: list[Step]) -> list[TrialRecord]:
         (run(2, 3), said("running", 1), ["then adopt"]),  # its metrics are gone
         (run(1, 3), said("running", 2, attempt=4), ["count", "report", "then adopt"]),
         # At a rung
-        (run(1, 3), said("running", 3), ["report", "count", "mark", "then promote"]),
+        (run(1, 3), said("running", 3), ["count", "report", "mark", "then promote"]),
         (run(1, 1), said("running", 1), ["count", "mark", "then promote"]),
         (run(1, 1), said("paused", 1), ["then promote"]),
         (run(1, 1), None, ["then promote"]),
-        (run(1, 1), said("running", 1, 5), ["count", "count", "mark", "then promote"]),
+        (run(1, 1), said("running", 1, 5), ["count", "mark", "then promote"]),
         # At its end
         (run(8, 9), said("finished", 9), ["report", "complete", "then stop"]),
         (run(9, 9), said("finished", 9), ["complete", "then stop"]),
@@ -105,7 +101,7 @@ def after(records: list[TrialRecord], steps: list[Step]) -> list[TrialRecord]:
         # A journal that is older than the directory
         (run(0, 1), said("finished", 9), ["extend", "report", "complete", "then stop"]),
         (run(1, 1), said("diverged", 4), ["extend", "report", "diverged", "then stop"]),
-        (run(0, 1), said("running", 4), ["report", "count", "mark", "then promote"]),
+        (run(0, 1), said("running", 4), ["count", "report", "mark", "then promote"]),
         # Closed
         (run(9, 9, "complete"), said("finished", 9), ["then stop"]),
         (run(1, 1, "pruned"), said("paused", 1), ["then promote"]),
@@ -115,15 +111,14 @@ def after(records: list[TrialRecord], steps: list[Step]) -> list[TrialRecord]:
         (run(9, 9, "complete", source="elsewhere"), said("running", 2), ["then draw"]),
     ],
 )
-def test_steps_by_state_of_record_and_directory(
+def test_changes_by_state_of_record_and_directory(
     record: TrialRecord, found: DirectoryState | None, expected: list[str]
 ) -> None:
     assert brief(record, found) == expected
 
 
 def test_run_that_is_ahead_of_the_journal_stays_hidden_until_the_rule_promotes_it() -> None:
-    *_, step = reconcile([run(0, 1)], {"aaaaaaaa": said("finished", 9)})
-    record = step.record
+    record, _ = reconcile(run(0, 1), said("finished", 9))
 
     assert (record.state, record.values, record.shown) == ("complete", LOSSES, 1)
     assert record.outcome == "pruned"
@@ -131,9 +126,9 @@ def test_run_that_is_ahead_of_the_journal_stays_hidden_until_the_rule_promotes_i
 
 def test_end_that_is_no_number_is_a_divergence() -> None:
     found = replace(said("finished", 9), finals=(float("nan"),))
-    (step,) = reconcile([run(9, 9)], {"aaaaaaaa": found})
+    record, _ = reconcile(run(9, 9), found)
 
-    assert (step.kind, step.record.state) == ("tell", "diverged")
+    assert (record.state, record.finals) == ("diverged", ())
 
 
 numbers = st.integers(0, 9)
@@ -153,32 +148,22 @@ founds = st.builds(
 ) | st.just(said("finished", 9))
 
 
-@given(pairs=st.lists(st.tuples(records, st.none() | founds), max_size=5))
-def test_reconciling_loses_nothing_and_has_an_end(
-    pairs: list[tuple[TrialRecord, DirectoryState | None]],
-) -> None:
-    before = [replace(r, index=i, run_id=f"run{i:05}") for i, (r, _) in enumerate(pairs, 1)]
-    found = {r.run_id: f for r, (_, f) in zip(before, pairs, strict=True) if f is not None}
-    steps = reconcile(before, found)
-    reconciled = after(before, steps)
+@given(old=records, found=founds)
+def test_reconciling_loses_nothing_and_has_an_end(old: TrialRecord, found: DirectoryState) -> None:
+    new, status = reconcile(old, found)
 
-    for old, new in zip(before, reconciled, strict=True):
-        assert (new.index, new.run_id, new.source) == (old.index, old.run_id, old.source)
-        assert old.values.items() <= new.values.items()
-        assert new.attempt >= old.attempt
-        assert new.state == old.state or old.state == "running"
-        assert old.source == "" or new == old
+    assert (new.index, new.run_id, new.source) == (old.index, old.run_id, old.source)
+    assert old.values.items() <= new.values.items()
+    assert new.attempt >= old.attempt
+    assert new.state == old.state or old.state == "running"
+    assert old.source == "" or new == old
 
-        if new.state == "complete" != old.state:
-            assert new.values == LOSSES
+    if new.state == "complete" != old.state:
+        assert new.values == LOSSES
 
-    # Once more, as the files are by then, there is nothing to do
-    marked = {s.record.run_id: s.record.attempt for s in steps if s.kind == "mark"}
-    now = {
-        id: replace(f, status="marked", attempt=marked[id]) if id in marked else f
-        for id, f in found.items()
-    }
-    assert reconcile(reconciled, now) == []
+    # Once more, as the directory is by then, there is nothing to do
+    now = replace(found, status="marked", attempt=new.attempt) if status else found
+    assert reconcile(new, now) == (new, "")
 
 
 def test_number_of_an_attempt_outlives_a_damaged_record(tmp_path: Path) -> None:
