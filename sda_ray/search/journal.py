@@ -13,7 +13,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +42,9 @@ PAUSE = 0.2  # seconds between two tries
 
 
 class Journal(BaseJournalBackend):
-    r"""Creates the backend of Optuna's journal storage for a file.
+    r"""Creates the backend of Optuna's journal storage for a file, which it may only read.
 
-    Arguments:
-        file: The journal. It appears with its first record.
-        lease: The lease of the sweep, or None for reading only.
+    The file appears with its first record. Without a lease nothing is written.
     """
 
     storage: JournalStorage
@@ -225,13 +222,10 @@ def _repair(file: Path) -> None:
     if not torn:
         return
 
-    # The name, or with a number if it is taken
-    stem = file.with_suffix(".journal.torn")
-    names = (stem if n == 1 else stem.with_name(f"{stem.name}-{n}") for n in count(1))
-    kept = next(name for name in names if not os.path.lexists(name))
+    kept = file.with_suffix(".journal.torn")
 
     try:
-        write_atomic(kept, torn)
+        append(kept, torn)
     except OSError as error:
         logger.warning("%s cannot be written: %s.", kept, error)
 

@@ -29,7 +29,7 @@ from optuna.samplers import BaseSampler
 from optuna.storages import InMemoryStorage
 from optuna.trial import FixedTrial, FrozenTrial, TrialState
 
-from ..core import Domain, UserError, domain_of, format_value
+from ..core import UserError, domain_of, format_value
 from .promotion import TrialRecord
 
 __all__ = [
@@ -87,10 +87,6 @@ class CallbackTrial(FixedTrial):
     r"""Creates a trial that asks a function for the value of each parameter.
 
     Its `params` and `distributions` are those that were suggested so far.
-
-    Arguments:
-        answer: Returns the value of a parameter, given its name and distribution.
-        number: The number of the trial.
     """
 
     def __init__(self, answer: Answer, number: int = 0) -> None:
@@ -162,11 +158,7 @@ def memory_study(
 ) -> optuna.Study:
     r"""Returns a study of trials in memory, for one question to a sampler or pruner.
 
-    Arguments:
-        trials: The trials.
-        objectives: The number of objectives.
-        name: The name of the study.
-        notes: Filled with the notes of samplers and pruners, by the numbers of trials.
+    What these note in trials goes to `notes`, by the trials' numbers.
     """
 
     storage = _MemoryStorage(trials, {} if notes is None else notes)
@@ -212,83 +204,45 @@ def view(
     sampler keeps away from them) and diverged ones infeasible. Failed runs are absent, and so are
     runs with parameters that are not in the space any more, or with too few objectives.
 
-    Arguments:
-        records: The runs.
-        current: The distributions of the space, if they are the same for all trials. A parameter
-            whose distribution differs from trial to trial would leave the joint space.
-        objectives: The number of objectives.
+    All have the distributions of the space as it is now, if these are the same for all trials: a
+    parameter whose distribution differs from trial to trial would leave the joint space.
     """
 
-    domains = None if current is None else _domains(current)
     trials = []
 
     for record in records:
-        params = record.trial.params
+        params, outcome = record.trial.params, record.outcome
 
-        if record.state == "failed" or (domains is not None and not _has(domains, params)):
+        if outcome == "failed" or (current is not None and not _has(current, params)):
             continue
 
-        distributions = record.trial.distributions if current is None else current
-        notes = INFEASIBLE if record.outcome == "diverged" else FEASIBLE
+        running = outcome == "running" and not record.paused
+        state = TrialState.RUNNING if running else TrialState.PRUNED
+        curve = {} if outcome == "diverged" or objectives > 1 else record.visible
+        values: Sequence[float] | None = [curve[max(curve)]] if curve and not running else None
 
-        if (worth := _worth(record, objectives)) is not None:
-            trials.append(
-                frozen_trial(record.index - 1, *worth[:2], params, distributions, notes, worth[2])
-            )
+        if outcome == "complete":
+            state, values = TrialState.COMPLETE, values if objectives == 1 else record.finals
+
+            if values is None or len(values) != objectives:
+                continue
+
+        distributions = record.trial.distributions if current is None else current
+        notes = INFEASIBLE if outcome == "diverged" else FEASIBLE
+        trials.append(
+            frozen_trial(record.index - 1, state, values, params, distributions, notes, curve)
+        )
 
     return trials
 
 
-def _worth(
-    record: TrialRecord, objectives: int
-) -> tuple[TrialState, Sequence[float] | None, dict[int, float]] | None:
-    r"""Returns the state, values and curve that a sampler sees, or None without all objectives."""
-
-    outcome = record.outcome
-    curve = {} if outcome == "diverged" or objectives > 1 else record.visible
-
-    if outcome == "running" and not record.paused:
-        return TrialState.RUNNING, None, curve
-
-    values: Sequence[float] | None = (curve[max(curve)],) if curve else None
-
-    if outcome != "complete":
-        return TrialState.PRUNED, values, curve
-
-    values = values if objectives == 1 else record.finals
-    known = values is not None and len(values) == objectives
-
-    return (TrialState.COMPLETE, values, curve) if known else None
-
-
-def _domains(distributions: Distributions) -> dict[str, Domain]:
-    return {name: domain_of(distribution) for name, distribution in distributions.items()}
-
-
-def _has(domains: Mapping[str, Domain], params: Mapping[str, Any]) -> bool:
-    return params.keys() == domains.keys() and all(
-        params[name] in domain for name, domain in domains.items()
+def _has(distributions: Distributions, params: Mapping[str, Any]) -> bool:
+    return params.keys() == distributions.keys() and all(
+        params[name] in domain_of(distribution) for name, distribution in distributions.items()
     )
 
 
 # Samplers
-
-
-class _TPESampler(optuna.samplers.TPESampler):
-    r"""Infers its space from one trial of each set of parameters: the same as from all, but soon."""
-
-    def infer_relative_search_space(
-        self, study: optuna.Study, trial: FrozenTrial
-    ) -> Distributions:
-        kinds: dict[tuple[str, ...], FrozenTrial] = {}
-
-        for other in study.get_trials(deepcopy=False):
-            if other.state != TrialState.RUNNING:
-                kinds.setdefault(tuple(other.distributions), other)
-
-        one_of_each = memory_study(list(kinds.values()), len(study.directions))
-
-        return super().infer_relative_search_space(one_of_each, trial)
 
 
 # Optuna 5 reads the constraints of trials; in Optuna 4 they count if there is a function.
@@ -306,7 +260,7 @@ SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {
         seed=seed, population_size=POPULATION, **_CONSTRAINED
     ),
     # The defaults of Optuna 5, given to Optuna 4 too
-    "tpe": lambda seed: _TPESampler(
+    "tpe": lambda seed: optuna.samplers.TPESampler(
         seed=seed, multivariate=True, group=True, constant_liar=True, **_CONSTRAINED
     ),
 }
@@ -399,8 +353,7 @@ def propose(
         draw: Returns the values of the keys that vary, given an Optuna trial.
         records: All runs of the sweep.
         seed: The seed of all draws of the sweep.
-        sampler: `tpe`, `random`, `gp`, `nsga2`, `grid`, or a function of a seed that returns an
-            Optuna sampler.
+        sampler: A name, or a function of a seed that returns an Optuna sampler.
         fixed: Parameters, all or some, that the configuration must have.
         current: The distributions of the space, if they are the same for all trials.
         config: The CONFIG that the values vary: two draws that only differ in keys left out are
@@ -445,11 +398,11 @@ def propose(
 
 
 class _NotInSpace(ValueError):
-    r"""Raised if parameters are not in the space."""
+    pass
 
 
 class _Infinite(ValueError):
-    r"""Raised if a parameter has infinitely many values, in an exhaustive search."""
+    pass
 
 
 class _Proposal:
@@ -482,7 +435,13 @@ class _Proposal:
         """
 
         tried = {frozenset(record.trial.params.items()) for record in records}
-        trials = [trial for r in records if (trial := self._tried(r, current)) is not None]
+        known = [(r.trial.params, current or r.trial.distributions) for r in records]
+        trials = [
+            self._searched(params, distributions)
+            for params, distributions in known
+            if _has(distributions, params)
+            and all(params.get(name, value) == value for name, value in self.fixed.items())
+        ]
 
         for i in range(SEARCHED):
             values, attempt = self._attempt(SAMPLERS["grid"](self._seed(i)), trials)
@@ -494,8 +453,7 @@ class _Proposal:
             yield values, attempt
 
             tried.add(key)
-            number = 1 + self.number + i
-            trials.append(self._searched(number, attempt.params, attempt.distributions))
+            trials.append(self._searched(attempt.params, attempt.distributions))
 
     def _seed(self, i: int) -> int:
         entropy = np.random.SeedSequence((self.seed, self.number, i))
@@ -542,21 +500,7 @@ class _Proposal:
 
             return None, trial
 
-    def _tried(self, record: TrialRecord, current: Distributions | None) -> FrozenTrial | None:
-        r"""Returns a run in terms of the space as it is now, or None if it is not part of it."""
-
-        params, distributions = record.trial.params, current or record.trial.distributions
-
-        if any(params.get(name, value) != value for name, value in self.fixed.items()) or not _has(
-            _domains(distributions), params
-        ):
-            return None
-
-        return self._searched(record.index - 1, params, distributions)
-
-    def _searched(
-        self, number: int, params: dict[str, Any], distributions: Distributions
-    ) -> FrozenTrial:
+    def _searched(self, params: dict[str, Any], distributions: Distributions) -> FrozenTrial:
         r"""Returns a trial of the parameters that are searched: neither fixed nor single."""
 
         free = {
@@ -568,7 +512,7 @@ class _Proposal:
         for name, distribution in free.items():
             _check_finite(name, distribution)
 
-        return frozen_trial(number, TrialState.PRUNED, None, params, free)
+        return frozen_trial(-1, TrialState.PRUNED, None, params, free)
 
 
 def _check_finite(name: str, distribution: BaseDistribution) -> None:
@@ -680,11 +624,10 @@ def importances(study: optuna.Study) -> dict[str, float]:
 def _alike(a: Mapping[str, Any], b: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
     r"""Returns whether two choices of values come to the same; CONFIG has what they lack."""
 
-    for key in {**a, **b}:
-        if _plain(a.get(key, config.get(key))) != _plain(b.get(key, config.get(key))):
-            return False
-
-    return True
+    return all(
+        _plain(a.get(key, config.get(key))) == _plain(b.get(key, config.get(key)))
+        for key in {**a, **b}
+    )
 
 
 def _plain(value: Any) -> Any:

@@ -49,12 +49,7 @@ else:
 
 
 class OtherCode(UserError):
-    r"""Raised if a sweep has to be resumed with other code than this process runs.
-
-    Arguments:
-        text: What differs.
-        place: The directory with the recorded code, verified.
-    """
+    r"""Raised if a sweep has to be resumed with the verified code of a directory instead."""
 
     def __init__(self, text: str, place: Path) -> None:
         super().__init__(text)
@@ -63,12 +58,7 @@ class OtherCode(UserError):
 
 @dataclass(frozen=True)
 class Code:
-    r"""A recorded copy of the package.
-
-    Arguments:
-        hash: The SHA-256 over names and contents.
-        place: The directory that contains the package.
-    """
+    r"""A recorded copy of the package, with the SHA-256 over its names and contents."""
 
     hash: str
     place: Path
@@ -169,10 +159,7 @@ def check_code(directory: Path, choice: str = "recorded") -> None:
 def execute(place: Path, command: str, arguments: Sequence[str]) -> NoReturn:
     r"""Replaces this process by one that runs recorded code, of this or an earlier version.
 
-    Arguments:
-        place: The directory that contains the package.
-        command: `sda-ray`, or the path of a sweep script.
-        arguments: Its arguments.
+    The command is `sda-ray`, or the path of a sweep script.
     """
 
     sys.stdout.flush()

@@ -58,13 +58,10 @@ class Fit:
 
 
 def fit(sweep: Sweep, config: Config, known: Mapping[str, Any] | None = None) -> Fit:
-    r"""Finds the parameters of a configuration in the SPACE of a sweep.
+    r"""Finds the parameters of a configuration in the SPACE of a sweep; both are checked.
 
-    Arguments:
-        sweep: The sweep, checked.
-        config: The configuration, checked.
-        known: The parameters that it was drawn with, if any. A SPACE that is a function may
-            suggest names that are no keys of CONFIG.
+    A SPACE that is a function may suggest names that are no keys of CONFIG. They are `known` if the
+    configuration was drawn with them.
     """
 
     if callable(sweep.space):
@@ -284,11 +281,7 @@ def _drawn(sweep: Sweep, given: dict[str, str]) -> tuple[dict[str, Any], list[st
 
 
 def _parse(value: Any, distribution: Any) -> Any:
-    r"""Returns a value of a distribution, given as such or as text.
-
-    Raises:
-        TypeError, ValueError: If the distribution does not have it.
-    """
+    r"""Returns a value of a distribution, given as such or as text, or raises an error."""
 
     if hasattr(distribution, "choices"):
         texts = [_plain(option) for option in distribution.choices]
@@ -332,17 +325,10 @@ def _random(distribution: Any, rng: random.Random) -> Any:
 
 
 def bring_in(study: Study, item: Mapping[str, Any]) -> bool:
-    r"""Adds a run to a study as a complete one, in one line of the journal.
-
-    Arguments:
-        study: The study, whose lease is held.
-        item: See :attr:`sda_ray.sweep.prior_runs.Prior.item`.
-
-    Returns:
-        Whether it was not there before.
+    r"""Adds a run to a study as a complete one, and returns whether it was not there before.
 
     Raises:
-        UserError: If the item is something else.
+        UserError: If the item is not one of :attr:`sda_ray.sweep.prior_runs.Prior.item`.
     """
 
     from optuna.distributions import json_to_distribution

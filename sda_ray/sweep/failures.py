@@ -41,12 +41,8 @@ class Losses:
     def count(self, study: Study, record: TrialRecord, cause: str, reason: str) -> str:
         r"""Counts a loss, and returns why the run fails, or an empty text.
 
-        Arguments:
-            study: The study.
-            record: The run.
-            cause: See :func:`sda_ray.cluster.executor.cause_of`. A lost node is never held
-                against a run. A worker that does not start lacks memory as a rule.
-            reason: A line about the loss.
+        For causes see :func:`sda_ray.cluster.executor.cause_of`. A lost node is never held against
+        a run. A worker that does not start lacks memory as a rule.
         """
 
         if cause in ("memory", "start"):

@@ -7,6 +7,7 @@ import os
 import shlex
 import signal
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from ..cluster import Slots, announced, connected, is_requeued, ray_endpoint
 from ..core import Lease, UserError, deadline
 from ..data import DataInfo
 from ..runs import sweep_directory
-from ..search import Study, catch_up, decide, importances
+from ..search import Rules, Study, TrialRecord, catch_up, decide, importances
 from .code import Code, check_code, keep_code, running
 from .definition import Sweep
 from .driver import TIME, Driver
@@ -60,12 +61,44 @@ class LaunchRequests:
 NOTHING = LaunchRequests()
 
 
+class Table(Protocol):
+    r"""A live table, see :class:`sda_ray.cli.table.LiveTable`."""
+
+    target: int
+    size: Callable[[], int]
+
+    def __enter__(self) -> object: ...
+    def __exit__(self, *_: object) -> None: ...
+    def say(self, text: str) -> None: ...
+    def notify(self, event: str, record: TrialRecord) -> None: ...
+
+
 class View(Protocol):
     r"""Shows a sweep to the user, as the module :mod:`sda_ray.cli.table` does."""
 
-    def announce(self, *args: Any, **kwargs: Any) -> None: ...
-    def LiveTable(self, *args: Any, **kwargs: Any) -> Any: ...
-    def conclude(self, *args: Any, **kwargs: Any) -> None: ...
+    def announce(
+        self,
+        title: str,
+        rules: Rules,
+        records: Sequence[TrialRecord],
+        directory: Path,
+        wanted: dict[str, float],
+        parallel: int | None,
+    ) -> None: ...
+
+    def LiveTable(
+        self, title: str, target: int, runs: Path, records: Callable[[], list[TrialRecord]]
+    ) -> Table: ...
+
+    def conclude(
+        self,
+        title: str,
+        target: int,
+        records: Sequence[TrialRecord],
+        directory: Path,
+        runs: Path,
+        importances: Mapping[str, float],
+    ) -> None: ...
 
 
 def launch_sweep(
@@ -76,12 +109,6 @@ def launch_sweep(
     Everything is checked before anything is written and before Ray starts. A sweep has one driver
     at a time; the driver of a running sweep serves the requests. A Slurm job that has been
     requeued takes the sweep over from its previous execution.
-
-    Arguments:
-        sweep: The sweep.
-        options: How it is run.
-        view: Shows it to the user.
-        requests: The requests of this launch.
 
     Raises:
         UserError: If anything is wrong.
@@ -137,7 +164,14 @@ def launch_sweep(
         for line in start.widened:
             print(line)
 
-        _serve(study, sweep.trials, requests, queue, _priors(sweep, options, requests))
+        if priors := _priors(sweep, options, requests):
+            print(f"{bring_all(study, priors)}.")
+
+        if requests.retry:
+            print(f"{retry_failed(study)}.")
+
+        if queue:
+            print(f"{enqueue_all(study, queue, sweep.trials)}.")
 
         # Trials
         parallel = slots.local() if options.address is None else slots.most
@@ -162,21 +196,6 @@ def _priors(sweep: Sweep, options: Options, requests: LaunchRequests) -> list[di
         for other in requests.warm_start
         for item in warm_start(other, sweep, options.runs, options.data)
     ]
-
-
-def _serve(
-    study: Study, target: int, requests: LaunchRequests, queue: list[Any], priors: list[Any]
-) -> None:
-    r"""Serves the requests of a launch before trials start."""
-
-    if priors:
-        print(f"{bring_all(study, priors)}.")
-
-    if requests.retry:
-        print(f"{retry_failed(study)}.")
-
-    if queue:
-        print(f"{enqueue_all(study, queue, target)}.")
 
 
 def _spec(sweep: Sweep, options: Options, info: DataInfo, stop: Path) -> dict[str, Any]:

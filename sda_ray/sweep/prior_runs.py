@@ -123,14 +123,7 @@ class Prior:
 
 
 def place(prior: Prior, name: str, runs: Path, digest: str) -> Path:
-    r"""Copies config and metrics of a run into a directory of a sweep, unless that exists.
-
-    Arguments:
-        prior: The run.
-        name: The name of the sweep.
-        runs: The directory of all runs.
-        digest: The fingerprint of the sweep's data.
-    """
+    r"""Copies config and metrics of a run into a directory of a sweep, unless that exists."""
 
     file = runs / "sweeps" / name / "priors.lock"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -183,17 +176,9 @@ def collect(
     data: Path,
     known: Known | None = None,
 ) -> Iterator[Prior | Refusal]:
-    r"""Yields the finished runs that a sweep can learn from, with their loss.
+    r"""Yields finished runs, of this package or of SDA, that a sweep can learn from.
 
-    Arguments:
-        sources: The directories of the runs, of this package or of SDA.
-        sweep: The sweep, checked.
-        runs: The directory of all runs of the sweep.
-        data: The directory of its data.
-        known: The parameters that the runs were drawn with, by their ids.
-
-    Yields:
-        Each run as soon as its loss is known, or the reason against it.
+    Each comes as soon as its loss is known, or with the reason against it.
     """
 
     digest = fingerprint(data)
@@ -442,12 +427,6 @@ def _expand(word: str, runs: Path) -> list[Path]:
 def warm_start(other: str, sweep: Sweep, runs: Path, data: Path) -> list[Item]:
     r"""Copies the finished runs of another sweep, and returns them for the study.
 
-    Arguments:
-        other: The name of the other sweep, which may be running.
-        sweep: The sweep that learns from them, checked.
-        runs: The directory of all runs.
-        data: The directory of the data.
-
     Raises:
         UserError: If there is no such other sweep.
     """
@@ -473,13 +452,7 @@ def _drawn(runs: Path, name: str) -> Known:
 
 
 def fork(sweep: Sweep, runs: Path, data: Path) -> Sweep:
-    r"""Returns a sweep under the first free name NAME-2, NAME-3, …, or the one it has already.
-
-    Arguments:
-        sweep: The sweep, with the name of the one that it differs from.
-        runs: The directory of all runs.
-        data: The directory of the data.
-    """
+    r"""Returns a sweep under the first free name NAME-2, NAME-3, …, or the one it has already."""
 
     now = {"definition": sweep.check().definition(), "fingerprint": fingerprint(data)}
 
@@ -495,11 +468,7 @@ def fork(sweep: Sweep, runs: Path, data: Path) -> Sweep:
 def gather(
     sources: Iterable[Path], sweep: Sweep, runs: Path, data: Path, known: Known | None = None
 ) -> list[Item]:
-    r"""Copies the runs that a sweep covers into directories of its own, and prints the others.
-
-    Returns the items for :func:`sda_ray.sweep.enqueue.bring_all`; see :func:`collect` for the
-    arguments.
-    """
+    r"""Copies the runs that a sweep covers, prints the others and returns the items to bring in."""
 
     digest = fingerprint(data)
     items = []

@@ -231,10 +231,6 @@ def compare(before: dict[str, Any], now: dict[str, Any]) -> Changes:
 
     A SPACE may have grown: ranges of the same kind with wider bounds, choices with more options.
     The place of the data and the number of trials are not part of the definition.
-
-    Arguments:
-        before: The record of the sweep.
-        now: What would be recorded now.
     """
 
     old, new = before["definition"], now["definition"]
@@ -274,12 +270,7 @@ def compare(before: dict[str, Any], now: dict[str, Any]) -> Changes:
 def check_changes(
     runs: Path, record: dict[str, Any], script: Path | None = None
 ) -> tuple[str, ...]:
-    r"""Returns how the SPACE of a sweep has grown since it was recorded, if it was.
-
-    Arguments:
-        runs: The directory of all runs.
-        record: What would be recorded now. A new number of trials is no change.
-        script: The script that it comes from, for messages.
+    r"""Returns how the SPACE of a sweep, as it would be recorded now, has grown since it was.
 
     Raises:
         UserError: If the sweep differs otherwise, or is running with a SPACE that is not as wide.
