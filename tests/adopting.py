@@ -18,6 +18,7 @@ from sda_ray.search.promotion import TrialRecord
 from sda_ray.search.study import Study
 from sda_ray.sweep.definition import Sweep
 from sda_ray.sweep.prior_runs import Prior, Refusal, collect
+from sda_ray.sweep.record import Options
 
 __all__ = [
     "OFF",
@@ -27,6 +28,7 @@ __all__ = [
     "bytes_of",
     "collected",
     "elsewhere",
+    "options_of",
     "record_of",
     "records",
     "runs",
@@ -84,6 +86,10 @@ def record_of(sweep: Sweep, info: Any) -> dict[str, Any]:
         "fingerprint": info.fingerprint,
         "options": {},
     }
+
+
+def options_of(runs: Path, data: Path) -> Options:
+    return Options(runs.parent, runs, data)
 
 
 def records(runs: Path, name: str) -> list[TrialRecord]:

@@ -315,17 +315,10 @@ def adopt_command(args: Args) -> None:
       sda-ray adopt --sweep width.py OLD/runs/*
     """
 
-    from ..sweep import adopt, record_of
+    from ..sweep import adopt
 
     sweep, options = chosen_sweep(args, launch_options(args))
-    options = replace(options, gpus=options.gpus or 0)
-    adopt(
-        args.directories,
-        sweep,
-        options.runs,
-        options.data,
-        lambda sweep, info: record_of(sweep, options, info),
-    )
+    adopt(args.directories, sweep, options)
 
 
 def chosen_sweep(args: Args, options: Any) -> tuple[Any, Any]:

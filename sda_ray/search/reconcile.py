@@ -167,20 +167,21 @@ def read_directories(
         if path is None or record.source or record.state == "complete":
             continue
 
+        attempt = int((read_holder(path.lease) or {}).get("attempt", 0))
+
         try:
-            states[record.run_id] = _read_directory(path, record, objectives)
+            states[record.run_id] = _read_directory(path, record, attempt, objectives)
         except (UserError, OSError) as error:
-            states[record.run_id] = DirectoryState(attempt=_attempt(path))
+            states[record.run_id] = DirectoryState(attempt=attempt)
             logger.warning("%s is passed over: %s", path.directory.name, error)
 
     return states
 
 
 def _read_directory(
-    path: RunPath, record: TrialRecord, objectives: Sequence[str]
+    path: RunPath, record: TrialRecord, attempt: int, objectives: Sequence[str]
 ) -> DirectoryState:
     content = read_record(path)
-    attempt = _attempt(path)
     status, reason = content.get("status", ""), str(content.get("reason", ""))
 
     if record.state != "running":  # closed
@@ -194,7 +195,3 @@ def _read_directory(
         ends = [values[record.epochs]] if len(objectives) == 1 else finals(path, objectives)
 
     return DirectoryState(status, values, attempt, reason, tuple(ends))
-
-
-def _attempt(path: RunPath) -> int:
-    return int((read_holder(path.lease) or {}).get("attempt", 0))

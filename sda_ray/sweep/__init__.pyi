@@ -17,7 +17,6 @@ from .prior_runs import fork as fork
 from .record import Options as Options
 from .record import load_record as load_record
 from .record import read_sweep as read_sweep
-from .record import record_of as record_of
 from .requests import NotRunning as NotRunning
 from .requests import ask_all as ask_all
 from .requests import stop_sweep as stop_sweep

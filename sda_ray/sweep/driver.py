@@ -7,7 +7,7 @@ It decides with the study and :mod:`sda_ray.search.promotion`, and does not know
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ HOUSEKEEPING = 5.0  # seconds between two calls of the housekeeping
 Notify = Callable[[str, TrialRecord], None]
 
 
+@dataclass(eq=False)
 class Driver:
     r"""The driver of a sweep.
 
@@ -56,31 +57,19 @@ class Driver:
         house: The housekeeping, called every 5 s.
     """
 
-    def __init__(
-        self,
-        study: Study,
-        rules: Rules,
-        propose: Propose,
-        spec: dict[str, Any],
-        slots: Callable[[], int],
-        notify: Notify,
-        request: Path,
-        stops: PruneRule | None = None,
-        deadline: float | None = None,
-        retarget: Callable[[int], None] = lambda target: None,
-        house: Callable[[], None] = lambda: None,
-    ) -> None:
-        self.study = study
-        self.rules = rules
-        self.propose = propose
-        self.spec = spec
-        self.slots = slots
-        self.notify = notify
-        self.request = request
-        self.stops = stops
-        self.deadline = deadline
-        self.retarget = retarget
-        self.house = house
+    study: Study
+    rules: Rules
+    propose: Propose
+    spec: dict[str, Any]
+    slots: Callable[[], int]
+    notify: Notify
+    request: Path
+    stops: PruneRule | None = None
+    deadline: float | None = None
+    retarget: Callable[[int], None] = lambda target: None
+    house: Callable[[], None] = lambda: None
+
+    def __post_init__(self) -> None:
         self.request.unlink(missing_ok=True)
 
         self.live: dict[str, int] = {}  # name of a trial -> index of its run
@@ -154,22 +143,23 @@ class Driver:
             if action.kind == "wait":
                 return None
 
-            if action.kind == "prune":
-                assert action.record is not None
-                self.notify("pruned", self.study.tell(action.record, "pruned"))
-            elif action.kind != "draw":
-                assert action.record is not None
-                record = self.study.start(action.record, action.until, action.shown)
-                break
-            else:
+            if action.kind == "draw":
                 config = self.spec["config"]
-                drawn = draw_run(self.study, records, self.rules, config, self.propose)
+                record = draw_run(self.study, records, self.rules, config, self.propose)
 
-                if drawn is not None:
-                    record = drawn
+                if record is not None:
                     break
 
                 self.exhausted = True
+                continue
+
+            assert action.record is not None
+
+            if action.kind != "prune":
+                record = self.study.start(action.record, action.until, action.shown)
+                break
+
+            self.notify("pruned", self.study.tell(action.record, "pruned"))
 
         self.live[trial] = record.index
         self.losses.places.pop(record.index, None)  # its node is not known yet

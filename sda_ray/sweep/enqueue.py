@@ -253,31 +253,26 @@ def _replay(
 
 
 def _drawn(sweep: Sweep, given: dict[str, str]) -> tuple[dict[str, Any], list[str]]:
-    r"""Returns the parameters with which a function is drawn from, and faults.
+    r"""Returns the parameters with which a function is drawn from, or faults.
 
-    Of many draws, the one counts that suggests most of the given names.
+    The first of many draws counts that suggests all of the given names.
     """
 
     seen: dict[str, Any] = {}
-    best: dict[str, Any] = {}
     wrong: list[str] = []
 
     for i in range(DRAWS):
         trial, _, faults = _replay(sweep, given, random.Random(i))
         taken = {name: x for name, x in trial.params.items() if name in given}
         seen |= trial.params
+        wrong = wrong or faults
 
-        if faults:
-            wrong = wrong or faults
-        elif len(taken) > len(best):
-            best = taken
+        if not faults and taken.keys() == given.keys():
+            return taken, []
 
-    faults = [_unknown(name, seen, sweep) for name in given if name not in seen]
+    unknown = [_unknown(name, seen, sweep) for name in given if name not in seen]
 
-    if not faults and best.keys() != given.keys():
-        return best, wrong or [f"SPACE never suggests {' and '.join(given)} at once"]
-
-    return best, faults
+    return {}, unknown or wrong or [f"SPACE never suggests {' and '.join(given)} at once"]
 
 
 def _parse(value: Any, distribution: Any) -> Any:

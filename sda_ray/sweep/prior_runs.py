@@ -18,7 +18,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -52,7 +52,15 @@ from ..runs import (
 from ..search import Study
 from .definition import Sweep
 from .enqueue import Fit, bring_all, fit
-from .record import Changes, check_changes, compare, read_sweep, write_sweep
+from .record import (
+    Changes,
+    Options,
+    check_changes,
+    compare,
+    read_sweep,
+    record_of,
+    write_sweep,
+)
 from .requests import NotRunning, ask_all
 
 if TYPE_CHECKING:
@@ -359,31 +367,24 @@ def _final(name: str, prior: Prior, lines: Sequence[dict[str, Any]]) -> float:
     return float(value)
 
 
-def adopt(
-    words: Sequence[str],
-    sweep: Sweep,
-    runs: Path,
-    data: Path,
-    record_of: Callable[[Sweep, Any], dict[str, Any]],
-) -> None:
+def adopt(words: Sequence[str], sweep: Sweep, options: Options) -> None:
     r"""Brings finished runs into a sweep that is running, was running, or was never started.
 
     Arguments:
         words: Directories of runs, directories of such directories, or runs by name or id.
         sweep: The sweep.
-        runs: The directory of all runs of the sweep.
-        data: The directory of its data.
-        record_of: Returns the record of a sweep, given its normal form and a summary of the data.
+        options: What is recorded of a sweep that was never started.
 
     Raises:
         UserError: If another sweep of the name is recorded, or it covers none of the runs.
     """
 
+    runs, data = options.runs, options.data
     sources = [path for word in words for path in _expand(word, runs)]
     info = check_data(data)
     sweep = sweep.check(info)
     directory = sweep_directory(runs, sweep.name)
-    record = record_of(sweep, info)
+    record = record_of(sweep, replace(options, gpus=options.gpus or 0), info)
     check_changes(runs, record, sweep.script)
     items = gather(sources, sweep, runs, data)
 
@@ -437,18 +438,15 @@ def warm_start(other: str, sweep: Sweep, runs: Path, data: Path) -> list[Item]:
         raise UserError(f"sweep '{other}' has its own runs already: give another.")
 
     mine = [e.path for e in entries(runs) if e.sweep == other and e.status in FINISHED]
-    known = _drawn(runs, other) if mine and callable(sweep.space) else {}
+    known = {}
+
+    if mine and callable(sweep.space):
+        study = Study(sweep_directory(runs, other) / "study.journal", other, None)
+        known = {record.run_id: record.trial.params for record in study.records()}
+
     print(f"sweep '{other}' has {len(mine)} finished runs", flush=True)
 
     return gather([path.directory for path in mine], sweep, runs, data, known)
-
-
-def _drawn(runs: Path, name: str) -> Known:
-    r"""Returns the parameters of the runs of a sweep, which may be running."""
-
-    study = Study(sweep_directory(runs, name) / "study.journal", name, None)
-
-    return {record.run_id: record.trial.params for record in study.records()}
 
 
 def fork(sweep: Sweep, runs: Path, data: Path) -> Sweep:

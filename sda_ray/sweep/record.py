@@ -192,9 +192,7 @@ def load_record(runs: Path, name: str) -> tuple[Sweep, dict[str, Any]]:
 class Changes:
     r"""The changes in the definition of a sweep, a line for each.
 
-    Arguments:
-        widened: The domains that have grown, with which the sweep can be resumed.
-        refused: All other changes, which make it another sweep.
+    It can be resumed with domains that have grown. All other changes make it another sweep.
     """
 
     widened: tuple[str, ...] = ()

@@ -11,6 +11,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..core import UserError, format_size
@@ -53,6 +54,7 @@ def parse_size(text: str) -> int:
     return size
 
 
+@dataclass(eq=False)
 class Retention:
     r"""The retention of a sweep's checkpoints, called by the driver between decisions.
 
@@ -77,28 +79,18 @@ class Retention:
         final: Whether a pruned run never continues.
     """
 
-    def __init__(
-        self,
-        runs: Path,
-        sweep: str,
-        records: Callable[[], list[TrialRecord]],
-        keep: int | None = None,
-        limit: int | None = None,
-        notify: Callable[[str], None] = logger.warning,
-        final: bool = False,
-    ) -> None:
-        self.runs = runs
-        self.sweep = sweep
-        self.records = records
-        self.keep = keep
-        self.limit = limit
-        self.notify = notify
-        self.final = final
+    runs: Path
+    sweep: str
+    records: Callable[[], list[TrialRecord]]
+    keep: int | None = None
+    limit: int | None = None
+    notify: Callable[[str], None] = logger.warning
+    final: bool = False
 
+    def __post_init__(self) -> None:
         self._sizes: dict[str, int] = {}  # bytes by run
         self._retries: dict[str, float] = {}  # when to try again to delete a run's checkpoint
         self._warned: dict[str, float] = {}
-        self._over = math.inf  # when the limit was first exceeded
         self._next = -math.inf
 
     @property
@@ -133,8 +125,7 @@ class Retention:
                 if record.run_id in paths
             }
             self._delete(records, paths, deadline)
-            self._check_limit(patience=0.0 if deadline == math.inf else 2 * RETRY)
-            self._check_disk()
+            self._check_space()
         except OSError as error:  # a file system that is away for a while must not end a sweep
             self._warn("error", f"checkpoints cannot be examined: {error}.")
 
@@ -191,21 +182,14 @@ class Retention:
                 + " A run that continues starts again at epoch 0, to the same bits." * again
             )
 
-    def _check_limit(self, patience: float) -> None:
-        if self.limit is None or self.size <= self.limit:
-            self._over = math.inf
-            return
-
-        self._over = min(self._over, time.monotonic())  # a process may be about to end
-
-        if time.monotonic() - self._over >= patience:
+    def _check_space(self) -> None:
+        if self.limit is not None and self.size > self.limit:
             self._warn(
                 "limit",
                 f"checkpoints take {format_size(self.size)}, above the {format_size(self.limit)} "
                 "of --disk: the remaining ones are in use or cannot be deleted.",
             )
 
-    def _check_disk(self) -> None:
         disk = shutil.disk_usage(self.runs)
 
         if disk.free < LOW * disk.total:

@@ -24,6 +24,7 @@ from adopting import (
     bytes_of,
     collected,
     elsewhere,
+    options_of,
     record_of,
     records,
     runs,
@@ -157,7 +158,7 @@ def test_all_objectives_have_values_or_the_run_is_refused(
     )
     assert refusal.reason == "it has no seconds, which is an objective of the sweep"
 
-    adopt([str(source)], several, runs, data, record_of)
+    adopt([str(source)], several, options_of(runs, data))
     lease = Lease(tmp_path / "lease.json", "x")
     file = sweep_directory(runs, "x") / "study.journal"
     (record,) = Study(file, "x", lease, names).records()
@@ -199,7 +200,7 @@ def test_run_by_sda_is_measured_and_brought_in(
     upstream: Sweep, runs: Path, large: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = bytes_of(REFERENCE)
-    adopt([str(REFERENCE)], upstream, runs, large, record_of)
+    adopt([str(REFERENCE)], upstream, options_of(runs, large))
     (record,) = records(runs, "up")
     validset = TrajectoryDataset(large / "valid.h5", 3)
     sde = VPSDE(load_score(REFERENCE).kernel, validset.shape)
@@ -347,7 +348,7 @@ def test_warm_start_brings_in_what_both_sweeps_have_in_common(
     shutil.copytree(by_id(elsewhere, "1" * 8), own)
     record = json.loads((own / "run.json").read_text())
     (own / "run.json").write_text(json.dumps(record | {"sweep": "x"}))
-    adopt([str(by_id(elsewhere, "2" * 8))], sweep, runs, data, record_of)
+    adopt([str(by_id(elsewhere, "2" * 8))], sweep, options_of(runs, data))
     capsys.readouterr()
 
     # Its own finished run, and the one that it has adopted
@@ -369,7 +370,7 @@ def test_warm_start_brings_in_what_both_sweeps_have_in_common(
 def test_warm_start_copies_no_run_before_the_lease_is_taken(
     elsewhere: Path, sweep: Sweep, runs: Path, data: Path
 ) -> None:
-    adopt([str(by_id(elsewhere, "1" * 8))], sweep, runs, data, record_of)
+    adopt([str(by_id(elsewhere, "1" * 8))], sweep, options_of(runs, data))
     before = sorted(path.name for path in runs.iterdir())
     directory = sweep_directory(runs, "y")
     directory.mkdir()
@@ -445,7 +446,7 @@ def test_configuration_of_a_prior_run_is_not_drawn_again(
 ) -> None:
     space = {"activation": choice("SiLU", "ReLU"), "learning_rate": choice(1e-3, 2e-3)}
     other = replace(sweep, space=space, sampler="random").check()
-    adopt([str(elsewhere)], other, runs, data, record_of)
+    adopt([str(elsewhere)], other, options_of(runs, data))
     found = records(runs, "x")
     drawn = []
 
@@ -466,7 +467,7 @@ def test_configuration_of_a_prior_run_is_not_drawn_again(
 def test_widened_space_keeps_its_parameters_in_the_joint_space(
     sweep: Sweep, runs: Path, data: Path, elsewhere: Path
 ) -> None:
-    adopt([str(elsewhere)], sweep, runs, data, record_of)
+    adopt([str(elsewhere)], sweep, options_of(runs, data))
     wide = {"learning_rate": loguniform(1e-5, 1.0), "activation": choice("ELU", "SiLU", "ReLU")}
     wider = replace(sweep, space=wide).check()
     directory = sweep_directory(runs, "x")
@@ -521,7 +522,7 @@ def test_three_sweeps_of_one_script_run_side_by_side(
 
     with pytest.raises(UserError, match="batch_size"):
         changed = replace(sweep, config=sweep.config | {"batch_size": 4})
-        adopt([str(elsewhere)], changed, runs, data, record_of)
+        adopt([str(elsewhere)], changed, options_of(runs, data))
 
 
 # Adoption
@@ -531,7 +532,7 @@ def test_finished_runs_are_brought_in_with_their_curves(
     elsewhere: Path, sweep: Sweep, runs: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = bytes_of(elsewhere)
-    adopt([str(elsewhere)], sweep, runs, data, record_of)
+    adopt([str(elsewhere)], sweep, options_of(runs, data))
     out = capsys.readouterr().out
     first, second = records(runs, "x")
 
@@ -570,14 +571,14 @@ def test_finished_runs_are_brought_in_with_their_curves(
 def test_second_adoption_changes_nothing(
     elsewhere: Path, sweep: Sweep, runs: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    adopt([str(elsewhere)], sweep, runs, data, record_of)
+    adopt([str(elsewhere)], sweep, options_of(runs, data))
     journal = (sweep_directory(runs, "x") / "study.journal").read_bytes()
     before = {path.directory: bytes_of(path.directory) for path in RunPath.all(runs)}
     copy = elsewhere.parent / f"copy-{runs.parent.name}"
     shutil.copytree(elsewhere, copy)
 
     for words in ([str(elsewhere)], [str(elsewhere), str(copy)]):
-        adopt(words, sweep, runs, data, record_of)
+        adopt(words, sweep, options_of(runs, data))
         assert "0 runs brought in" in capsys.readouterr().out.replace("\n2 runs", "")
 
     assert (sweep_directory(runs, "x") / "study.journal").read_bytes() == journal
@@ -589,18 +590,18 @@ def test_runs_of_the_same_directory_are_brought_in(
 ) -> None:
     runs = tmp_path / "all"
     shutil.copytree(elsewhere, runs)
-    adopt(["1" * 8, RunPath(by_id(runs, "2" * 8)).name], sweep, runs, data, record_of)
+    adopt(["1" * 8, RunPath(by_id(runs, "2" * 8)).name], sweep, options_of(runs, data))
 
     assert [len(r.values) for r in records(runs, "x")] == [3, 3]
 
     # The copies are the sweep's own: they are not brought in again, but into another sweep.
     with pytest.raises(UserError, match="covers none of the"):
         adopt(
-            [str(by_id(runs, r.run_id)) for r in records(runs, "x")], sweep, runs, data, record_of
+            [str(by_id(runs, r.run_id)) for r in records(runs, "x")], sweep, options_of(runs, data)
         )
 
     other = replace(sweep, name="y")
-    adopt([str(runs)], other, runs, data, record_of)
+    adopt([str(runs)], other, options_of(runs, data))
     assert {r.source for r in records(runs, "y")} == {r.source for r in records(runs, "x")}
 
 
@@ -609,7 +610,7 @@ def test_arguments_that_name_no_run_are_refused(
     sweep: Sweep, runs: Path, data: Path, word: str
 ) -> None:
     with pytest.raises(UserError, match="there is no run"):
-        adopt([word], sweep, runs, data, record_of)
+        adopt([word], sweep, options_of(runs, data))
 
     assert not list(runs.iterdir())
 
@@ -625,7 +626,7 @@ sys.path.insert(0, sys.argv[1])
 elsewhere, data, root = map(Path, sys.argv[2:])
 
 import optuna, torch
-from adopting import SMALL_SWEEP, record_of, records
+from adopting import SMALL_SWEEP, options_of, records
 from sda_ray.sweep.prior_runs import adopt
 from sda_ray.runs.path import RunPath
 from sda_ray.runs.inventory import read_entry
@@ -648,7 +649,7 @@ def child(n):
     left = n
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.addaudithook(counted)
-    adopt([str(elsewhere)], SMALL_SWEEP, runs, data, record_of)
+    adopt([str(elsewhere)], SMALL_SWEEP, options_of(runs, data))
     os._exit(0)
 
 n, code = 0, 9
@@ -670,7 +671,7 @@ while code == 9:
     for path in RunPath.all(runs):
         assert not read_entry(path).faults, (n, path)
 
-    adopt([str(elsewhere)], SMALL_SWEEP, runs, data, record_of)
+    adopt([str(elsewhere)], SMALL_SWEEP, options_of(runs, data))
     found = records(runs, "x")
     assert len(found) == 2 and {r.index for r in found} == {1, 2}, n
     assert {r.run_id for r in found} == {p.id for p in RunPath.all(runs)}, n
@@ -699,14 +700,14 @@ def test_adoption_killed_at_any_change_is_completed_by_the_next(
 def test_definition_that_differs_is_refused(
     elsewhere: Path, sweep: Sweep, runs: Path, data: Path
 ) -> None:
-    adopt([str(elsewhere)], sweep, runs, data, record_of)
+    adopt([str(elsewhere)], sweep, options_of(runs, data))
     journal = (sweep_directory(runs, "x") / "study.journal").read_bytes()
 
     with pytest.raises(UserError, match="exists and differs"):
-        adopt([str(elsewhere)], replace(sweep, seed=1), runs, data, record_of)
+        adopt([str(elsewhere)], replace(sweep, seed=1), options_of(runs, data))
 
     wider = replace(sweep, space=SPACE | {"learning_rate": loguniform(1e-5, 1e-1)}, trials=99)
-    adopt([str(elsewhere)], wider, runs, data, record_of)
+    adopt([str(elsewhere)], wider, options_of(runs, data))
     found = read_sweep(runs, "x")
 
     assert found["definition"]["space"]["learning_rate"]["range"] == [1e-5, 1e-1]
@@ -718,7 +719,7 @@ def test_driver_of_a_running_sweep_brings_them_in(
     elsewhere: Path, sweep: Sweep, runs: Path, data: Path
 ) -> None:
     directory = sweep_directory(runs, "x")
-    adopt([str(by_id(elsewhere, "1" * 8))], sweep, runs, data, record_of)
+    adopt([str(by_id(elsewhere, "1" * 8))], sweep, options_of(runs, data))
     lease = Lease(directory / "lease.json", "x")
     study = Study(directory / "study.journal", "x", lease)
     driver = Driver(
@@ -740,11 +741,11 @@ def test_driver_of_a_running_sweep_brings_them_in(
     thread.start()
 
     try:
-        adopt([str(elsewhere)], sweep, runs, data, record_of)
+        adopt([str(elsewhere)], sweep, options_of(runs, data))
         wider = replace(sweep, space=SPACE | {"learning_rate": loguniform(1e-5, 1e-1)})
 
         with pytest.raises(UserError, match="is running with a SPACE that is not as wide"):
-            adopt([str(elsewhere)], wider, runs, data, record_of)
+            adopt([str(elsewhere)], wider, options_of(runs, data))
     finally:
         over.set()
         thread.join()
