@@ -125,7 +125,9 @@ class Retention:
                 if record.run_id in paths
             }
             self._delete(records, paths, deadline)
-            self._check_space()
+
+            if time.monotonic() < deadline:  # otherwise the next turn deletes more
+                self._check_space()
         except OSError as error:  # a file system that is away for a while must not end a sweep
             self._warn("error", f"checkpoints cannot be examined: {error}.")
 
