@@ -7,7 +7,6 @@ refused when it comes back.
 """
 
 import os
-import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -61,9 +60,6 @@ class FileServer:
     def _directory(self, run_id: str) -> Path:
         r"""Returns the directory of a run, `.{id}` until the trial has named it."""
 
-        if not re.fullmatch("[a-z0-9]{8}", run_id):
-            raise ValueError(f"{run_id!r} is no id of a run")
-
         if run_id not in self.directories:
             path = RunPath.of_id(self.runs, run_id)
             self.directories[run_id] = path.directory if path else self.runs / f".{run_id}"
@@ -84,8 +80,6 @@ class FileServer:
 
     @contextmanager
     def _held(self, run_id: str, attempt: int) -> Iterator[Path]:
-        r"""Locks the lease of an attempt for the block, and yields the directory of the run."""
-
         directory = self._directory(run_id)
 
         try:
@@ -159,10 +153,7 @@ class FileServer:
     def settle(self, run_id: str, attempt: int, name: str) -> None:
         r"""Names the directory of a new run."""
 
-        target = self.runs / name
-
-        if target.parent != self.runs or not name.endswith(f"_{run_id}") or name[0] == ".":
-            raise ValueError(f"{name!r} is no name for run {run_id}")
+        target = _place(self.runs, name)
 
         with self._held(run_id, attempt) as directory:
             if directory.name == f".{run_id}":
@@ -178,13 +169,8 @@ class FileServer:
         return stop_scope(self.request, number)
 
     def read(self, run_id: str, attempt: int, name: str, offset: int, size: int) -> bytes:
-        r"""Returns a chunk of a file of a run."""
-
-        if name not in RESUMED:
-            raise ValueError(f"{name!r} is no file that a trial needs")
-
         with self._held(run_id, attempt) as directory:
-            return _read(directory / name, offset, size)
+            return _read(_place(directory, name), offset, size)
 
     def append(self, run_id: str, attempt: int, name: str, offset: int, data: bytes) -> None:
         r"""Appends to a file of a run that only grows, and had `offset` bytes before."""
@@ -213,11 +199,10 @@ class FileServer:
             place = _place(directory, name)
             aside = place.with_name(f".{place.name}.tmp")
 
-            if sha and not aside.exists() and _digest(place) == sha:  # the answer was lost
-                return
+            if sha and not aside.exists() and place.exists() and _digest(place) == sha:
+                return  # the answer was lost
 
-            flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-            flags |= 0 if offset else os.O_TRUNC
+            flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | (0 if offset else os.O_TRUNC)
             mode = 0o600 if name == "diff.patch" else 0o666
 
             try:
@@ -267,8 +252,6 @@ class FileServer:
         return {name: (self.data / name).stat().st_size for name in DATA}
 
     def read_data(self, name: str, offset: int, size: int) -> bytes:
-        r"""Returns a chunk of a file of data."""
-
         if name not in DATA:
             raise ValueError(f"{name!r} is no file that a training reads")
 
@@ -276,10 +259,7 @@ class FileServer:
 
 
 def stop_scope(request: Path, number: int) -> str:
-    r"""Returns whether a stop file asks `all` trials or run `number` `alone`, or nothing.
-
-    The file `request` stops all trials of the sweep, `request.N` only run N.
-    """
+    r"""Returns `all` if the file `request` exists, `alone` if `request.{number}` does, or nothing."""
 
     names: list[str] = []
 
@@ -295,12 +275,7 @@ def stop_scope(request: Path, number: int) -> str:
 
 @contextmanager
 def serve_files(runs: Path, data: Path, request: Path) -> Iterator[dict[str, str]]:
-    r"""Runs a file server on this node during the block.
-
-    Arguments:
-        runs: The directory of all runs.
-        data: The directory of the data.
-        request: The file that asks trials to stop, in the directory of the sweep.
+    r"""Runs a :class:`FileServer` on this node during the block.
 
     Yields:
         The address: `actor` and `namespace` of the server, and `probe` and `nonce`, a file that
@@ -352,34 +327,18 @@ def _read(file: Path, offset: int, size: int) -> bytes:
 
 
 def _digest(file: Path) -> str:
-    r"""Returns the SHA-256 of a file, or an empty text if there is none."""
-
-    try:
-        with open(file, "rb") as stream:
-            return digest(stream)
-    except FileNotFoundError:
-        return ""
+    with open(file, "rb") as stream:
+        return digest(stream)
 
 
 def _place(directory: Path, name: str) -> Path:
-    r"""Returns the path of a file of a run: in its directory, or in that of W&B below.
-
-    Raises:
-        ValueError: If it is no file of a run, or would be outside of its directory.
-    """
-
-    parts = Path(name).parts
-    ours = len(parts) == 1 and not name.startswith((".", "lease."))
-
-    if ".." in parts or Path(name).is_absolute() or not (ours or parts[:1] == ("wandb",)):
-        raise ValueError(f"{name!r} is no file of a run")
+    r"""Returns the path of a file in a directory, or raises a ValueError if it is elsewhere."""
 
     place = directory / name
 
-    if len(parts) > 1:
-        place.parent.mkdir(parents=True, exist_ok=True)
+    if not place.resolve().is_relative_to(directory.resolve()):
+        raise ValueError(f"{name!r} leads out of {directory}")
 
-        if not place.parent.resolve().is_relative_to(directory.resolve()):
-            raise ValueError(f"{name!r} leads out of the run")
+    place.parent.mkdir(parents=True, exist_ok=True)
 
     return place
