@@ -22,6 +22,7 @@ from ..core import (
     LeaseLost,
     UserError,
     deadline,
+    on_signals,
     read_notes,
     write_atomic,
 )
@@ -42,20 +43,15 @@ def announced(
 ) -> Iterator[Callable[[Mapping[str, str]], None]]:
     r"""Announces the Ray of a sweep to other machines within the block.
 
-    All is written under the lease: a driver that was taken over changes nothing.
-
-    Arguments:
-        directory: The directory of the sweep.
-        lease: The lease of the sweep.
-        address: The address of Ray, `IP:PORT`.
-        token: The token of a Ray that belongs to the sweep, or None for a cluster with a token of
-            its own.
+    All is written under the lease: a driver that was taken over changes nothing. The token is None
+    for a cluster that does not belong to the sweep.
 
     Yields:
         A function that records the avoided nodes: the reasons by Ray's ids.
     """
 
-    file, recorded = directory / "token", dict[str, str]()
+    file = directory / "token"
+    recorded: dict[str, str] = {}
 
     with lease.hold():
         file.unlink(missing_ok=True)
@@ -96,9 +92,9 @@ def read_head(directory: Path) -> dict[str, Any] | None:
     if not isinstance(address, str) or not isinstance(avoided, dict):
         return None
 
-    known = {key: holder[key] for key in ("host", "attempt")}
+    place = {key: holder[key] for key in ("host", "attempt")}
 
-    return known | {"address": address, "avoided": avoided}
+    return place | {"address": address, "avoided": avoided}
 
 
 def find_token(directory: Path) -> str | None:
@@ -130,10 +126,7 @@ def find_token(directory: Path) -> str | None:
 
 
 def is_requeued(directory: Path, job: str | None) -> bool:
-    r"""Tells whether a Slurm job was the last to drive a sweep, and so was requeued.
-
-    Drivers note their job in the lease of the sweep.
-    """
+    r"""Tells whether a Slurm job was the last to drive a sweep, as the sweep's lease notes."""
 
     return job is not None and read_notes(directory / "lease.json")[1].get("job") == job
 
@@ -185,10 +178,7 @@ def join_sweep(
 def stay(node: RayNode, over: Reason) -> str:
     r"""Keeps a node until there is a reason to leave, then leaves and returns the reason.
 
-    Arguments:
-        node: The node.
-        over: Returns why to leave, or an empty string. If the reason begins with `the sweep`,
-            there are no trials to wait for.
+    A reason that begins with `the sweep` leaves no trials to wait for.
     """
 
     while node.is_running() and not (why := over()):
@@ -208,11 +198,10 @@ def stay(node: RayNode, over: Reason) -> str:
 def _leave_requested() -> Iterator[Reason]:
     r"""Yields a function for the reason to leave. A second signal ends the process at once."""
 
-    every = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
     received: list[float] = []
     end = deadline(None, os.environ)
 
-    def handle(number: int, frame: Any) -> None:
+    def handle(number: int) -> None:
         now = time.monotonic()
 
         if received and now - received[0] > REPEAT and number != signal.SIGUSR1:
@@ -226,13 +215,8 @@ def _leave_requested() -> Iterator[Reason]:
 
         return "its time is up" if end is not None and time.monotonic() > end - LEAST else ""
 
-    before = {n: signal.signal(n, handle) for n in every}
-
-    try:
+    with on_signals(handle, signal.SIGUSR1):
         yield why
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _await_head(
@@ -276,8 +260,6 @@ def _host_of(head: dict[str, Any]) -> str:
 
 
 def _answers(head: dict[str, Any]) -> bool:
-    r"""Tells whether the announced Ray still answers."""
-
     try:
         port = int(head["address"].rpartition(":")[2])
         socket.create_connection((_host_of(head), port), POLL).close()

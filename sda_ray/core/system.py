@@ -32,10 +32,10 @@ SHORT = ("can't allocate memory", "CUDA error: out of memory", "STATUS_ALLOC_FAI
 
 
 @contextmanager
-def on_signals(handle: Callable[[int], None]) -> Iterator[None]:
-    r"""Calls a function on SIGINT, SIGTERM and SIGHUP, unless they are ignored, as under nohup."""
+def on_signals(handle: Callable[[int], None], *more: int) -> Iterator[None]:
+    r"""Calls a function on SIGINT, SIGTERM, SIGHUP and more, unless ignored, as under nohup."""
 
-    every = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    every = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, *more)
     before = {n: old for n in every if (old := signal.getsignal(n)) is not signal.SIG_IGN}
 
     for number in before:
