@@ -54,7 +54,7 @@ test-cluster: .venv/installed-dev .venv/installed-cluster
 
 cluster-check: FILE ?= cluster.yaml
 cluster-check: .venv/installed-cluster
-	@$(BIN)/python -m sda_ray.cluster.clusterfile $(FILE)
+	@$(BIN)/python -m sda_ray.cluster.clusterfile $(FILE) && echo "$(FILE): fine"
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check

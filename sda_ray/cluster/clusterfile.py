@@ -17,7 +17,7 @@ from typing import Any
 
 from ..core import did_you_mean
 
-__all__ = ["check_cluster", "main"]
+__all__ = ["check_cluster"]
 
 STARTS = ("head_start_ray_commands", "worker_start_ray_commands")
 TOKEN = ".ray/auth_token"
@@ -186,18 +186,5 @@ def _versions(config: dict[str, Any]) -> Iterator[str]:
         yield "no version of Ray is pinned: the nodes would get the newest one."
 
 
-def main(words: list[str]) -> int:
-    r"""Prints the faults of a cluster file, and returns 1 if there are any."""
-
-    file = Path(*words)
-    faults = check_cluster(file)
-    print(f"{file}: {f'{len(faults)} to correct' if faults else 'fine'}")
-
-    for fault in faults:
-        print(f"  {fault}")
-
-    return int(bool(faults))
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit("\n".join(check_cluster(Path(sys.argv[1]))) or None)

@@ -1,6 +1,9 @@
 r"""Tests for sda_ray.cluster.clusterfile, and for the cluster files of the repository."""
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -9,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from sda_ray.cluster.clusterfile import check_cluster, main
+from sda_ray.cluster.clusterfile import check_cluster
 
 ROOT = Path(__file__).parents[2]
 FILES = ["cluster.yaml", "cluster.local.yaml"]
@@ -135,12 +138,17 @@ def test_nonsense_is_said_to_be_such(tmp_path: Path, text: str) -> None:
     assert check_cluster(tmp_path / "missing.yaml")
 
 
-def test_command_says_what_is_wrong(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(make())]) == 0
-    assert "fine" in capsys.readouterr().out
+def test_command_says_what_is_wrong(make: Make) -> None:
+    def run(file: Path) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, "-m", "sda_ray.cluster.clusterfile", str(file)]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
 
-    assert main([str(make(changes={"chmod 600": "chmod 644"}))]) == 1
-    assert "1 to correct" in capsys.readouterr().out
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    done = run(make())
+    assert (done.returncode, done.stderr) == (0, "")
+    done = run(make(changes={"chmod 600": "chmod 644"}))
+    assert done.returncode == 1 and "chmod 600" in done.stderr
 
 
 @pytest.fixture
