@@ -1,6 +1,7 @@
 r"""Ray: nodes, and the trials on them."""
 
 from .connect import connected as connected
+from .connect import live_nodes as live_nodes
 from .connect import local_cpus as local_cpus
 from .connect import local_gpus as local_gpus
 from .connect import map_on_ray as map_on_ray
@@ -15,7 +16,6 @@ from .nodes import bandwidth as bandwidth
 from .nodes import clock_skew as clock_skew
 from .nodes import cluster_status as cluster_status
 from .nodes import examine as examine
-from .nodes import live_nodes as live_nodes
 from .nodes import marker as marker
 from .nodes import memory_limit as memory_limit
 from .nodes import survey as survey

@@ -17,7 +17,15 @@ from ..core import UserError
 from ..storage import on_node
 from .ray_node import ENVIRONMENT, local_cpus, local_gpus, private_directory, started
 
-__all__ = ["connected", "local_cpus", "local_gpus", "map_on_ray", "on_node", "ray_endpoint"]
+__all__ = [
+    "connected",
+    "live_nodes",
+    "local_cpus",
+    "local_gpus",
+    "map_on_ray",
+    "on_node",
+    "ray_endpoint",
+]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -175,11 +183,7 @@ def _attachment(kill: Callable[[], None] = lambda: None) -> Iterator[None]:
 
 
 def ray_endpoint(own: bool) -> tuple[str, str | None]:
-    r"""Returns the address at which other machines reach the Ray of this process, and its token.
-
-    Arguments:
-        own: Whether the Ray belongs to the sweep. The token of any other is not passed on.
-    """
+    r"""Returns the address of this process' Ray for other machines, and its token if it is our own."""
 
     import ray
 
@@ -194,6 +198,14 @@ def ray_endpoint(own: bool) -> tuple[str, str | None]:
         token = Path(file).read_text().strip()
 
     return address, token
+
+
+def live_nodes() -> dict[str, dict[str, Any]]:
+    r"""Returns Ray's record of each live node, by id."""
+
+    import ray
+
+    return {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
 
 
 def _check_port(address: str) -> None:
@@ -228,9 +240,8 @@ def map_on_ray(
 
     Arguments:
         function: The function, which runs in workers with one CPU each.
-        items: The items.
-        workers: The number of workers. If :py:`None`, one for each CPU that may be used.
-        address: The address of a running cluster. If :py:`None`, a private Ray is started.
+        workers: The number of workers, by default one for each CPU that may be used.
+        address: The address of a running cluster, or None to start a private Ray.
 
     Raises:
         UserError: If the number of workers is below 1, or there is no cluster at the address.

@@ -34,6 +34,7 @@ from ..core import HEARTBEAT, UserError, last_heartbeat, on_signals, read_holder
 from ..runs import RunPath
 from ..storage import Disconnected
 from ..training import OTHER, STACKS, STALL, take_stacks
+from .connect import live_nodes
 from .trial import Trial
 
 __all__ = ["Attempt", "Driver", "Executor", "cause_of", "execute"]
@@ -94,7 +95,6 @@ def execute(
     r"""Runs trials until nothing is left to do, or until the driver or a signal asks to stop.
 
     Arguments:
-        driver: The driver.
         resources: The resources of a trial: `cpu` and `gpu`.
         scratch: A directory for what Tune writes, which is never read again.
         own: Whether this machine is the head node of our own Ray, and so never avoided.
@@ -172,27 +172,18 @@ def _place(bundle: dict[str, float], config: dict[str, Any]) -> Any:
 
 @dataclass
 class Attempt:
-    r"""An attempt at a run, as seen from the driver.
-
-    Arguments:
-        spec: The arguments of its trial.
-        actor: Its trial, known from the first result on.
-        node: The id of its node, known from the first result on.
-        reason: Why its process was ended by us.
-    """
+    r"""An attempt at a run, as seen from the driver."""
 
     spec: dict[str, Any]
-    actor: Any = None
+    actor: Any = None  # as its node, known from the first result on
     node: str = ""
-    reason: str = ""
+    reason: str = ""  # why its process was ended by us
     sign: Any = None  # what changes while its process is alive
     since: float = 0.0  # when that changed last
     found: RunPath | None = None
 
     @property
     def path(self) -> RunPath | None:
-        r"""The path of the run, if it has a directory yet."""
-
         if self.found is None or not self.found.lease.exists():
             self.found = RunPath.of_id(Path(self.spec["runs"]), self.spec["run_id"])
 
@@ -200,18 +191,14 @@ class Attempt:
 
     @property
     def holder(self) -> dict[str, Any]:
-        r"""The holder of the run's lease, empty if there is none."""
-
         return (self.path and read_holder(self.path.lease)) or {}
 
     def silence(self, fresh: bool = False) -> float:
         r"""Returns the seconds without a sign of life if the process counts as frozen, else 0.
 
         The sign is the heartbeat of the run's lease. A process that starts or ends has none, and
-        more time. One that lives but hangs ends itself, see :mod:`sda_ray.training.watchdog`.
-
-        Arguments:
-            fresh: Whether to forget how long the process was silent before.
+        more time. One that lives but hangs ends itself, see :mod:`sda_ray.training.watchdog`. A
+        `fresh` look forgets how long it was silent before.
         """
 
         limit = max(self.spec.get("stall") or STALL, BEATS * HEARTBEAT)
@@ -234,11 +221,6 @@ class Executor(FIFOScheduler):
 
     Housekeeping serves requests, watches the deadline, and detects lost nodes and frozen processes.
     Tune is given no callbacks: with any, it imports W&B into the driver, a second at each start.
-
-    Arguments:
-        driver: The driver.
-        bundle: The resources of a trial, as Ray names them.
-        requests: Serves the requests that came in since its last call.
     """
 
     def __init__(
@@ -261,8 +243,6 @@ class Executor(FIFOScheduler):
         self.restarts = 0
 
     def run(self, storage: Path) -> None:
-        r"""Runs Tune until the driver has nothing left to do."""
-
         tune.run(
             tune.with_resources(Trial, partial(_place, self.bundle)),
             name="sweep",
@@ -277,8 +257,6 @@ class Executor(FIFOScheduler):
         )
 
     def suggest(self, name: str) -> dict[str, Any] | None:
-        r"""Returns the arguments of a new trial, see :meth:`Driver.suggest`."""
-
         if (spec := self.driver.suggest(name)) is not None:
             self.attempts[spec["index"]] = Attempt(spec)
 
@@ -372,7 +350,7 @@ class Executor(FIFOScheduler):
     def _look_at_nodes(self) -> None:
         r"""Notes which nodes are up. Tune would wait for ever if there were none."""
 
-        alive, now = {node["NodeID"] for node in ray.nodes() if node["Alive"]}, time.monotonic()
+        alive, now = set(live_nodes()), time.monotonic()
         self.died = now if self.alive - alive else self.died
         self.seen = now if alive else self.seen
         self.alive = alive
@@ -465,8 +443,7 @@ class Executor(FIFOScheduler):
     def _end_frozen(self, late: bool) -> None:
         r"""Ends processes without a sign of life, which Tune then reports as lost.
 
-        Arguments:
-            late: Whether this process was frozen itself, so that nothing is known of others.
+        If it is late, this process was frozen itself, so that nothing is known of others.
         """
 
         live, closing = self.driver.live, self.driver.closing

@@ -29,7 +29,7 @@ from ..core import UserError, lock_works
 from ..data import fingerprint
 from ..runs import Entry, cpu_model, entries
 from ..storage import local_directory
-from .connect import on_node
+from .connect import live_nodes, on_node
 from .join import read_head
 from .preemption import draining_nodes
 
@@ -59,14 +59,6 @@ SAMPLE = 16 * 2**20  # bytes sent to measure the bandwidth
 HEAD = "node:__internal_head__"  # a resource that the head has, and no other node
 
 Facts = dict[str, Any]
-
-
-def live_nodes() -> dict[str, dict[str, Any]]:
-    r"""Returns Ray's record of each live node, by id."""
-
-    import ray
-
-    return {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
 
 
 def survey(
@@ -107,11 +99,7 @@ def survey(
 
 
 def bandwidth(node: str) -> float:
-    r"""Returns the bytes per second from a node to this one.
-
-    Raises:
-        Exception: If the node does not answer within a minute.
-    """
+    r"""Returns the bytes per second from a node to this one, or raises if it does not answer."""
 
     import ray
 
@@ -123,24 +111,20 @@ def bandwidth(node: str) -> float:
     return SAMPLE / (time.monotonic() - start)
 
 
-def clock_skew(node: str, tries: int = 5) -> float:
-    r"""Returns the seconds by which the clock of a node is ahead of this machine's.
-
-    Raises:
-        Exception: If the node does not answer within a minute.
-    """
+def clock_skew(node: str) -> float:
+    r"""Returns the seconds by which a node's clock is ahead, or raises if it does not answer."""
 
     import ray
 
     samples = []
 
-    for _ in range(tries):
+    for _ in range(5):
         sent = time.time()
         clock = ray.get(_call(node, lambda: time.time()), timeout=TIMEOUT)
         received = time.time()
         samples.append((received - sent, clock - (sent + received) / 2))
 
-    return min(samples)[1]
+    return min(samples)[1]  # of the quickest answer
 
 
 def _call(node: str, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -198,9 +182,8 @@ def examine(
 
     Arguments:
         runs: The directory of all runs, as the driver calls it.
-        token: The name of a file that the driver has put there.
-        data: The directory of the data.
-        expected: The fingerprint of the data, or None to leave them alone.
+        token: The name of a file that the driver has put there, see :func:`marker`.
+        data: The directory of the data, of which `expected` is the fingerprint.
         remote: Whether trials can do without these directories, by fetching files from the head.
         gpus: Whether to count GPUs.
         url: A server to connect to.
@@ -398,11 +381,6 @@ def _command(pid: int | None) -> str:
 def cluster_status(runs: Path) -> dict[str, Any]:
     r"""Returns the nodes of the cluster that this process is attached to, and the runs on them.
 
-    Ray knows the nodes; run directories know which run is where.
-
-    Arguments:
-        runs: The directory of all runs.
-
     Returns:
         `address`, `cpus` and `gpus` of the cluster (`used` and `total`), and `nodes`, live ones
         first: `id`, `name`, `ip`, `role` (`head` or `worker`), `state` (`alive`, `draining` or
@@ -427,15 +405,14 @@ def cluster_status(runs: Path) -> dict[str, Any]:
             if node["id"] in avoided:
                 node["avoided"][lease.parent.name] = str(avoided[node["id"]])
 
+    def use(key: str) -> dict[str, float]:
+        has = total.get(key, 0.0)
+        return {"used": has - free.get(key, 0.0), "total": has}
+
     return {
         "address": str(ray.get_runtime_context().gcs_address),
-        **{
-            f"{key.lower()}s": {
-                "used": total.get(key, 0.0) - free.get(key, 0.0),
-                "total": total.get(key, 0.0),
-            }
-            for key in ("CPU", "GPU")
-        },
+        "cpus": use("CPU"),
+        "gpus": use("GPU"),
         "nodes": known,
         "elsewhere": elsewhere,
     }

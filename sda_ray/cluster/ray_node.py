@@ -119,21 +119,13 @@ def own_ip(peer: str = "8.8.8.8") -> str:
 
 @dataclass(frozen=True)
 class RayNode:
-    r"""A running node of Ray.
+    r"""A running node of Ray."""
 
-    Arguments:
-        process: `ray start --block`.
-        directory: The private directory of the node.
-        address: The address of its Ray.
-        cpus: The CPUs that it offers.
-        gpus: The GPUs that it offers, or None if Ray counts them.
-    """
-
-    process: "subprocess.Popen[bytes]"
+    process: "subprocess.Popen[bytes]"  # `ray start --block`
     directory: Path
-    address: str
+    address: str  # of its Ray
     cpus: int
-    gpus: int | None
+    gpus: int | None  # None if Ray counts them
 
     def is_running(self) -> bool:
         return self.process.poll() is None
@@ -151,8 +143,6 @@ class RayNode:
             self.process.wait(DRAIN + END)
 
     def kill(self) -> None:
-        r"""Kills all processes of the node."""
-
         _kill(self.process)
 
 

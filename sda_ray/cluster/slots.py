@@ -2,10 +2,9 @@ r"""How many trials fit at a time on the nodes of a cluster."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from ..core import UserError
-from .connect import local_cpus, local_gpus
+from .connect import live_nodes, local_cpus, local_gpus
 from .preemption import draining_nodes
 
 __all__ = ["Slots", "fitting"]
@@ -30,13 +29,7 @@ def fitting(wanted: dict[str, float], resources: dict[str, float]) -> int:
 
 
 class Slots:
-    r"""The number of trials that fit at a time.
-
-    Arguments:
-        cpus: The CPUs of a trial.
-        gpus: The GPUs of a trial.
-        most: The most trials at a time, if not as many as fit.
-    """
+    r"""The number of trials that fit at a time, at most `most`, by the CPUs and GPUs of each."""
 
     def __init__(self, cpus: float, gpus: float, most: int | None = None) -> None:
         self.wanted = {key: x for key, x in {"CPU": cpus, "GPU": gpus}.items() if x > 0}
@@ -71,7 +64,7 @@ class Slots:
     def _look(self) -> int:
         gone = {*self.avoided, *draining_nodes()}
 
-        return sum(self._on(n["Resources"]) for n in _nodes() if n["NodeID"] not in gone)
+        return sum(self._on(n["Resources"]) for id, n in live_nodes().items() if id not in gone)
 
     def _check_avoided(self, seconds: float) -> None:
         r"""Raises a UserError if there was long no room, and never will be on bad nodes."""
@@ -79,7 +72,7 @@ class Slots:
         if seconds <= LAST or not (bad := [x for x in self.avoided.values() if x.startswith(BAD)]):
             return
 
-        fit = {node["NodeID"] for node in _nodes() if self._on(node["Resources"])}
+        fit = {id for id, node in live_nodes().items() if self._on(node["Resources"])}
 
         if fit <= set(self.avoided) and not self.forgive():
             raise UserError(
@@ -104,18 +97,15 @@ class Slots:
         self._check([("this machine", _here())])
 
     def check(self, patience: float = 0.0) -> None:
-        r"""Raises a UserError if no node can ever hold a trial: Ray would wait for ever.
-
-        Arguments:
-            patience: The seconds in which a node that can may still join.
-        """
+        r"""Raises a UserError if no node can hold a trial, nor joins in time: Ray would wait for ever."""
 
         deadline = time.monotonic() + patience
 
-        while not self.grows and not any(self._on(node["Resources"]) for node in _nodes()):
+        while not self.grows and not any(self._on(n["Resources"]) for n in live_nodes().values()):
             if time.monotonic() >= deadline:
-                nodes = [(f"node {n['NodeManagerHostname']}", n["Resources"]) for n in _nodes()]
-                self._check(nodes, "; if the cluster starts nodes on demand, give --parallel")
+                nodes = live_nodes().values()
+                named = [(f"node {n['NodeManagerHostname']}", n["Resources"]) for n in nodes]
+                self._check(named, "; if the cluster starts nodes on demand, give --parallel")
 
             time.sleep(1.0)
 
@@ -136,9 +126,3 @@ class Slots:
 
 def _here() -> dict[str, float]:
     return {"CPU": local_cpus(), "GPU": local_gpus()}
-
-
-def _nodes() -> list[dict[str, Any]]:
-    import ray
-
-    return [node for node in ray.nodes() if node["Alive"]]

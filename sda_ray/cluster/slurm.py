@@ -72,8 +72,6 @@ def job_script(
     r"""Returns the script of a job that runs a sweep.
 
     Arguments:
-        name: The name of the sweep.
-        directory: The directory of the sweep.
         file: The file of the script.
         words: The arguments of `sda-ray sweep`.
         given: The options of sbatch.
@@ -127,11 +125,7 @@ def _quote(word: str) -> str:
 
 
 def main(words: Sequence[str]) -> None:
-    r"""Runs a sweep in this allocation, or a further node of its Ray.
-
-    Arguments:
-        words: `--node`, or the arguments of `sda-ray sweep`.
-    """
+    r"""Runs a sweep in this allocation; with `--node`, a further node of its Ray."""
 
     try:
         sys.exit(_node() if words == ["--node"] else _run(words))

@@ -259,13 +259,7 @@ class Trial(tune.Trainable):
             self.remote.push_lines()
 
     def _stop_request(self) -> str:
-        r"""Returns why to stop: `leaving` (the node), `all` (trials), `alone` (this one), or none.
-
-        The head node looks for trials that cannot see the files.
-
-        Raises:
-            Disconnected: If the trial is cut off from the head node.
-        """
+        r"""Returns why to stop: `leaving` (the node), `all` (trials), `alone` (this one), or none."""
 
         from ..storage import stop_scope
 

@@ -66,11 +66,7 @@ def replicated(
 ) -> Iterator[SweepReplica | None]:
     r"""Keeps a copy of a sweep in a bucket during the block; fetches a newer copy first.
 
-    Arguments:
-        url: `s3://bucket/prefix`.
-        runs: The directory of all runs on this machine.
-        name: The name of the sweep.
-        patience: How long to watch for the heartbeat of a driver elsewhere, in seconds.
+    For `patience` seconds it watches for the heartbeat of a driver elsewhere.
 
     Yields:
         The replica, or None if a driver on this machine runs the sweep and keeps the copy itself.
@@ -111,14 +107,7 @@ def _answering(bucket: Bucket) -> Iterator[None]:
 
 
 class SweepReplica:
-    r"""The copy of a sweep and its runs in a bucket.
-
-    Arguments:
-        bucket: The bucket.
-        runs: The directory of all runs on this machine.
-        name: The name of the sweep.
-        lease: The lease of the copy.
-    """
+    r"""The copy of a sweep and its runs in a bucket, under a lease."""
 
     def __init__(self, bucket: Bucket, runs: Path, name: str, lease: Lease) -> None:
         self.bucket, self.runs, self.lease = bucket, runs, lease
@@ -161,11 +150,7 @@ class SweepReplica:
             )
 
     def finish(self, patience: float) -> None:
-        r"""Pushes the rest, waits for that, and releases the copy.
-
-        Arguments:
-            patience: How long to retry if the bucket does not answer, in seconds.
-        """
+        r"""Pushes the rest, retries for `patience` seconds, and releases the copy."""
 
         if self.study is not None:
             self._finishing.set()
@@ -414,29 +399,19 @@ def _folders(keys: Iterable[str]) -> list[str]:
 
 
 def _below(keys: Collection[str], folders: Iterable[str], names: Iterable[str]) -> list[str]:
-    r"""Returns the keys of files in folders, as far as they exist."""
-
     return [f"{x}/{name}" for x in folders for name in names if f"{x}/{name}" in keys]
 
 
 def _records(keys: Collection[str]) -> list[str]:
     r"""Returns the keys of the small files of sweeps and runs."""
 
-    files = r"sweeps/[^/]+/(sweep\.json|script\.py)"
-    sweeps = [key for key in keys if re.fullmatch(files, key)]
+    sweeps = [x for x in keys if re.fullmatch(r"sweeps/[^/]+/(sweep\.json|script\.py)", x)]
 
     return [*sweeps, *_below(keys, _folders(keys), RECORDS)]
 
 
 def _fetch(bucket: Bucket, runs: Path, keys: Iterable[str], replace: bool = False) -> None:
-    r"""Fetches objects to the same place below `runs`; damaged ones are left out, with a warning.
-
-    Arguments:
-        bucket: The bucket.
-        runs: The directory of all runs.
-        keys: The keys of the objects.
-        replace: Whether to replace files that exist.
-    """
+    r"""Fetches objects to the same place below `runs`; damaged ones are left out, with a warning."""
 
     def fetch(key: str) -> None:
         try:

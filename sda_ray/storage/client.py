@@ -44,8 +44,7 @@ class Connection:
     Arguments:
         server: The address that :func:`sda_ray.storage.server.serve_files` yields.
         run_id: The run.
-        attempt: The number of the attempt.
-        patience: The seconds without an answer after which the attempt is cut off.
+        attempt: The number of the attempt, which is cut off after `patience` without an answer.
     """
 
     def __init__(
@@ -122,11 +121,7 @@ class RemoteLease:
 
 
 class HeadNode:
-    r"""The directory of a run on the head node, as the target of a replica.
-
-    Arguments:
-        connection: The connection to the file server.
-    """
+    r"""The directory of a run on the head node, as the target of a replica."""
 
     def __init__(self, connection: Any) -> None:
         self.connection = connection
@@ -166,11 +161,7 @@ class RemoteRun:
     the attempt is cut off.
 
     Arguments:
-        server: The address that :func:`sda_ray.storage.server.serve_files` yields.
-        run_id: The run.
-        attempt: The number of the attempt.
-        number: The number of the run in its sweep.
-        patience: The seconds without the server after which the attempt is cut off.
+        number: The number of the run in its sweep. For others see :class:`Connection`.
 
     Raises:
         Disconnected: If the server is out of reach.
@@ -205,10 +196,7 @@ class RemoteRun:
         self.runs = self.private.directory
 
     def open(self, beat: Beat = lambda: None) -> None:
-        r"""Takes the run's lease on the head, and fetches the files that it is resumed from.
-
-        `beat` is called after each chunk.
-        """
+        r"""Takes the run's lease, and fetches the files to resume from, with a beat per chunk."""
 
         run_id, attempt = self.connection.run_id, self.connection.attempt
         self.connection.ask("prepare", run_id)
@@ -243,10 +231,7 @@ class RemoteRun:
         self.check()
 
     def flush(self, beat: Beat = lambda: None) -> None:
-        r"""Pushes all that has changed, and returns when the head has it, or its disk is full.
-
-        `beat` is called after each chunk.
-        """
+        r"""Pushes all that has changed, and returns when the head has it, or its disk is full."""
 
         if self._files is None:  # there is nothing yet
             return
@@ -270,8 +255,6 @@ class RemoteRun:
             raise self._lost
 
     def stop_request(self) -> str:
-        r"""Returns the request to stop: `all`, `alone`, or nothing."""
-
         self.check()
 
         return self._request
@@ -287,6 +270,7 @@ class RemoteRun:
             return None
 
         self._over.set()
+
         error: Exception | None = None
 
         try:

@@ -35,12 +35,7 @@ class Target(Protocol):
 
 
 class Replica:
-    r"""A replica of a directory.
-
-    Arguments:
-        directory: The directory.
-        target: The place of the replica.
-    """
+    r"""A replica of a directory."""
 
     def __init__(self, directory: Path, target: Target) -> None:
         self.directory, self.target = directory, target

@@ -58,12 +58,7 @@ def local_directory(what: str) -> Path:
 
 
 class Private:
-    r"""A directory for an attempt, which is locked as long as this process lives.
-
-    Arguments:
-        run_id: The run.
-        attempt: The number of the attempt.
-    """
+    r"""A directory for an attempt, which is locked as long as this process lives."""
 
     def __init__(self, run_id: str, attempt: int) -> None:
         self._lock = ExitStack()
@@ -108,13 +103,7 @@ def leftovers() -> Iterator[list[tuple[str, int, Path]]]:
 
 
 def fetch(file: Path, size: int, read: Read, beat: Callable[[], None] = lambda: None) -> None:
-    r"""Fetches a file in chunks.
-
-    Arguments:
-        file: The file to write.
-        size: The size of the file.
-        read: Returns a chunk, given offset and length.
-        beat: Called after each chunk.
+    r"""Fetches a file by `read`, which returns a chunk given offset and length.
 
     Raises:
         UserError: If the file does not fit on this node.
@@ -219,8 +208,6 @@ def _make_room(place: Path, size: int) -> None:
 
 
 def _has(data: Path, expected: str) -> bool:
-    r"""Tells whether a directory has the data with a fingerprint."""
-
     try:
         status = [(data / name).stat() for name in ("train.h5", "valid.h5")]
         times = tuple((x.st_size, x.st_mtime_ns, x.st_ino) for x in status)

@@ -183,8 +183,6 @@ class Bucket:
                     raise Damaged(f"{self.url}/{key} is damaged: its checksum is wrong")
 
     def delete(self, key: str) -> None:
-        r"""Deletes an object, if it exists."""
-
         with _errors(), suppress(FileNotFoundError):
             self._writer.delete(key)
 
@@ -245,8 +243,6 @@ class Folder:
             raise Unreachable(f"{key} was written meanwhile") from error
 
     def remove(self, name: str) -> None:
-        r"""Deletes an object."""
-
         self.check()
         self.bucket.delete(f"{self.key}/{name}")
         self._versions.pop(name, None)
