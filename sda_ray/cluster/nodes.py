@@ -128,8 +128,6 @@ def clock_skew(node: str) -> float:
 
 
 def _call(node: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    r"""Starts a function on a node, beside the trials there, and returns Ray's reference to it."""
-
     import ray
 
     return ray.remote(num_cpus=0, max_retries=0, **on_node(node))(function).remote(*arguments)

@@ -273,8 +273,6 @@ def _wait(process: "subprocess.Popen[bytes]", directory: Path) -> str:
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
-    r"""Ends a node and all that runs on it."""
-
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
 

@@ -92,8 +92,6 @@ class Slots:
         return here if self.most is None else min(here, self.most)
 
     def check_local(self) -> None:
-        r"""Raises a UserError if a Ray of our own on this machine could never hold a trial."""
-
         self._check([("this machine", _here())])
 
     def check(self, patience: float = 0.0) -> None:

@@ -164,8 +164,6 @@ def _run(words: Sequence[str]) -> int:
 
 
 def _signals(*numbers: int) -> list[int]:
-    r"""Returns the list of the signals that arrive from now on."""
-
     received: list[int] = []
 
     for number in numbers:

@@ -159,8 +159,6 @@ class Trial(tune.Trainable):
         }
 
     def _open(self) -> list[tuple[int, float]]:
-        r"""Opens the run and returns the values that it has already."""
-
         import torch
 
         from ..runs import Run, Wandb, train_run

@@ -403,8 +403,6 @@ def _below(keys: Collection[str], folders: Iterable[str], names: Iterable[str]) 
 
 
 def _records(keys: Collection[str]) -> list[str]:
-    r"""Returns the keys of the small files of sweeps and runs."""
-
     sweeps = [x for x in keys if re.fullmatch(r"sweeps/[^/]+/(sweep\.json|script\.py)", x)]
 
     return [*sweeps, *_below(keys, _folders(keys), RECORDS)]
@@ -434,8 +432,6 @@ class _Driver(msgspec.Struct):
 
 
 def _attempt(data: bytes) -> int:
-    r"""Returns the number of the driver that a JSON record names, or 0."""
-
     try:
         return msgspec.json.decode(data, type=_Driver).attempt
     except msgspec.MsgspecError:

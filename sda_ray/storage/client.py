@@ -61,8 +61,6 @@ class Connection:
             raise Disconnected(f"the trial was cut off from the head: {error}") from error
 
     def __call__(self, method: str, *args: Any, group: str = "files") -> Any:
-        r"""Calls a method of the server for this attempt, see :meth:`ask`."""
-
         return self.ask(method, self.run_id, self.attempt, *args, group=group)
 
     def ask(self, method: str, *args: Any, group: str = "files") -> Any:
@@ -209,8 +207,6 @@ class RemoteRun:
             self._fetch(self.runs / run["name"], run["sizes"], beat)
 
     def watch(self, path: RunPath) -> None:
-        r"""Starts to push what changes in the directory of the run, which is open."""
-
         self.connection("settle", path.directory.name)
 
         if self._files is None:

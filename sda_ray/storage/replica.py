@@ -85,8 +85,6 @@ class Replica:
             self.pushed[name] = signature
 
     def know(self, names: Sequence[str]) -> None:
-        r"""Notes that the replica has these files as they are."""
-
         for name in names:
             self.pushed[name] = _signature((self.directory / name).stat())
 

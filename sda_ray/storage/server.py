@@ -103,8 +103,6 @@ class FileServer:
             directory.mkdir(exist_ok=True)
 
     def read_lease(self, run_id: str) -> tuple[bytes, int] | None:
-        r"""Returns the lease record of a run and its version, or None if there is none."""
-
         return FileBackend(self._directory(run_id) / "lease.json").read()
 
     def write_lease(self, run_id: str, data: bytes | None, version: int | None) -> int:
@@ -240,15 +238,11 @@ class FileServer:
                 os.replace(file, file.with_suffix(".damaged.pth"))
 
     def keep_stacks(self, run_id: str, attempt: int, text: str) -> None:
-        r"""Keeps the stack traces of a process that hung."""
-
         for directory in self.runs.glob(f"*_{run_id}"):
             with suppress(OSError), open(directory / STACKS, "a") as stream:
                 stream.write(f"{text.rstrip()}\nIt hung, {TAKEN} {attempt}.\n")
 
     def data_sizes(self) -> dict[str, int]:
-        r"""Returns the files of data that a training reads, and their sizes."""
-
         return {name: (self.data / name).stat().st_size for name in DATA}
 
     def read_data(self, name: str, offset: int, size: int) -> bytes:
