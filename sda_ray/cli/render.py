@@ -202,7 +202,9 @@ def _config(config: Config) -> Table:
     return table
 
 
-def comparison(entries: Sequence[Entry], found: Mapping[str, Any]) -> RenderableType:
+def comparison(
+    entries: Sequence[Entry], found: Mapping[str, Any], most: int = 40
+) -> RenderableType:
     r"""Returns the table of a comparison, see :func:`sda_ray.runs.inventory.compare`."""
 
     names = [printable(entry.path.directory.name) for entry in entries]
@@ -215,11 +217,9 @@ def comparison(entries: Sequence[Entry], found: Mapping[str, Any]) -> Renderable
         shown = [
             format_loss(x) if isinstance(x, float) else "–" if x is None else str(x) for x in row
         ]
-        finite = [x for x in row if x is not None and math.isfinite(x)]
-        compared = "loss" in key and len(finite) > 1 and not found["notes"]
-        lowest = min(finite) if compared else None
+        lowest = _lowest(row) if "loss" in key and not found["notes"] else None
         cells = [
-            Text(printable(text, 40), style="bold green" if x == lowest else "")
+            Text(printable(text, most), style="bold green" if x == lowest else "")
             for text, x in zip(shown, row, strict=True)
         ]
         table.add_row(Text(key, style="dim"), *cells)
@@ -246,3 +246,8 @@ def _apart(row: Sequence[Any]) -> list[str]:
     ]
 
     return brief if len({*brief}) == len({*full}) else full
+
+
+def _lowest(row: Sequence[float | None]) -> float | None:
+    finite = [x for x in row if x is not None and math.isfinite(x)]
+    return min(finite) if len(finite) > 1 else None
