@@ -111,7 +111,8 @@ def prune_run(path: RunPath, sweep: str | None = None) -> int:
 
             return _remove(path)
     except OSError as error:
-        raise UserError(f"{lock} cannot be locked: {error.strerror}.")
+        place = error.filename or lock
+        raise UserError(f"{place} cannot be locked or removed: {error.strerror}.") from error
 
 
 def _damage(entry: Entry) -> str | None:

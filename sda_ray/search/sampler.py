@@ -29,7 +29,7 @@ from optuna.samplers import BaseSampler
 from optuna.storages import InMemoryStorage
 from optuna.trial import FixedTrial, FrozenTrial, TrialState
 
-from ..core import UserError, domain_of, format_value
+from ..core import Domain, UserError, domain_of, format_value
 from .promotion import TrialRecord
 
 __all__ = [
@@ -209,11 +209,12 @@ def view(
     """
 
     trials = []
+    domains = None if current is None else _domains(current)
 
     for record in records:
         params, outcome = record.trial.params, record.outcome
 
-        if outcome == "failed" or (current is not None and not _has(current, params)):
+        if outcome == "failed" or (domains is not None and not _has(domains, params)):
             continue
 
         running = outcome == "running" and not record.paused
@@ -236,9 +237,13 @@ def view(
     return trials
 
 
-def _has(distributions: Distributions, params: Mapping[str, Any]) -> bool:
-    return params.keys() == distributions.keys() and all(
-        params[name] in domain_of(distribution) for name, distribution in distributions.items()
+def _domains(distributions: Distributions) -> dict[str, Domain]:
+    return {name: domain_of(distribution) for name, distribution in distributions.items()}
+
+
+def _has(domains: Mapping[str, Domain], params: Mapping[str, Any]) -> bool:
+    return params.keys() == domains.keys() and all(
+        params[name] in domain for name, domain in domains.items()
     )
 
 
@@ -435,7 +440,7 @@ class _Proposal:
         trials = [
             self._searched(params, distributions)
             for params, distributions in known
-            if _has(distributions, params)
+            if _has(_domains(distributions), params)
             and all(params.get(name, value) == value for name, value in self.fixed.items())
         ]
 
