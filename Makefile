@@ -88,7 +88,8 @@ clean:
 
 .venv-oldest/installed: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv --clear .venv-oldest
-	.venv-oldest/bin/python -m pip install --constraint constraints-oldest.txt --editable '.[test]'
+	.venv-oldest/bin/python -m pip install --no-compile --constraint constraints-oldest.txt \
+	    --editable '.[test]'
 	@touch $@
 
 .venv/created:
