@@ -7,6 +7,7 @@ refused when it comes back.
 """
 
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -60,6 +61,9 @@ class FileServer:
     def _directory(self, run_id: str) -> Path:
         r"""Returns the directory of a run, `.{id}` until the trial has named it."""
 
+        if not re.fullmatch("[a-z0-9]{8}", run_id):
+            raise ValueError(f"{run_id!r} is no id of a run")
+
         if run_id not in self.directories:
             path = RunPath.of_id(self.runs, run_id)
             self.directories[run_id] = path.directory if path else self.runs / f".{run_id}"
@@ -80,6 +84,8 @@ class FileServer:
 
     @contextmanager
     def _held(self, run_id: str, attempt: int) -> Iterator[Path]:
+        r"""Locks the lease of an attempt for the block, and yields the directory of the run."""
+
         directory = self._directory(run_id)
 
         try:
@@ -151,7 +157,10 @@ class FileServer:
     def settle(self, run_id: str, attempt: int, name: str) -> None:
         r"""Names the directory of a new run."""
 
-        target = _place(self.runs, name)
+        target = self.runs / name
+
+        if target.parent != self.runs or not name.endswith(f"_{run_id}") or name[0] == ".":
+            raise ValueError(f"{name!r} is no name for run {run_id}")
 
         with self._held(run_id, attempt) as directory:
             if directory.name == f".{run_id}":
@@ -167,8 +176,13 @@ class FileServer:
         return stop_scope(self.request, number)
 
     def read(self, run_id: str, attempt: int, name: str, offset: int, size: int) -> bytes:
+        r"""Returns a chunk of a file of a run."""
+
+        if name not in RESUMED:
+            raise ValueError(f"{name!r} is no file that a trial needs")
+
         with self._held(run_id, attempt) as directory:
-            return _read(_place(directory, name), offset, size)
+            return _read(directory / name, offset, size)
 
     def append(self, run_id: str, attempt: int, name: str, offset: int, data: bytes) -> None:
         r"""Appends to a file of a run that only grows, and had `offset` bytes before."""
@@ -197,10 +211,11 @@ class FileServer:
             place = _place(directory, name)
             aside = place.with_name(f".{place.name}.tmp")
 
-            if sha and not aside.exists() and place.exists() and _digest(place) == sha:
-                return  # the answer was lost
+            if sha and not aside.exists() and _digest(place) == sha:  # the answer was lost
+                return
 
-            flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | (0 if offset else os.O_TRUNC)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            flags |= 0 if offset else os.O_TRUNC
             mode = 0o600 if name == "diff.patch" else 0o666
 
             try:
@@ -246,6 +261,8 @@ class FileServer:
         return {name: (self.data / name).stat().st_size for name in DATA}
 
     def read_data(self, name: str, offset: int, size: int) -> bytes:
+        r"""Returns a chunk of a file of data."""
+
         if name not in DATA:
             raise ValueError(f"{name!r} is no file that a training reads")
 
@@ -253,7 +270,10 @@ class FileServer:
 
 
 def stop_scope(request: Path, number: int) -> str:
-    r"""Returns `all` if the file `request` exists, `alone` if `request.{number}` does, or nothing."""
+    r"""Returns whether a stop file asks `all` trials or run `number` `alone`, or nothing.
+
+    The file `request` stops all trials of the sweep, `request.N` only run N.
+    """
 
     names: list[str] = []
 
@@ -269,7 +289,12 @@ def stop_scope(request: Path, number: int) -> str:
 
 @contextmanager
 def serve_files(runs: Path, data: Path, request: Path) -> Iterator[dict[str, str]]:
-    r"""Runs a :class:`FileServer` on this node during the block.
+    r"""Runs a file server on this node during the block.
+
+    Arguments:
+        runs: The directory of all runs.
+        data: The directory of the data.
+        request: The file that asks trials to stop, in the directory of the sweep.
 
     Yields:
         The address: `actor` and `namespace` of the server, and `probe` and `nonce`, a file that
@@ -321,18 +346,34 @@ def _read(file: Path, offset: int, size: int) -> bytes:
 
 
 def _digest(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return digest(stream)
+    r"""Returns the SHA-256 of a file, or an empty text if there is none."""
+
+    try:
+        with open(file, "rb") as stream:
+            return digest(stream)
+    except FileNotFoundError:
+        return ""
 
 
 def _place(directory: Path, name: str) -> Path:
-    r"""Returns the path of a file in a directory, or raises a ValueError if it is elsewhere."""
+    r"""Returns the path of a file of a run: in its directory, or in that of W&B below.
+
+    Raises:
+        ValueError: If it is no file of a run, or would be outside of its directory.
+    """
+
+    parts = Path(name).parts
+    ours = len(parts) == 1 and not name.startswith((".", "lease."))
+
+    if ".." in parts or Path(name).is_absolute() or not (ours or parts[:1] == ("wandb",)):
+        raise ValueError(f"{name!r} is no file of a run")
 
     place = directory / name
 
-    if not place.resolve().is_relative_to(directory.resolve()):
-        raise ValueError(f"{name!r} leads out of {directory}")
+    if len(parts) > 1:
+        place.parent.mkdir(parents=True, exist_ok=True)
 
-    place.parent.mkdir(parents=True, exist_ok=True)
+        if not place.parent.resolve().is_relative_to(directory.resolve()):
+            raise ValueError(f"{name!r} leads out of the run")
 
     return place

@@ -74,6 +74,10 @@ def test_new_run_gets_the_name_that_the_trial_chooses(server: FileServer) -> Non
     assert (server.runs / NAME / "config.json").read_bytes() == b"{}"
     assert server.open(RUN, 1) == {"name": NAME, "sizes": {"config.json": 2}}
 
+    for name in ("../x_abcdefgh", f".x_{RUN}", "calm-cat-1_zzzzzzzz", f"a/b_{RUN}"):
+        with pytest.raises(ValueError, match="no name"):
+            server.settle(RUN, 1, name)
+
 
 def test_older_attempt_is_refused_by_all_that_writes(server: FileServer) -> None:
     directory = begin(server, 1)
@@ -176,15 +180,15 @@ def test_nothing_is_written_or_read_outside_of_a_run(server: FileServer, tmp_pat
     directory = begin(server)
     (directory / "wandb").symlink_to(tmp_path)
 
-    for name in ("../x", "/x", "wandb/../../x", "wandb/x"):
-        with pytest.raises(ValueError):
+    for name in ("../x", "/x", "a/b", "lease.json", ".x", "wandb/../../x", "wandb/x", ""):
+        with pytest.raises((ValueError, OSError)):
             put(server, name, b"x")
 
         with pytest.raises(ValueError):
             server.read(RUN, 1, name, 0, 1)
 
     with pytest.raises(ValueError):
-        server.settle(RUN, 1, f"../x_{RUN}")
+        server.open("../../..", 1)
 
     with pytest.raises(ValueError):
         server.read_data("../data/test.h5", 0, 1)
