@@ -9,6 +9,7 @@ from .promotion import count_trials as count_trials
 from .promotion import decide as decide
 from .promotion import rank_key as rank_key
 from .promotion import unhide as unhide
+from .pruners import hyperband_brackets as hyperband_brackets
 from .pruners import prune_rule as prune_rule
 from .reconcile import catch_up as catch_up
 from .reconcile import mark_run as mark_run

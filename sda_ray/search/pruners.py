@@ -6,6 +6,7 @@ model. The pruner is asked at rungs, for the runs that wait there, see
 question, with the notes that it would have left in the runs at the rungs that they have passed.
 """
 
+import binascii
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,7 +23,7 @@ from optuna.trial import FrozenTrial, TrialState
 from .promotion import PruneRule, Rules, TrialRecord
 from .sampler import frozen_trial, memory_study, quiet_optuna
 
-__all__ = ["prune_rule"]
+__all__ = ["hyperband_brackets", "prune_rule"]
 
 STARTUP = 5  # complete runs before any is compared with them
 STATES = {"complete": TrialState.COMPLETE, "failed": TrialState.FAIL}
@@ -113,3 +114,32 @@ def _trial(record: TrialRecord, notes: dict[str, Any], asked: bool = False) -> F
     values = [curve[max(curve)]] if curve and state == TrialState.COMPLETE else None
 
     return frozen_trial(record.index - 1, state, values, notes=notes, curve=curve)
+
+
+def hyperband_brackets(rules: Rules, name: str) -> Callable[[int], int]:
+    r"""Returns a function from a run's index, from 0, to its bracket in `hyperband`.
+
+    Runs are compared within their bracket, and a sampler sees those of one bracket. The brackets
+    are those of :class:`optuna.pruners.HyperbandPruner`, which has no public method for them.
+
+    References:
+        | Hyperband: A Novel Bandit-Based Approach to Hyperparameter Optimization (Li et al., 2018)
+        | https://arxiv.org/abs/1603.06560
+    """
+
+    first, eta = rules.min_epochs or rules.epochs, rules.eta
+    count = math.floor(math.log(rules.epochs / first, eta)) + 1
+    budgets = [math.ceil(count * eta**s / (s + 1)) for s in reversed(range(count))]
+
+    def bracket(number: int) -> int:
+        place = binascii.crc32(f"{name}_{number}".encode()) % sum(budgets)
+
+        for i, budget in enumerate(budgets):
+            if place < budget:
+                return i
+
+            place -= budget
+
+        raise AssertionError
+
+    return bracket

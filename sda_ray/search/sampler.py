@@ -348,6 +348,7 @@ def propose(
     current: Distributions | None = None,
     config: Mapping[str, Any] | None = None,
     objectives: int = 1,
+    group: Callable[[int], int] | None = None,
 ) -> tuple[dict[str, Any], FrozenTrial] | None:
     r"""Draws a configuration that no run of a sweep has.
 
@@ -363,6 +364,8 @@ def propose(
         config: The CONFIG that the values vary: two draws that only differ in keys left out are
             one configuration.
         objectives: The number of objectives.
+        group: Returns the group of a run by its index from 0: the sampler sees the group of the
+            new run alone. By default there is one group.
 
     Returns:
         The values and Optuna's trial, which is not part of a study yet; or None if there is
@@ -375,7 +378,8 @@ def propose(
 
     # Repetitions of a sampler say nothing about the space: a model that is sure repeats itself.
     if sampler != "grid":
-        trials = [] if sampler == "random" else view(records, current, objectives)
+        kin = [r for r in records if group is None or group(r.index - 1) == group(number)]
+        trials = [] if sampler == "random" else view(kin, current, objectives)
         attempts = chain(proposal.sampled(sampler, trials, objectives), attempts)
 
     with quiet_optuna(logging.ERROR):  # GPSampler warns of packages that would make it faster

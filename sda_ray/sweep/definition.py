@@ -329,6 +329,13 @@ class Sweep:
 
         from ..search import distributions, propose
 
+        group = None
+
+        if self.pruner == "hyperband":
+            from ..search import hyperband_brackets
+
+            group = hyperband_brackets(self.rules, self.name)
+
         return propose(
             self.draw,
             records,
@@ -338,6 +345,7 @@ class Sweep:
             None if callable(self.space) else distributions(self.draw),
             self.config,
             len(self.objectives),
+            group,
         )
 
     def stops(self) -> PruneRule | None:

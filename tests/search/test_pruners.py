@@ -14,7 +14,7 @@ from optuna.trial import TrialState
 from simulated import Crash, Sweeping, diverges, outcomes
 
 from sda_ray.search.promotion import FINAL, Rules, TrialRecord
-from sda_ray.search.pruners import prune_rule
+from sda_ray.search.pruners import hyperband_brackets, prune_rule
 
 STEADY = {"n_startup_trials": 5, "n_warmup_steps": 2, "interval_steps": 2}
 
@@ -98,6 +98,20 @@ def test_verdicts_are_those_of_optuna_on_the_same_history(pruner: str, seed: int
     assert 5 < said.count(True) < len(said)
 
 
+def test_brackets_of_hyperband_are_those_of_optuna() -> None:
+    study = optuna.create_study(study_name="name", pruner=HyperbandPruner(2, 18, 3))
+    bracket = hyperband_brackets(rules_of("hyperband"), "name")
+
+    # Optuna notes each rung that a run passes: a bracket has one rung fewer than the one before
+    for i in range(40):
+        trial = study.ask()
+        trial.report(-float(i), 18)
+        trial.should_prune()
+
+    assert [bracket(i) for i in range(40)] == [3 - len(t.system_attrs) for t in study.trials]
+    assert {bracket(i) for i in range(40)} == {0, 1, 2}
+
+
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 @pytest.mark.parametrize("name", FINAL)
 def test_a_pruner_of_the_user_judges_as_the_one_of_that_name(name: str) -> None:
@@ -130,22 +144,10 @@ def test_a_pruner_of_the_user_is_asked_at_every_min_epochs(tmp_path: Path) -> No
 # What counts
 
 
-def kin_of_hyperband(count: int) -> list[int]:
-    r"""Returns the runs of one bracket: Optuna notes each rung that a run passes."""
-
-    study = optuna.create_study(study_name="name", pruner=HyperbandPruner(2, 18, 3))
-
-    for i in range(count):
-        trial = study.ask()
-        trial.report(-float(i), 18)
-        trial.should_prune()
-
-    return [1 + trial.number for trial in study.trials if len(trial.system_attrs) == 3]
-
-
 def test_divergence_is_never_a_good_value() -> None:
     rules = rules_of("hyperband")
-    first = kin_of_hyperband(40)
+    bracket = hyperband_brackets(rules, "name")
+    first = [i for i in range(1, 40) if bracket(i - 1) == 0]
     stops = prune_rule(rules, "name")
     asked = run(first[1], 0.5, 0.5)
 
@@ -166,7 +168,8 @@ def test_diverged_runs_are_no_standard() -> None:
 @pytest.mark.parametrize("pruner", ["median", "hyperband"])
 def test_hidden_values_are_hidden_from_verdicts(pruner: str) -> None:
     rules = rules_of(pruner)
-    kin = kin_of_hyperband(60)
+    bracket = hyperband_brackets(rules, "name")
+    kin = [i for i in range(1, 60) if bracket(i - 1) == 0]
     known = [run(i, *[1.0] * 18, state="complete") for i in kin[:5]]
     asked = run(kin[5], *[2.0] * 6)
     stops = prune_rule(rules, "name")

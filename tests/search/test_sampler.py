@@ -22,6 +22,7 @@ from sda_ray.core.config import CONFIG
 from sda_ray.core.errors import UserError
 from sda_ray.core.space import choice, integer, loguniform, uniform
 from sda_ray.search.promotion import Rules, TrialRecord
+from sda_ray.search.pruners import hyperband_brackets
 from sda_ray.search.sampler import distributions, importances, memory_study, propose, view
 from sda_ray.search.study import Study
 from sda_ray.sweep.definition import Sweep
@@ -72,6 +73,25 @@ def test_with_several_objectives_complete_runs_are_seen_with_all_of_them() -> No
     trials = view([replace(one, finals=(0.5, 3.0)), other], objectives=2)
 
     assert [t.values for t in trials] == [[0.5, 3.0]]
+
+
+def test_with_hyperband_a_sampler_sees_the_runs_of_one_bracket() -> None:
+    sweep = sweep_of(pruner="hyperband", min_epochs=1)
+    rules, rng = sweep.rules, random.Random(0)
+    records = play(sweep, 60, lambda config: rng.random())
+    bracket = hyperband_brackets(rules, sweep.name)
+
+    def drawn_without(kin: bool) -> Any:
+        changed = [
+            replace(r, values={9: 1 - r.values[9]})
+            if (bracket(r.index - 1) == bracket(60)) == kin
+            else r
+            for r in records
+        ]
+
+        return sweep.propose(changed)[0]
+
+    assert drawn_without(kin=False) == sweep.propose(records)[0] != drawn_without(kin=True)
 
 
 def test_sampler_sees_state_and_value_of_each_run(study: Study) -> None:
