@@ -10,7 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
@@ -191,7 +191,11 @@ def status_command(args: Args) -> None:
 
 
 def overview(status: Mapping[str, Any]) -> RenderableType:
-    r"""Returns the status of a cluster, see :func:`cluster_status`, for a terminal."""
+    r"""Returns the status of a cluster for a terminal.
+
+    Arguments:
+        status: See :func:`sda_ray.cluster.nodes.cluster_status`.
+    """
 
     parts: list[RenderableType] = [_nodes(status["nodes"])]
     runs = [(run, node["name"]) for node in status["nodes"] for run in node["runs"]]
@@ -256,6 +260,7 @@ def _runs(runs: Sequence[tuple[Mapping[str, Any], Any]]) -> Table:
 
 
 @command("doctor")
+@click.argument("file", required=False, metavar="[CLUSTER.YAML]")
 @option("--address", "A Ray cluster, as `auto`. Default: this machine alone.")
 @option("--wandb", "Check whether W&B can be reached.", ("online",))
 @JSON
@@ -268,11 +273,22 @@ def doctor_command(args: Args) -> None:
 
       sda-ray doctor                    this machine
       sda-ray doctor --address auto     all nodes of the Ray that this machine is a node of
+      sda-ray doctor cluster.yaml       the file, and then the cluster that it has started
     """
 
-    from ..plan import diagnose
+    if args.file:
+        findings = list(_check_file(Path(args.file)))
 
-    findings = diagnose(args.runs, args.address, _server(args.wandb))
+        if not any(x.state == "fault" for x in findings):
+            if not args.json:
+                _show_findings(findings)
+
+            sys.exit(_on_cluster(args))
+    else:
+        from ..plan import diagnose
+
+        findings = diagnose(args.runs, args.address, _server(args.wandb))
+
     faults = sum(x.state == "fault" for x in findings)
 
     if args.json:
@@ -281,6 +297,35 @@ def doctor_command(args: Args) -> None:
         _show_findings(findings)
 
     sys.exit(faults > 0)
+
+
+def _check_file(file: Path) -> Iterator[Any]:
+    r"""Yields the findings about a cluster file."""
+
+    from ..cluster import check_cluster
+    from ..plan import Finding
+
+    faults = check_cluster(file)
+
+    for fault in faults:
+        yield Finding(file.name, "file", "fault", fault, "Correct the file.")
+
+    if not faults:
+        yield Finding(file.name, "file", "ok", "valid")
+
+
+def _on_cluster(args: Args) -> int:
+    r"""Runs the command on the head of a cluster, and returns its exit code."""
+
+    ray = shutil.which("ray", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
+
+    if ray is None:
+        raise UserError("there is no command `ray` here. Install it: pip install 'ray[default]'")
+
+    more = " --json" * args.json + (" --wandb online" if args.wandb else "")
+    command = f"sda-ray doctor --address auto{more}"
+
+    return subprocess.run([ray, "exec", args.file, command]).returncode
 
 
 def _server(asked: str | None) -> str | None:

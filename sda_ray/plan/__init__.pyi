@@ -1,5 +1,6 @@
 r"""What a sweep will take, and whether a machine is fit for it."""
 
+from .doctor import Finding as Finding
 from .doctor import diagnose as diagnose
 from .plan import estimate as estimate
 from .plan import plan_sweep as plan_sweep
