@@ -263,6 +263,8 @@ class Executor(FIFOScheduler):
         return spec
 
     def report(self, name: str, result: dict[str, Any]) -> str:
+        r"""Reports a result to the driver, and returns what Tune is to do with the trial."""
+
         driver, self.restarts = self.driver, 0
         index = driver.live.get(name, 0)  # 0 if the trial was dropped when it was about to begin
         attempt = self.attempts.setdefault(index, Attempt({}))

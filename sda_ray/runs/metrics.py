@@ -206,5 +206,5 @@ class History:
         return ", ".join(
             f"{key} {before[key]} before, {now} now"
             for key, now in metrics.items()
-            if key != "seconds" and before.get(key, now) != now
+            if key != "seconds" and key in before and before[key] != now
         )

@@ -95,24 +95,25 @@ def prune_run(path: RunPath, sweep: str | None = None) -> int:
 
     lock = path.lease.with_suffix(".lock")
 
-    try:
-        with locked(lock, wait=False):
-            entry = read_entry(path)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(lock, wait=False))
+        except OSError as error:
+            raise UserError(f"{lock} cannot be locked: {error.strerror}.")
 
-            if entry is None:
-                raise UserError(f"{path.directory.name} has vanished.")
+        entry = read_entry(path)
 
-            if reason := refusal(entry, sweep) or _damage(entry):
-                raise UserError(f"{path.directory.name} stays as it is: {reason}")
+        if entry is None:
+            raise UserError(f"{path.directory.name} has vanished.")
 
-            if entry.status != "finished":
-                with contextlib.suppress(OSError):  # a full disk needs the space most
-                    write_json(path.record, entry.record | {"given_back": timestamp()})
+        if reason := refusal(entry, sweep) or _damage(entry):
+            raise UserError(f"{path.directory.name} stays as it is: {reason}")
 
-            return _remove(path)
-    except OSError as error:
-        place = error.filename or lock
-        raise UserError(f"{place} cannot be locked or removed: {error.strerror}.") from error
+        if entry.status != "finished":
+            with contextlib.suppress(OSError):  # a full disk needs the space most
+                write_json(path.record, entry.record | {"given_back": timestamp()})
+
+        return _remove(path)
 
 
 def _damage(entry: Entry) -> str | None:

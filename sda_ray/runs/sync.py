@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,12 +51,12 @@ def sync_runs(runs: Path, names: Sequence[str] = ()) -> None:
         print("There is nothing to upload.")
         return
 
-    done, lock = 0, runs / ".sync.lock"
+    done = 0
 
     try:
         api = _connect()
 
-        with locked(lock, wait=False):
+        with _locked(runs / ".sync.lock"):
             for entry in free:
                 name = entry.path.directory.name
 
@@ -73,12 +73,21 @@ def sync_runs(runs: Path, names: Sequence[str] = ()) -> None:
             file=sys.stderr,
         )
         sys.exit(1)
-    except OSError as error:
-        reason = f"{lock} cannot be locked: {error.strerror}"
-        raise UserError(f"{reason}. Another `sda-ray sync` may be running.") from error
 
     print(f"{done} of {len(free)} runs are at {api.settings['base_url']}.")
     sys.exit(0 if done == len(free) else 1)
+
+
+@contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(file, wait=False))
+        except OSError as error:
+            reason = f"{file} cannot be locked: {error.strerror}"
+            raise UserError(f"{reason}. Another `sda-ray sync` may be running.") from error
+
+        yield
 
 
 def _named(runs: Path, names: Sequence[str]) -> list[Entry]:

@@ -358,7 +358,7 @@ def propose(
         draw: Returns the values of the keys that vary, given an Optuna trial.
         records: All runs of the sweep.
         seed: The seed of all draws of the sweep.
-        sampler: A name, or a function of a seed that returns an Optuna sampler.
+        sampler: A name in :data:`SAMPLERS`, or a function of a seed that returns an Optuna sampler.
         fixed: Parameters, all or some, that the configuration must have.
         current: The distributions of the space, if they are the same for all trials.
         config: The CONFIG that the values vary: two draws that only differ in keys left out are

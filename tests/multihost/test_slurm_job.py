@@ -132,8 +132,6 @@ def test_job_survives_whatever_befalls_its_hosts(hosts: Lab, job: Job) -> None:
     process.send_signal(signal.SIGCONT)  # what leads into the host has stopped with it
     code, said = process.wait(SLOW * 240), log.read_text()
     assert code != 0 or "Best configuration" in said, said  # it may see what the others have done
-    left = ""
-
     try:
         wait(
             "its processes to end",

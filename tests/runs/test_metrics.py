@@ -1,6 +1,7 @@
 r"""Tests for sda_ray.runs.metrics: what a run is judged by is read from its files."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from sda_ray.core.config import Config, save_config
 from sda_ray.core.errors import UserError
 from sda_ray.nn.score import make_score, network_settings
-from sda_ray.runs.metrics import finals
+from sda_ray.runs.metrics import History, finals
 from sda_ray.runs.path import RunPath
 
 
@@ -34,3 +35,13 @@ def test_values_come_in_the_order_of_the_objectives(path: RunPath, small: Config
 def test_objective_that_is_no_number_is_named(path: RunPath) -> None:
     with pytest.raises(UserError, match=r"has no number 'status'.*loss_valid.* and parameters"):
         finals(path, ("loss_valid", "status"))
+
+
+def test_repeated_epoch_is_compared_by_what_its_line_has(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"epoch": 1, "loss_train": 0.5, "loss_valid": 1.0, "seconds": 3.0}\n')
+    history = History(file)
+    again = {"epoch": 1, "loss_train": 0.5, "loss_valid": 1.0, "seconds": 4.0, "new": math.nan}
+
+    assert history.differences(again) == ""
+    assert history.differences(again | {"loss_valid": 2.0}) == "loss_valid 1.0 before, 2.0 now"
