@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from ..core import KEYS, UserError, did_you_mean
+from ..core import KEYS, UserError, did_you_mean, plain, say
 from ..sweep import OtherCode, execute
 from .options import sda_ray
 
@@ -29,7 +29,9 @@ def main(sweep: Any = None, argv: Sequence[str] | None = None) -> None:
         argv: The arguments, by default those of the process.
     """
 
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Plain("%(levelname)s: %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
     signal.signal(signal.SIGTERM, _terminate)
     started = argv is None
 
@@ -49,20 +51,20 @@ def main(sweep: Any = None, argv: Sequence[str] | None = None) -> None:
     except click.exceptions.Exit as end:  # of --help and --version
         sys.exit(end.exit_code)
     except click.UsageError as error:
-        print(f"sda-ray: {_explain(error)}", file=sys.stderr)
+        say(f"sda-ray: {_explain(error)}", file=sys.stderr)
         sys.exit(2)
     except UserError as error:
         if started and isinstance(error, OtherCode):
-            print(error, flush=True)
+            say(error)
             what = "sda-ray" if sweep is None else str(sweep.script)
             execute(error.place, what, sys.argv[1:])
 
-        print(f"sda-ray: {error}", file=sys.stderr)
+        say(f"sda-ray: {error}", file=sys.stderr)
         sys.exit(2)
     except click.Abort:  # no answer to a question
         sys.exit(1)
     except KeyboardInterrupt:
-        print("Interrupted. The same command resumes.", file=sys.stderr)
+        say("Interrupted. The same command resumes.", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(141)
@@ -75,12 +77,19 @@ def main(sweep: Any = None, argv: Sequence[str] | None = None) -> None:
         if started and full:  # Python would write the rest at its end, again
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
-        print(f"sda-ray: {error}", file=sys.stderr)
+        say(f"sda-ray: {error}", file=sys.stderr)
         sys.exit(1 if full else 2)
     finally:
         # Once SIGINT has met code that is run from a string, as dataclasses do, Python (3.11) ends
         # by that signal, though it was caught, until other such code has run.
         exec("")
+
+
+class _Plain(logging.Formatter):
+    r"""Formats messages, which may quote files of others, without control characters."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return plain(super().format(record))
 
 
 def _run(argv: list[str], sweep: Any) -> None:

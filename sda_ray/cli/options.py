@@ -18,7 +18,7 @@ from typing import Any
 import click
 
 from .. import __version__
-from ..core import UserError, did_you_mean
+from ..core import UserError, did_you_mean, say
 
 __all__ = [
     "ADDRESS",
@@ -244,7 +244,7 @@ def _begin(args: Args) -> None:
     places = f"data {args.data}" + ("" if args.command == "simulate" else f", runs {args.runs}")
     places += f", a copy of which is in {args.bucket}" if args.bucket else ""
     out = sys.stderr if args.json else sys.stdout
-    print(f"sda-ray {__version__}: root {args.root}, {places}", file=out, flush=True)
+    say(f"sda-ray {__version__}: root {args.root}, {places}", file=out)
 
     for place in (args.root, args.data, args.runs):
         existing = next(part for part in (place, *place.parents) if part.exists())

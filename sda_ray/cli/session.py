@@ -1,6 +1,7 @@
 r"""Trainings as a person runs them: with progress, Ctrl-C, and what to do next."""
 
 import os
+import shlex
 import signal
 import sys
 from dataclasses import asdict
@@ -18,6 +19,7 @@ from ..core import (
     UserError,
     check_config,
     load_config,
+    say,
 )
 from ..data import check_data
 from ..nn import load_network
@@ -98,7 +100,7 @@ def resume_run(
     record = _check_resume(path)
 
     if record.get("status") == "finished" and path.state.is_file():
-        print(f"{path.directory.name} is finished: {path.state}")
+        say(f"{path.directory.name} is finished: {path.state}")
         return
 
     info = check_data(data)
@@ -143,13 +145,13 @@ def _check_resume(path: RunPath) -> dict[str, Any]:
     if record.get("sweep"):
         raise UserError(
             f"{name} belongs to sweep '{record['sweep']}', which decides how far it goes: carry "
-            f"on with `sda-ray sweep {record['sweep']}`."
+            f"on with `sda-ray sweep {shlex.quote(record['sweep'])}`."
         )
 
     if record.get("status") == "diverged":
         raise UserError(
             f"{name} diverged ({record.get('reason')}), and would do so again. Start another with "
-            f"`sda-ray train --config {path.id} learning_rate=…`."
+            f"`sda-ray train --config {shlex.quote(path.id)} learning_rate=…`."
         )
 
     return record
@@ -192,7 +194,7 @@ def _follow(run: Run, data: Path, device: str, parent: RunPath | None) -> None:
     r"""Trains an open run to its end, and shows it."""
 
     path, total, done = run.path, run.config["epochs"], max(run.lines, default=0)
-    print(f"run {path.directory.name}: {total} epochs on {device} in {path.directory}", flush=True)
+    say(f"run {path.directory.name}: {total} epochs on {device} in {path.directory}")
     init = parent.directory if parent is not None else None
     status, code = "failed", 1
 
@@ -203,17 +205,17 @@ def _follow(run: Run, data: Path, device: str, parent: RunPath | None) -> None:
                 progress.update(metrics["epoch"], ", ".join(losses))
 
         status, code = "finished", 0
-        print(f"finished: {os.path.relpath(path.state)}, {os.path.relpath(path.samples)}")
+        say(f"finished: {os.path.relpath(path.state)}, {os.path.relpath(path.samples)}")
     except (Interrupted, KeyboardInterrupt):
         status, code = "interrupted", 128 + (stop.signal or signal.SIGINT)
-        print(f"Stopped. Resume with `sda-ray train --resume {path.id}`.")
+        say(f"Stopped. Resume with `sda-ray train --resume {path.id}`.")
     except Diverged as error:
         status, code = "diverged", 1
-        print(f"diverged: {error}. Try a smaller learning_rate.", file=sys.stderr)
+        say(f"diverged: {error}. Try a smaller learning_rate.", file=sys.stderr)
     except LeaseLost as error:
-        print(f"{error}: this process stops.", file=sys.stderr)
+        say(f"{error}: this process stops.", file=sys.stderr)
     except (OutOfMemory, LeaseGone) as error:
-        print(f"sda-ray: {error}", file=sys.stderr)
+        say(f"sda-ray: {error}", file=sys.stderr)
     except UserError:  # the disk is full at the end
         status = "interrupted"
         raise

@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from ..core import Config, UserError, format_value, parse_overrides, read_holder
+from ..core import Config, UserError, format_value, parse_overrides, read_holder, say
 from .options import (
     DEFINITION,
     JSON,
@@ -225,7 +225,7 @@ def _detach(sweep: Any, options: Any, words: Sequence[str]) -> None:
     ):
         if process.poll() is not None:
             lines = file.read_bytes()[begin:].decode(errors="replace").splitlines()
-            print("\n".join(lines[-LINES:]), flush=True)
+            say("\n".join(lines[-LINES:]))
             sys.exit(process.returncode)
 
         if time.monotonic() > deadline:

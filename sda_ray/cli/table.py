@@ -1,6 +1,8 @@
 r"""The live table of a sweep, its leaderboard, and what to do next."""
 
+import json
 import os
+import shlex
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +15,16 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from ..core import UserError, format_size, format_value, make_console, read_holder
+from ..core import (
+    UserError,
+    format_size,
+    format_value,
+    make_console,
+    plain,
+    printable,
+    read_holder,
+    say,
+)
 from ..runs import RunPath, sweep_directory
 from ..search import Rules, Study, TrialRecord, count_trials, importances, rank_key
 from ..sweep import read_sweep, watch
@@ -62,9 +73,10 @@ def _rows(records: Sequence[TrialRecord], names: dict[str, str], width: int) -> 
 
     for record in records:
         status = _status(record)
+        name = f"{names.get(record.run_id, '…')}_{record.run_id}" if wide else record.run_id
         table.add_row(
             str(record.index),
-            f"{names.get(record.run_id, '…')}_{record.run_id}" if wide else record.run_id,
+            Text(printable(name)),
             Text(status, style=STYLES.get(status, "")),
             f"{record.last}/{record.epochs}",
             _loss(record),
@@ -113,9 +125,9 @@ class LiveTable:
         r"""Prints a line, above the table if there is one."""
 
         if self.live is not None:
-            self.console.print(text, highlight=False, markup=False)
+            self.console.print(plain(text), highlight=False, markup=False)
         else:
-            print(text, flush=True)
+            say(text)
 
     def notify(self, event: str, record: TrialRecord) -> None:
         r"""Shows that something happened to a run."""
@@ -138,12 +150,11 @@ class LiveTable:
 
     def _print(self, event: str, record: TrialRecord) -> None:
         config = " ".join(f"{key}={_short(x)}" for key, x in record.config.items())
-        print(
+        say(
             f"[{time.monotonic() - self.start:6.1f} s] run {record.index} {record.run_id} "
             f"{EVENTS.get(event, event)}: epoch {record.last}/{record.epochs}, "
             f"loss_valid {_loss(record)}, {config}"
             + (f": {record.error}" if record.error else ""),
-            flush=True,
         )
 
     def _render(self) -> RenderableType:
@@ -211,18 +222,18 @@ def announce(
     from ..plan import estimate
 
     rungs = ", ".join(map(str, rules.rungs))
-    print(f"sweep '{title}' in {directory}: {rules.target} trials, rungs at epochs {rungs}")
+    say(f"sweep '{title}' in {directory}: {rules.target} trials, rungs at epochs {rungs}")
 
     if records:
         brought = sum(bool(record.source) for record in records)
         under_way = sum(r.state == "running" and not r.paused for r in records)
         paused = sum(r.state == "running" and r.paused for r in records)
-        print(
+        say(
             f"resumed: {len(records) - brought} runs so far, {under_way} of them in progress, "
             f"{paused} paused" + (f"; {brought} brought in" if brought else "")
         )
 
-    print(f"estimate: {estimate(rules, wanted, parallel)}", flush=True)
+    say(f"estimate: {estimate(rules, wanted, parallel)}")
 
 
 def leaderboard(title: str, records: Sequence[TrialRecord], runs: Path, count: int = 10) -> None:
@@ -258,7 +269,7 @@ def conclude(
     complete = sorted((r for r in records if r.state == "complete"), key=rank_key)
 
     if not complete:
-        print("No run is complete: run.json and error.txt in the run directories say why.")
+        say("No run is complete: run.json and error.txt in the run directories say why.")
         return
 
     if all(record.config.keys() == {"seed"} for record in complete):
@@ -268,27 +279,28 @@ def conclude(
     best = complete[0]
     path = RunPath(Path(best.source)) if best.source else RunPath.of_id(runs, best.run_id)
     values = " ".join(f"{key}={format_value(x)}" for key, x in best.config.items())
-    print(f"\nBest configuration: {values}")
+    say(f"\nBest configuration: {values}")
 
     if importances:
         shares = ", ".join(f"{key} {x:.2f}" for key, x in importances.items())
-        print(f"What mattered:      {shares} (PED-ANOVA over {len(complete)} complete runs)")
+        say(f"What mattered:      {shares} (PED-ANOVA over {len(complete)} complete runs)")
 
     if path is None:
-        print(f"Its directory, of run {best.run_id}, is gone.")
+        say(f"Its directory, of run {best.run_id}, is gone.")
         return
 
-    run, here = path.directory.name, os.path.relpath(path.directory)
-    journal = os.path.relpath(directory / "study.journal")
-    print(f"Its weights:        {here}/state.pth\n")
-    print("What next?")
+    run, here = shlex.quote(path.directory.name), os.path.relpath(path.directory)
+    journal = shlex.quote(os.path.relpath(directory / "study.journal"))
+    code = f"from sda_ray import load_score; print(load_score({json.dumps(here)}))"
+    say(f"Its weights:        {here}/state.pth\n")
+    say("What next?")
 
     if not _exhausted(records, target):
-        print(f"  sda-ray sweep {title} --trials {2 * target}   # go on searching")
+        say(f"  sda-ray sweep {title} --trials {2 * target}   # go on searching")
 
-    print(f"  sda-ray train --config {run} --replicas 3   # other seeds")
-    print(f"  optuna-dashboard {journal}   # curves")
-    print(f"  python -c \"from sda_ray import load_score; print(load_score('{here}'))\"")
+    say(f"  sda-ray train --config {run} --replicas 3   # other seeds")
+    say(f"  optuna-dashboard {journal}   # curves")
+    say(f"  python -c {shlex.quote(code)}")
 
 
 def _exhausted(records: Sequence[TrialRecord], target: int) -> bool:
@@ -305,8 +317,8 @@ def _conclude_repeats(complete: Sequence[TrialRecord]) -> None:
 
     losses = [record.values[record.last] for record in complete]
     spread = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
-    print(f"\nloss_valid over {len(losses)} seeds: {statistics.mean(losses):.4f}{spread}")
-    print("The number behind ± is the standard deviation over seeds.")
+    say(f"\nloss_valid over {len(losses)} seeds: {statistics.mean(losses):.4f}{spread}")
+    say("The number behind ± is the standard deviation over seeds.")
 
 
 @command("attach")
@@ -338,19 +350,15 @@ def attach_command(args: Args) -> None:
         study = Study(journal, name, None, objectives)
 
         if holder is not None and alive():
-            print(
+            say(
                 f"sweep '{name}' is driven by process {holder['pid']} on {holder['host']}. Ctrl-C "
                 f"leaves it running; `sda-ray stop {name}` stops it.",
-                flush=True,
             )
             _follow(runs, name, study, alive, _seconds(holder))
         else:
-            print(f"sweep '{name}' does not run. This is how it stands:")
+            say(f"sweep '{name}' does not run. This is how it stands:")
     except KeyboardInterrupt:
-        print(
-            f"\nSweep '{name}' keeps running. Attach again with `sda-ray attach {name}`.",
-            flush=True,
-        )
+        say(f"\nSweep '{name}' keeps running. Attach again with `sda-ray attach {name}`.")
         return
 
     _show_end(runs, name, study)
@@ -401,7 +409,7 @@ def _show_end(runs: Path, name: str, study: Study) -> None:
         return
 
     leaderboard(name, records, runs)
-    print(
+    say(
         f"\n{len(records)} of {target} runs so far, {under_way} of them not at their end: "
         f"`sda-ray sweep {name}` carries them on."
     )

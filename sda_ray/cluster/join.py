@@ -24,6 +24,7 @@ from ..core import (
     deadline,
     on_signals,
     read_notes,
+    say,
     write_atomic,
 )
 from .ray_node import RayNode, own_ip, started
@@ -162,14 +163,13 @@ def join_sweep(
             ip = own_ip(_host_of(head))
 
             with started(find_token(directory), head["address"], ip, cpus, gpus) as node:
-                print(
+                say(
                     f"joined sweep '{name}', driven on {head['host']}, with {node.cpus} CPUs"
                     f"{'' if node.gpus is None else f' and {node.gpus} GPUs'}. Ctrl-C leaves, "
                     "without loss.",
-                    flush=True,
                 )
                 why = stay(node, _watch(directory, last, requested))
-                print(f"left sweep '{name}': {why}.", flush=True)
+                say(f"left sweep '{name}': {why}.")
 
             if requested() or not wait:
                 return
@@ -188,7 +188,7 @@ def stay(node: RayNode, over: Reason) -> str:
         return "its Ray is gone: the driver has ended, or the network is down"
 
     if not why.startswith("the sweep"):
-        print(f"Leaving, since {why}: trials here save a checkpoint first.", flush=True)
+        say(f"Leaving, since {why}: trials here save a checkpoint first.")
         node.leave()
 
     return why
@@ -237,9 +237,7 @@ def _await_head(
 
             if head["address"] != silent:
                 silent = head["address"]
-                print(
-                    f"No answer from {silent}, where sweep '{name}' ran last: waiting.", flush=True
-                )
+                say(f"No answer from {silent}, where sweep '{name}' ran last: waiting.")
 
         if time.monotonic() >= until:
             if last:

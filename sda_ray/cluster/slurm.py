@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..core import UserError, deadline
+from ..core import UserError, deadline, say
 from .join import stay
 from .ray_node import RayNode, own_ip, started
 
@@ -130,7 +130,7 @@ def main(words: Sequence[str]) -> None:
     try:
         sys.exit(_node() if words == ["--node"] else _run(words))
     except UserError as error:
-        print(f"sda-ray: {error}", file=sys.stderr, flush=True)
+        say(f"sda-ray: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

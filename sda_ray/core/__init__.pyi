@@ -13,7 +13,9 @@ from .console import format_duration as format_duration
 from .console import format_size as format_size
 from .console import make_console as make_console
 from .console import make_table as make_table
+from .console import plain as plain
 from .console import printable as printable
+from .console import say as say
 from .errors import UserError as UserError
 from .files import append as append
 from .files import append_line as append_line

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,7 +22,9 @@ __all__ = [
     "format_size",
     "make_console",
     "make_table",
+    "plain",
     "printable",
+    "say",
 ]
 
 INTERVAL = 10.0  # seconds between two lines of progress where there is no terminal
@@ -108,6 +110,18 @@ def make_table(
         table.add_column(name, justify=side, overflow="fold", no_wrap=whole)
 
     return table
+
+
+def plain(value: Any) -> str:
+    r"""Returns a value as a text without control characters, except ends of lines and tabs."""
+
+    return "".join(c if c.isprintable() or c in "\n\t" else "�" for c in str(value))
+
+
+def say(value: Any, file: TextIO | None = None) -> None:
+    r"""Prints a value at once as plain text, see :func:`plain`."""
+
+    print(plain(value), file=file, flush=True)
 
 
 def printable(value: Any, limit: int = 200) -> str:

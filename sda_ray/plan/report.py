@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..core import NETWORK, format_duration, format_size, format_value, make_table
+from ..core import NETWORK, format_duration, format_size, format_value, make_table, plain
 from .cost import Shape, spread
 from .plan import Forecast, Plan, at_a_time, memory_of
 from .probe import Node, epoch_seconds
@@ -45,10 +45,10 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
             console.print(f"{name:12} {text}", markup=False)
 
     for text in plan.warnings:
-        console.print(f"warning: {text}", style="yellow", markup=False)
+        console.print(plain(f"warning: {text}"), style="yellow", markup=False)
 
     for text in plan.faults:
-        console.print(f"fault: {text}", style="red", markup=False)
+        console.print(plain(f"fault: {text}"), style="red", markup=False)
 
     if plan.faults:
         n = len(plan.faults)

@@ -6,6 +6,7 @@ the same bits as if it had trained all epochs itself.
 """
 
 import logging
+import shlex
 from collections.abc import Callable
 from typing import Any
 
@@ -32,7 +33,7 @@ def check_extension(path: RunPath, changes: Config) -> Config:
     """
 
     config, name = load_config(path.config), path.directory.name
-    init = f"sda-ray train --init {path.id}"
+    init = f"sda-ray train --init {shlex.quote(path.id)}"
 
     if set(changes) != {"epochs"}:
         raise UserError(
@@ -118,7 +119,8 @@ def find_start(path: RunPath) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     raise UserError(
         f"{path.directory.name} has no checkpoint of epoch {last[0]} or before to start "
-        f"from{''.join(damaged)}. Start a run from its weights: sda-ray train --init {path.id}"
+        f"from{''.join(damaged)}. Start a run from its weights: sda-ray train --init "
+        f"{shlex.quote(path.id)}"
     )
 
 

@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..core import UserError, locked, open_regular, read_json
+from ..core import UserError, locked, open_regular, read_json, say
 from .inventory import Entry, entries, is_held, read_entry
 from .metrics import read_history
 from .path import RunPath, sweep_directory
@@ -43,12 +43,12 @@ def sync_runs(runs: Path, names: Sequence[str] = ()) -> None:
 
     for entry in _named(runs, names) if names else _finished(runs):
         if is_held(entry.path):
-            print(f"{entry.path.directory.name} is left out: a process is using it.")
+            say(f"{entry.path.directory.name} is left out: a process is using it.")
         else:
             free.append(entry)
 
     if not free:
-        print("There is nothing to upload.")
+        say("There is nothing to upload.")
         return
 
     done = 0
@@ -61,20 +61,20 @@ def sync_runs(runs: Path, names: Sequence[str] = ()) -> None:
                 name = entry.path.directory.name
 
                 try:
-                    print(f"{name}: {_upload(api, entry, runs)}", flush=True)
+                    say(f"{name}: {_upload(api, entry, runs)}")
                     done += 1
                 except (UserError, OSError) as error:
-                    print(f"{name}: {error}", file=sys.stderr, flush=True)
+                    say(f"{name}: {error}", file=sys.stderr)
     except Unreachable as error:
         place = os.environ.get("WANDB_BASE_URL") or "its server"
-        print(
+        say(
             f"sda-ray: W&B at {place} cannot be used: {error}. {done} of {len(free)} runs are "
             "uploaded. The others are unchanged: repeat the command to continue.",
             file=sys.stderr,
         )
         sys.exit(1)
 
-    print(f"{done} of {len(free)} runs are at {api.settings['base_url']}.")
+    say(f"{done} of {len(free)} runs are at {api.settings['base_url']}.")
     sys.exit(0 if done == len(free) else 1)
 
 
@@ -106,10 +106,10 @@ def _finished(runs: Path) -> list[Entry]:
 
     if unfinished:
         statuses = ", ".join(f"{n} {status}" for status, n in sorted(unfinished.items()))
-        print(f"Not finished, and left out unless they are named: {statuses}.")
+        say(f"Not finished, and left out unless they are named: {statuses}.")
 
     if private := len(ended) - len(public):
-        print(f"Trained with --wandb disabled, and left out unless named: {private}.")
+        say(f"Trained with --wandb disabled, and left out unless named: {private}.")
 
     return public
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from ..core import UserError, read_json, write_atomic, write_json
+from ..core import UserError, read_json, say, write_atomic, write_json
 from ..runs import PACKAGE, code_of, digests, origin
 
 __all__ = [
@@ -149,10 +149,9 @@ def check_code(directory: Path, choice: str = "recorded") -> None:
             code.place,
         )
 
-    print(
+    say(
         f"sweep '{name}' resumes with the code of {PACKAGE}. Its recorded code stays in "
         f"{code.place}; {changes}",
-        flush=True,
     )
 
 

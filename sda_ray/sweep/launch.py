@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..cluster import Slots, announced, connected, is_requeued, ray_endpoint
-from ..core import Lease, UserError, deadline
+from ..core import Lease, UserError, deadline, say
 from ..data import DataInfo
 from ..runs import sweep_directory
 from ..search import Rules, Study, TrialRecord, catch_up, decide, importances
@@ -124,7 +124,7 @@ def launch_sweep(
     requeued = is_requeued(directory, options.job)
 
     for line in start.warnings:
-        print(f"Note: {line}")
+        say(f"Note: {line}")
 
     # Requests to a running sweep. One that is only about to start for the first time takes none.
     recorded = (directory / "sweep.json").exists()
@@ -162,16 +162,16 @@ def launch_sweep(
         catch_up(study, options.runs)
 
         for line in start.widened:
-            print(line)
+            say(line)
 
         if priors := _priors(sweep, options, requests):
-            print(f"{bring_all(study, priors)}.")
+            say(f"{bring_all(study, priors)}.")
 
         if requests.retry:
-            print(f"{retry_failed(study)}.")
+            say(f"{retry_failed(study)}.")
 
         if queue:
-            print(f"{enqueue_all(study, queue, sweep.trials)}.")
+            say(f"{enqueue_all(study, queue, sweep.trials)}.")
 
         # Trials
         parallel = slots.local() if options.address is None else slots.most
@@ -341,7 +341,7 @@ def _end(driver: Driver, command: str) -> None:
     else:
         saved = "Nothing is lost"
 
-    print(f"Stopped{why}. {saved}: resume with `{command}`.")
+    say(f"Stopped{why}. {saved}: resume with `{command}`.")
     sys.exit(os.EX_TEMPFAIL if driver.why == TIME else 128 + (driver.signal or signal.SIGINT))
 
 

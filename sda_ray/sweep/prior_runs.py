@@ -34,6 +34,7 @@ from ..core import (
     locked,
     remove_leftovers,
     save_config,
+    say,
     sync_directory,
     write_atomic,
     write_json,
@@ -218,7 +219,7 @@ def collect(
     from ..runs import default_device
     from ..training import Validation
 
-    print(f"measuring the loss of {len(todo)} runs by their weights …", flush=True)
+    say(f"measuring the loss of {len(todo)} runs by their weights …")
     validset = TrajectoryDataset(data / "valid.h5", sweep.config["window"])
     validation = Validation(validset, default_device())
 
@@ -404,7 +405,7 @@ def adopt(words: Sequence[str], sweep: Sweep, options: Options) -> None:
         remove_leftovers(directory)
         write_sweep(directory, record, sweep.script)
         study = Study(directory / "study.journal", sweep.name, lease, sweep.objectives)
-        print(f"{bring_all(study, items)}.")
+        say(f"{bring_all(study, items)}.")
     finally:
         lease.release()
 
@@ -444,7 +445,7 @@ def warm_start(other: str, sweep: Sweep, runs: Path, data: Path) -> list[Item]:
         study = Study(sweep_directory(runs, other) / "study.journal", other, None)
         known = {record.run_id: record.trial.params for record in study.records()}
 
-    print(f"sweep '{other}' has {len(mine)} finished runs", flush=True)
+    say(f"sweep '{other}' has {len(mine)} finished runs")
 
     return gather([path.directory for path in mine], sweep, runs, data, known)
 
@@ -473,7 +474,7 @@ def gather(
 
     for prior in collect(sources, sweep, runs, data, known):
         if isinstance(prior, Refusal):
-            print(f"  left out: {prior.path.name}: {prior.reason}", flush=True)
+            say(f"  left out: {prior.path.name}: {prior.reason}")
             continue
 
         name, loss = prior.path.directory.name, prior.lines[-1]["loss_valid"]
@@ -486,7 +487,7 @@ def gather(
             ) from error
 
         notes = "".join(f"; {note}" for note in prior.notes)
-        print(f"  covered: {name}: loss_valid {loss:.4f}{notes} ({copy.name})", flush=True)
+        say(f"  covered: {name}: loss_valid {loss:.4f}{notes} ({copy.name})")
         items.append(prior.item)
 
     return items

@@ -31,6 +31,7 @@ from ..core import (
     last_heartbeat,
     read_holder,
     read_regular,
+    say,
     write_json,
 )
 from ..runs import RunPath, sweep_directory
@@ -215,7 +216,7 @@ def ask(directory: Path, kind: str, **content: Any) -> str:
         if not reply.good:
             raise UserError(reply.text)
 
-        print(reply.text + "." * (not reply.text.endswith(".")), flush=True)
+        say(reply.text + "." * (not reply.text.endswith(".")))
 
         return reply.text
 

@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 import torch
 from listing import SMALL, a, entry_of, lease_of, made, rewrite, runs, sda
+from scene import SCRIPT
 
+from sda_ray.cli.main import main
 from sda_ray.core.config import CONFIG
 from sda_ray.core.errors import UserError
 from sda_ray.core.lease import Lease
@@ -88,6 +90,54 @@ def test_control_characters_never_reach_the_terminal(a: RunPath, sda: Callable[.
         assert "\x1b" not in printed and "\x07" not in printed
 
     assert "red[bold]" in sda()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["runs", "show", "evil"],
+        ["train", "--resume", "evil0000"],
+        ["sweep", "other"],
+        ["stop", "other"],
+        ["attach", "other"],
+        ["sync", "--all"],
+        ["adopt", "RUNS", "--sweep", "tiny.py"],
+    ],
+)
+def test_errors_and_reports_are_plain_and_quote_names(
+    a: RunPath, words: list[str], monkeypatch: pytest.MonkeyPatch, capfd: Any, made: Path
+) -> None:
+    escape, root = "\x1b]0;title\x07\x1b[2J", a.directory.parents[1]
+    rewrite(a, status=f"odd{escape}", sweep=f"x; touch y #{escape}")
+    a.directory.rename(a.directory.with_name(f"evil{escape}-1_evil0000"))
+    shutil.copytree(
+        a.directory.with_name(f"evil{escape}-1_evil0000"), root / "runs/evil-2_evil0002"
+    )
+    (root / "runs/sweeps" / f"s{escape}").mkdir(parents=True)
+    (root / "runs/sweeps" / f"s{escape}" / "sweep.json").write_text("{}")
+    (root / "tiny.py").write_text(SCRIPT)
+    monkeypatch.chdir(root)
+    words = [str(root / "runs") if word == "RUNS" else word for word in words]
+
+    with contextlib.suppress(SystemExit):
+        main(argv=[*words, "--root", str(root), "--data", str(made.parent / "data")])
+
+    out, err = capfd.readouterr()
+    assert "\x1b" not in out + err and "\x07" not in out + err
+    assert "�" in out + err
+
+    if words[0] == "train":
+        assert "sda-ray sweep 'x; touch y #" in err
+
+
+def test_warnings_are_plain(runs: Path) -> None:
+    code = "import logging; from sda_ray.cli.main import main; import sys\n"
+    code += "try: main(argv=['runs', '--runs', sys.argv[1]])\n"
+    code += "finally: logging.getLogger('any').warning('run %s', '\\x1b[2J')\n"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(runs)], capture_output=True, text=True, check=True
+    )
+    assert done.stderr == "WARNING: run �[2J\n"
 
 
 def test_compare_shows_what_differs(runs: Path, sda: Callable[..., Any]) -> None:
