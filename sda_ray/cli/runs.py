@@ -2,6 +2,7 @@ r"""The commands about runs: `sda-ray runs list | show | compare | prune` and `s
 
 import sys
 from collections.abc import Sized
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -89,7 +90,7 @@ def list_command(args: Args) -> None:
         )
 
     settings = {key: check_value(key, x) for key, x in parse_overrides(args.settings).items()}
-    every = list(entries(args.runs))
+    every = [replace(entry, record={}) for entry in entries(args.runs)]  # it is not shown
     chosen = select(every, args.sweep, args.status, settings, args.sort, args.limit)
 
     if args.json:

@@ -34,7 +34,9 @@ __all__ = [
     "write_json",
 ]
 
-MAX_JSON = 64 * 2**20  # bytes; files of others must not exhaust the memory
+# Bytes; files of others must not exhaust the memory
+MAX_LINES = 64 * 2**20
+MAX_JSON = 4 * 2**20
 
 
 @contextlib.contextmanager
@@ -98,7 +100,7 @@ def open_regular(file: Path | str, flags: int = os.O_RDONLY) -> int:
     return os.open(target, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
 
 
-def read_regular(file: Path | str, limit: int = MAX_JSON) -> bytes:
+def read_regular(file: Path | str, limit: int = MAX_LINES) -> bytes:
     r"""Returns the content of a file of at most `limit` bytes, see :func:`open_regular`."""
 
     with os.fdopen(open_regular(file), "rb") as f:
@@ -106,6 +108,20 @@ def read_regular(file: Path | str, limit: int = MAX_JSON) -> bytes:
             raise UserError(f"{file} has {size} bytes, but at most {limit} are read.")
 
         return f.read(size)
+
+
+def _read_values(file: Path | str, limit: int) -> bytes:
+    r"""Returns JSON that takes a few times `limit` bytes at most once it is parsed.
+
+    An empty list has 2 bytes in a file and 64 in memory: objects are counted, too.
+    """
+
+    data = read_regular(file, limit)
+
+    if data.count(b",") + 8 * (data.count(b"{") + data.count(b"[")) > limit // 8:
+        raise UserError(f"{file} is damaged: it has more values than any file of ours.")
+
+    return data
 
 
 def write_json(file: Path | str, obj: Any) -> None:
@@ -125,7 +141,7 @@ def read_json(file: Path | str) -> Any:
     """
 
     try:
-        return json.loads(read_regular(file))
+        return json.loads(_read_values(file, MAX_JSON))
     except OSError as e:
         raise UserError(f"{file} cannot be read: {e.strerror}.") from e
     except UserError:
@@ -193,7 +209,7 @@ def read_lines(file: Path | str) -> list[dict[str, Any]]:
     """
 
     try:
-        data = read_regular(file)
+        data = _read_values(file, MAX_LINES)
     except FileNotFoundError:
         return []
     except OSError as e:

@@ -108,7 +108,7 @@ def _check(line: dict[str, Any], file: Path, where: str) -> Metrics:
     except (msgspec.ValidationError, OverflowError) as error:
         raise UserError(f"{file} is damaged: {where}: {error}.") from error
 
-    return {key: x for key, x in line.items() if x is not None}
+    return {key: x for key, x in line.items() if x is not None} if None in line.values() else line
 
 
 def best(lines: Sequence[Metrics]) -> Metrics | None:

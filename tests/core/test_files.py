@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -132,6 +133,38 @@ def test_damaged_json_is_named(content: bytes, tmp_path: Path) -> None:
 
     with pytest.raises(UserError, match=r"run\.json is damaged"):
         read_json(file)
+
+
+@pytest.mark.parametrize("value", ["[]", "{}", '{"a": 1}', "[1, 2]", "1"])
+def test_json_of_many_small_values_is_refused_unparsed(value: str, tmp_path: Path) -> None:
+    file = tmp_path / "run.json"
+    file.write_text(f'{{"x": [{",".join([value] * (2**22 // (len(value) + 1) - 4))}]}}')
+    lines = tmp_path / "metrics.jsonl"
+    lines.write_text('{"epoch":1}\n' * 2**21)
+
+    for read, path in ((read_json, file), (read_lines, lines)):
+        tracemalloc.start()
+
+        with pytest.raises(UserError, match=rf"{path.name} is damaged: it has more values"):
+            read(path)
+
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 2 * path.stat().st_size
+
+
+def test_long_histories_and_records_are_read(tmp_path: Path) -> None:
+    line = {"epoch": 1, "loss_train": 1 / 3, "loss_valid": 1 / 7, "lr": 1e-4, "seconds": 1 / 9}
+    (tmp_path / "metrics.jsonl").write_text((json.dumps(line) + "\n") * 200_000)
+    attempt = {
+        "number": 1,
+        "host": "node",
+        "versions": {f"package{i}": "1.2.3" for i in range(20)},
+    }
+    write_json(tmp_path / "run.json", {"attempts": [attempt] * 4000})
+
+    assert len(read_lines(tmp_path / "metrics.jsonl")) == 200_000
+    assert len(read_json(tmp_path / "run.json")["attempts"]) == 4000
 
 
 def test_unreadable_json_is_named(tmp_path: Path) -> None:
