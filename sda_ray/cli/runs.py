@@ -241,7 +241,8 @@ def _show_prunable(files: dict[str, dict[Path, int]], spared: dict[str, str]) ->
 
 @command("sync")
 @click.argument("run", nargs=-1, metavar="[RUN]...")
-@option("--all", "All finished runs.", bool)
+@option("--all", "All runs that have ended, and the paused ones of sweeps that do not run.", bool)
+@option("--sweep", "All runs of this sweep.", metavar="NAME")
 def sync_command(args: Args) -> None:
     r"""Uploads runs that were trained offline, or without reaching the server, to W&B.
 
@@ -250,9 +251,13 @@ def sync_command(args: Args) -> None:
     and the account are those of `wandb login`, or of WANDB_BASE_URL and WANDB_API_KEY.
 
       sda-ray sync --all
+      sda-ray sync --sweep width
     """
 
-    if args.all == bool(args.run):
-        raise UserError("give the runs to upload, or --all for the finished ones, and not both.")
+    if bool(args.all) + bool(args.run) + bool(args.sweep) != 1:
+        raise UserError(
+            "give the runs to upload, or --all for those that have ended, or --sweep NAME, and "
+            "only one of them."
+        )
 
-    sync_runs(args.runs, args.run)
+    sync_runs(args.runs, args.run, args.sweep)

@@ -36,12 +36,21 @@ class Unreachable(RuntimeError):
     r"""Raised if the server is absent, does not answer or refuses."""
 
 
-def sync_runs(runs: Path, names: Sequence[str] = ()) -> None:
-    r"""Uploads runs, by default the finished ones. Exits with 1 if one is missing afterwards."""
+def sync_runs(runs: Path, names: Sequence[str] = (), sweep: str | None = None) -> None:
+    r"""Uploads runs: those named, all of a sweep, or by default the ended ones.
+
+    Exits with 1 if one is missing afterwards.
+    """
 
     free: list[Entry] = []
 
-    for entry in _named(runs, names) if names else _finished(runs):
+    if sweep is None:
+        chosen = _named(runs, names) if names else _ended(runs)
+    else:
+        own = (entry for entry in entries(runs) if entry.sweep == sweep)
+        chosen = [x for x in own if x.status != "adopted" and x.epoch is not None]
+
+    for entry in chosen:
         if is_held(entry.path):
             say(f"{entry.path.directory.name} is left out: a process is using it.")
         else:
@@ -95,14 +104,24 @@ def _named(runs: Path, names: Sequence[str]) -> list[Entry]:
     return [entry for path in paths if (entry := read_entry(path)) is not None]
 
 
-def _finished(runs: Path) -> list[Entry]:
-    r"""Returns the runs that have ended, and prints which ones are left out."""
+def _ended(runs: Path) -> list[Entry]:
+    r"""Returns the runs that have ended, and prints which ones are left out.
+
+    The paused runs of a sweep that does not run have ended until it is extended.
+    """
+
+    def has_ended(entry: Entry) -> bool:
+        if entry.status == "paused" and entry.sweep is not None:
+            return not is_held(RunPath(sweep_directory(runs, entry.sweep)))
+
+        return entry.status in ENDED
 
     known = list(entries(runs))
-    ended = [entry for entry in known if entry.status in ENDED and entry.epoch is not None]
+    ended = [entry for entry in known if has_ended(entry) and entry.epoch is not None]
     public = [entry for entry in ended if _settings(entry, runs).get("mode") != "disabled"]
-    other = (*ENDED, "adopted")  # an adopted run is a copy of one that has its own place on W&B
-    unfinished = Counter(entry.status for entry in known if entry.status not in other)
+    # An adopted run is a copy of one that has its own place on W&B
+    others = (entry for entry in known if entry.status != "adopted" and not has_ended(entry))
+    unfinished = Counter(entry.status for entry in others)
 
     if unfinished:
         statuses = ", ".join(f"{n} {status}" for status, n in sorted(unfinished.items()))

@@ -244,6 +244,11 @@ def test_finished_runs_that_no_process_uses_are_uploaded(
     runs = tmp_path / "runs"
     make_run(runs, "finished")
     make_run(runs, "unended1", status="paused")
+    make_run(runs, "paused01", status="paused", sweep="over")
+    make_run(runs, "paused02", status="paused", sweep="runs")
+    make_run(runs, "aborted1", status="interrupted", sweep="over")
+    (runs / "sweeps/runs").mkdir(parents=True)
+    drives = Lease(runs / "sweeps/runs/lease.json", "sweep 'runs'")
     make_run(runs, "private1", wandb=WANDB | {"mode": "disabled"})
     damaged = make_run(runs, "damaged1").metrics
     damaged.write_text("{\n" + damaged.read_text())
@@ -253,19 +258,22 @@ def test_finished_runs_that_no_process_uses_are_uploaded(
         done = sync(server.env, "--all")
     finally:
         lease.release()
+        drives.release()
 
     assert done.returncode == 1
     assert f"{damaged} is damaged" in done.stderr
-    assert set(server.runs) == {"finished"}
+    assert set(server.runs) == {"finished", "paused01"}
     assert f"{NAME}_inuse123 is left out: a process is using it" in done.stdout
-    assert "left out unless they are named: 1 paused" in done.stdout
+    assert "left out unless they are named: 1 interrupted, 2 paused" in done.stdout
     assert "Trained with --wandb disabled, and left out unless named: 1" in done.stdout
 
+    assert "2 of 2 runs are at" in sync(server.env, "--sweep", "over").stdout
+    assert set(server.runs) == {"finished", "paused01", "aborted1"}
     assert sync(server.env, "unended1").returncode == 0
     assert [row["_step"] for row in server.runs["unended1"].history] == STEPS[:-1]
 
 
-@pytest.mark.parametrize("words", [[], ["--all", ID]])
+@pytest.mark.parametrize("words", [[], ["--all", ID], ["--all", "--sweep=x"]])
 def test_either_runs_or_all_are_given(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str]
 ) -> None:
