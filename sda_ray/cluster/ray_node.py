@@ -9,9 +9,11 @@ one machine.
 import ctypes
 import importlib.util
 import os
+import re
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -40,7 +42,10 @@ END = 10.0  # seconds that Ray may take to end, beyond that
 STORE = 100 * 2**20  # bytes of shared memory; nothing large goes through Ray
 PREFIX = "sda-ray-"
 RAY = "r"  # the part of a private directory that Ray opens to everybody
+LOCK = "lock"
 LONGEST = 24  # characters of a directory in which the paths of Ray's sockets stay short enough
+PATH = re.compile(rf"/[\w./-]{{0,{LONGEST - 1}}}", re.ASCII)  # Ray splits commands at blanks
+PLACES = ("/tmp", "/var/tmp", "/dev/shm")
 
 # The environment of drivers and nodes, unless the user sets other values. By default Ray renices its
 # workers, gives up on a slow start after 30 s, starts a worker on each CPU that no trial takes, and
@@ -295,16 +300,45 @@ def private_directory() -> Iterator[Path]:
     Each is locked by its process for as long as that lives, in whatever container.
     """
 
-    parent = tempfile.gettempdir() if len(tempfile.gettempdir()) <= LONGEST else "/tmp"
+    parent = _parent()
 
     with ExitStack() as stack:
         directory = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
-        stack.callback(shutil.rmtree, directory, ignore_errors=True)
+        stack.callback(_remove, directory)
         stack.enter_context(locked(directory / "new"))
-        os.replace(directory / "new", directory / "lock")  # never there without being locked
+        os.replace(directory / "new", directory / LOCK)  # never there without being locked
 
-        for other in Path(parent).glob(f"{PREFIX}*/lock"):
-            with suppress(OSError), locked(other, wait=False):  # in use, or not ours
-                shutil.rmtree(other.parent, ignore_errors=True)
+        for other in parent.glob(f"{PREFIX}*/{LOCK}"):
+            with suppress(OSError):  # in use, or removed by another process
+                status = other.parent.lstat()
+
+                if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid():
+                    with locked(other, wait=False):
+                        _remove(other.parent)
 
         yield directory
+
+
+def _parent() -> Path:
+    r"""Returns a directory for temporary files whose path Ray's sockets and commands can have."""
+
+    with suppress(FileNotFoundError):  # raised by gettempdir
+        for place in (tempfile.gettempdir(), *PLACES):
+            if PATH.fullmatch(place) and os.access(place, os.W_OK | os.X_OK):
+                return Path(place)
+
+    raise UserError(
+        "Ray needs a directory for temporary files with a short and plain path, but none of "
+        f"{', '.join(PLACES)} can be written. Set TMPDIR to one of at most {LONGEST} letters, "
+        "digits and characters of '/._-'."
+    )
+
+
+def _remove(directory: Path) -> None:
+    r"""Removes a private directory, the lock last: if this is cut short, another start goes on."""
+
+    with suppress(OSError):
+        for part in sorted(directory.iterdir(), key=lambda part: part.name == LOCK):
+            shutil.rmtree(part) if part.is_dir() else part.unlink()
+
+        directory.rmdir()

@@ -304,7 +304,7 @@ def locked(file: Path | str, *, shared: bool = False, wait: bool = True) -> Iter
         OSError: If the file cannot be opened, or not be locked, see :func:`lock_works`.
     """
 
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
     with os.fdopen(os.open(file, flags, 0o644), "r+b") as f:
         how = fcntl.LOCK_SH if shared else fcntl.LOCK_EX

@@ -7,6 +7,7 @@ user have fetched to this node, each once.
 
 import os
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -43,7 +44,7 @@ def local_directory(what: str) -> Path:
         with suppress(FileExistsError):
             root.mkdir(mode=0o700)
 
-        if root.is_symlink() or root.stat().st_uid != os.getuid():
+        if not stat.S_ISDIR((status := root.lstat()).st_mode) or status.st_uid != os.getuid():
             raise UserError(f"{root} belongs to another user. Set SDA_RAY_LOCAL on this node.")
 
         root.chmod(0o700)
