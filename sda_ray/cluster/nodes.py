@@ -25,7 +25,7 @@ from urllib.parse import urlparse
 import psutil
 
 from .. import __version__
-from ..core import UserError, lock_works
+from ..core import UserError, cgroup_memory, lock_works
 from ..data import fingerprint
 from ..runs import Entry, cpu_model, entries
 from ..storage import local_directory
@@ -256,15 +256,9 @@ def check_files(
 
 
 def memory_limit() -> int:
-    r"""Returns the bytes of memory that processes can use here, by the machine and its cgroup."""
+    r"""Returns the bytes of memory that processes can use here, by the machine and its cgroups."""
 
-    limits = [psutil.virtual_memory().total]
-
-    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with suppress(OSError, ValueError):  # `max` is no number
-            limits.append(int(Path(file).read_text()))
-
-    return min(limits)
+    return int(min(psutil.virtual_memory().total, cgroup_memory()))
 
 
 def _versions() -> dict[str, str]:

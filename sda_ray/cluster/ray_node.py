@@ -23,7 +23,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core import UserError, locked, write_atomic
+from ..core import UserError, cgroup_cpus, locked, write_atomic
 
 __all__ = [
     "ENVIRONMENT",
@@ -75,13 +75,14 @@ _LIBC = ctypes.CDLL(None)
 
 
 def local_cpus() -> int:
-    r"""Returns the number of CPUs that this process may use: its affinity, its share in Slurm."""
+    r"""Returns the number of CPUs that this process may use: its affinity, cgroups, and Slurm."""
 
     affinity = hasattr(os, "sched_getaffinity")
     cpus = len(os.sched_getaffinity(0)) if affinity else os.cpu_count() or 1
     share = os.environ.get("SLURM_CPUS_ON_NODE", "")
+    shares = [int(share)] if share.isdigit() and int(share) else []
 
-    return min(cpus, int(share)) if share.isdigit() and int(share) else cpus
+    return max(1, int(min(cpus, cgroup_cpus(), *shares)))
 
 
 def local_gpus() -> int:

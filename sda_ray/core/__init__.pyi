@@ -72,6 +72,8 @@ from .space import space_to_json as space_to_json
 from .space import split_group as split_group
 from .space import uniform as uniform
 from .system import LEAST as LEAST
+from .system import cgroup_cpus as cgroup_cpus
+from .system import cgroup_memory as cgroup_memory
 from .system import deadline as deadline
 from .system import is_out_of_memory as is_out_of_memory
 from .system import keep_memory as keep_memory

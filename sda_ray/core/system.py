@@ -14,11 +14,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from .errors import UserError
 
-__all__ = ["deadline", "is_out_of_memory", "keep_memory", "margin", "on_signals", "release_memory"]
+__all__ = [
+    "cgroup_cpus",
+    "cgroup_memory",
+    "deadline",
+    "is_out_of_memory",
+    "keep_memory",
+    "margin",
+    "on_signals",
+    "release_memory",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +104,55 @@ def _glibc() -> ctypes.CDLL | None:
     libc = ctypes.CDLL(None)
 
     return libc if hasattr(libc, "gnu_get_libc_version") else None
+
+
+CGROUP, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+
+
+def cgroup_cpus() -> float:
+    r"""Returns the CPUs' worth of time that this process' cgroups allow, or infinity."""
+
+    limits = [math.inf]
+
+    for quota, *period in _cgroup_limits(
+        "cpu", "cpu.max", "cpu.cfs_quota_us", "cpu.cfs_period_us"
+    ):
+        if quota > 0:  # -1 in version 1: no limit
+            limits.append(quota / period[0])
+
+    return min(limits)
+
+
+def cgroup_memory() -> float:
+    r"""Returns the bytes of memory that this process' cgroups allow, or infinity."""
+
+    limits = _cgroup_limits("memory", "memory.max", "memory.limit_in_bytes")
+
+    return min((limit for (limit,) in limits), default=math.inf)
+
+
+def _cgroup_limits(controller: str, new: str, *old: str) -> Iterator[list[int]]:
+    r"""Yields the limits of this process' cgroup and of all above it, which hold together.
+
+    Arguments:
+        controller: The controller, for version 1.
+        new: The file of the limits in version 2.
+        old: The files, each with a number, in version 1.
+    """
+
+    groups = CGROUP.read_text().splitlines() if CGROUP.exists() else []
+
+    for _, controllers, path in (line.split(":", 2) for line in groups):
+        if controllers and controller not in controllers.split(","):
+            continue
+
+        top, files = (CGROUPS / controller, old) if controllers else (CGROUPS, (new,))
+        place = top / path.lstrip("/")  # not there in a container that sees its own group as top
+
+        for group in (place, *place.parents):
+            with suppress(OSError, ValueError):  # missing, or `max`
+                if group.is_relative_to(top):
+                    yield [int(x) for file in files for x in (group / file).read_text().split()]
 
 
 LEAST = 30.0  # seconds between the request to stop and the end

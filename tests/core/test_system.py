@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 
 from sda_ray.core.errors import UserError
-from sda_ray.core.system import SWITCH, deadline, keep_memory, margin, release_memory
+from sda_ray.core.system import (
+    SWITCH,
+    cgroup_cpus,
+    cgroup_memory,
+    deadline,
+    keep_memory,
+    margin,
+    release_memory,
+)
 
 GLIBC = sys.platform.startswith("linux") and bool(os.confstr("CS_GNU_LIBC_VERSION"))
 
@@ -119,3 +127,59 @@ def test_margin_is_enough_for_a_checkpoint_and_never_most_of_the_time() -> None:
     assert margin(100.0, 3600) == 200
     assert margin(0.0, 20) == 10
     assert margin(1e9, 3600) == 1800
+
+
+V1 = {
+    "cpu/cpu.cfs_quota_us": "-1",
+    "cpu/cpu.cfs_period_us": "100000",
+    "cpu/a/cpu.cfs_quota_us": "150000",
+    "cpu/a/cpu.cfs_period_us": "100000",
+    "cpu/a/b/cpu.cfs_quota_us": "-1",
+    "cpu/a/b/cpu.cfs_period_us": "100000",
+    "memory/memory.limit_in_bytes": "9223372036854771712",
+    "memory/a/memory.limit_in_bytes": "4096",
+    "memory/a/b/memory.limit_in_bytes": "9223372036854771712",
+}
+V2 = {
+    "a/cpu.max": "150000 100000",
+    "a/memory.max": "4096",
+    "a/b/cpu.max": "max 100000",
+    "a/b/memory.max": "8192",
+}
+V1_CONTAINER = {  # sees its own group as the top, and the path of the host
+    "cpu/cpu.cfs_quota_us": "150000",
+    "cpu/cpu.cfs_period_us": "100000",
+    "memory/memory.limit_in_bytes": "4096",
+}
+
+
+@pytest.mark.parametrize(
+    ("group", "files", "cpus", "memory"),
+    [
+        ("9:name=systemd:/x\n5:memory:/a/b\n3:cpuacct,cpu:/a/b\n0::/\n", V1, 1.5, 4096),
+        ("5:memory:/docker/1\n3:cpu:/docker/1\n", V1_CONTAINER, 1.5, 4096),
+        ("0::/a/b\n", V2, 1.5, 4096),
+        ("0::/c\n", V2, math.inf, math.inf),
+        (None, {}, math.inf, math.inf),
+    ],
+)
+def test_least_limit_of_nested_cgroups_counts(
+    group: str | None,
+    files: dict[str, str],
+    cpus: float,
+    memory: float,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sda_ray.core.system.CGROUP", tmp_path / "cgroup")
+    monkeypatch.setattr("sda_ray.core.system.CGROUPS", tmp_path)
+
+    if group is not None:
+        (tmp_path / "cgroup").write_text(group)
+
+    for file, text in files.items():
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text(f"{text}\n")
+
+    assert cgroup_cpus() == cpus
+    assert cgroup_memory() == memory
