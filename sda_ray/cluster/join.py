@@ -213,7 +213,7 @@ def _leave_requested() -> Iterator[Reason]:
         if received:
             return "a signal asked for it"
 
-        return "its time is up" if end is not None and time.monotonic() > end - LEAST else ""
+        return "its Slurm job ends" if end is not None and time.monotonic() > end - LEAST else ""
 
     with on_signals(handle, signal.SIGUSR1):
         yield why

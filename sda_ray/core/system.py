@@ -177,8 +177,12 @@ def deadline(hours: float | None, environ: Mapping[str, str]) -> float | None:
 
     if end := end or (job and _ask_slurm(job)):
         try:
-            left = float(end) - time.time()
-            ends.append(time.monotonic() + left - (SLURM - LEAST))
+            if (left := float(end) - time.time()) > 0:
+                ends.append(time.monotonic() + left - (SLURM - LEAST))
+            else:  # as in a tmux that a job has started
+                logger.warning(
+                    "SLURM_JOB_END_TIME is that of a job that has ended: it is ignored."
+                )
         except ValueError:
             logger.warning("SLURM_JOB_END_TIME is %r, which is not a time: it is ignored.", end)
 

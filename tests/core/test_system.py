@@ -116,6 +116,16 @@ def test_nonsense_of_slurm_is_ignored_with_a_warning(caplog: pytest.LogCaptureFi
     assert "tomorrow" in caplog.text
 
 
+def test_end_of_a_job_that_has_ended_is_ignored_with_a_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    past = str(time.time() - 5)
+
+    assert deadline(None, {"SLURM_JOB_END_TIME": past}) is None
+    assert "SLURM_JOB_END_TIME is that of a job that has ended" in caplog.text
+    assert left(1.0, SLURM_JOB_END_TIME=past) == pytest.approx(3600, abs=2)
+
+
 @pytest.mark.parametrize("hours", [0.0, -1.0, math.nan, math.inf])
 def test_hours_that_are_none_are_refused(hours: float) -> None:
     with pytest.raises(UserError, match="--hours is"):
