@@ -5,6 +5,7 @@ import logging
 import os
 import secrets
 import socket
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -33,6 +34,8 @@ R = TypeVar("R")
 logger = logging.getLogger(__name__)
 
 CONNECT = 10.0  # seconds that a TCP connection to an address may take
+ANSWER = 120.0  # seconds for a Ray to let a process attach
+ATTACH = "import ray, sys; ray.init(sys.argv[1], log_to_driver=False, logging_level='ERROR')"
 SHUTDOWN = 15.0  # seconds after which a Ray of our own that does not answer is killed
 
 # Variables that describe another Ray, or processes unlike this one
@@ -71,6 +74,8 @@ def connected(
         _check_port(address)
 
         with private_directory() as directory:
+            _check_answer(address, directory)
+
             try:
                 _attach(address, package)
             except Exception as error:
@@ -222,7 +227,36 @@ def _check_port(address: str) -> None:
         raise UserError(_no_ray(address, error)) from error
 
 
-def _no_ray(address: str, error: Exception) -> str:
+def _check_answer(address: str, directory: Path) -> None:
+    r"""Raises a UserError unless a process can attach to a Ray.
+
+    Ray 2.60 tries for up to 14 minutes, prints a line for each try, and cannot be interrupted.
+    """
+
+    command = [sys.executable, "-c", ATTACH, address]
+    env = {name: value for name, value in os.environ.items() if name not in FOREIGN}
+    why = ""
+
+    try:
+        done = subprocess.run(command, env=env, cwd=directory, capture_output=True, timeout=ANSWER)
+        output = done.stderr
+
+        if done.returncode:
+            why = output.decode(errors="replace").strip().rpartition("\n")[2]
+    except subprocess.TimeoutExpired as error:
+        output, why = error.stderr or b"", f"it has not answered in {ANSWER:g} s"
+
+    if why and b"InvalidAuthToken" in output:
+        raise UserError(
+            f"the Ray at '{address}' is that of another sweep or user: it does not accept the "
+            "token of this process. Give the address of yours, or its token in RAY_AUTH_TOKEN."
+        )
+
+    if why:
+        raise UserError(_no_ray(address, why.rstrip(".")))
+
+
+def _no_ray(address: str, error: Exception | str) -> str:
     return (
         f"there is no Ray at '{address}': {error}. Start one, or leave --address out to use this "
         "machine alone."

@@ -71,9 +71,11 @@ with connected(modules=["colorsys"]) as scratch:
 
 # What a stranger on this machine can try
 STRANGER = """
-import sys, ray
-ray.init(address=sys.argv[1], logging_level="ERROR", log_to_driver=False)
-print(ray.cluster_resources())
+import sys
+from sda_ray.cluster.connect import connected
+with connected(sys.argv[1]):
+    import ray
+    print(ray.cluster_resources())
 """
 
 
@@ -157,6 +159,8 @@ def test_ray_of_our_own_is_private_and_leaves_nothing(place: Path) -> None:
     )
     assert stranger.returncode != 0
     assert "CPU" not in stranger.stdout
+    assert "is that of another sweep or user" in stranger.stderr
+    assert "InvalidAuthToken" not in stranger.stderr  # Ray's lines, one for each try
 
     # Killed, its Ray ends, and leaves a directory, which the next one removes
     first.kill()
