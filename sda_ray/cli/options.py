@@ -216,6 +216,17 @@ def _locate(args: Args) -> None:
     def absolute(path: Any) -> Path:
         return Path(os.path.abspath(Path(path).expanduser()))
 
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        if not os.path.isabs(args.root or ""):
+            raise UserError(
+                "the current directory has been removed. Change to another one, or give --root "
+                "as an absolute path."
+            ) from None
+
+        os.chdir("/")  # Tune and MKL do not work without a current directory
+
     args.root = absolute(args.root or _default_root())
     args.data_given = args.data is not None
     args.data = absolute(args.data or args.root / "data")

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from ..core import UserError
 from ..storage import on_node
-from .ray_node import ENVIRONMENT, local_cpus, local_gpus, private_directory, started
+from .ray_node import ENVIRONMENT, local_cpus, local_gpus, not_started, private_directory, started
 
 __all__ = [
     "connected",
@@ -67,6 +67,11 @@ def connected(
         UserError: If Ray does not start, or there is no cluster at the address.
     """
 
+    if sys.flags.optimize > 1:
+        raise UserError(
+            "Ray needs docstrings: unset PYTHONOPTIMIZE, and start Python without -OO."
+        )
+
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 
@@ -97,16 +102,11 @@ def connected(
             node = stack.enter_context(own)
             importing.join()
             _attach(node.address, package)
+        except UserError:
+            raise
         except Exception as error:
             why = (str(error).strip() or type(error).__name__).splitlines()[0]
-
-            if not isinstance(error, UserError):
-                why = f"Ray could not be started on this machine: {why}"
-
-            raise UserError(
-                f"{why}. Nothing is lost; is the machine overloaded, or out of memory or disk? The "
-                "same command tries again."
-            ) from error
+            raise not_started(why) from error
 
         stack.enter_context(_attachment(node.kill))
 

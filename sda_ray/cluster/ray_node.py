@@ -30,6 +30,7 @@ __all__ = [
     "RayNode",
     "local_cpus",
     "local_gpus",
+    "not_started",
     "own_ip",
     "private_directory",
     "started",
@@ -39,6 +40,7 @@ START = 180.0  # seconds that Ray may take to start
 TRIES = 3  # times that it may, if the machine is busy
 DRAIN = 100.0  # seconds that trials have to save a checkpoint when a node leaves
 END = 10.0  # seconds that Ray may take to end, beyond that
+LOOPBACK = 5.0  # seconds to connect to this machine itself
 STORE = 100 * 2**20  # bytes of shared memory; nothing large goes through Ray
 PREFIX = "sda-ray-"
 RAY = "r"  # the part of a private directory that Ray opens to everybody
@@ -180,6 +182,8 @@ def started(
     cpus = local_cpus() if cpus is None else cpus
     gpus = slurm_gpus() if gpus is None else gpus
 
+    _check_loopback()
+
     with private_directory() as directory:
         environment = {**ENVIRONMENT, **({} if alone else HEALTH), **os.environ}
         environment.pop("RAY_ADDRESS", None)
@@ -205,6 +209,19 @@ def started(
             yield RayNode(process, directory, found, cpus, gpus)
         finally:
             _end(process)
+
+
+def _check_loopback() -> None:
+    r"""Raises a UserError if processes of this machine cannot connect: Ray would try for minutes."""
+
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            socket.create_connection(server.getsockname(), LOOPBACK).close()
+    except OSError as error:
+        raise UserError(
+            f"Ray cannot start, since 127.0.0.1 does not answer: {error}. Set the loopback "
+            "interface up, as root: ip link set lo up"
+        ) from error
 
 
 def _head_options() -> list[str]:
@@ -271,11 +288,18 @@ def _wait(process: "subprocess.Popen[bytes]", directory: Path) -> str:
         if process.poll() is not None or time.monotonic() > deadline:
             lines = (directory / "ray.log").read_text(errors="replace").strip().splitlines()
             why = lines[-1].strip() if process.poll() is not None and lines else "it timed out"
-            raise UserError(f"Ray could not be started on {socket.gethostname()}: {why}")
+            raise not_started(why)
 
         time.sleep(0.05)
 
     return address
+
+
+def not_started(why: str) -> UserError:
+    return UserError(
+        f"Ray could not be started on {socket.gethostname()}: {why}. Nothing is lost; is the "
+        "machine overloaded, or out of memory or disk? The same command tries again."
+    )
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:

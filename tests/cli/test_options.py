@@ -137,6 +137,21 @@ def test_scratch_is_the_root_without_runs_here(
     assert "root /scratch/me/sda/kolmogorov, " in capsys.readouterr().out
 
 
+def test_directory_that_was_removed_is_only_needed_without_a_root(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+
+    with pytest.raises(SystemExit):
+        main(argv=["runs"])
+
+    assert "the current directory has been removed. Change to" in capsys.readouterr().err
+    main(argv=["runs", "--root", str(tmp_path)])
+    assert "There are no runs" in capsys.readouterr().out
+
+
 def test_no_command_is_a_request_for_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(argv=[])

@@ -192,6 +192,28 @@ def test_script_that_imports_ray_first_is_refused(place: Path) -> None:
     assert "ray was imported before the sweep started a Ray of its own" in errors
 
 
+@pytest.mark.parametrize(
+    ("prefix", "message"),
+    [
+        (["env", "PYTHONOPTIMIZE=2"], "Ray needs docstrings: unset PYTHONOPTIMIZE"),
+        (["unshare", "--user", "--net"], "127.0.0.1 does not answer: [Errno 101] Network is"),
+    ],
+)
+def test_process_that_cannot_start_a_ray_is_refused_at_once(
+    prefix: list[str], message: str, place: Path
+) -> None:
+    if subprocess.run([*prefix, "true"], capture_output=True).returncode:
+        pytest.skip(f"{prefix[0]} is not allowed here")
+
+    begin = time.monotonic()
+    process = start(place, *prefix)
+    _, errors = process.communicate(timeout=120)
+
+    assert process.returncode != 0 and message in errors
+    assert time.monotonic() - begin < 60
+    assert [*(place / "tmp").iterdir()] == []
+
+
 def test_job_and_hooks_of_another_ray_do_not_reach_our_own(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
