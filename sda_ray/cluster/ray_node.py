@@ -8,6 +8,7 @@ one machine.
 
 import ctypes
 import importlib.util
+import logging
 import os
 import re
 import shutil
@@ -35,6 +36,8 @@ __all__ = [
     "private_directory",
     "started",
 ]
+
+logger = logging.getLogger(__name__)
 
 START = 180.0  # seconds that Ray may take to start
 TRIES = 3  # times that it may, if the machine is busy
@@ -184,7 +187,7 @@ def started(
 
     _check_loopback()
 
-    with private_directory() as directory:
+    with private_directory(cpus) as directory:
         environment = {**ENVIRONMENT, **({} if alone else HEALTH), **os.environ}
         environment.pop("RAY_ADDRESS", None)
         environment["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = f"{DRAIN if address else 0:g}"
@@ -319,27 +322,46 @@ def _kill(process: "subprocess.Popen[bytes]") -> None:
 
 
 @contextmanager
-def private_directory() -> Iterator[Path]:
+def private_directory(cpus: int = 0) -> Iterator[Path]:
     r"""Makes a directory that ends with the block, and removes those of killed processes.
 
-    Each is locked by its process for as long as that lives, in whatever container.
+    Each is locked by its process for as long as that lives, in whatever container. The lock says
+    how many CPUs a node offers. A warning tells if this user's nodes offer more than there are.
     """
 
+    held = 0
     parent = _parent()
 
     with ExitStack() as stack:
         directory = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
         stack.callback(_remove, directory)
-        stack.enter_context(locked(directory / "new"))
+        lock = stack.enter_context(locked(directory / "new"))
+        lock.write(str(cpus).encode())
+        lock.flush()
         os.replace(directory / "new", directory / LOCK)  # never there without being locked
 
         for other in parent.glob(f"{PREFIX}*/{LOCK}"):
-            with suppress(OSError):  # in use, or removed by another process
+            with suppress(OSError, ValueError):  # removed by another process, or damaged
                 status = other.parent.lstat()
 
-                if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid():
+                if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+                    continue
+
+                try:
                     with locked(other, wait=False):
                         _remove(other.parent)
+                except BlockingIOError:
+                    held += int(other.read_text() or 0)
+
+        held -= cpus  # our own
+
+        if cpus and held and cpus + held > (os.cpu_count() or 1):
+            logger.warning(
+                "other commands of yours hold %d CPUs of this machine, and this one takes %d: they "
+                "slow each other down. `taskset` limits a command to some CPUs.",
+                held,
+                cpus,
+            )
 
         yield directory
 

@@ -101,6 +101,16 @@ def test_directory_in_use_is_left_alone(parent: Path) -> None:
             pytest.fail("it was not locked")
 
 
+def test_cpus_that_are_taken_twice_are_told(
+    parent: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with private_directory(1), private_directory(), private_directory(0):
+        assert not caplog.records
+
+        with private_directory(10_000):
+            assert "hold 1 CPUs of this machine, and this one takes 10000" in caplog.text
+
+
 @pytest.mark.parametrize("name", ["it's", '"x"', "a b", "x" * 30, "none"])
 def test_path_that_ray_cannot_use_is_passed_over(
     name: str, parent: Path, monkeypatch: pytest.MonkeyPatch
