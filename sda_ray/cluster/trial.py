@@ -49,6 +49,7 @@ class Trial(tune.Trainable):
     * `unreached`, why W&B's server cannot be used by this attempt, if that was wanted
     * `longest`, the seconds that it went without looking for a stop request
     * `node` and `host`, Ray's id of its node and the name; from its first step `actor`, its handle
+    * `halt`, why no trial of the sweep can be trained, if so
     * `leaving`, whether that node is about to go, which interrupts
     * `notes`, what the user should know, by subject
 
@@ -96,12 +97,13 @@ class Trial(tune.Trainable):
 
     def _advance_run(self) -> dict[str, Any]:
         from ..core import LeaseGone, LeaseLost
+        from ..data import DataChanged
         from ..runs import Interrupted, OutOfMemory, finals
         from ..storage import Disconnected
         from ..training import Diverged
 
         values: list[tuple[int, float]] = []
-        event, error, last = "running", "", None
+        event, error, last, halt = "running", "", None, ""
         objectives = self.spec.get("objectives") or ()
 
         try:
@@ -123,6 +125,8 @@ class Trial(tune.Trainable):
             raise Disconnected(f"the trial was cut off from the head: {e}") from e
         except Interrupted:
             event = "stopped" if self.stop_flag.scope == "alone" else "interrupted"
+        except DataChanged as e:
+            event, halt = "interrupted", str(e).rstrip(".")
         except (Diverged, OutOfMemory, LeaseGone) as e:
             events = {Diverged: "diverged", OutOfMemory: "memory", LeaseGone: "failed"}
             event, error = events[type(e)], str(e)
@@ -153,6 +157,7 @@ class Trial(tune.Trainable):
             "epochs": values,
             "error": error,
             "finals": last,
+            "halt": halt,
             "unreached": unreached,
             "longest": longest,
             "notes": dict(notes),

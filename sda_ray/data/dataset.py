@@ -12,6 +12,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "DataChanged",
     "DataInfo",
     "Origin",
     "TrajectoryDataset",
@@ -32,6 +34,7 @@ __all__ = [
     "check_file",
     "fingerprint",
     "get_dataset",
+    "has_fingerprint",
     "open_trajectories",
     "read_origin",
 ]
@@ -39,6 +42,11 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "valid")
+
+
+
+class DataChanged(UserError):
+    r"""Raised if data are no longer those that a run or a sweep was started with."""
 
 
 @dataclass(frozen=True)
@@ -380,3 +388,17 @@ def fingerprint(directory: Path) -> str:
                 sha.update(page.astype(dataset.dtype.newbyteorder("<")).tobytes())
 
     return sha.hexdigest()
+
+
+def has_fingerprint(directory: Path, expected: str) -> bool:
+    r"""Tells whether data have a fingerprint. It is taken once, until a file changes."""
+
+    status = [(Path(directory) / f"{split}.h5").stat() for split in SPLITS]
+    stamps = tuple((x.st_size, x.st_mtime_ns, x.st_dev, x.st_ino) for x in status)
+
+    return _fingerprint(Path(directory), stamps) == expected
+
+
+@lru_cache(maxsize=16)
+def _fingerprint(directory: Path, stamps: tuple[Any, ...]) -> str:
+    return fingerprint(directory)

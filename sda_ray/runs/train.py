@@ -19,7 +19,7 @@ from ..core import (
     keep_memory,
     on_signals,
 )
-from ..data import TrajectoryDataset
+from ..data import DataChanged, TrajectoryDataset, has_fingerprint
 from ..nn import load_network, make_deterministic, warn_slow
 from ..training import Diverged, Metrics, TrainState, Validation, epochs, steady_epochs, validate
 from .extend import carry_over, keep_start
@@ -94,6 +94,7 @@ def train_run(
         share: The share of a GPU's memory that belongs to this training.
 
     Raises:
+        DataChanged: If the data are not those that the record names.
         Diverged: If the loss is not finite or has exploded. The run is marked `diverged`.
         Interrupted: If the stop flag is set. A checkpoint is saved.
         OutOfMemory: If the memory is too small.
@@ -113,6 +114,12 @@ def train_run(
         # Data
         trainset = TrajectoryDataset(data / "train.h5", window=config["window"])
         validset = TrajectoryDataset(data / "valid.h5", window=config["window"])
+
+        if "data" in run.record and not has_fingerprint(data, run.record["data"]):
+            raise DataChanged(
+                f"the data in {data} are no longer those that {run.path.directory.name} was "
+                "started with. Put them back."
+            )
 
         if cuda:
             free, total = torch.cuda.mem_get_info(device)

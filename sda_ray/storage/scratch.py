@@ -12,12 +12,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..core import UserError, locked
-from ..data import fingerprint
+from ..data import DataChanged, fingerprint, has_fingerprint
 from .replica import CHUNK
 
 __all__ = ["Private", "fetch", "find_data", "leftovers", "local_directory"]
@@ -183,7 +183,7 @@ def _fetch_all(
             fetch(aside / name, size, partial(ask, "read_data", name), beat)
 
         if fingerprint(aside) != expected:
-            raise UserError(
+            raise DataChanged(
                 "the data on the driver's node have changed since the sweep was started."
             )
 
@@ -210,14 +210,6 @@ def _make_room(place: Path, size: int) -> None:
 
 def _has(data: Path, expected: str) -> bool:
     try:
-        status = [(data / name).stat() for name in ("train.h5", "valid.h5")]
-        times = tuple((x.st_size, x.st_mtime_ns, x.st_ino) for x in status)
-
-        return _fingerprint(data, times) == expected
+        return has_fingerprint(data, expected)
     except (OSError, UserError):
         return False
-
-
-@lru_cache(maxsize=16)
-def _fingerprint(data: Path, times: tuple[Any, ...]) -> str:
-    return fingerprint(data)

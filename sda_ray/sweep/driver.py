@@ -240,7 +240,9 @@ class Driver:
         if event != "running":
             del self.live[trial]
 
-            if result.get("leaving") and result["node"] == self.home:
+            if halt := result.get("halt"):
+                self.stop(halt)
+            elif result.get("leaving") and result["node"] == self.home:
                 self.stop(LEAVING)
             elif result.get("leaving"):
                 self.losses.leave(record.index)

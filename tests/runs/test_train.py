@@ -1,14 +1,17 @@
 import json
+import os
 import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import h5py
 import pytest
 
 from sda_ray.core.config import Config
 from sda_ray.core.errors import UserError
+from sda_ray.data.dataset import DataChanged, fingerprint
 from sda_ray.runs.path import RunPath
 from sda_ray.runs.run import Run
 from sda_ray.runs.tracking import Wandb
@@ -161,6 +164,30 @@ def test_run_whose_parent_is_gone_does_not_start_from_random_weights(
         UserError, match="started with the weights of run 'abcd1234', which is gone"
     ):
         next(train_run(run, data))
+
+
+def test_data_that_were_replaced_are_refused_at_every_opening(
+    tmp_path: Path, small: Config, data: Path
+) -> None:
+    own, other = tmp_path / "data", tmp_path / "other.h5"
+    shutil.copytree(data, own)
+    run = begin(tmp_path / "runs", small, data=fingerprint(own))
+    next(iter(train_run(run, own)))
+    run.close("interrupted")
+    shutil.copy(own / "train.h5", other)
+
+    with h5py.File(other, "r+") as f:
+        f["x"][...] *= 2
+
+    os.utime(other, ns=(0, (own / "train.h5").stat().st_mtime_ns))
+    other.rename(own / "train.h5")  # of the same size and time
+    run = begin(tmp_path / "runs", small, run.id)
+
+    with pytest.raises(DataChanged, match="no longer those that"):
+        next(train_run(run, own))
+
+    run.close("interrupted")
+    assert len(history(run.path)) == 1
 
 
 def test_diverged_run_is_marked_with_the_reason(tmp_path: Path, small: Config, data: Path) -> None:

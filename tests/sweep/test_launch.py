@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import h5py
 import pytest
 from scene import GRID, SCRIPT, Place, lines, place
 
@@ -318,6 +319,32 @@ def test_run_whose_directory_vanishes_fails_and_the_sweep_goes_on(place: Place) 
     first, *rest = place.records("gone")
     assert first.state == "failed" and "was deleted or unmounted" in first.error
     assert rest and {record.state for record in rest} == {"complete"}
+
+
+def test_data_that_are_replaced_stop_the_sweep_until_they_are_back(place: Place) -> None:
+    words = ["tiny.py", "--name", "swap", "--trials", "2", "epochs=60", "--parallel", "1"]
+    file, aside = place.root / "data" / "train.h5", place.root / "train.h5"
+    driver = place.start("sweep", *words)
+
+    def begun() -> list[RunPath]:
+        paths = [x for x in RunPath.all(place.runs) if x.record.exists() and x.metrics.exists()]
+        return [x for x in paths if json.loads(x.record.read_text()).get("sweep") == "swap"]
+
+    place.wait(begun)
+    shutil.copy(file, other := place.root / "other.h5")
+
+    with h5py.File(other, "r+") as f:
+        f["x"][...] *= 2
+
+    file.rename(aside)
+    other.rename(file)
+    out, _ = driver.communicate(timeout=120)
+    assert "Stopped, since the data in" in out and "Put them back. Nothing is lost" in out, out
+    assert sum(bool(lines(x)) for x in begun()) == 1
+
+    aside.rename(file)
+    place.run("sweep", *words)
+    assert {r.state for r in place.records("swap")} <= {"complete", "pruned"}
 
 
 def test_interrupt_while_ray_starts_is_clean(place: Place) -> None:
