@@ -91,7 +91,8 @@ def open_trajectories(file: Path) -> Iterator[h5py.Dataset]:
                 "(N, L, 2, H, W). Make or copy it again."
             )
 
-        with h5py.File(file, "r") as f:
+        # Not every file system has locks, and reading needs none
+        with h5py.File(file, "r", locking=False) as f:
             dataset = get_dataset(file, f, "x")
             _check_form(file, dataset)
             _check_done(file, f, len(dataset))
@@ -100,6 +101,13 @@ def open_trajectories(file: Path) -> Iterator[h5py.Dataset]:
     except UserError:
         raise
     except (OSError, RuntimeError, ValueError, LookupError, TypeError, ArithmeticError) as e:
+        if any(words in str(e) for words in ("lock file", "already open")):
+            raise UserError(
+                f"{file} cannot be opened ({e}): a process has it open for writing, or its file "
+                "system has no locks. Close it there, or set HDF5_USE_FILE_LOCKING=FALSE; if the "
+                f"process was killed, `h5clear -s {file}`."
+            ) from e
+
         raise UserError(
             f"{file} cannot be read: it is truncated or damaged, or closed to this user ({e}). "
             "Make or copy it again."

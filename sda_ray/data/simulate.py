@@ -196,7 +196,7 @@ def _read_done(file: Path, origin: Origin, n: int) -> list[bool]:
     r"""Returns the mask of a file, and checks that it belongs to this data set."""
 
     try:
-        with h5py.File(file, "r") as f:
+        with h5py.File(file, "r", locking=False) as f:
             recorded = read_origin(f)
             done = get_dataset(file, f, "done")[...] if recorded == origin else None
     except UserError:
@@ -249,7 +249,7 @@ def _create_file(file: Path, n: int, origin: Origin) -> None:
     layout.set_layout(h5py.h5d.CONTIGUOUS)
     layout.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
 
-    with h5py.File(file, "w") as f:
+    with h5py.File(file, "w", locking=False) as f:
         for name, shape, dtype in (("x", (n, *SHAPE), "<f4"), ("done", (n,), "|u1")):
             space = h5py.h5s.create_simple(shape)
             kind = h5py.h5t.py_create(np.dtype(dtype))
@@ -272,7 +272,7 @@ def write_trajectory(directory: Path, origin: Origin, i: int, x: np.ndarray) -> 
     split, indices = next(item for item in splits if i in item[1])
     file, row = directory / f"{split}.h5", i - indices.start
 
-    with h5py.File(file, "r") as f:
+    with h5py.File(file, "r", locking=False) as f:
         offset, mark = f["x"].id.get_offset() + row * BYTES, f["done"].id.get_offset() + row
 
     with open(file, "r+b") as raw:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from subprocess import PIPE
 
 import h5py
 import numpy as np
@@ -134,6 +135,39 @@ def test_faults_are_named(tmp_path: Path, make: Callable[[Path], None], message:
         pass
 
     assert str(file) in str(e.value)
+
+
+HOLD = """
+import sys, h5py
+with h5py.File(sys.argv[1], "a", libver=sys.argv[2]):
+    print("open", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("version", ["earliest", "latest"])
+def test_file_that_another_process_has_open_is_read_or_not_called_damaged(
+    tmp_path: Path, version: str
+) -> None:
+    file = tmp_path / "train.h5"
+
+    with h5py.File(file, "w", libver=version) as f:
+        f["x"] = X
+
+    command = [sys.executable, "-c", HOLD, str(file), version]
+
+    with subprocess.Popen(command, stdin=PIPE, stdout=PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"open\n"
+
+        if version == "earliest":
+            with open_trajectories(file) as x:
+                assert np.array_equal(x, X)
+        else:  # which marks the file
+            with pytest.raises(UserError, match="a process has it open for writing"):  # noqa: SIM117
+                with open_trajectories(file):
+                    pass
+
+        process.communicate()
 
 
 def test_whole_file_is_opened(tmp_path: Path) -> None:
