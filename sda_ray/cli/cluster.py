@@ -268,8 +268,8 @@ def doctor_command(args: Args) -> None:
     r"""Checks whether this machine, or a cluster, is fit for sweeps.
 
     Equal versions on all nodes, clocks, disk, files that nodes see or get through the head node, GPUs,
-    W&B, open ports, Ray's token, limits. Exits with 1 if it finds a fault; every fault comes with what
-    to do.
+    W&B, open ports, Ray's token, limits, a few states of the data. Exits with 1 if it finds a fault;
+    every fault comes with what to do.
 
       sda-ray doctor                    this machine
       sda-ray doctor --address auto     all nodes of the Ray that this machine is a node of
@@ -287,7 +287,7 @@ def doctor_command(args: Args) -> None:
     else:
         from ..plan import diagnose
 
-        findings = diagnose(args.runs, args.address, _server(args.wandb))
+        findings = diagnose(args.runs, args.data, args.address, _server(args.wandb))
 
     faults = sum(x.state == "fault" for x in findings)
 

@@ -37,12 +37,18 @@ __all__ = [
     "has_fingerprint",
     "open_trajectories",
     "read_origin",
+    "unusual",
 ]
 
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "valid")
 
+STATES = 16  # in which :func:`unusual` looks
+# The bounds of what is usual. Kolmogorov flow has a standard deviation of 0.9, and a ratio of 1.
+OFFSET = 0.5  # of the mean, in standard deviations
+STD = 0.2, 5.0
+JUMP = 3.0  # across the boundary, in differences of neighbouring cells
 
 
 class DataChanged(UserError):
@@ -211,6 +217,7 @@ class DataInfo:
     length: int  # snapshots in a trajectory
     trajectories: dict[str, int]  # their number in each split
     fingerprint: str  # see :func:`fingerprint`
+    warnings: Sequence[str] = ()  # see :func:`unusual`
 
 
 class TrajectoryDataset:
@@ -345,7 +352,9 @@ def check_data(directory: Path) -> DataInfo:
 
     trajectories = {"train": train[0], "valid": valid[0]}
 
-    return DataInfo(train[-1], train[1], trajectories, fingerprint(directory))
+    odd = tuple(unusual(files[0]))
+
+    return DataInfo(train[-1], train[1], trajectories, fingerprint(directory), odd)
 
 
 def _shape_and_origin(file: Path) -> tuple[tuple[int, ...], Origin | None]:
@@ -373,6 +382,38 @@ def check_file(file: Path) -> None:
             raise UserError(
                 f"{file} holds only zeros in trajectory {i}: it was never written, or lost. "
                 "Make the file anew."
+            )
+
+
+def unusual(file: Path) -> Iterator[str]:
+    r"""Yields in what respect a few states of a file are not as networks take them to be.
+
+    Nothing is normalised: velocities must have a mean near 0 and a size near 1. All convolutions
+    are periodic.
+    """
+
+    with open_trajectories(file) as x:
+        few = {round(i) for i in np.linspace(0, len(x) - 1, STATES)}
+        states = np.stack([x[i, x.shape[1] // 2] for i in few]).astype(np.float64)
+
+    mean, std = states.mean((0, 2, 3)), states.std((0, 2, 3))
+
+    if (abs(mean) > OFFSET * std).any() or not (STD[0] <= std).all() or (std > STD[1]).any():
+        values = " and ".join(f"{m:.3g} ± {s:.3g}" for m, s in zip(mean, std, strict=True))
+        yield (
+            f"the velocities in {file} are {values}. Networks take them as they are, and learn "
+            "best from a mean of 0 and a standard deviation near 1. Scale them."
+        )
+
+    for axis in (-2, -1):
+        inner = np.sqrt(np.square(np.diff(states, axis=axis)).mean())
+        across = np.take(states, 0, axis) - np.take(states, -1, axis)
+
+        if (jump := np.sqrt(np.square(across).mean())) > JUMP * inner:
+            yield (
+                f"the states in {file} are not periodic along axis {axis}, but networks take them "
+                f"to be: they differ by {jump:.3g} across the boundary, and by {inner:.3g} from "
+                "cell to cell."
             )
 
 

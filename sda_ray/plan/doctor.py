@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..cluster import Facts, bandwidth, clock_skew, connected, examine, live_nodes, marker, survey
+from ..core import UserError
+from ..data import unusual
 
 __all__ = ["Finding", "diagnose", "judge"]
 
@@ -36,23 +38,46 @@ class Finding:
     do: str = ""  # the remedy, unless all is well
 
 
-def diagnose(runs: Path, address: str | None, url: str | None) -> list[Finding]:
+def diagnose(runs: Path, data: Path, address: str | None, url: str | None) -> list[Finding]:
     r"""Returns findings about this machine, or about all nodes of the cluster at an address.
 
     Every wait is bounded: a node that does not answer is a fault.
 
     Arguments:
         runs: The directory of all runs.
+        data: The directory of the data, if there is one.
         address: The address of a Ray cluster, or None for this machine alone.
         url: The W&B server to connect to, if any.
     """
 
     if address is None:
         gpus = bool(shutil.which("nvidia-smi"))
-        return [*judge("this machine", examine(runs, gpus=gpus, url=url), {}, shared=False)]
+        facts = examine(runs, gpus=gpus, url=url)
+        return [*judge("this machine", facts, {}, shared=False), *_data(data)]
 
     with connected(address):
-        return _diagnose_nodes(runs, url)
+        return [*_diagnose_nodes(runs, url), *_data(data)]
+
+
+def _data(data: Path) -> Iterator[Finding]:
+    r"""Yields findings about a few states of the data, as this machine sees them."""
+
+    node, file = "this machine", data / "train.h5"
+
+    if not file.exists():
+        return
+
+    try:
+        odd = list(unusual(file))
+    except UserError as error:
+        yield Finding(node, "data", "fault", str(error), "Correct or replace the file.")
+        return
+
+    if not odd:
+        yield Finding(node, "data", "ok", f"{file} has states as networks expect them")
+
+    for text in odd:
+        yield Finding(node, "data", "warning", text, "Is it the right file?")
 
 
 def _diagnose_nodes(runs: Path, url: str | None) -> list[Finding]:

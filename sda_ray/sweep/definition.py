@@ -363,7 +363,8 @@ class Sweep:
     def warnings(self, data: DataInfo | None = None) -> list[str]:
         r"""Returns what is allowed and probably not intended."""
 
-        texts, keys, batch = [], self._keys(), self.config["batch_size"]
+        texts = list(data.warnings) if data else []
+        keys, batch = self._keys(), self.config["batch_size"]
 
         if data and batch > (n := data.trajectories["train"]) and "batch_size" not in keys:
             texts.append(

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from sda_ray.data.dataset import (
     check_file,
     fingerprint,
     open_trajectories,
+    unusual,
 )
 
 X = np.ones((4, 6, 2, 8, 8), dtype=np.float32)
@@ -394,6 +396,29 @@ def test_check_describes_the_data(directory: Path) -> None:
     assert (info.size, info.length) == (8, 6)
     assert info.trajectories == {"train": 4, "valid": 2}
     assert info.fingerprint == fingerprint(directory)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x, ""),
+        (lambda x: 0.3 * x, ""),
+        (lambda x: x + np.array([[[30]], [[0]]], np.float32), "are 30 ± 1 and .*Scale them"),
+        (lambda x: 10 * x, "a standard deviation near 1"),
+        (lambda x: 0.1 * x, "a standard deviation near 1"),
+        (lambda x: x[..., :9, :9], "not periodic along axis -2.*, and by"),
+    ],
+)
+def test_states_that_are_not_what_networks_take_them_for_are_told(
+    tmp_path: Path, data: Path, change: Callable[[np.ndarray], np.ndarray], message: str
+) -> None:
+    for split in ("train", "valid"):
+        with h5py.File(data / f"{split}.h5") as f, h5py.File(tmp_path / f"{split}.h5", "w") as g:
+            g["x"] = change(f["x"][...])
+
+    text = " ".join(unusual(tmp_path / "train.h5"))
+    assert re.search(message, text) if message else not text
+    assert check_data(tmp_path).warnings == tuple(unusual(tmp_path / "train.h5"))
 
 
 def test_check_does_not_open_the_test_file(directory: Path) -> None:
