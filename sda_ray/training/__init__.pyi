@@ -3,6 +3,7 @@ r"""The training loop, which knows no files."""
 from .loop import Diverged as Diverged
 from .loop import Metrics as Metrics
 from .loop import TrainState as TrainState
+from .loop import check_compiler as check_compiler
 from .loop import epochs as epochs
 from .loop import steady_epochs as steady_epochs
 from .loop import train_epoch as train_epoch

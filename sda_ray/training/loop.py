@@ -6,11 +6,17 @@ after any step and resume elsewhere to the same bits.
 """
 
 import copy
+import ctypes
 import math
 import os
 import shutil
+import subprocess
+import sysconfig
+import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator
+from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -36,6 +42,7 @@ __all__ = [
     "Metrics",
     "TrainState",
     "average_of",
+    "check_compiler",
     "compiled",
     "epochs",
     "follow",
@@ -371,11 +378,7 @@ def compiled(sde: VPSDE, how: str) -> VPSDE:
     if how == "off":
         return sde
 
-    if sde.device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
-        raise UserError(
-            "compile is on, but there is no C++ compiler here (g++, or what CXX names). Install one, "
-            "or set compile=off."
-        )
+    check_compiler(how, sde.device)
 
     import torch._dynamo.config as limits
     import torch._inductor.config as settings  # takes seconds
@@ -386,6 +389,48 @@ def compiled(sde: VPSDE, how: str) -> VPSDE:
     graphs = how == "graphs" and sde.device.type == "cuda"
 
     return VPSDE(_Compiled(sde.eps, graphs), sde.shape, sde.curve, sde.eta)
+
+
+def check_compiler(how: str, device: torch.device) -> None:
+    r"""Checks that a network can be compiled on the CPU, if it is to be.
+
+    Raises:
+        UserError: If there is no C++ compiler, it fails, or what it makes cannot be kept or loaded.
+    """
+
+    if how != "off" and device.type == "cpu":
+        place = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or tempfile.gettempdir()
+        _try_compiler(os.environ.get("CXX", "g++"), Path(place))
+
+
+@cache
+def _try_compiler(compiler: str, place: Path) -> None:
+    if shutil.which(compiler) is None:
+        raise UserError(
+            "compile is on, but there is no C++ compiler here (g++, or what CXX names). Install one, "
+            "or set compile=off."
+        )
+
+    headers = sysconfig.get_path("include")
+    command = [compiler, "-x", "c++", "-", "-shared", "-fPIC", "-fopenmp", f"-I{headers}", "-o"]
+    what = f"{place} cannot be written"
+
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+
+        with tempfile.TemporaryDirectory(dir=place) as directory:
+            file, what = f"{directory}/empty.so", f"{compiler} fails"
+            program = b"#include <Python.h>\n#include <omp.h>\n"
+            subprocess.run([*command, file], input=program, capture_output=True, check=True)
+            what = f"{place} keeps code from being loaded"
+            ctypes.CDLL(file)
+    except (OSError, subprocess.CalledProcessError) as error:
+        output = getattr(error, "stderr", b"").decode(errors="replace").strip().splitlines()
+        reason = output[0] if output else str(error).rstrip(".")
+        raise UserError(
+            f"compile is on, but {what}: {reason}. Give a compiler that works by CXX and a "
+            "directory by TORCHINDUCTOR_CACHE_DIR, or set compile=off."
+        ) from error
 
 
 class _Compiled(nn.Module):
