@@ -2,6 +2,7 @@ r"""Score networks of Kolmogorov-flow trajectories."""
 
 import os
 import pickletools
+import re
 import warnings
 import zipfile
 from collections.abc import Sequence
@@ -63,7 +64,7 @@ class TimeEmbedding(nn.Sequential):
 
     def forward(self, t: Tensor) -> Tensor:
         t = self.freqs * t.unsqueeze(-1)
-        t = torch.cat((t.cos(), t.sin()), dim=-1)
+        t = torch.cat((t.cos(), t.sin()), dim=-1).to(self.freqs.dtype)
 
         return super().forward(t)
 
@@ -273,7 +274,7 @@ def load_network(
         raise UserError(f"{file} is for fields of {size}x{size}, but {run / 'config.json'}: {e}")
 
     with torch.device("meta"):
-        score = make_score(**network_settings(config), size=size)
+        score = make_score(**network_settings(config), size=size).float()
 
     _check_weights(file, state, score.state_dict(), config["alpha"])
     score.to_empty(device=device).load_state_dict(state)
@@ -341,7 +342,8 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(x, torch.Tensor) for x in state.values()):
         raise UserError(f"{file} holds something else than a state dict: tensors by name.")
 
-    return dict(state)
+    # DataParallel and torch.compile prefix the names
+    return {re.sub(r"(?<![^.])(module|_orig_mod)\.", "", str(key)): x for key, x in state.items()}
 
 
 def _field_size(file: Path, state: dict[str, Tensor]) -> int:
@@ -398,6 +400,12 @@ def mismatches(given: dict[str, Tensor], expected: dict[str, Tensor]) -> list[st
             wrong.append(f"'{key}' is {found}, but must be {wanted}")
 
     return wrong
+
+    if bad := [name for name, x in state.items() if not x.isfinite().all()]:
+        raise UserError(
+            f"{file} has numbers that are not finite, in '{bad[0]}': it cannot be used. Train the "
+            "network again, or copy the file again."
+        )
 
 
 def _kind(x: Tensor) -> str:

@@ -153,6 +153,20 @@ def test_fields_of_another_size_are_refused() -> None:
         small()(torch.zeros(2, 3, 2, 8, 8), torch.tensor(0.5))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@torch.no_grad()
+def test_network_computes_in_any_dtype_whatever_that_of_the_times(dtype: torch.dtype) -> None:
+    score = small()
+    x, t = torch.randn(2, 4, 2, 16, 16), torch.rand(2)
+    y = score(x, t)
+    score.to(dtype)
+
+    for times in (t, t.to(dtype)):
+        z = score(x.to(dtype), times)
+        assert z.dtype == dtype
+        assert torch.allclose(z.float(), y, atol=0.1)
+
+
 def test_a_context_is_refused() -> None:
     x = torch.zeros(2, 3, 2, 16, 16)
 
@@ -202,6 +216,24 @@ def test_loaded_network_is_the_saved_one(tmp_path: Path) -> None:
 
     for (name, a), b in zip(score.state_dict().items(), loaded.state_dict().values(), strict=True):
         assert a.equal(b) and a.stride() == b.stride(), name
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_prefix_of_a_wrapped_network_is_taken_off(run: Path, prefix: str) -> None:
+    before = load_score(run).state_dict()
+    state = torch.load(run / "state.pth", weights_only=True)
+    torch.save({prefix + key: x for key, x in state.items()}, run / "state.pth")
+
+    assert all(x.equal(before[key]) for key, x in load_score(run).state_dict().items())
+
+
+def test_default_dtype_is_not_that_of_a_file(run: Path) -> None:
+    torch.set_default_dtype(torch.float64)
+
+    try:
+        assert {x.dtype for x in load_score(run).state_dict().values()} == {torch.float32}
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_loaded_network_outlives_its_file(run: Path) -> None:
@@ -272,6 +304,10 @@ def edit(run: Path, **changes: object) -> None:
         ({"kernel__forcing": torch.zeros(1, 1, 1).expand(1, 10**6, 10**6)}, "with N at most 4096"),
         ({"kernel__forcing": torch.zeros(1, 1, 1).expand(1, 4096, 4096)}, "is shorter than"),
         ({"extra": 1.0}, "something else than a state dict"),
+        (
+            {"kernel__network__heads__0__bias": torch.full((8,), torch.nan)},
+            r"not finite, in 'kernel\.network\.heads\.0\.bias'",
+        ),
     ],
 )
 def test_state_with_wrong_entries_is_refused(run: Path, changes: dict, message: str) -> None:
