@@ -54,6 +54,13 @@ class VPSDE(nn.Module):
         self.shape = Size(shape)
         self.curve = alpha
         self.eta = eta
+        prior = getattr(eps, "sde", None)  # of guidance
+
+        if isinstance(prior, VPSDE) and (prior.curve, prior.eta) != (alpha, eta):
+            raise ValueError(
+                f"eps guides a prior of alpha={prior.curve!r} and eta={prior.eta}, but alpha is "
+                f"{alpha!r} and eta {eta}. Give those of the prior."
+            )
 
     @property
     def device(self) -> torch.device:

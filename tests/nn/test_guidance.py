@@ -1,6 +1,7 @@
 r"""Tests of the guidance by observations."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -170,3 +171,17 @@ def test_guided_samples_are_drawn_by_the_same_sampler(
 
     assert x.shape == (2, 5, 2, 64, 64)
     assert x.isfinite().all() and not x.requires_grad
+
+
+@pytest.mark.parametrize("given", [{}, {"alpha": "lin", "eta": 1e-2}])
+def test_alpha_that_is_not_of_the_prior_is_refused(given: dict[str, Any]) -> None:
+    prior = VPSDE(nn.Identity(), (), alpha="lin")
+
+    for guided in (
+        GaussianScore(torch.zeros(2), lambda x: x, 0.1, prior),
+        DPSGaussianScore(torch.zeros(2), lambda x: x, prior),
+    ):
+        with pytest.raises(ValueError, match=r"guides a prior of alpha='lin' and eta=0\.001, but"):
+            VPSDE(guided, (), **given)
+
+        assert VPSDE(guided, (), alpha="lin").curve == "lin"
