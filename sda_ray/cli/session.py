@@ -4,6 +4,7 @@ import os
 import shlex
 import signal
 import sys
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ from ..core import (
     ProgressBar,
     UserError,
     check_config,
+    is_alive,
     load_config,
     say,
 )
-from ..data import check_data
+from ..data import DataInfo, check_data
 from ..nn import load_network
 from ..runs import (
     Interrupted,
@@ -36,7 +38,7 @@ from ..runs import (
     read_record,
     train_run,
 )
-from ..training import Diverged
+from ..training import Diverged, check_compiler
 
 __all__ = ["extend_run", "resume_run", "start_run"]
 
@@ -48,19 +50,27 @@ def start_run(
     init: str | None,
     device: str | None,
     wandb: Wandb,
+    new: bool = False,
 ) -> None:
-    r"""Trains a new run, from the weights of another one if `init` names it."""
+    r"""Trains a run, from the weights of another one if `init` names it.
 
-    info = check_data(data)
+    One like it that was stopped is resumed, unless a `new` one is wanted.
+    """
+
+    info = _check_data(data)
     config = check_config(config, size=info.size, length=info.length)
     record: dict[str, Any] = {"data": info.fingerprint, "wandb": asdict(wandb)}
-    device = _check_device(device)
+    device = _check_device(device, config)
     parent = None
 
     if init is not None:
         parent = RunPath.find(runs, init)
         _check_init(parent, config, info.size)
         record["parent"] = parent.id
+
+    if not new and (path := _stopped(runs, config, record)):
+        resume_run(runs, data, str(path.directory), device, wandb, info=info)
+        return
 
     run = Run(runs, config, wandb=wandb, record=record, device=device)
     _follow(run, data, device, parent)
@@ -73,13 +83,23 @@ def extend_run(
     changes: Config,
     device: str | None,
     wandb: Wandb,
+    new: bool = False,
 ) -> None:
-    r"""Trains a longer version of a run, from where the two part; the run itself stays as it is."""
+    r"""Trains a longer version of a run, from where the two part; the run itself stays as it is.
 
-    info = check_data(data)
+    One that was stopped is resumed, unless a `new` one is wanted.
+    """
+
+    info = _check_data(data)
     path = RunPath.find(runs, name)
     config = check_config(check_extension(path, changes), size=info.size, length=info.length)
-    device = _check_device(device)
+    device = _check_device(device, config)
+    begun = {"data": info.fingerprint, "parent": path.id, "extends": path.id}
+
+    if not new and (stopped := _stopped(runs, config, begun)):
+        resume_run(runs, data, str(stopped.directory), device, wandb, info=info)
+        return
+
     record = describe_extension(path, info.fingerprint, device)
     record |= {"data": info.fingerprint, "wandb": asdict(wandb)}
     run = Run(runs, config, wandb=wandb, record=record, device=device)
@@ -93,8 +113,12 @@ def resume_run(
     device: str | None,
     wandb: Wandb | None = None,
     takeover: bool = False,
+    info: DataInfo | None = None,
 ) -> None:
-    r"""Resumes a run from its newest checkpoint, and logs to W&B as before by default."""
+    r"""Resumes a run from its newest checkpoint, and logs to W&B as before by default.
+
+    The data are checked, unless their `info` is given.
+    """
 
     path = RunPath.find(runs, name)
     record = _check_resume(path)
@@ -103,7 +127,7 @@ def resume_run(
         say(f"{path.directory.name} is finished: {path.state}")
         return
 
-    info = check_data(data)
+    info = info or _check_data(data)
 
     if record.get("data", info.fingerprint) != info.fingerprint:
         raise UserError(
@@ -113,7 +137,7 @@ def resume_run(
 
     config = load_config(path.config, info.size, info.length)
     parent = RunPath.of_id(runs, record["parent"]) if record.get("parent") else None
-    device = _check_device(device)
+    device = _check_device(device, config)
     run = Run(
         path.directory.parent,
         config,
@@ -123,6 +147,38 @@ def resume_run(
         device=device,
     )
     _follow(run, data, device, parent)
+
+
+def _check_data(data: Path) -> DataInfo:
+    info = check_data(data)
+
+    for line in info.warnings:
+        say(f"Note: {line}")
+
+    return info
+
+
+def _stopped(runs: Path, config: Config, record: dict[str, Any]) -> RunPath | None:
+    r"""Returns the run of a config and a record that was stopped last, and says so."""
+
+    found = []
+
+    for path in RunPath.all(runs):
+        with suppress(UserError, OSError):  # damaged, or removed meanwhile
+            other = read_record(path)
+            same = all(other.get(key) == record.get(key) for key in ("data", "parent", "extends"))
+            open_ = other.get("status") in ("running", "interrupted", "failed")
+
+            if same and open_ and "sweep" not in other and load_config(path.config) == config:
+                found.append((str(other.get("updated")), path))
+
+    for _, path in sorted(found, key=lambda item: item[0], reverse=True):
+        if not is_alive(path.lease):
+            name = path.directory.name
+            say(f"{name} has the same settings and data, and is resumed. --new starts another.")
+            return path
+
+    return None
 
 
 def _check_resume(path: RunPath) -> dict[str, Any]:
@@ -176,7 +232,7 @@ def _check_init(parent: RunPath, config: Config, size: int) -> None:
         )
 
 
-def _check_device(device: str | None) -> str:
+def _check_device(device: str | None, config: Config) -> str:
     name = device or default_device()
 
     try:
@@ -186,6 +242,8 @@ def _check_device(device: str | None) -> str:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device '{name}' cannot be used: {error}") from error
+
+    check_compiler(config["compile"], torch.device(name))
 
     return name
 

@@ -5,8 +5,11 @@ The trainings themselves are in :mod:`sda_ray.cli.session`, which needs torch.
 
 import functools
 import itertools
-from dataclasses import replace
+import os
+from contextlib import suppress
+from dataclasses import astuple, replace
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -19,6 +22,7 @@ from ..core import (
     format_value,
     load_config,
     parse_overrides,
+    say,
 )
 from .options import ADDRESS, COUNT, RESOURCES, SETTINGS, WANDB, Args, command, option
 from .sweep import launch_options, wandb_given, wandb_options
@@ -30,6 +34,10 @@ TRAIN = """Trains one score network, from a configuration to state.pth, in runs/
 
   sda-ray train window=3 hidden_channels=16,32 hidden_blocks=1,1 epochs=32
   sda-ray train --resume RUN       RUN is a path, a name, an id or the beginning of one
+
+The same command resumes a run that was stopped: one with the same settings, data and, after --init
+or --extend, RUN. With --replicas it resumes, or shows, those of the same settings, data and code.
+--new starts others.
 
 Settings are those of SDA unless KEY=VALUE says otherwise:
 
@@ -77,6 +85,7 @@ def simulate_command(args: Args) -> None:
 @option("--extend", "A longer run that begins as RUN did, with epochs=N.", metavar="RUN")
 @option("--config", "Settings of a run, or a config.json.", metavar="RUN")
 @option("--replicas", "N runs with the seeds seed … seed + N-1.", COUNT)
+@option("--new", "Start another run, even if one like it was stopped.", bool)
 @option("--device", "cpu, cuda, … Default: cuda if there is a GPU.")
 @option("--threads", "CPU threads; bits depend on it. Default: all.", THREADS)
 @option("--takeover", "With --resume: even if a process trains the run.", bool)
@@ -90,6 +99,9 @@ def train_command(args: Args) -> None:
 
     if args.takeover and not args.resume:
         raise UserError("--takeover goes with --resume RUN.")
+
+    if args.new and args.resume:
+        raise UserError("--new starts another run, and so goes without --resume.")
 
     if args.replicas is not None:
         _train_replicas(args)
@@ -112,7 +124,7 @@ def train_command(args: Args) -> None:
 
         changes = parse_overrides(args.settings)
         session.extend_run(
-            args.runs, args.data, args.extend, changes, args.device, wandb_options(args)
+            args.runs, args.data, args.extend, changes, args.device, wandb_options(args), args.new
         )
     elif args.resume:
         if args.settings or args.config:
@@ -124,9 +136,8 @@ def train_command(args: Args) -> None:
         wandb = wandb_options(args) if wandb_given(args) else None
         session.resume_run(args.runs, args.data, args.resume, args.device, wandb, args.takeover)
     else:
-        session.start_run(
-            args.runs, args.data, _config(args), args.init, args.device, wandb_options(args)
-        )
+        config, wandb = _config(args), wandb_options(args)
+        session.start_run(args.runs, args.data, config, args.init, args.device, wandb, args.new)
 
 
 def _train_replicas(args: Args) -> None:
@@ -143,23 +154,58 @@ def _train_replicas(args: Args) -> None:
         )
 
     config, options = _config(args), launch_options(args)
-    candidates = (sweep_directory(options.runs, f"replicas-{n}") for n in itertools.count(1))
-    name = next(directory.name for directory in candidates if not directory.exists())
+    names = (f"replicas-{n}" for n in itertools.count(1))
+    directories = (sweep_directory(options.runs, name) for name in names)
+    used = [d.name for d in itertools.takewhile(Path.exists, directories)]
     seeds = choice(*range(config["seed"], config["seed"] + args.replicas))
+    name = f"replicas-{len(used) + 1}"
     sweep = Sweep(name, config, {"seed": seeds}, args.replicas, sampler="grid", pruner="none")
+
+    if not args.new and (same := [x for x in used if _is_recorded(replace(sweep, name=x), args)]):
+        sweep = replace(sweep, name=same[-1])
+        say(f"{sweep.name} has the same settings and data. --new starts others.")
+
     launch_sweep(sweep, replace(options, job_type="replica"), table)
+
+
+def _is_recorded(sweep: Any, args: Args) -> bool:
+    r"""Tells whether a sweep of this name was started with this definition, on these data."""
+
+    from ..data import fingerprint
+    from ..runs import sweep_directory
+    from ..sweep import check_code, compare, read_sweep
+
+    with suppress(UserError):  # other code, or what the start explains
+        check_code(sweep_directory(args.runs, sweep.name))
+        record = read_sweep(args.runs, sweep.name)
+        now = {"definition": sweep.check().definition(), "fingerprint": fingerprint(args.data)}
+        return record["trials"] == sweep.trials and not any(astuple(compare(record, now)))
+
+    return False
 
 
 def _config(args: Args) -> Config:
     r"""Returns the settings of a training: key=value, before --config or --init, before CONFIG."""
 
-    from ..runs import RunPath
+    from ..runs import RunPath, read_record
 
     base = dict(CONFIG)
 
     if args.config and Path(args.config).is_file():
         base = load_config(Path(args.config).resolve())
     elif args.config or args.init:
-        base = load_config(RunPath.find(args.runs, args.config or args.init).config)
+        path = RunPath.find(args.runs, args.config or args.init)
+        base, record = load_config(path.config), read_record(path)
+
+        while shorter := RunPath.of_id(args.runs, record.get("extends", "")):
+            record = read_record(shorter)
+
+        if not args.init and "parent" in record and "extends" not in record:
+            scratch = f"--config {os.path.relpath(path.config)}"
+            raise UserError(
+                f"{path.directory.name} started with the weights of run '{record['parent']}', not "
+                f"from scratch. To repeat it, give --init {record['parent']} as well, which goes "
+                f"without --replicas; to train from scratch with its settings, {scratch}."
+            )
 
     return check_config(base | parse_overrides(args.settings))

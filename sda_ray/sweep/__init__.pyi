@@ -1,6 +1,7 @@
 r"""One sweep, from its definition to a finished study."""
 
 from .code import OtherCode as OtherCode
+from .code import check_code as check_code
 from .code import execute as execute
 from .code import recorded_code as recorded_code
 from .definition import Sweep as Sweep
@@ -15,6 +16,7 @@ from .preflight import wandb_server as wandb_server
 from .prior_runs import adopt as adopt
 from .prior_runs import fork as fork
 from .record import Options as Options
+from .record import compare as compare
 from .record import load_record as load_record
 from .record import read_sweep as read_sweep
 from .requests import NotRunning as NotRunning

@@ -113,6 +113,56 @@ def test_sigkill_then_resume_gives_the_same_bits(
     assert record(path)["exact"] is True
 
 
+def test_same_command_resumes_the_run_that_was_stopped(
+    start: Start, cli: Cli, settings: list[str], tmp_path: Path, whole: RunPath, data: Path
+) -> None:
+    process = start("train", EPOCHS, *settings, f"--data={data}")
+    path = wait_for(process, tmp_path, 5)
+    beside = cli("train", "epochs=1", *settings)  # another run
+    assert beside.returncode == 0 and "is resumed" not in beside.stdout
+    process.kill()
+    process.wait()
+
+    done = cli("train", EPOCHS, *settings)
+    assert done.returncode == 0, done.stderr
+    assert f"{path.directory.name} has the same settings and data, and is resumed" in done.stdout
+    assert same(path, whole) and len(list(RunPath.all(tmp_path / "runs"))) == 2
+
+    # A run that starts from weights is another one, and so is its extension
+    begin = ["train", "--init", path.id, "epochs=2", "scheduler=constant"]
+    assert cli(*begin).returncode == 0
+    (child,) = (x for x in RunPath.all(tmp_path / "runs") if record(x).get("parent"))
+    extend = ["train", "--extend", child.id, "epochs=3"]
+    assert cli(*extend).returncode == 0
+    known = list(RunPath.all(tmp_path / "runs"))
+    assert len(known) == 4
+
+    for x in known:
+        x.record.write_text(json.dumps(record(x) | {"status": "interrupted"}))
+
+    for command, number in ((begin, 1), (extend, 1), ([*begin, "--new"], 0)):
+        done = cli(*command)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("is resumed") == number
+
+    assert len(list(RunPath.all(tmp_path / "runs"))) == 5
+
+
+def test_settings_of_a_run_do_not_hide_that_it_began_with_weights(
+    cli: Cli, finished: RunPath, tmp_path: Path
+) -> None:
+    content = record(finished) | {"parent": "6k7cjnx7"}
+    finished.record.write_text(json.dumps(content))
+
+    for more in ([], ["--replicas", "2"]):
+        done = cli("train", "--config", finished.id, *more)
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+        assert "started with the weights of run '6k7cjnx7', not from scratch" in done.stderr
+
+    assert list(RunPath.all(tmp_path / "runs")) == [finished]
+    assert cli("train", "--config", str(finished.config), "epochs=1").returncode == 0
+
+
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signal_checkpoints_exits_and_says_how_to_resume(
     start: Start,

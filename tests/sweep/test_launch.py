@@ -233,6 +233,13 @@ def test_replicas_differ_in_the_seed_alone(place: Place) -> None:
     assert {len(r.config) for r in records} == {1}
     assert place.same_as_alone(records[1])
 
+    # The same command shows them again
+    words += ["seed=5", "--wandb=disabled"]
+    out = place.run("train", "--replicas", "3", *words)
+    assert "replicas-1 has the same settings and data" in out
+    place.run("train", "--replicas", "1", *words)
+    assert len(place.records("replicas-1")) == 3 and len(place.records("replicas-2")) == 1
+
 
 def test_killed_worker_and_stopped_driver_cost_no_bit(place: Place) -> None:
     words = ["tiny.py", "--name", "long", "--trials", "1", "epochs=150", "--parallel", "1"]
