@@ -20,5 +20,6 @@ from .nn import load_sde as load_sde
 from .nn import make_score as make_score
 from .nn import network_settings as network_settings
 from .sweep import Sweep as Sweep
+from .training import plot as plot
 
 __version__: str

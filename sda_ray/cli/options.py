@@ -18,7 +18,7 @@ from typing import Any
 import click
 
 from .. import __version__
-from ..core import UserError, did_you_mean, say
+from ..core import UserError, default_root, did_you_mean, say
 
 __all__ = [
     "ADDRESS",
@@ -227,7 +227,7 @@ def _locate(args: Args) -> None:
 
         os.chdir("/")  # Tune and MKL do not work without a current directory
 
-    args.root = absolute(args.root or _default_root())
+    args.root = absolute(args.root or default_root())
     args.data_given = args.data is not None
     args.data = absolute(args.data or args.root / "data")
 
@@ -236,17 +236,6 @@ def _locate(args: Args) -> None:
         args.runs = args.root / "runs" / "s3" / args.bucket.removeprefix("s3://")
 
     args.runs = absolute(args.runs or args.root / "runs")
-
-
-def _default_root() -> Path:
-    r"""Returns the current directory, or a place in $SCRATCH if nothing of ours is here."""
-
-    scratch, current = os.environ.get("SCRATCH"), Path.cwd()
-
-    if scratch and not (current / "runs").is_dir() and not (current / "data").is_dir():
-        return Path(scratch) / "sda" / "kolmogorov"
-
-    return current
 
 
 def _begin(args: Args) -> None:

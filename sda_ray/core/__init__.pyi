@@ -20,6 +20,8 @@ from .errors import UserError as UserError
 from .files import append as append
 from .files import append_line as append_line
 from .files import cut_torn_lines as cut_torn_lines
+from .files import default_root as default_root
+from .files import find_run as find_run
 from .files import find_torn_lines as find_torn_lines
 from .files import lock_works as lock_works
 from .files import locked as locked
@@ -29,6 +31,7 @@ from .files import read_json as read_json
 from .files import read_lines as read_lines
 from .files import read_regular as read_regular
 from .files import remove_leftovers as remove_leftovers
+from .files import run_directories as run_directories
 from .files import sync_directory as sync_directory
 from .files import write_atomic as write_atomic
 from .files import write_json as write_json

@@ -20,6 +20,8 @@ __all__ = [
     "append",
     "append_line",
     "cut_torn_lines",
+    "default_root",
+    "find_run",
     "find_torn_lines",
     "lock_works",
     "locked",
@@ -29,6 +31,7 @@ __all__ = [
     "read_lines",
     "read_regular",
     "remove_leftovers",
+    "run_directories",
     "sync_directory",
     "write_atomic",
     "write_json",
@@ -358,3 +361,50 @@ NO_LOCKS = (errno.EAGAIN, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 LOCAL_LOCKS = {"fuse.sshfs", "fuse.s3fs", "fuse.goofys", "fuse.rclone"}
 LOCAL_OPTIONS = {"localflock", "nolock", "local_lock=all", "local_lock=flock", "nobrl"}
 _REMEDY = "mount it with working flock (Lustre: `-o flock`), or choose another place by --root."
+
+
+# Runs
+
+
+def default_root() -> Path:
+    r"""Returns $SDA_RAY_ROOT, else the current directory, or a place in $SCRATCH if nothing of ours
+    is here."""
+
+    root, scratch, current = os.environ.get("SDA_RAY_ROOT"), os.environ.get("SCRATCH"), Path.cwd()
+
+    if root:
+        return Path(root).expanduser()
+
+    if scratch and not (current / "runs").is_dir() and not (current / "data").is_dir():
+        return Path(scratch) / "sda" / "kolmogorov"
+
+    return current
+
+
+def run_directories(runs: Path) -> Iterator[Path]:
+    r"""Yields the directories of runs, `{name}_{id}`, in the order of their names."""
+
+    for directory in sorted(runs.glob("*_" + "[a-z0-9]" * 8)):
+        if directory.is_dir():
+            yield directory
+
+
+def find_run(runs: Path, run: str) -> Path:
+    r"""Finds the directory of a run by name, id or an unambiguous prefix of a name or id.
+
+    Raises:
+        UserError: If there is no such run, or more than one.
+    """
+
+    names = {path: (path.name, *path.name.rsplit("_", 1)) for path in run_directories(runs)}
+    exact = [path for path, known in names.items() if run in known]
+    matches = exact or [p for p, known in names.items() if any(x.startswith(run) for x in known)]
+
+    if len(matches) == 1:
+        return matches[0]
+
+    if matches:
+        some = ", ".join(path.name for path in matches[:5])
+        raise UserError(f"'{run}' could be any of {len(matches)} runs: {some}. Give its id.")
+
+    raise UserError(f"there is no run '{run}' in {runs}, which holds {len(names)} runs.")

@@ -223,7 +223,7 @@ def load_sde(
 ) -> VPSDE:
     r"""Loads the diffusion of a finished run, by SDA or by us: its network and its `alpha`.
 
-    The network is that of trajectories, see :func:`sda_ray.nn.score.load_score`. They have
+    The run and its network, of trajectories, are as in :func:`sda_ray.nn.score.load_score`. They have
     :math:`L` snapshots, those of a window by default: the event shape is :math:`(L, 2, N, N)`.
 
     Raises:

@@ -19,6 +19,8 @@ from ..core import (
     UserError,
     check_config,
     check_value,
+    default_root,
+    find_run,
     load_config,
     open_regular,
 )
@@ -228,6 +230,9 @@ def make_score(
 def load_score(run_directory: Path | str, device: str | torch.device = "cpu") -> MCScoreNet:
     r"""Loads the score network of a finished run, by SDA or by us. It does not drop out.
 
+    The run is given by its directory; or by its name, its id or the beginning of one, if it is in
+    `runs/` of $SDA_RAY_ROOT or of the current directory.
+
     Nothing in its `config.json` and `state.pth` is executed, and no weight is taken before all of
     them are known to fit the config.
 
@@ -253,6 +258,9 @@ def load_network(
     r"""Loads the score network of a finished run as :func:`load_score`, and its config."""
 
     run = Path(run_directory)
+
+    if isinstance(run_directory, str) and not run.is_dir() and len(run.parts) == 1:
+        run = find_run(default_root() / "runs", run_directory)
 
     if not run.is_dir():
         raise UserError(f"{run} is not a directory. Give the directory of a run.")
@@ -385,6 +393,12 @@ def _check_weights(
     if needed > file.stat().st_size:
         raise UserError(f"{file} is shorter than the {needed} bytes of weights it should hold.")
 
+    if bad := [name for name, x in state.items() if not x.isfinite().all()]:
+        raise UserError(
+            f"{file} has numbers that are not finite, in '{bad[0]}': it cannot be used. Train the "
+            "network again, or copy the file again."
+        )
+
 
 def mismatches(given: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
     r"""Returns how the names, shapes and dtypes of tensors differ from those expected."""
@@ -400,12 +414,6 @@ def mismatches(given: dict[str, Tensor], expected: dict[str, Tensor]) -> list[st
             wrong.append(f"'{key}' is {found}, but must be {wanted}")
 
     return wrong
-
-    if bad := [name for name, x in state.items() if not x.isfinite().all()]:
-        raise UserError(
-            f"{file} has numbers that are not finite, in '{bad[0]}': it cannot be used. Train the "
-            "network again, or copy the file again."
-        )
 
 
 def _kind(x: Tensor) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..core import UserError
+from ..core import find_run, run_directories
 
 __all__ = [
     "COPIED",
@@ -75,11 +75,9 @@ class RunPath:
 
     @staticmethod
     def all(runs: Path) -> Iterator[RunPath]:
-        r"""Yields the run directories in `runs`, in the order of their names."""
+        r"""Returns the run directories in `runs`, in the order of their names."""
 
-        for directory in sorted(runs.glob("*_" + "[a-z0-9]" * 8)):
-            if directory.is_dir():
-                yield RunPath(directory)
+        return map(RunPath, run_directories(runs))
 
     @classmethod
     def of_id(cls, runs: Path, id: str) -> RunPath | None:
@@ -98,18 +96,7 @@ class RunPath:
         if (Path(run) / "config.json").is_file():
             return cls(Path(run).resolve())
 
-        paths = list(cls.all(runs))
-        exact = [path for path in paths if run in (path.directory.name, path.name, path.id)]
-        matches = exact or [p for p in paths if p.name.startswith(run) or p.id.startswith(run)]
-
-        if len(matches) == 1:
-            return matches[0]
-
-        if matches:
-            names = ", ".join(path.directory.name for path in matches[:5])
-            raise UserError(f"'{run}' could be any of {len(matches)} runs: {names}. Give its id.")
-
-        raise UserError(f"there is no run '{run}' in {runs}, which holds {len(paths)} runs.")
+        return cls(find_run(runs, run))
 
 
 def sweep_directory(runs: Path, name: str) -> Path:

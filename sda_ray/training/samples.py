@@ -1,14 +1,19 @@
-r"""Pictures of unconditional samples of a network: their vorticity."""
+r"""Pictures of trajectories, such as samples of a network: their vorticity."""
 
 import io
+from typing import TYPE_CHECKING
 
 import numpy as np
+from torch import Tensor
 
 from ..data import vorticity
 from ..nn import VPSDE
 from .rng import SAMPLES, rng
 
-__all__ = ["draw_samples"]
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["draw_samples", "plot"]
 
 PANEL = 128  # pixels along each side of a snapshot, at least
 GAP = 4  # pixels around it
@@ -23,21 +28,42 @@ def draw_samples(sde: VPSDE, seed: int, count: int = 2, steps: int = 64) -> byte
     The event shape of the diffusion is that of windows, :math:`(2K, H, W)`.
     """
 
-    from PIL import Image  # takes a tenth of the time and memory of matplotlib
-
     generator = rng(SAMPLES, seed, device=sde.device)
     x = sde.sample((count,), steps=steps, generator=generator)
-    w = vorticity(x.unflatten(1, (-1, 2)).cpu()).numpy()
 
     with io.BytesIO() as stream:
-        Image.fromarray(_paint(w)).save(stream, format="png")
+        plot(x.unflatten(1, (-1, 2))).save(stream, format="png")
         return stream.getvalue()
 
 
-def _paint(w: np.ndarray) -> np.ndarray:
-    r"""Returns fields of shape :math:`(N, K, H, W)` as an image, with the origin at the lower left."""
+def plot(x: Tensor) -> "Image":
+    r"""Paints the vorticity of trajectories: a trajectory a row, a snapshot a column.
 
-    w = np.nan_to_num(w).astype(np.float64)
+    The origin is at the lower left. Blue is negative, white zero, red positive.
+
+    Example:
+        >>> plot(sde.sample((2,))).save("samples.png")
+
+    Arguments:
+        x: The velocities, with shape :math:`(B, L, 2, H, W)`; or their vorticity, or other fields,
+            with shape :math:`(B, L, H, W)`.
+    """
+
+    from PIL import Image  # takes a tenth of the time and memory of matplotlib
+
+    if x.dim() not in (4, 5):
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}, but must have (B, L, 2, H, W), or (B, L, H, W) for "
+            "vorticity."
+        )
+
+    x = x.detach().cpu()
+
+    return Image.fromarray(_paint((vorticity(x) if x.dim() == 5 else x).double().numpy()))
+
+
+def _paint(w: np.ndarray) -> np.ndarray:
+    w = np.nan_to_num(w)
     limit = float(np.abs(w).max()) or 1.0
     anchors = np.array([list(bytes.fromhex(color)) for color in COLORS.split()])
     at = np.linspace(-1, 1, len(anchors))

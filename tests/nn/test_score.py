@@ -361,6 +361,19 @@ def test_links_within_the_run_and_to_the_run_are_followed(run: Path) -> None:
     assert load_score(link).order == 1
 
 
+def test_run_is_found_by_its_name_or_id(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = run.parent / "root"
+    shutil.copytree(run, root / "runs" / run.name)
+    monkeypatch.setenv("SDA_RAY_ROOT", str(root))
+    name, _, id = run.name.rpartition("_")
+
+    for known in (run.name, name, id, id[:3]):
+        assert load_score(known).order == 1
+
+    with pytest.raises(UserError, match=r"there is no run 'other' in .*root/runs, which holds 1"):
+        load_score("other")
+
+
 def test_files_that_are_not_regular_are_refused(run: Path) -> None:
     (run / "state.pth").unlink()
     os.mkfifo(run / "state.pth")
