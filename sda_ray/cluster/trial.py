@@ -45,7 +45,8 @@ class Trial(tune.Trainable):
     * `epochs`, the list of (epoch, value)
     * `event`: `running`, `complete`, `diverged`, `interrupted`, `stopped` (by the user), `memory`
       (which was short) or `failed`. After all but the first the attempt has ended
-    * `error`, and for a complete run `finals`, see :func:`sda_ray.runs.metrics.finals`
+    * `error`, for an interrupted run why it has no new checkpoint; and for a complete run `finals`,
+      see :func:`sda_ray.runs.metrics.finals`
     * `unreached`, why W&B's server cannot be used by this attempt, if that was wanted
     * `longest`, the seconds that it went without looking for a stop request
     * `node` and `host`, Ray's id of its node and the name; from its first step `actor`, its handle
@@ -123,8 +124,9 @@ class Trial(tune.Trainable):
         except LeaseLost as e:
             self.close("interrupted")
             raise Disconnected(f"the trial was cut off from the head: {e}") from e
-        except Interrupted:
+        except Interrupted as e:
             event = "stopped" if self.stop_flag.scope == "alone" else "interrupted"
+            error = str(e)
         except DataChanged as e:
             event, halt = "interrupted", str(e).rstrip(".")
         except (Diverged, OutOfMemory, LeaseGone) as e:
@@ -151,6 +153,8 @@ class Trial(tune.Trainable):
 
             if wrong is not None and event == "complete":
                 event, error = "failed", f"its files cannot be kept on the head: {wrong}"
+            elif wrong is not None:
+                error = error or str(wrong)
 
         return {
             "event": event,

@@ -34,7 +34,7 @@ RESIDENT = 1 / 8  # share of a GPU's memory that the data may take; a plan leave
 
 
 class Interrupted(RuntimeError):
-    r"""Raised if a training was asked to stop, once it has saved a checkpoint."""
+    r"""Raised if a training was asked to stop. Its text is empty once a checkpoint is saved."""
 
 
 class OutOfMemory(RuntimeError):
@@ -49,7 +49,7 @@ class Stop:
 
     @contextmanager
     def on_signals(self) -> Iterator["Stop"]:
-        r"""Sets the flag on SIGINT, SIGTERM and SIGHUP, unless they are ignored.
+        r"""Sets the flag on SIGINT, SIGTERM, SIGHUP and SIGQUIT, unless they are ignored.
 
         A second SIGINT interrupts at once.
         """
@@ -96,7 +96,7 @@ def train_run(
     Raises:
         DataChanged: If the data are not those that the record names.
         Diverged: If the loss is not finite or has exploded. The run is marked `diverged`.
-        Interrupted: If the stop flag is set. A checkpoint is saved.
+        Interrupted: If the stop flag is set. A checkpoint is saved, unless the disk is full.
         OutOfMemory: If the memory is too small.
         LeaseGone: If the run's directory is gone.
     """
@@ -155,7 +155,8 @@ def train_run(
                 after_step(state)
 
             if stopping:
-                raise Interrupted("asked to stop")
+                unsaved = state.saved != state.position
+                raise Interrupted("no checkpoint could be saved" if unsaved else "")
 
         saved = {*rungs, config["epochs"], steady_epochs(config)}
         keep_start(run, state)  # in case the run was killed before it did

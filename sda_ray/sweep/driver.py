@@ -236,6 +236,8 @@ class Driver:
 
         if event == "failed":
             self._failed(error)
+        elif error and self.stopping and event in ("interrupted", "memory"):
+            self.unsaved.add(record.index)
 
         if event != "running":
             del self.live[trial]

@@ -2,6 +2,7 @@ r"""Tests that a full disk loses nothing: the journal of a study waits, and a ru
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from sda_ray.core.errors import UserError
 from sda_ray.core.lease import is_alive
 from sda_ray.runs.checkpoint import load_checkpoint
 from sda_ray.runs.run import Run
-from sda_ray.runs.train import train_run
+from sda_ray.runs.train import Interrupted, Stop, train_run
 from sda_ray.training.loop import Diverged
 
 __all__ = ["finished", "runs"]  # fixtures
@@ -149,6 +150,25 @@ def test_full_disk_keeps_the_old_checkpoint_and_training_goes_on(
     assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3]
     assert run.path.state.read_bytes() == finished.path.state.read_bytes()
     run.close("finished")
+
+
+@pytest.mark.parametrize(("full", "why"), [(True, "no checkpoint could be saved"), (False, "")])
+def test_stop_on_a_full_disk_says_that_no_checkpoint_is_saved(
+    disk: Path, tmp_path: Path, small: Config, data: Path, full: bool, why: str
+) -> None:
+    run, stop = Run((disk if full else tmp_path) / "runs", small, wandb=DISABLED), Stop()
+    training = train_run(run, data, rungs=(1,), stop=stop)
+    next(training)
+    stop.signal = signal.SIGTERM
+
+    if full:
+        fill(disk)
+
+    with pytest.raises(Interrupted) as interrupted:
+        next(training)
+
+    assert str(interrupted.value) == why
+    run.close("interrupted")
 
 
 def test_full_disk_at_the_end_is_no_success_and_can_be_mended(

@@ -35,6 +35,19 @@ def test_three_runs_that_fail_alike_stop_the_sweep(manual: ManualDriver) -> None
         manual.driver.suggest("e")
 
 
+def test_only_runs_with_a_checkpoint_count_as_saved(manual: ManualDriver) -> None:
+    for name in "abcd":
+        manual.driver.suggest(name)
+
+    manual.tell("a", "interrupted", "its node leaves the cluster, and its disk is full")
+    manual.driver.stop()
+    manual.tell("b", "interrupted", "no checkpoint could be saved")
+    manual.tell("c", "interrupted")
+    manual.driver.lose("d", "killed")
+
+    assert manual.driver.unsaved == {2, 4}
+
+
 def test_driver_that_was_taken_over_does_not_stop_the_trials_of_another(
     manual: ManualDriver,
 ) -> None:
