@@ -4,21 +4,32 @@ import importlib
 import logging
 import os
 import secrets
+import signal
 import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ..core import UserError
 from ..storage import on_node
-from .ray_node import ENVIRONMENT, local_cpus, local_gpus, not_started, private_directory, started
+from .ray_node import (
+    ENVIRONMENT,
+    answers,
+    local_cpus,
+    local_gpus,
+    not_started,
+    private_directory,
+    started,
+)
 
 __all__ = [
+    "RayGone",
     "connected",
     "live_nodes",
     "local_cpus",
@@ -37,9 +48,18 @@ CONNECT = 10.0  # seconds that a TCP connection to an address may take
 ANSWER = 120.0  # seconds for a Ray to let a process attach
 ATTACH = "import ray, sys; ray.init(sys.argv[1], log_to_driver=False, logging_level='ERROR')"
 SHUTDOWN = 15.0  # seconds after which a Ray of our own that does not answer is killed
+MISSES = 10  # seconds without a head of Ray after which this process ends
+RETRY = "The same command tries again"
 
 # Variables that describe another Ray, or processes unlike this one
 FOREIGN = ("RAY_ADDRESS", "RAY_NAMESPACE", "RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_RUNTIME_ENV_HOOK")
+
+
+_heads: list[Callable[[], bool]] = []  # tell whether the head of this process' Ray is alive
+
+
+class RayGone(UserError):
+    r"""Raised if Ray has no node that is alive, or no head."""
 
 
 @contextmanager
@@ -48,23 +68,27 @@ def connected(
     cpus: int | None = None,
     package: Path | None = None,
     modules: Sequence[str] = (),
+    hint: str = RETRY,
 ) -> Iterator[Path]:
     r"""Starts a Ray of our own on this machine, or attaches to the one at an address.
 
     Our own Ray accepts the processes that know its random token only, and ends with the block or
-    with this process, see :func:`sda_ray.cluster.ray_node.started`.
+    with this process, see :func:`sda_ray.cluster.ray_node.started`. If Ray dies within the block,
+    functions of Ray may wait for a minute, deaf to signals: then this process ends with exit code 2.
 
     Arguments:
         address: The address of a running cluster, such as `auto` on its head.
         cpus: The number of CPUs of our own Ray.
         package: The directory of the package that workers import, whatever else they could find.
         modules: The modules to import in this process while Ray starts.
+        hint: What to do if Ray dies.
 
     Yields:
         A private directory that is removed at the end of the block.
 
     Raises:
         UserError: If Ray does not start, or there is no cluster at the address.
+        RayGone: If the block raises it. The hint is added.
     """
 
     if sys.flags.optimize > 1:
@@ -86,7 +110,7 @@ def connected(
             except Exception as error:
                 raise UserError(_no_ray(address, error)) from error
 
-            with _attachment():
+            with _attachment(hint, partial(answers, ray_endpoint(own=False)[0])):
                 yield directory
 
         return
@@ -101,14 +125,13 @@ def connected(
             own = started(token, cpus=cpus, gpus=local_gpus(), alone=True)
             node = stack.enter_context(own)
             importing.join()
+            stack.enter_context(_attachment(hint, node.is_running, node.kill))
             _attach(node.address, package)
         except UserError:
             raise
         except Exception as error:
             why = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise not_started(why) from error
-
-        stack.enter_context(_attachment(node.kill))
 
         yield node.directory
 
@@ -164,27 +187,69 @@ def _attach(address: str, package: Path | None) -> None:
             "excludes": ["**/__pycache__/**"],
         }
 
+    terminate = signal.getsignal(signal.SIGTERM)  # Ray replaces it
+
     try:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", **options)
+    except SystemExit:
+        signal.signal(signal.SIGTERM, terminate)
+        signal.raise_signal(signal.SIGTERM)
+        raise
     except Exception:
         ray.shutdown()
         raise
+    finally:
+        with suppress(ValueError):  # in a thread, where Ray leaves it alone, too
+            signal.signal(signal.SIGTERM, terminate)
 
 
 @contextmanager
-def _attachment(kill: Callable[[], None] = lambda: None) -> Iterator[None]:
+def _attachment(
+    hint: str, alive: Callable[[], bool], kill: Callable[[], None] = lambda: None
+) -> Iterator[None]:
     r"""Leaves Ray at the end of the block, and kills it if it does not answer in time."""
 
     import ray
 
+    leaving, left = threading.Event(), threading.Event()
+
+    def watch() -> None:
+        misses = 0
+
+        while misses < MISSES and not leaving.wait(1.0):
+            misses = 0 if alive() else misses + 1
+
+        if leaving.is_set() and left.wait(SHUTDOWN):
+            return
+
+        kill()
+
+        if leaving.is_set() and left.wait(SHUTDOWN):
+            return
+
+        cursor = "\x1b[?25h" if os.isatty(2) else ""  # a live table hides it
+
+        with suppress(OSError):
+            os.write(2, f"{cursor}\nsda-ray: Ray is gone: its head is dead. {hint}.\n".encode())
+
+        os._exit(2)
+
+    threading.Thread(target=watch, name="ray", daemon=True).start()
+
     try:
+        _heads.append(alive)
         yield
+    except RayGone as error:
+        kill()
+        raise RayGone(f"{error}. {hint}.") from None
     finally:
-        timer = threading.Timer(SHUTDOWN, kill)
-        timer.daemon = True
-        timer.start()
-        ray.shutdown()
-        timer.cancel()
+        leaving.set()
+
+        try:
+            ray.shutdown()
+        finally:
+            left.set()
+            _heads.remove(alive)
 
 
 def ray_endpoint(own: bool) -> tuple[str, str | None]:
@@ -206,9 +271,12 @@ def ray_endpoint(own: bool) -> tuple[str, str | None]:
 
 
 def live_nodes() -> dict[str, dict[str, Any]]:
-    r"""Returns Ray's record of each live node, by id."""
+    r"""Returns Ray's record of each live node, by id; none if Ray's head is gone."""
 
     import ray
+
+    if not all(alive() for alive in _heads):
+        return {}  # Ray would wait for it
 
     return {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
 

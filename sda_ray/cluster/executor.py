@@ -8,7 +8,6 @@ cannot tell a bug from a lost machine: runs of lost workers are adopted by the d
 import logging
 import os
 import pickle
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -30,11 +29,11 @@ from ray.exceptions import (
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from ..core import HEARTBEAT, UserError, last_heartbeat, on_signals, read_holder
+from ..core import HEARTBEAT, last_heartbeat, on_signals, read_holder, try_print
 from ..runs import RunPath
 from ..storage import Disconnected
 from ..training import OTHER, STACKS, STALL, take_stacks
-from .connect import live_nodes
+from .connect import RayGone, live_nodes
 from .trial import Trial
 
 __all__ = ["Attempt", "Driver", "Executor", "cause_of", "execute"]
@@ -46,7 +45,7 @@ PENDING = 1000  # trials that may wait for a node, at most
 PATIENCE = 20.0  # seconds without a running trial before a warning
 TICK = 0.25  # seconds between two checks of requests and of the deadline
 LOOK = 5.0  # seconds between two checks of nodes and processes
-GONE = 10.0  # seconds without a node after which Ray is given up
+GONE = 8.0  # seconds without a node after which Ray is given up
 RECENT = 60.0  # seconds after the death of a node in which it may explain that of a worker
 BEATS = 2  # heartbeats that may be missed in any case
 PAUSE = 15.0  # seconds after which the driver itself was frozen, or its disk
@@ -75,10 +74,6 @@ class Driver(Protocol):
     def guard(self, error: Exception) -> None: ...
     def stop(self, why: str = "") -> None: ...
     def tick(self) -> None: ...
-
-
-class RayGone(UserError):
-    r"""Raised if Ray has no node left that could run a trial."""
 
 
 class NotStarted(RayError):
@@ -121,7 +116,7 @@ def execute(
 
         driver.signal = number
         driver.stop()  # before anything is printed: the terminal may be gone
-        _say("\nStopping: every trial saves a checkpoint first. Once more to stop at once.")
+        try_print("\nStopping: every trial saves a checkpoint first. Once more to stop at once.")
 
     with on_signals(stop):
         while True:
@@ -146,17 +141,6 @@ def execute(
 
     if driver.fault is not None:
         raise driver.fault
-
-
-def _say(text: str) -> None:
-    r"""Prints a line. A stream that is gone, as with a closed terminal, is null from then on."""
-
-    for stream, line in ((sys.stderr, ""), (sys.stdout, text)):
-        try:
-            print(line, file=stream, flush=True)
-        except (OSError, ValueError):
-            with suppress(OSError, ValueError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _place(bundle: dict[str, float], config: dict[str, Any]) -> Any:
@@ -356,10 +340,7 @@ class Executor(FIFOScheduler):
         self.alive = alive
 
         if now - self.seen > GONE and self.driver.fault is None:
-            raise RayGone(
-                f"Ray is gone: it has had no node for {now - self.seen:.0f} s. Nothing is lost: "
-                "the same command resumes the sweep."
-            )
+            raise RayGone(f"Ray is gone: it has had no node for {now - self.seen:.0f} s")
 
     def _has_died(self, node: str) -> bool:
         r"""Tells whether a node is dead; if it is unknown, whether any has died just now."""
@@ -423,7 +404,9 @@ class Executor(FIFOScheduler):
     def _announce_stop(self) -> None:
         if self.driver.why and not self.announced:
             self.announced = True
-            _say(f"\nStopping, since {self.driver.why}: every trial saves a checkpoint first.")
+            try_print(
+                f"\nStopping, since {self.driver.why}: every trial saves a checkpoint first."
+            )
 
     def _warn_of_waiting(self) -> None:
         r"""Warns once if no trial runs for long on a cluster: its nodes are full, or avoided."""
@@ -486,14 +469,16 @@ class _Searcher(Searcher):
 def _error_of(trial: Any) -> BaseException | None:
     r"""Returns the error that a trial of Tune has ended with.
 
-    Tune pickles the errors of an actor that was started, and keeps the text of others.
+    Tune pickles the errors of an actor that was started, of classes that may be unknown here, and
+    keeps the text of others.
     """
 
     with suppress(Exception), open(trial.pickled_error_file, "rb") as f:
         return cast(BaseException, pickle.load(f))
 
     with suppress(Exception):
-        return NotStarted(Path(trial.error_file).read_text().partition("\n")[2])  # after a title
+        text = Path(trial.error_file).read_text().partition("\n")[2]  # after a title
+        return RuntimeError(text) if trial.pickled_error_file else NotStarted(text)
 
     return None
 

@@ -29,6 +29,7 @@ from ..core import UserError, cgroup_cpus, locked, write_atomic
 __all__ = [
     "ENVIRONMENT",
     "RayNode",
+    "answers",
     "local_cpus",
     "local_gpus",
     "not_started",
@@ -39,6 +40,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+ANSWER = 2.0  # seconds that a TCP connection to the head of a Ray may take
 START = 180.0  # seconds that Ray may take to start
 TRIES = 3  # times that it may, if the machine is busy
 DRAIN = 100.0  # seconds that trials have to save a checkpoint when a node leaves
@@ -126,6 +128,19 @@ def own_ip(peer: str = "8.8.8.8") -> str:
         return socket.gethostbyname(socket.gethostname())
 
     return "127.0.0.1"
+
+
+def answers(address: str) -> bool:
+    r"""Tells whether something listens at the address of a Ray."""
+
+    host, _, port = address.rpartition(":")
+
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), ANSWER).close()
+    except (OSError, ValueError, OverflowError):
+        return False
+
+    return True
 
 
 @dataclass(frozen=True)

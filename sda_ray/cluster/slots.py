@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from ..core import UserError
-from .connect import live_nodes, local_cpus, local_gpus
+from .connect import RayGone, live_nodes, local_cpus, local_gpus
 from .preemption import draining_nodes
 
 __all__ = ["Slots", "fitting"]
@@ -110,6 +110,9 @@ class Slots:
     def _check(self, nodes: Sequence[tuple[str, dict[str, float]]], more: str = "") -> None:
         if any(self._on(resources) for _, resources in nodes):
             return
+
+        if not nodes:
+            raise RayGone("Ray is gone: it has no node")
 
         has = dict.fromkeys(
             f"{name} has CPU={found.get('CPU', 0):g} GPU={found.get('GPU', 0):g}"

@@ -83,3 +83,4 @@ from .system import keep_memory as keep_memory
 from .system import margin as margin
 from .system import on_signals as on_signals
 from .system import release_memory as release_memory
+from .system import try_print as try_print

@@ -28,6 +28,7 @@ __all__ = [
     "margin",
     "on_signals",
     "release_memory",
+    "try_print",
 ]
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ SWITCH = "SDA_RAY_KEEP_MEMORY"
 
 TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4  # parameters of mallopt, in malloc.h
 PAD = 64 * 2**20  # bytes by which the heap grows at least
+REPEAT = 1.0  # seconds within which a signal may come twice
 
 # Messages of torch's allocator for the CPU, of CUDA itself, and of cuBLAS and cuDNN
 SHORT = ("can't allocate memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
@@ -43,19 +45,44 @@ SHORT = ("can't allocate memory", "CUDA error: out of memory", "STATUS_ALLOC_FAI
 
 @contextmanager
 def on_signals(handle: Callable[[int], None], *more: int) -> Iterator[None]:
-    r"""Calls a function on SIGINT, SIGTERM, SIGHUP and more, unless ignored, as under nohup."""
+    r"""Calls a function on SIGINT, SIGTERM, SIGHUP, SIGQUIT and more, unless ignored, as under nohup.
 
-    every = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, *more)
+    What comes within a second of the last one is dropped, but for SIGINT: `timeout`, srun and the
+    shell of a closed terminal send a signal twice, to the process and to its group.
+    """
+
+    every = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, *more)
     before = {n: old for n in every if (old := signal.getsignal(n)) is not signal.SIG_IGN}
+    last = -REPEAT
+
+    def once(number: int, frame: object) -> None:
+        nonlocal last
+
+        if number == signal.SIGINT or time.monotonic() - last > REPEAT:
+            last = time.monotonic()
+            handle(number)
 
     for number in before:
-        signal.signal(number, lambda n, frame: handle(n))
+        signal.signal(number, once)
 
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def try_print(text: str) -> None:
+    r"""Prints a line. A stream that is gone, as with a closed terminal, is null from then on."""
+
+    for stream, line in ((sys.stderr, ""), (sys.stdout, text)):
+        try:
+            print(line, file=stream, flush=True)
+        except RuntimeError:
+            pass  # called by a signal in the middle of another print
+        except (OSError, ValueError):
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def keep_memory() -> bool:

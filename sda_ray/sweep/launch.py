@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..cluster import Slots, announced, connected, is_requeued, ray_endpoint
-from ..core import Lease, UserError, deadline, say
+from ..core import Lease, UserError, deadline, on_signals, say, try_print
 from ..data import DataInfo
 from ..runs import sweep_directory
 from ..search import Rules, Study, TrialRecord, catch_up, decide, importances
@@ -269,10 +269,18 @@ def _run(
             study.journal.give_up = lambda: driver.stopping
             slots.avoided, slots.forgive = driver.losses.avoided, driver.losses.forgive
 
-            with suppress(KeyboardInterrupt), table:
-                _drive(driver, slots, options, retention, code)
+            command = _resume_command(sweep.name, options)
 
-            _end(driver, _resume_command(sweep.name, options))
+            def interrupt(number: int) -> None:  # while Ray starts or ends
+                driver.signal = number
+                driver.stop()  # Python ignores exceptions in some places, such as __del__
+                try_print("")
+                raise KeyboardInterrupt
+
+            with suppress(KeyboardInterrupt), on_signals(interrupt), table:
+                _drive(driver, slots, options, retention, code, command)
+
+            _end(driver, command)
 
         study.close()
     finally:
@@ -280,16 +288,22 @@ def _run(
 
 
 def _drive(
-    driver: Driver, slots: Slots, options: Options, retention: Retention, code: Code
+    driver: Driver,
+    slots: Slots,
+    options: Options,
+    retention: Retention,
+    code: Code,
+    command: str,
 ) -> None:
     r"""Starts Ray, or connects to it, and runs trials there."""
 
     alone = options.address is None
+    hint = f"Runs in progress resume from their last checkpoint with `{command}`"
 
     with ExitStack() as stack:
         with serving(driver):
             modules = ["sda_ray.cluster.executor"]
-            started = connected(options.address, package=code.package, modules=modules)
+            started = connected(options.address, package=code.package, modules=modules, hint=hint)
             scratch = stack.enter_context(started)
 
         from ..cluster import execute  # imports Ray, which must be set up by then

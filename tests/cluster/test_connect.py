@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from sda_ray.cluster.connect import connected, local_cpus, map_on_ray
+from sda_ray.cluster.connect import RayGone, connected, local_cpus, map_on_ray
 from sda_ray.cluster.slots import Slots, fitting
 from sda_ray.core.errors import UserError
 
@@ -266,6 +266,11 @@ def test_nodes_of_one_name_are_all_looked_at() -> None:
 
     with pytest.raises(UserError, match=r"CPU=1 GPU=0, node vm has CPU=0 GPU=0\. Lower"):
         Slots(8, 0)._check(nodes)
+
+
+def test_ray_without_a_node_is_gone() -> None:
+    with pytest.raises(RayGone, match="Ray is gone: it has no node"):
+        Slots(4, 0)._check([])
 
 
 def mapped() -> dict[int, tuple[int, int]]:

@@ -8,14 +8,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import ray
 from byhand import ManualDriver
-from conftest import Cli
+from conftest import Cli, Start
 from ray.exceptions import (
     ActorDiedError,
     ActorUnavailableError,
@@ -26,7 +28,14 @@ from ray.exceptions import (
 )
 
 from sda_ray.cluster.connect import local_cpus
-from sda_ray.cluster.executor import BEATS, Attempt, Executor, NotStarted, cause_of
+from sda_ray.cluster.executor import (
+    BEATS,
+    Attempt,
+    Executor,
+    NotStarted,
+    _error_of,
+    cause_of,
+)
 from sda_ray.core.lease import HEARTBEAT
 from sda_ray.runs.path import RunPath
 from sda_ray.storage.client import Disconnected
@@ -178,6 +187,18 @@ def test_cause_is_found(error: BaseException | None, cause: str, words: str) -> 
     assert words in line and "\n" not in line and len(line) <= 300
 
 
+def test_error_of_an_unknown_class_is_no_lack_of_memory(tmp_path: Path) -> None:
+    pickled, file = tmp_path / "error.pkl", tmp_path / "error.txt"
+    pickled.write_bytes(b"cnowhere\nUnknown\n.")
+    file.write_text("Failure # 1\nTraceback\nImportError: cannot allocate memory in TLS block\n")
+    trial = SimpleNamespace(pickled_error_file=str(pickled), error_file=str(file))
+    line = "ImportError: cannot allocate memory in TLS block"
+    assert cause_of(_error_of(trial)) == ("worker", line)
+
+    trial.pickled_error_file = None
+    assert cause_of(_error_of(trial))[0] == "start"
+
+
 SWEEP = """from sda_ray import CONFIG, Sweep, loguniform, main
 
 SMALL = {"window": 3, "embedding": 8, "hidden_channels": (8, 16), "hidden_blocks": (1, 1)}
@@ -234,17 +255,21 @@ def read(fd: int, seconds: float = 0.2) -> str:
         return ""
 
 
-@pytest.mark.parametrize("way", ["Ctrl-C", "closed"])
+@pytest.mark.parametrize("way", ["Ctrl-C", "closed", "timeout"])
 def test_every_trial_saves_a_checkpoint_when_its_terminal_says_so(
     terminal: tuple[int, int], tmp_path: Path, way: str
 ) -> None:
-    r"""All processes of the terminal get the signal; a closed one cannot be printed to."""
+    r"""All its processes get the signal; a closed one cannot be printed to; `timeout` sends two."""
 
     pid, fd = terminal
     now = time.time()
 
     if way == "Ctrl-C":
         os.write(fd, b"\x03")
+    elif way == "timeout":
+        os.kill(pid, signal.SIGTERM)
+        time.sleep(0.1)
+        os.killpg(pid, signal.SIGTERM)
     else:
         os.close(fd)
 
@@ -252,19 +277,73 @@ def test_every_trial_saves_a_checkpoint_when_its_terminal_says_so(
 
     while not (ended := os.waitpid(pid, os.WNOHANG))[0]:
         assert time.monotonic() < deadline, text
-        text += read(fd) if way == "Ctrl-C" else ""
+        text += read(fd) if way != "closed" else ""
         time.sleep(0.05)
 
     runs = [*(tmp_path / "runs").glob("*_*")]
-    assert os.waitstatus_to_exitcode(ended[1]) == (130 if way == "Ctrl-C" else 129)
+    code = {"Ctrl-C": 130, "closed": 129, "timeout": 143}[way]
+    assert os.waitstatus_to_exitcode(ended[1]) == code
     assert all((run / "checkpoint.pth").stat().st_mtime > now for run in runs)
     statuses = [json.loads((run / "run.json").read_text())["status"] for run in runs]
     assert statuses == len(runs) * ["interrupted"]
 
-    if way == "Ctrl-C":
+    if way != "closed":
         text += read(fd) + read(fd)
         assert "Nothing is lost" in " ".join(text.split())
         assert "dead" not in text
+
+
+def below(pid: int) -> Iterator[int]:
+    with suppress(OSError):
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            yield int(child)
+            yield from below(int(child))
+
+
+def program(pid: int) -> str:
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_text().partition("\0")[0].rpartition("/")[2]
+
+    return ""
+
+
+@pytest.mark.parametrize("name", ["gcs_server", "raylet"])
+def test_sweep_whose_ray_dies_ends_soon_and_can_be_resumed(
+    start: Start, tmp_path: Path, name: str
+) -> None:
+    r"""Ray's own functions would wait for a minute, then end the process without a word."""
+
+    (tmp_path / "small.py").write_text(SWEEP)
+    sweep = start("sweep", "small.py", "--parallel=1")
+    wait_for(lambda: len([*tmp_path.glob("runs/*_*/metrics.jsonl")]) == 1, sweep)
+    processes = [*below(sweep.pid)]
+    (server,) = [pid for pid in processes if program(pid) == name]
+    os.kill(server, signal.SIGKILL)
+    since = time.monotonic()
+    _, errors = sweep.communicate(timeout=120)
+
+    assert sweep.returncode == 2, errors
+    assert time.monotonic() - since < 30
+    assert errors.rstrip().splitlines()[-1].startswith("sda-ray: Ray is gone: ")
+    assert errors.rstrip().endswith("from their last checkpoint with `sda-ray sweep small`.")
+    assert "Traceback" not in errors
+
+    again = start("sweep", "small", "--parallel=1")
+    stdout = again.stdout
+    assert stdout is not None
+    wait_for(lambda: "is resumed" in stdout.readline(), again)
+    again.send_signal(signal.SIGTERM)
+    out, errors = again.communicate(timeout=120)
+    assert again.returncode == 143, out + errors
+    assert "Nothing is lost" in out
+
+
+def wait_for(condition: Callable[[], Any], process: "subprocess.Popen[str]") -> None:
+    deadline = time.monotonic() + 240
+
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_run_whose_workers_are_killed_by_the_memory_monitor_fails_for_that(

@@ -1,11 +1,14 @@
 r"""Tests for sda_ray.core.system."""
 
+import io
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +20,9 @@ from sda_ray.core.system import (
     deadline,
     keep_memory,
     margin,
+    on_signals,
     release_memory,
+    try_print,
 )
 
 GLIBC = sys.platform.startswith("linux") and bool(os.confstr("CS_GNU_LIBC_VERSION"))
@@ -193,3 +198,40 @@ def test_least_limit_of_nested_cgroups_counts(
 
     assert cgroup_cpus() == cpus
     assert cgroup_memory() == memory
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
+def test_signal_that_comes_to_the_process_and_to_its_group_counts_once(number: int) -> None:
+    r"""Twice, a sweep would stop at once, without checkpoints."""
+
+    received: list[int] = []
+
+    with on_signals(received.append):
+        signal.raise_signal(number)
+        signal.raise_signal(number)
+        signal.raise_signal(signal.SIGHUP)
+        assert received == [number]
+
+        signal.raise_signal(signal.SIGINT)  # by hand
+        signal.raise_signal(signal.SIGINT)
+        assert received == [number, signal.SIGINT, signal.SIGINT]
+
+        time.sleep(1.1)
+        signal.raise_signal(number)
+        assert received[3:] == [number]
+
+
+def test_signal_in_the_middle_of_a_print_may_print(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stream(io.RawIOBase):
+        def writable(self) -> bool:
+            return True
+
+        def write(self, data: Any) -> int:
+            try_print("Stopping")  # as a signal's handler does
+
+            return len(data)
+
+    with io.TextIOWrapper(io.BufferedWriter(Stream())) as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        print("a line", flush=True)
+        monkeypatch.undo()

@@ -354,8 +354,10 @@ def test_data_that_are_replaced_stop_the_sweep_until_they_are_back(place: Place)
     assert {r.state for r in place.records("swap")} <= {"complete", "pruned"}
 
 
-def test_interrupt_while_ray_starts_is_clean(place: Place) -> None:
-    driver = place.start("sweep", "tiny.py", "--name", "early")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
+def test_interrupt_while_ray_starts_is_clean(place: Place, number: int) -> None:
+    name = f"early-{number}"
+    driver = place.start("sweep", "tiny.py", "--name", name)
     assert driver.stdout is not None
 
     for line in driver.stdout:
@@ -363,13 +365,13 @@ def test_interrupt_while_ray_starts_is_clean(place: Place) -> None:
             break
 
     time.sleep(0.3)
-    driver.send_signal(signal.SIGINT)
+    driver.send_signal(number)
     out, _ = driver.communicate(timeout=60)
 
-    assert driver.returncode == 130, out
+    assert driver.returncode == 128 + number, out
     assert "Traceback" not in out
-    assert "resume with `sda-ray sweep early`" in out
-    assert place.records("early") == []
+    assert f"resume with `sda-ray sweep {name}`" in out
+    assert place.records(name) == []
 
 
 def test_command_that_carries_on_has_all_that_matters(tmp_path: Path) -> None:
