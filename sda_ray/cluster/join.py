@@ -27,12 +27,13 @@ from ..core import (
     say,
     write_atomic,
 )
-from .ray_node import RayNode, own_ip, started
+from .ray_node import RayNode, answers, own_ip, started
 
 __all__ = ["announced", "find_token", "is_requeued", "join_sweep", "read_head", "stay"]
 
 POLL = 2.0  # seconds between two looks at the lease
-REPEAT = 1.0  # seconds within which `timeout` and srun may send the same signal twice
+PROBE = 5.0  # seconds between two connections to the head of a Ray
+SILENT = 60.0  # seconds without an answer from there after which a node leaves
 PATIENCE = 6.0  # seconds without a driver after which the sweep counts as stopped
 
 Reason = Callable[[], str]  # why to leave, or an empty string
@@ -137,7 +138,7 @@ def join_sweep(
 ) -> None:
     r"""Adds this machine to a running sweep, until the sweep ends or this process has to leave.
 
-    It leaves on SIGINT, SIGTERM, SIGHUP and SIGUSR1, and in time before the end of a Slurm job.
+    It leaves on SIGINT, SIGTERM, SIGHUP, SIGQUIT and SIGUSR1, and in time before the end of a Slurm job.
 
     Arguments:
         directory: The directory of the sweep, named as the sweep is.
@@ -178,10 +179,20 @@ def join_sweep(
 def stay(node: RayNode, over: Reason) -> str:
     r"""Keeps a node until there is a reason to leave, then leaves and returns the reason.
 
-    A reason that begins with `the sweep` leaves no trials to wait for.
+    A reason that begins with `the sweep` leaves no trials to wait for. One is that the head does not
+    answer: Ray itself takes minutes to find that out if the head's machine has lost its power.
     """
 
+    seen = looked = time.monotonic()
+
     while node.is_running() and not (why := over()):
+        if time.monotonic() - looked > PROBE:
+            answered, looked = answers(node.address), time.monotonic()
+            seen = looked if answered else seen
+
+            if looked - seen > SILENT:
+                return f"the sweep's head at {node.address} does not answer"
+
         time.sleep(0.2)
 
     if not node.is_running():
@@ -198,16 +209,14 @@ def stay(node: RayNode, over: Reason) -> str:
 def _leave_requested() -> Iterator[Reason]:
     r"""Yields a function for the reason to leave. A second signal ends the process at once."""
 
-    received: list[float] = []
+    received: list[int] = []
     end = deadline(None, os.environ)
 
     def handle(number: int) -> None:
-        now = time.monotonic()
-
-        if received and now - received[0] > REPEAT and number != signal.SIGUSR1:
+        if received and number != signal.SIGUSR1:
             raise KeyboardInterrupt
 
-        received.append(now)
+        received.append(number)
 
     def why() -> str:
         if received:
@@ -232,7 +241,7 @@ def _await_head(
         if head is not None and head["attempt"] > last:
             _check_reach(name, head)
 
-            if wait == 0 or _answers(head):
+            if wait == 0 or answers(head["address"]):
                 return head
 
             if head["address"] != silent:
@@ -255,16 +264,6 @@ def _await_head(
 
 def _host_of(head: dict[str, Any]) -> str:
     return str(head["address"]).rpartition(":")[0]
-
-
-def _answers(head: dict[str, Any]) -> bool:
-    try:
-        port = int(head["address"].rpartition(":")[2])
-        socket.create_connection((_host_of(head), port), POLL).close()
-    except (OSError, ValueError):
-        return False
-
-    return True
 
 
 def _check_reach(name: str, head: dict[str, Any]) -> None:

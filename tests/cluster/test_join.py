@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from sda_ray.cluster import join
 from sda_ray.cluster.join import (
     _await_head,
     announced,
@@ -22,7 +23,9 @@ from sda_ray.cluster.join import (
     is_requeued,
     join_sweep,
     read_head,
+    stay,
 )
+from sda_ray.cluster.ray_node import RayNode
 from sda_ray.core.errors import UserError
 from sda_ray.core.lease import Lease, this_process
 from sda_ray.runs.path import sweep_directory
@@ -202,6 +205,27 @@ def test_ray_that_only_its_own_host_reaches_is_not_waited_for(tmp_path: Path) ->
 
     with pytest.raises(UserError, match=r"runs on elsewhere, whose Ray listens on 127\.0\.0\.1"):
         join_sweep(directory, wait=0.05)
+
+
+def test_node_leaves_a_head_that_does_not_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    r"""Without its power, the head's machine does not close its connections either."""
+
+    monkeypatch.setattr(join, "PROBE", 0.1)
+    monkeypatch.setattr(join, "SILENT", 1.0)
+    head = socket.create_server(("127.0.0.1", 0))
+    address = f"127.0.0.1:{head.getsockname()[1]}"
+
+    with ThreadPoolExecutor(1) as pool, subprocess.Popen(["sleep", "60"]) as process:
+        why = pool.submit(stay, RayNode(process, tmp_path, address, 1, 0), lambda: "")
+        time.sleep(2.0)
+        assert not why.done()
+
+        head.close()
+        assert why.result(10) == f"the sweep's head at {address} does not answer"
+        assert process.poll() is None  # so Ray has not noticed
+        process.kill()
 
 
 def wait(condition: Callable[[], Any], *processes: "subprocess.Popen[str]") -> None:
