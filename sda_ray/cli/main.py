@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from ..core import KEYS, UserError, did_you_mean, plain, say
+from ..core import KEYS, LeaseGone, UserError, did_you_mean, plain, say
 from ..sweep import OtherCode, execute
 from .options import sda_ray
 
@@ -69,7 +69,9 @@ def main(sweep: Any = None, argv: Sequence[str] | None = None) -> None:
     except BrokenPipeError:
         sys.exit(141)
     except OSError as error:
-        if error.errno not in (errno.ENAMETOOLONG, errno.ENOSPC):
+        gone = isinstance(error, LeaseGone)
+
+        if not gone and error.errno not in (errno.ENAMETOOLONG, errno.ENOSPC):
             raise
 
         full = error.errno == errno.ENOSPC
@@ -78,7 +80,7 @@ def main(sweep: Any = None, argv: Sequence[str] | None = None) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
         say(f"sda-ray: {error}", file=sys.stderr)
-        sys.exit(1 if full else 2)
+        sys.exit(1 if full or gone else 2)
     finally:
         # Once SIGINT has met code that is run from a string, as dataclasses do, Python (3.11) ends
         # by that signal, though it was caught, until other such code has run.

@@ -170,6 +170,7 @@ class Trial(tune.Trainable):
     def _open(self) -> list[tuple[int, float]]:
         import torch
 
+        from ..core import LeaseGone
         from ..runs import Run, Wandb, train_run
         from ..storage import RemoteRun, data_of, shares_files
         from ..training import STACKS, STALL, Watchdog
@@ -182,6 +183,8 @@ class Trial(tune.Trainable):
         if server and not shares_files(server):
             self.remote = RemoteRun(server, spec["run_id"], spec["attempt"], spec["index"])
             runs = early = self.remote.runs
+        elif not early.is_dir():  # the run would create the directory of runs anew
+            raise LeaseGone(f"{early} was deleted or unmounted while it was in use.")
 
         name = STACKS if self.remote else f"stacks.{spec['index']}.txt"
         self.watchdog = Watchdog(early / name, stall)

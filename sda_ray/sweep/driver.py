@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..core import margin
+from ..core import LeaseGone, margin
 from ..search import (
     Action,
     Propose,
@@ -100,7 +100,10 @@ class Driver:
         lease = self.study.journal.lease
 
         if lease is None or not lease.is_lost():  # otherwise the trials are another driver's
-            self.request.touch()
+            try:
+                self.request.touch()
+            except OSError as error:
+                self.fault = self.fault or error
 
     def tick(self) -> None:
         r"""Checks the deadline and does the housekeeping. Called a few times a second."""
@@ -339,7 +342,9 @@ class Driver:
     def guard(self, error: Exception) -> None:
         r"""Stops the sweep gracefully because of an error of the driver itself."""
 
-        logger.error("the sweep stops: %s: %s", type(error).__name__, error)
+        if not isinstance(error, LeaseGone):  # which ends the command, and is printed then
+            logger.error("the sweep stops: %s: %s", type(error).__name__, error)
+
         self.fault = self.fault or error
         self.stop()
 

@@ -128,6 +128,8 @@ class Retention:
 
             if time.monotonic() < deadline:  # otherwise the next turn deletes more
                 self._check_space()
+        except FileNotFoundError:  # a directory that is gone ends the sweep by itself
+            pass
         except OSError as error:  # a file system that is away for a while must not end a sweep
             self._warn("error", f"checkpoints cannot be examined: {error}.")
 

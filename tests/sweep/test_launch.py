@@ -421,3 +421,21 @@ def test_sweep_with_a_sampler_and_a_pruner_of_its_own_is_resumed_by_its_script(
     now = content | {"definition": load_script(script).check().definition(), "fingerprint": ""}
     (refused,) = compare(content | {"fingerprint": ""}, now).refused
     assert refused.startswith("sampler was")
+
+
+def test_sweep_whose_runs_are_deleted_ends_with_one_line(place: Place) -> None:
+    runs = place.root / "deleted"
+    (place.root / "long.py").write_text(SCRIPT.replace('"epochs": 9', '"epochs": 600'))
+    words = ("sweep", "long.py", "--wandb=disabled", "--parallel=1", "--runs", str(runs))
+    process = place.start(*words)
+    place.wait(lambda: list(runs.glob("*_*/metrics.jsonl")))
+
+    for _ in range(100):  # the run writes meanwhile
+        shutil.rmtree(runs, ignore_errors=True)
+
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 1, out
+    assert "Traceback" not in out and not runs.exists()
+    last = out.splitlines()[-1]
+    assert last.startswith(f"sda-ray: {runs}/sweeps/tiny was deleted or unmounted while"), out
+    assert out.count(f"{runs}/sweeps/tiny was deleted or unmounted") == 1, out
