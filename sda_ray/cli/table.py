@@ -35,7 +35,6 @@ __all__ = ["LiveTable", "announce", "attach_command", "conclude", "leaderboard"]
 
 REFRESH = 4  # times a second
 LOOK = 1.0  # seconds between two looks at the files of a sweep
-KEY = 9  # characters of a column with a key of CONFIG, at least
 EVENTS = {
     "draw": "starts",
     "adopt": "is resumed",
@@ -57,33 +56,55 @@ def _short(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else format_value(value)
 
 
-def _rows(records: Sequence[TrialRecord], names: dict[str, str], width: int) -> Table:
-    r"""Returns a table of runs that fits a width: keys, then names are left out for it."""
+def _rows(
+    records: Sequence[TrialRecord], names: dict[str, str], width: int
+) -> list[RenderableType]:
+    r"""Returns a table of runs that fits a width, and a line about the settings that do not.
+
+    For it, names are left out, then settings.
+    """
 
     keys = list(dict.fromkeys(key for record in records for key in record.config))
-    wide = width >= 80 + 8 * len(keys)
-    keys = keys[: max(0, width - 45) // (KEY + 2)]
+    columns = {
+        "#": [str(r.index) for r in records],
+        "run": [printable(f"{names.get(r.run_id, '…')}_{r.run_id}") for r in records],
+        "status": [_status(r) for r in records],
+        "epoch": [f"{r.last}/{r.epochs}" for r in records],
+        "loss_valid": [_loss(r) for r in records],
+    }
+
+    for key in keys:
+        columns[key] = [_short(r.config[key]) if key in r.config else "–" for r in records]
+
+    def fits() -> bool:
+        widths = (max(map(len, (name, *texts))) for name, texts in columns.items())
+        return sum(widths) + 2 * len(columns) - 2 <= width
+
+    if not fits():
+        columns["run"] = [printable(r.run_id) for r in records]
+
+    hidden: list[str] = []
+
+    while keys and not fits():
+        hidden.insert(0, keys.pop())
+        del columns[hidden[0]]
+
     table = Table(box=None, pad_edge=False, header_style="bold")
 
-    columns = {"#": 3, "run": 8, "status": 8, "epoch": 5, "loss_valid": 6}
-
-    for column, least in (columns | dict.fromkeys(keys, KEY)).items():
+    for column in columns:
         side: Any = "left" if column in ("run", "status") else "right"
-        table.add_column(column, justify=side, no_wrap=True, min_width=least)
+        table.add_column(column, justify=side, no_wrap=True)
 
-    for record in records:
-        status = _status(record)
-        name = f"{names.get(record.run_id, '…')}_{record.run_id}" if wide else record.run_id
-        table.add_row(
-            str(record.index),
-            Text(printable(name)),
-            Text(status, style=STYLES.get(status, "")),
-            f"{record.last}/{record.epochs}",
-            _loss(record),
-            *(_short(record.config[key]) if key in record.config else "–" for key in keys),
-        )
+    for row in zip(*columns.values(), strict=True):
+        table.add_row(*(Text(cell, style=STYLES.get(cell, "")) for cell in row))
 
-    return table
+    if not hidden:
+        return [table]
+
+    plural = "s" * (len(hidden) > 1)
+    note = f"too narrow for {len(hidden)} setting{plural}: {', '.join(hidden)}"
+
+    return [table, Text(note, style="dim", no_wrap=True, overflow="ellipsis")]
 
 
 class LiveTable:
@@ -162,28 +183,28 @@ class LiveTable:
         running = [r for r in records if _status(r) == "running"]
         others = sorted((r for r in records if _status(r) != "running"), key=rank_key)
         width, height = self.console.size
-        room = max(1, height - len(running) - 4)
+        room = max(1, height - 5)
         statuses = [_status(r) for r in records]
         counts = ", ".join(f"{statuses.count(x)} {x}" for x in STYLES if x in statuses)
         elapsed = int(time.monotonic() - self.start)
         head = Text.assemble(
             ("sweep ", "bold"),
             (self.title, "bold cyan"),
-            f"  {elapsed // 60}:{elapsed % 60:02}  {len(records)}/{self.target} runs: "
+            f"  {elapsed // 60}:{elapsed % 60:02}  {len(records)}/{self.target} runs started: "
             f"{counts or 'starting Ray'}",
             f", checkpoints {format_size(self.size())}" if self.size() else "",
             overflow="ellipsis",
             no_wrap=True,
         )
-        shown = running + others[:room]
+        shown = (running + others)[:room]
         self._name(shown)
         parts: list[RenderableType] = [head]
 
         if records:
-            parts.append(_rows(shown, self.names, width))
+            parts += _rows(shown, self.names, width)
 
-        if len(others) > room:
-            parts.append(Text(f"and {len(others) - room} more", style="dim"))
+        if len(records) > len(shown):
+            parts.append(Text(f"and {len(records) - len(shown)} more", style="dim"))
 
         return Group(*parts)
 
@@ -243,7 +264,7 @@ def leaderboard(title: str, records: Sequence[TrialRecord], runs: Path, count: i
     finished = sorted((r for r in records if r.values), key=rank_key)
     names = {path.id: path.name for path in RunPath.all(runs)}
     console.print(Text(f"\nLeaderboard of {title}", style="bold"))
-    console.print(_rows(finished[:count], names, console.width))
+    console.print(*_rows(finished[:count], names, console.width), sep="\n")
 
     if len(finished) > count:
         console.print(f"and {len(finished) - count} more.")

@@ -1,5 +1,6 @@
 r"""Tests for sda_ray.cli.table: what people look at."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,10 +42,17 @@ def test_live_table_fits_the_terminal(runs: Path, width: int, height: int) -> No
 
     assert len(lines) < height
     assert all(len(line) <= width for line in lines)
-    assert lines[0].startswith("sweep demo  0:00  33/40 runs: 1 running")
+    assert lines[0].startswith("sweep demo  0:00  33/40 runs started: 1 running"[: width - 1])
     assert "run00000" in lines[2]  # those in flight come first
     assert lines[-1].startswith("and ") == (height < 40)
     assert ("crimson-cloud-0_run00000" in lines[2]) == (width == 200)
+    assert ("1.23e-03" in lines[2] or "0.00123" in lines[2]) == (width >= 80)
+    assert "…" not in lines[2] or width == 40  # columns are whole, or left out
+    hidden = {
+        40: "too narrow for 3 settings: ",
+        80: "too narrow for 1 setting: activation",
+    }
+    assert any(hidden.get(width, "") in line for line in lines)
 
 
 def test_without_a_terminal_there_is_a_line_per_event(
@@ -73,6 +81,19 @@ def test_leaderboard_has_the_best_first_and_says_how_far_it_carries(
     assert "64,128,256" in out
     assert "and 10 more" in out
     assert "One seed, selected as the best of 15" in out
+    assert "too narrow" not in out
+
+
+def test_text_of_others_is_shown_plainly(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (runs / "crimson-cloud-2_run00002").rename(runs / "x\x1b[2J[bold]_run00002")
+    leaderboard("demo", records(5), runs)
+    record = replace(records(5)[4], error="a\x1b]0;title\x07")
+
+    with LiveTable("demo", 40, runs, list) as table:
+        table.notify("failed", record)
+
+    out = capsys.readouterr().out
+    assert "x�[2J[bold]_run00002" in out and "a�]0;title�" in out and "\x1b" not in out
 
 
 def test_conclusion_of_repeats_is_their_mean_and_spread(
