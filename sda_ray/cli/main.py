@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from ..core import KEYS, LeaseGone, UserError, did_you_mean, plain, say
+from ..core import ALIASES, KEYS, LeaseGone, UserError, did_you_mean, plain, say
 from ..sweep import OtherCode, execute
 from .options import sda_ray
 
@@ -113,6 +113,7 @@ def _explain(error: click.UsageError) -> str:
     if isinstance(error, click.NoSuchOption):
         name = error.option_name
         key = name.strip("-").replace("-", "_")
+        key = ALIASES.get(key, key)
         hint = did_you_mean(name, error.possibilities or ())
         text = f"there is no option {name}."
         text += f" Settings are given as {key}=…" if key in KEYS else hint

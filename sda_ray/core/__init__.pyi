@@ -35,6 +35,7 @@ from .files import run_directories as run_directories
 from .files import sync_directory as sync_directory
 from .files import write_atomic as write_atomic
 from .files import write_json as write_json
+from .keys import ALIASES as ALIASES
 from .keys import ALPHAS as ALPHAS
 from .keys import KEYS as KEYS
 from .keys import NETWORK as NETWORK

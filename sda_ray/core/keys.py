@@ -11,6 +11,7 @@ from .errors import UserError
 
 __all__ = [
     "ACTIVATIONS",
+    "ALIASES",
     "ALPHAS",
     "KEYS",
     "NETWORK",
@@ -28,6 +29,24 @@ SCHEDULERS: tuple[str, ...] = ("linear", "cosine", "exponential", "constant", "w
 ALPHAS: tuple[str, ...] = ("cos", "lin", "exp")
 
 MAX_LEVELS = 16
+
+# Names that other tools have for our keys, and that are not like them
+ALIASES = {
+    "amp": "precision",
+    "blocks": "hidden_blocks",
+    "bs": "batch_size",
+    "channels": "hidden_channels",
+    "decay": "weight_decay",
+    "depth": "hidden_blocks",
+    "dtype": "precision",
+    "lr": "learning_rate",
+    "max_norm": "grad_clip",
+    "nonlinearity": "activation",
+    "opt": "optimizer",
+    "random_state": "seed",
+    "wd": "weight_decay",
+    "width": "hidden_channels",
+}
 
 
 @dataclass(frozen=True)
@@ -115,8 +134,9 @@ NETWORK: tuple[str, ...] = tuple(name for name, key in KEYS.items() if key.netwo
 def did_you_mean(word: Any, words: Iterable[str]) -> str:
     r"""Returns ` Did you mean 'x'?` for the word that is closest, else nothing."""
 
-    lower = {w.lower(): w for w in words}
-    close = difflib.get_close_matches(str(word).lower()[:64], lower, n=1)
+    lower, text = {w.lower(): w for w in words}, str(word).lower()[:64]
+    alias = ALIASES.get(text.strip("-"))
+    close = [alias] if alias in lower else difflib.get_close_matches(text, lower, n=1)
 
     return f" Did you mean '{lower[close[0]]}'?" if close else ""
 
@@ -135,7 +155,8 @@ def check_value(name: str, value: Any) -> Any:
 
     if key.kind is str:
         if not isinstance(value, str) or value not in key.options:
-            raise UserError(f"{fault}{did_you_mean(value, key.options)}")
+            only = len(key.options) == 1
+            raise UserError(f"{fault}{'' if only else did_you_mean(value, key.options)}")
 
         return str(value)
 

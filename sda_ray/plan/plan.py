@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..cluster import Slots, local_gpus, memory_limit
-from ..core import UserError, format_size
+from ..core import UserError, format_duration, format_size
 from ..data import DataInfo
 from ..search import PruneRule, Rules, TrialRecord, decide
 from ..sweep import Options, Sweep, find_faults, free_disk, load_script
@@ -41,6 +41,7 @@ __all__ = [
     "Plan",
     "at_a_time",
     "check_memory",
+    "check_time",
     "estimate",
     "forecast",
     "memory_of",
@@ -51,6 +52,7 @@ DRAWS = 1000
 MOST = 256  # runs; a longer sweep is in proportion, up to a fifth too much for thousands
 FEW = 24  # runs, where a forecast has to be quick, or the rule that stops them is Optuna's
 SWEEPS = 3
+LONG = 100 * 86400.0  # seconds
 MARGIN = 0.85  # part of its share of a GPU that a trial may take by the plan
 SMALL_FILES = 500_000, 700  # bytes of a run's other files: picture, records and W&B's; per epoch
 
@@ -215,6 +217,7 @@ def _forecast(plan: Plan, sweep: Sweep, slots: Slots) -> None:
     every = Rules(rules.target, rules.epochs, finalists=rules.finalists, pruner="none")
     plan.whole = forecast(every, n, seconds, end)
     plan.pruned = forecast(rules, n, seconds, end, sweep.stops())
+    check_time(plan)
 
 
 def _places(plan: Plan) -> list[tuple[int, Speed | None]]:
@@ -244,6 +247,16 @@ def _times(plan: Plan, speeds: Sequence[tuple[int, Speed]]) -> tuple[list[float]
         times.append([total / sum(n / took[part] for n, took in each) for part in (0, 1)])
 
     return [times[i][0] for i in plan.order], [times[i][1] for i in plan.order]
+
+
+def check_time(plan: Plan) -> None:
+    r"""Adds a warning if nobody waits for the end of a sweep."""
+
+    if plan.known and plan.pruned is not None and plan.pruned.finish > LONG:
+        plan.warnings.append(
+            f"the sweep takes about {format_duration(plan.pruned.finish)} here. Choose a smaller "
+            "network, fewer epochs or trials, or more and faster nodes."
+        )
 
 
 def check_memory(plan: Plan) -> None:

@@ -26,6 +26,7 @@ from ..core import (
     format_value,
     load_config,
     parse_value,
+    say,
     short_repr,
     split_group,
 )
@@ -88,7 +89,7 @@ def fit(sweep: Sweep, config: Config, known: Mapping[str, Any] | None = None) ->
 
 
 def parse_item(
-    text: str, sweep: Sweep, runs: Path, notice: Callable[[str], None] = print
+    text: str, sweep: Sweep, runs: Path, notice: Callable[[str], None] = say
 ) -> dict[str, Any]:
     r"""Returns the parameters of a configuration to be queued.
 
@@ -138,6 +139,9 @@ def _split(text: str) -> tuple[dict[str, str], list[str]]:
             faults.append(f"'{piece}' is not of the form key=value, as batch_size=32")
         elif key in given:
             faults.append(f"{key} is given twice")
+        elif re.search(r"\s\S+=", value):
+            joined = re.sub(r",?\s+", ",", text.strip())
+            faults.append(f"settings are separated by commas, as {joined}")
         else:
             given[key] = value.strip()
 

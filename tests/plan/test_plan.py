@@ -16,7 +16,7 @@ from rich.console import Console
 from sda_ray.cluster.connect import local_cpus
 from sda_ray.cluster.nodes import check_files, memory_limit
 from sda_ray.data.dataset import check_data
-from sda_ray.plan.plan import Plan, at_a_time, check_memory, estimate, memory_of
+from sda_ray.plan.plan import Plan, at_a_time, check_memory, check_time, estimate, memory_of
 from sda_ray.plan.report import plan_to_json, print_plan
 
 __all__ = ["script"]  # fixtures
@@ -92,6 +92,18 @@ def test_network_that_fits_no_node_is_caught(made: Plan) -> None:
 
     assert "a trial with hidden_channels=(16, 32)" in faults_of(tight)
     assert "has 134 MB. Choose a smaller network" in faults_of(tight)
+
+
+@pytest.mark.parametrize("days", [1, 99, 101, 10_000])
+def test_sweep_of_months_is_a_warning(made: Plan, days: float) -> None:
+    assert made.pruned is not None
+    long = replace(made, pruned=replace(made.pruned, finish=86400.0 * days), warnings=[])
+    check_time(long)
+
+    assert (
+        long.warnings == [] or f"takes about {days} d here. Choose a smaller" in long.warnings[0]
+    )
+    assert bool(long.warnings) == (days > 100)
 
 
 def test_memory_limits_the_trials_at_a_time(made: Plan) -> None:

@@ -118,6 +118,8 @@ def test_all_faults_are_reported_at_once(sweep: Sweep) -> None:
         ("=3", "SPACE has no key ''"),
         ("3,learning_rate=1e-3", "'3' is not of the form key=value"),
         ("embedding=8,embedding=12", "embedding is given twice"),
+        ("embedding=8 learning_rate=1e-3", "by commas, as embedding=8,learning_rate=1e-3"),
+        ("embedding=8, learning_rate=1e-3 dropout=0", "embedding=8,learning_rate=1e-3,dropout=0"),
         ("learning_rate=nan", "must be a number"),
     ],
 )
