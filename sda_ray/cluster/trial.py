@@ -138,8 +138,12 @@ class Trial(tune.Trainable):
             if self.run is not None:
                 write_atomic(self.run.path.error, traceback.format_exc().encode())
 
-        notes = {} if self.remote is None else self.remote.notes
+        notes = {} if self.remote is None else dict(self.remote.notes)
         unreached = "" if self.tracker is None else self.tracker.failed
+
+        if self.tracker is not None and self.tracker.missing:
+            notes["W&B"] = f"W&B gets nothing of some runs: {self.tracker.missing}"
+
         longest = 0.0 if self.watchdog is None else self.watchdog.longest
 
         if event == "running":
@@ -164,7 +168,7 @@ class Trial(tune.Trainable):
             "halt": halt,
             "unreached": unreached,
             "longest": longest,
-            "notes": dict(notes),
+            "notes": notes,
         }
 
     def _open(self) -> list[tuple[int, float]]:

@@ -25,16 +25,15 @@ logger = logging.getLogger(__name__)
 
 PATIENCE = 7.5  # seconds that W&B may take to start, and to finish
 
-# The variables that locate W&B's server and the account; a run has its own name and place
-CONNECTION = (
+MAX_TAG, MAX_PROJECT = 64, 128  # characters that W&B takes
+
+# The variables that W&B may see: a run has its own name and place
+LOCAL = ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "WANDB_ERROR_REPORTING")
+SERVER = (  # and the account, which do not concern a run offline
     "WANDB_API_KEY",
     "WANDB_APP_URL",
     "WANDB_BASE_URL",
-    "WANDB_CACHE_DIR",
-    "WANDB_CONFIG_DIR",
     "WANDB_CREDENTIALS_FILE",
-    "WANDB_DATA_DIR",
-    "WANDB_ERROR_REPORTING",
     "WANDB_HTTP_TIMEOUT",
     "WANDB_IDENTITY_TOKEN_FILE",
     "WANDB_INSECURE_DISABLE_SSL",
@@ -63,7 +62,8 @@ class Wandb:
 
         env = os.environ.get
         mode = mode or env("WANDB_MODE") or "offline"
-        labels = tags or env("WANDB_TAGS") or ""
+        words = (tags or env("WANDB_TAGS") or "").split(",")
+        labels = tuple(word.strip() for word in words if word.strip())
 
         if mode not in ("online", "offline", "disabled"):
             raise UserError(f"W&B's mode is '{mode}', but must be online, offline or disabled.")
@@ -73,12 +73,14 @@ class Wandb:
         if set(project) & set("/\\#?%:"):
             raise UserError(f"W&B's project is '{project}', but must have none of / \\ # ? % :")
 
-        return Wandb(
-            mode,
-            project,
-            entity or env("WANDB_ENTITY") or None,
-            tuple(tag.strip() for tag in labels.split(",") if tag.strip()),
-        )
+        for what, limit, texts in (("project", MAX_PROJECT, [project]), ("tag", MAX_TAG, labels)):
+            if long := [text for text in texts if len(text) > limit]:
+                raise UserError(
+                    f"W&B's {what} '{long[0]}' has {len(long[0])} characters, but must have at "
+                    f"most {limit}."
+                )
+
+        return Wandb(mode, project, entity or env("WANDB_ENTITY") or None, labels)
 
     @staticmethod
     def from_record(entry: Any, file: Path) -> "Wandb":
@@ -104,7 +106,8 @@ class Tracker:
     r"""The W&B run of a training: a new one, or one that is resumed.
 
     If the server does not answer, it is offline. Its `failed` says why a server that was asked for
-    could not be used, or not to the end. A run that is not `named` yet is named by the server.
+    could not be used, or not to the end; its `missing`, why nothing, or no more, is written at all.
+    A run that is not `named` yet is named by the server.
     """
 
     def __init__(
@@ -112,7 +115,7 @@ class Tracker:
     ) -> None:
         self._run: Any = None
         self.name = name
-        self.failed = ""
+        self.failed = self.missing = ""
 
         modes = () if wandb.mode == "disabled" else dict.fromkeys((wandb.mode, "offline"))
 
@@ -125,10 +128,12 @@ class Tracker:
                 given = name if named or mode == "offline" else None
                 self._run = start_run(directory, id, given, config, replace(wandb, mode=mode))
                 self.name = self._run.name or name
+                self.missing = ""
                 break
             except Exception as error:  # a dead server, a bad key
                 logger.warning("W&B cannot be used: %s", error)
-                self.failed = self.failed or (summary(error) if mode == "online" else "")
+                self.missing = summary(error)
+                self.failed = self.failed or (self.missing if mode == "online" else "")
 
     @property
     def writes(self) -> bool:
@@ -151,7 +156,8 @@ class Tracker:
             self._run.log(values, step=step, commit=True)
         except Exception as error:
             logger.warning("W&B has failed (%s). The run continues without it.", error)
-            self.failed = self.failed or ("" if self._run.offline else summary(error))
+            self.missing = summary(error)
+            self.failed = self.failed or ("" if self._run.offline else self.missing)
             self._run = None
 
     def log_image(self, key: str, file: Path, step: int) -> None:
@@ -204,7 +210,7 @@ def start_run(
 
     import wandb as client
 
-    with own_environment():
+    with own_environment(wandb.mode == "offline"):
         return client.init(
             mode=wandb.mode,  # type: ignore[arg-type]
             dir=directory,
@@ -235,13 +241,20 @@ def start_run(
 
 
 @contextmanager
-def own_environment() -> Iterator[None]:
-    r"""Hides the variables by which W&B would give this run another id, name, group or sweep."""
+def own_environment(offline: bool = False) -> Iterator[None]:
+    r"""Hides the variables by which W&B would give this run another id, name, group or sweep.
 
-    hidden = {k: v for k, v in os.environ.items() if k.startswith("WANDB_")}
+    So are empty ones and, offline, those about the server: W&B refuses to start if one is malformed.
+    """
 
-    for key in hidden.keys() - set(CONNECTION):
-        del os.environ[key]
+    before = {k: v for k, v in os.environ.items() if k.startswith("WANDB_")}
+    kept = LOCAL if offline else LOCAL + SERVER
+
+    for key, value in before.items():
+        if key in kept and value.strip():
+            os.environ[key] = value.strip()  # a key from a file often ends with its line
+        else:
+            del os.environ[key]
 
     # wandb 0.31 reports its errors when a process ends, for up to 22 s if the server hangs
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
@@ -249,9 +262,7 @@ def own_environment() -> Iterator[None]:
     try:
         yield
     finally:
-        for key, value in hidden.items():
-            os.environ.setdefault(key, value)
-
+        os.environ.update(before)
         atexit.register(_limit_service)  # after wandb's own handler, and so called before it
 
 

@@ -171,13 +171,19 @@ def free_disk(place: Path) -> int:
 
 
 def wandb_faults(wandb: Wandb) -> Iterator[str]:
-    r"""Yields that W&B needs a key and there is none, if so."""
+    r"""Yields that W&B needs a key, or a token, and there is none, if so."""
 
     host = urlparse(wandb_server()).netloc  # with the port, as `wandb login` writes it
     file = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
     given = any(os.environ.get(f"WANDB_{x}") for x in ("API_KEY", "IDENTITY_TOKEN_FILE"))
 
-    if wandb.mode != "online" or given:
+    if wandb.mode != "online":
+        return
+
+    if (token := os.environ.get("WANDB_IDENTITY_TOKEN_FILE")) and not Path(token).is_file():
+        yield f"WANDB_IDENTITY_TOKEN_FILE is '{token}', but there is no such file."
+
+    if given:
         return
 
     with suppress(OSError, netrc.NetrcParseError):

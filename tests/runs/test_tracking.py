@@ -69,6 +69,14 @@ def test_project_that_the_server_refuses_is_refused(project: str) -> None:
         Wandb.from_options(project=project)
 
 
+@pytest.mark.parametrize("what", ["project", "tag"])
+def test_names_that_are_too_long_for_wandb_are_refused(what: str) -> None:
+    name = "a" * (129 if what == "project" else 65)
+
+    with pytest.raises(UserError, match=f"{what} '{name}' has {len(name)} characters, but must h"):
+        Wandb.from_options(**{"tags" if what == "tag" else what: f"{name}"})
+
+
 def test_settings_are_read_from_a_record_that_may_be_damaged(tmp_path: Path) -> None:
     kept = {"mode": "online", "project": "flows", "tags": ["a", "b"]}
     assert Wandb.from_record(kept, tmp_path) == Wandb("online", "flows", tags=("a", "b"))
@@ -112,6 +120,38 @@ def test_offline_run_has_our_name_and_id_whatever_the_environment_says(
     assert path.name.encode() in content and b"loss_valid" in content
     assert b"strange" not in content and b"zzzzzzzz" not in content
     assert not (tmp_path / "strange").exists() and not (tmp_path / "wandb").exists()
+
+
+def test_offline_run_needs_no_variable_about_the_server(
+    cli: Cli, settings: list[str], tmp_path: Path
+) -> None:
+    malformed = {
+        "WANDB_BASE_URL": "localhost:8080",
+        "WANDB_APP_URL": "",
+        "WANDB_HTTP_TIMEOUT": "20s",
+        "WANDB_API_KEY": "0123456789" * 4 + "\n",
+        "WANDB_IDENTITY_TOKEN_FILE": "/nonexistent",
+        "WANDB_INSECURE_DISABLE_SSL": "maybe",
+    }
+    done = cli("train", "epochs=1", *settings, WANDB_MODE="offline", **malformed)
+    assert done.returncode == 0 and "W&B" not in done.stderr, done.stderr
+    assert list(only_run(tmp_path).directory.glob("wandb/offline-run-*/run-*.wandb"))
+
+
+def test_server_variables_are_given_trimmed_and_only_online(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "key\n")
+    monkeypatch.setenv("WANDB_BASE_URL", "")
+    monkeypatch.setenv("WANDB_CACHE_DIR", "/cache")
+
+    for offline in (False, True):
+        with own_environment(offline):
+            assert os.environ.get("WANDB_API_KEY") == (None if offline else "key")
+            assert "WANDB_BASE_URL" not in os.environ
+            assert os.environ["WANDB_CACHE_DIR"] == "/cache"
+
+        assert os.environ["WANDB_API_KEY"] == "key\n" and os.environ["WANDB_BASE_URL"] == ""
 
 
 # Online
@@ -250,27 +290,35 @@ def test_config_carries_where_the_run_comes_from() -> None:
     assert logged_config(config, {"sweep": None, "trial": ["strange"]}) == config
 
 
-@pytest.mark.parametrize("mode", ["online", "offline"])
-def test_tracker_tells_whether_the_server_has_failed(
-    mode: str, tmp_path: Path, env: dict[str, str]
+@pytest.mark.parametrize(
+    ("mode", "tag", "printed"),
+    [
+        ("online", "", "True False"),
+        ("offline", "", "False False"),
+        ("offline", "a" * 65, "False True"),
+    ],
+)
+def test_tracker_tells_whether_the_server_or_the_client_has_failed(
+    mode: str, tag: str, printed: str, tmp_path: Path, env: dict[str, str]
 ) -> None:
     code = (
         "import pathlib, sys; from sda_ray.runs.tracking import Tracker, Wandb; "
-        "t = Tracker(pathlib.Path(sys.argv[1]), 'abcd1234', 'a-b-1', {}, Wandb(sys.argv[2])); "
-        "t.log({'a': 1}, 1); t.finish(); print(bool(t.failed))"
+        "t = Tracker(pathlib.Path(sys.argv[1]), 'abcd1234', 'a-b-1', {}, Wandb(sys.argv[2], "
+        "tags=tuple(sys.argv[3:]))); "
+        "t.log({'a': 1}, 1); t.finish(); print(bool(t.failed), bool(t.missing))"
     )
 
     with WandbServer() as server:
         env |= server.env
 
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path), mode],
+        [sys.executable, "-c", code, str(tmp_path), mode, *filter(None, [tag])],
         env=env,
         capture_output=True,
         text=True,
         timeout=60,
     )
-    assert done.stdout.strip() == str(mode == "online"), done.stderr
+    assert done.stdout.strip() == printed, done.stderr
 
 
 @pytest.mark.parametrize("value", ["true", "false", None])
