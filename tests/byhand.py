@@ -46,10 +46,8 @@ class ManualDriver:
             **more,
         )
 
-    def tell(
-        self, name: str, event: str, error: str = "", last: int = 0, unreached: str = ""
-    ) -> bool:
+    def tell(self, name: str, event: str, error: str = "", last: int = 0, **more: Any) -> bool:
         epochs = [(e, 1.0 / e) for e in range(1, last + 1)]
-        result = {"event": event, "epochs": epochs, "error": error, "unreached": unreached}
+        result = {"event": event, "epochs": epochs, "error": error, **more}
 
         return self.driver.report(name, result, lambda status: lambda: False)

@@ -52,7 +52,7 @@ class Trial(tune.Trainable):
     * `node` and `host`, Ray's id of its node and the name; from its first step `actor`, its handle
     * `halt`, why no trial of the sweep can be trained, if so
     * `leaving`, whether that node is about to go, which interrupts
-    * `notes`, what the user should know, by subject
+    * `notes`, what the user should know, as pairs of a subject and a text
 
     What it returns is on the disk of the driver's node by then. A trial that is cut off from there
     raises :class:`sda_ray.storage.client.Disconnected`.
@@ -168,7 +168,7 @@ class Trial(tune.Trainable):
             "halt": halt,
             "unreached": unreached,
             "longest": longest,
-            "notes": notes,
+            "notes": list(notes.items()),  # Tune flattens a dict
         }
 
     def _open(self) -> list[tuple[int, float]]:

@@ -269,7 +269,7 @@ class Driver:
         if (node := result.get("node")) and node != self.home:
             self.losses.places[record.index] = node, result["host"]
 
-        for subject, note in result.get("notes", {}).items():
+        for subject, note in result.get("notes", ()):
             if subject not in self.noted:  # one trial says it for all
                 self.noted.add(subject)
                 logger.warning("%s", note)

@@ -47,6 +47,7 @@ def curve(i):
     return [(line["epoch"], line["loss_train"], line["loss_valid"]) for line in lines]
 
 with connected(cpus=1):
+    from ray.tune.utils import flatten_dict
     from sda_ray.cluster.trial import Trial
 
     trial, said, sizes = Trial(spec(0, 0)), [], []
@@ -84,13 +85,18 @@ with connected(cpus=1):
     said.append(trial.reset(spec(61, 0, rungs=[1])))
     trial.train()
     after = trial.train()["event"]
+
+    # A run of which W&B takes nothing
+    said.append(trial.reset(spec(62, 0, wandb={"mode": "offline", "tags": ["a" * 65]})))
+    trial.train()
+    notes = flatten_dict(trial.train())["notes"]  # as Tune passes it on
     said.append(trial.reset({}))  # whatever comes
     trial.stop()
 
     import wandb
     print(json.dumps({
         "said": said, "sizes": sizes, "cut": cut, "paused": paused, "leases": leases,
-        "first": curve(0), "last": curve(count - 1), "after": after,
+        "first": curve(0), "last": curve(count - 1), "after": after, "notes": notes,
         "unfinished": wandb.run is not None, "modules": sorted(sys.modules),
         "beating": [t.name for t in threading.enumerate() if t.name == "lease"],
     }))
@@ -137,6 +143,11 @@ def test_trial_is_closed_before_the_next_one(found: dict[str, Any]) -> None:
 def test_reset_never_fails(found: dict[str, Any]) -> None:
     assert set(found["said"]) == {True}
     assert found["after"] == "running"
+
+
+def test_trial_says_why_wandb_has_nothing_of_its_run(found: dict[str, Any]) -> None:
+    ((subject, text),) = found["notes"]
+    assert subject == "W&B" and "Tags must be between 1 and 64 characters" in text
 
 
 def test_trial_has_the_bits_of_the_first_whatever_came_before(found: dict[str, Any]) -> None:

@@ -216,6 +216,16 @@ def test_after_two_failures_of_wandb_the_rest_starts_offline_and_it_is_said_once
     assert caplog.text.count("The last one was told: no key") == 1
 
 
+def test_note_of_trials_is_said_once(
+    manual: ManualDriver, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in "ab":
+        manual.driver.suggest(name)
+        manual.tell(name, "running", last=1, notes=[("W&B", f"nothing of {name}")])
+
+    assert "nothing of a" in caplog.text and "nothing of b" not in caplog.text
+
+
 def test_more_paused_runs_than_python_may_recurse_are_pruned_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
