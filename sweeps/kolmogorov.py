@@ -16,7 +16,7 @@ SPACE = {
     "weight_decay": loguniform(1e-5, 1e-1),
 }
 
-sweep = Sweep("kolmogorov", CONFIG, SPACE, trials=64, seed=0, min_epochs=9, eta=3)
+sweep = Sweep("kolmogorov", CONFIG, SPACE, trials=64, seed=0)
 
 if __name__ == "__main__":
     main(sweep)

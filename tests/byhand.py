@@ -33,7 +33,7 @@ class ManualDriver:
         self.slots = slots
         self.driver = Driver(
             self.study,
-            Rules(trials, 9, first),
+            Rules(trials, 9, first, 3),
             lambda seen, fixed: propose(draw, seen, 0, "random", fixed),
             {
                 "config": {"epochs": 9},

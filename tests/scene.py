@@ -30,7 +30,7 @@ CONFIG = CONFIG | {
     "epochs": 9, "batch_size": 8,
 }
 SPACE = {"learning_rate": loguniform(1e-4, 1e-2), "activation": choice("SiLU", "ReLU")}
-sweep = Sweep("tiny", CONFIG, SPACE, trials=8, sampler="random", min_epochs=1)
+sweep = Sweep("tiny", CONFIG, SPACE, trials=8, sampler="random", eta=3, min_epochs=1)
 
 if __name__ == "__main__":
     main(sweep)
@@ -39,7 +39,7 @@ if __name__ == "__main__":
 GRID = (
     SCRIPT.replace("loguniform(1e-4, 1e-2)", "choice(100.0, 1e-3)")
     .replace(', "activation": choice("SiLU", "ReLU")', "")
-    .replace('sampler="random", min_epochs=1', 'sampler="grid", pruner="none"')
+    .replace('sampler="random", eta=3, min_epochs=1', 'sampler="grid", pruner="none"')
 )
 
 

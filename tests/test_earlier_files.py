@@ -86,7 +86,9 @@ def test_finished_sweep_is_shown_and_extended(root: Path, env: dict[str, str]) -
     assert "fortunate-oxpecker-2" in run(root, env, "sweep", "finished", "--code=current")
     check(root, "finished")
 
-    run(root, env, "sweep", "finished", "--trials=5", "--code=current", "--parallel=1")
+    # With the rungs of its record: defaults have changed since
+    words = ("--trials=5", "--code=current", "--parallel=1")
+    assert "rungs at epochs 1, 3, 9" in run(root, env, "sweep", "finished.py", *words)
     assert set(outcome(root, "finished")) == {1, 2, 3, 4, 5}
 
 

@@ -1,12 +1,14 @@
 r"""What to try next, and the study that remembers it."""
 
 from .promotion import FINAL as FINAL
+from .promotion import GEOMETRIC as GEOMETRIC
 from .promotion import Action as Action
 from .promotion import PruneRule as PruneRule
 from .promotion import Rules as Rules
 from .promotion import TrialRecord as TrialRecord
 from .promotion import count_trials as count_trials
 from .promotion import decide as decide
+from .promotion import geometric_rungs as geometric_rungs
 from .promotion import rank_key as rank_key
 from .promotion import unhide as unhide
 from .pruners import hyperband_brackets as hyperband_brackets

@@ -17,6 +17,7 @@ from typing import Any
 
 __all__ = [
     "FINAL",
+    "GEOMETRIC",
     "Action",
     "PruneRule",
     "Rules",
@@ -24,11 +25,12 @@ __all__ = [
     "best_at_rung",
     "count_trials",
     "decide",
+    "geometric_rungs",
     "rank_key",
     "unhide",
 ]
 
-GEOMETRIC = ("promotion", "hyperband", "none")  # others compare runs at even distances
+GEOMETRIC = ("promotion", "hyperband")  # others compare runs at even distances
 FINAL = ("median", "percentile", "patience", "hyperband")  # a run that one of them stops is over
 
 
@@ -121,29 +123,32 @@ class Rules:
         excused: The number of failed runs that do not count towards the limit on failures.
         pruner: `promotion`, `none`, or a pruner whose verdicts are final, see
             :mod:`sda_ray.search.pruners`.
+        recorded: The rungs before the last one, if the sweep has recorded them.
     """
 
     target: int
     epochs: int
     min_epochs: int | None = None
-    eta: int = 3
+    eta: int = 2
     finalists: int = 1
     excused: int = 0
     pruner: str = "promotion"
+    recorded: tuple[int, ...] | None = None
 
-    @property
+    @cached_property
     def rungs(self) -> tuple[int, ...]:
         r"""The epochs at which runs are compared; the last is the full budget.
 
-        They grow by the factor `eta`, or are the multiples of the first for most final pruners.
+        They are those of :func:`geometric_rungs`, or the multiples of the first for most final
+        pruners.
         """
 
-        rungs, rung = [], self.min_epochs or self.epochs
-        first = rung
+        first, rungs = self.min_epochs or self.epochs, self.recorded
 
-        while rung < self.epochs:
-            rungs.append(rung)
-            rung = rung * self.eta if self.pruner in GEOMETRIC else rung + first
+        if rungs is None and self.pruner in GEOMETRIC:
+            rungs = geometric_rungs(first, self.epochs, self.eta)
+        elif rungs is None:
+            rungs = tuple(range(first, self.epochs, first))
 
         return (*rungs, self.epochs)
 
@@ -157,6 +162,28 @@ class Rules:
         r"""The number of failed runs that are replaced."""
 
         return self.excused + max(3, self.target // 4)
+
+
+def geometric_rungs(first: int, epochs: int, eta: int) -> tuple[int, ...]:
+    r"""Returns the first rung and, above it, `epochs` over the powers of `eta`.
+
+    One that is less than :math:`\sqrt{\eta}` times as far as the first is left out.
+
+    Example:
+        >>> geometric_rungs(16, 256, eta=2), geometric_rungs(9, 256, eta=3)
+        ((16, 32, 64, 128), (9, 28, 85))
+    """
+
+    if first >= epochs:
+        return ()
+
+    rungs, rung = list[int](), epochs // eta
+
+    while rung * rung >= eta * first * first:
+        rungs.append(rung)
+        rung = epochs // eta ** (len(rungs) + 1)
+
+    return (first, *reversed(rungs))
 
 
 @dataclass(frozen=True)

@@ -88,10 +88,18 @@ def _named(rules: Rules, percentile: float, patience: int | None) -> BasePruner:
         "median": lambda: MedianPruner(**steady),
         "percentile": lambda: PercentilePruner(percentile, **steady),
         "patience": lambda: PatientPruner(None, patience or 3 * first),
-        "hyperband": lambda: HyperbandPruner(first, rules.epochs, rules.eta),
+        "hyperband": lambda: HyperbandPruner(_least(rules), rules.epochs, rules.eta),
     }
 
     return pruners[rules.pruner]()
+
+
+def _least(rules: Rules) -> int:
+    r"""Returns the first rung for `hyperband` by which no rung comes before Optuna's."""
+
+    rungs = enumerate(rules.rungs[:-1])
+
+    return min((max(1, rung // rules.eta**k) for k, rung in rungs), default=rules.epochs)
 
 
 def _note(
@@ -127,7 +135,7 @@ def hyperband_brackets(rules: Rules, name: str) -> Callable[[int], int]:
         | https://arxiv.org/abs/1603.06560
     """
 
-    first, eta = rules.min_epochs or rules.epochs, rules.eta
+    first, eta = _least(rules), rules.eta
     count = math.floor(math.log(rules.epochs / first, eta)) + 1
     budgets = [math.ceil(count * eta**s / (s + 1)) for s in reversed(range(count))]
 

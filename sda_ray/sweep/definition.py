@@ -22,7 +22,7 @@ from ..core import (
     split_group,
 )
 from ..data import DataInfo
-from ..search import FINAL, PruneRule, Rules, TrialRecord
+from ..search import FINAL, GEOMETRIC, PruneRule, Rules, TrialRecord, geometric_rungs
 
 if TYPE_CHECKING:
     from optuna.pruners import BasePruner
@@ -77,7 +77,7 @@ def _setting_faults(sweep: Any) -> Iterator[str]:
 
     for key, low in least.items():
         value = getattr(sweep, key)
-        left_out = value is None and key in ("min_epochs", "patience")
+        left_out = value is None and key in ("eta", "min_epochs", "patience")
 
         if not left_out and (type(value) is not int or value < low):
             yield f"{key} is {value!r}, but must be an integer from {low}."
@@ -94,6 +94,19 @@ def _setting_faults(sweep: Any) -> Iterator[str]:
 
     yield from _method_faults(sweep)
     yield from _objective_faults(sweep)
+
+
+def _rung_faults(rungs: Any, first: int | None, epochs: int) -> Iterator[str]:
+    if rungs is None:
+        return
+
+    sound = isinstance(rungs, tuple) and all(type(x) is int and 0 < x < epochs for x in rungs)
+
+    if not sound or list(rungs) != sorted({*rungs}) or rungs[:1] not in ((), (first,)):
+        yield (
+            f"rungs is {rungs!r}, but must be rising epochs from min_epochs (={first}) to below "
+            f"epochs (={epochs})."
+        )
 
 
 def _method_faults(sweep: Any) -> Iterator[str]:
@@ -180,8 +193,11 @@ class Sweep:
             :mod:`sda_ray.search.pruners`; or `none`. By default `promotion`, and `none` for several
             objectives.
         min_epochs: The first rung; for `median`, `percentile`, `patience` and pruners of Optuna the
-            distance of all rungs. By default `epochs` over the third power of `eta`.
-        eta: One in `eta` trials is promoted at each rung.
+            distance of all rungs. By default `epochs` / 16, or over the third power of another
+            `eta` than 2.
+        eta: One in `eta` trials is promoted at each rung. By default 2.
+        rungs: The epochs of all rungs before the end. By default `min_epochs` and, above it, `epochs`
+            over the powers of `eta`.
         finalists: The least number of trials that get the full number of epochs.
         objectives: The metrics to minimise: `loss_valid` and, after it, any of `parameters`, `seconds`
             (of training), `loss_train` and `loss_valid_se`.
@@ -199,7 +215,8 @@ class Sweep:
     sampler: "str | Callable[[int], BaseSampler]" = ""
     pruner: "str | BasePruner" = ""
     min_epochs: int | None = None
-    eta: int = 3
+    eta: int | None = None
+    rungs: tuple[int, ...] | None = None
     finalists: int = 1
     objectives: tuple[str, ...] = OBJECTIVES[:1]
     percentile: float = 25.0
@@ -208,11 +225,11 @@ class Sweep:
 
     def __post_init__(self) -> None:
         # JSON makes lists of tuples
+        for key in ("objectives", "rungs"):
+            if isinstance(value := getattr(self, key), list):
+                object.__setattr__(self, key, tuple(value))
+
         names: Any = self.objectives
-
-        if isinstance(names, list):
-            object.__setattr__(self, "objectives", names := tuple(names))
-
         several = isinstance(names, tuple) and len(names) > 1
         defaults = {"sampler": ("tpe", "nsga2"), "pruner": ("promotion", "none")}
 
@@ -261,10 +278,12 @@ class Sweep:
         if config is None or space is None or faults:
             return self, faults
 
-        if self.pruner != "none" and first is None:
-            first = max(1, config["epochs"] // self.eta**3)
+        checked = replace(
+            self, config=config, space=space, **self._rung_settings(config["epochs"])
+        )
 
-        checked = replace(self, config=config, space=space, min_epochs=first)
+        if faults := list(_rung_faults(checked.rungs, checked.min_epochs, config["epochs"])):
+            return self, faults
 
         if callable(space):
             faults = checked._draw_faults(known, draws)
@@ -276,6 +295,22 @@ class Sweep:
                 faults = [f"SPACE cannot be drawn from: {type(error).__name__}: {error}."]
 
         return checked, faults
+
+    def _rung_settings(self, epochs: int) -> dict[str, Any]:
+        r"""Returns the settings of all rungs, of which those that are not given follow."""
+
+        eta = self.eta or 2
+        first, rungs = self.min_epochs, self.rungs
+
+        if first is None and rungs:
+            first = rungs[0]
+        elif first is None and self.pruner != "none":
+            first = max(1, epochs // eta ** (4 if eta == 2 else 3))
+
+        if rungs is None and first and self.pruner in GEOMETRIC:
+            rungs = geometric_rungs(first, epochs, eta)
+
+        return {"eta": eta, "min_epochs": first, "rungs": rungs}
 
     def _draw_faults(self, known: dict[str, int], count: int) -> list[str]:
         r"""Returns what is wrong with draws of a SPACE that is a function, and how often."""
@@ -402,7 +437,13 @@ class Sweep:
         epochs = self.config["epochs"]
 
         return Rules(
-            self.trials, epochs, first, self.eta, self.finalists, pruner=_method(self.pruner)
+            self.trials,
+            epochs,
+            first,
+            self.eta or 2,
+            self.finalists,
+            pruner=_method(self.pruner),
+            recorded=self.rungs if first else None,
         )
 
     def definition(self) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from ..core import UserError, read_json, write_json
 from ..data import DataInfo, check_data, check_file
 from ..runs import Wandb, sweep_directory
 from .definition import DRAWS, Sweep, caught
-from .record import Options, check_changes
+from .record import Options, check_changes, with_recorded_rungs
 
 __all__ = [
     "Findings",
@@ -121,6 +121,8 @@ def find_faults(
             caught(faults, lambda: check_file(file))  # noqa: B023
 
     if sweep is not None:
+        known = sweep
+        sweep = caught(faults, lambda: with_recorded_rungs(known, runs)) or sweep
         checked, wrong = sweep.examine(findings.info, draws)
         faults += wrong
 

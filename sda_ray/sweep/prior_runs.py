@@ -60,6 +60,7 @@ from .record import (
     compare,
     read_sweep,
     record_of,
+    with_recorded_rungs,
     write_sweep,
 )
 from .requests import NotRunning, ask_all
@@ -383,7 +384,7 @@ def adopt(words: Sequence[str], sweep: Sweep, options: Options) -> None:
     runs, data = options.runs, options.data
     sources = [path for word in words for path in _expand(word, runs)]
     info = check_data(data)
-    sweep = sweep.check(info)
+    sweep = with_recorded_rungs(sweep, runs).check(info)
     directory = sweep_directory(runs, sweep.name)
     record = record_of(sweep, replace(options, gpus=options.gpus or 0), info)
     check_changes(runs, record, sweep.script)

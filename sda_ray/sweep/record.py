@@ -6,7 +6,7 @@ is another sweep, since its runs could not be compared. Only its SPACE may grow.
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from ..core import (
 )
 from ..data import DataInfo
 from ..runs import Wandb, sweep_directory
+from ..search import GEOMETRIC
 from .definition import PRUNERS, SAMPLERS, SETTINGS, Sweep, load_script
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "load_record",
     "read_sweep",
     "record_of",
+    "with_recorded_rungs",
     "write_sweep",
 ]
 
@@ -157,7 +159,41 @@ def read_sweep(runs: Path, name: str) -> dict[str, Any]:
     if not isinstance(content, dict) or not keys <= content.keys():
         raise UserError(f"{file} is damaged: it must be an object with {', '.join(sorted(keys))}.")
 
-    return content | {"definition": LATER | content["definition"]}
+    return content | {"definition": _earlier_rungs(LATER | content["definition"])}
+
+
+def _earlier_rungs(definition: dict[str, Any]) -> dict[str, Any]:
+    r"""Returns a definition with its rungs, which older records lack: they grew from the first."""
+
+    first, epochs = definition.get("min_epochs"), definition["config"].get("epochs", 0)
+
+    if "rungs" in definition or not first or definition["pruner"] not in GEOMETRIC:
+        return {"rungs": None} | definition
+
+    rungs = [first * definition["eta"] ** k for k in range(64)]
+
+    return definition | {"rungs": [x for x in rungs if x < epochs]}
+
+
+def with_recorded_rungs(sweep: Sweep, runs: Path) -> Sweep:
+    r"""Returns a sweep with the rungs that it was started with, unless it states others.
+
+    Defaults and layout of the rungs may have changed since.
+    """
+
+    if not (sweep_directory(runs, str(sweep.name)) / "sweep.json").exists():
+        return sweep
+
+    before = read_sweep(runs, sweep.name)["definition"]
+    epochs = sweep.config.get("epochs") if isinstance(sweep.config, Mapping) else None
+    rungs = before["rungs"] and tuple(before["rungs"])
+    kept = {"min_epochs": before["min_epochs"], "eta": before["eta"], "rungs": rungs}
+    states_others = any(getattr(sweep, key) not in (None, x) for key, x in kept.items())
+
+    if states_others or epochs != before["config"]["epochs"]:
+        return sweep
+
+    return replace(sweep, **kept)
 
 
 def load_record(runs: Path, name: str) -> tuple[Sweep, dict[str, Any]]:

@@ -76,7 +76,7 @@ SCRIPTS = [
     ('"epochs": 9', '"epoch": 9', "CONFIG has no key 'epoch'. Did you mean 'epochs'?"),
     ("min_epochs=1", "min_epochs=10", "min_epochs is 10, but must be at most epochs (=9)"),
     ("min_epochs=1", "min_epochs=0", "min_epochs is 0, but must be an integer from 1"),
-    ("min_epochs=1", "eta=1", "eta is 1, but must be an integer from 2"),
+    ("eta=3, min_epochs=1", "eta=1", "eta is 1, but must be an integer from 2"),
     ("min_epochs=1", "seed=0.5", "seed is 0.5, but must be an integer from 0"),
     ("min_epochs=1", "finalists=-1", "finalists is -1"),
     (

@@ -152,7 +152,7 @@ def test_announcement_tells_the_state_and_an_estimate(
     runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     directory = runs / "sweeps" / "demo"
-    announce("demo", Rules(8, 9, 1), records(6), directory, {"CPU": 1.0}, 2)
+    announce("demo", Rules(8, 9, 1, 3), records(6), directory, {"CPU": 1.0}, 2)
 
     assert "8 trials, rungs at epochs 1, 3, 9" in (out := capsys.readouterr().out)
     assert "6 runs so far, 2 of them in progress" in out

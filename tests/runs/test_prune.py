@@ -146,7 +146,7 @@ def test_deletion_killed_at_any_file_leaves_a_whole_run(
 def test_sweep_whose_paused_runs_keep_no_checkpoint_ends_the_same(tmp_path: Path) -> None:
     r"""A run that passes rungs again is not paused there again, nor promoted twice."""
 
-    rules = Rules(27, 27, 1)
+    rules = Rules(27, 27, 1, 3)
     whole = Sweeping(tmp_path / "whole", rules).drive()
     runs = tmp_path / "bare" / "runs"
     trained = []

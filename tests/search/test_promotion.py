@@ -40,16 +40,21 @@ def run(index: int, *values: float, state: str = "running", **more: Any) -> Tria
 @pytest.mark.parametrize(
     ("rules", "rungs"),
     [
-        (Rules(1, 27, 1), (1, 3, 9, 27)),
-        (Rules(1, 256, 9), (9, 27, 81, 243, 256)),
-        (Rules(1, 18, 2, eta=4), (2, 8, 18)),
+        (Rules(1, 27, 1, eta=3), (1, 3, 9, 27)),
+        (Rules(1, 256, 16), (16, 32, 64, 128, 256)),
+        (Rules(1, 256, 9, eta=3), (9, 28, 85, 256)),
+        (Rules(1, 60, 2, eta=3), (2, 6, 20, 60)),
+        (Rules(1, 60, 5, eta=3), (5, 20, 60)),
+        (Rules(1, 60, 40), (40, 60)),
+        (Rules(1, 18, 2, eta=4), (2, 4, 18)),
         (Rules(1, 5, 5), (5,)),
         (Rules(1, 5, None), (5,)),
         (Rules(1, 1, 1), (1,)),
-        (Rules(1, 27, 1, pruner="hyperband"), (1, 3, 9, 27)),
+        (Rules(1, 27, 1, eta=3, pruner="hyperband"), (1, 3, 9, 27)),
         (Rules(1, 10, 3, pruner="median"), (3, 6, 9, 10)),
         (Rules(1, 6, 2, pruner="patience"), (2, 4, 6)),
         (Rules(1, 5, None, pruner="none"), (5,)),
+        (Rules(1, 60, 2, recorded=(2, 6, 18, 54)), (2, 6, 18, 54, 60)),
     ],
 )
 def test_rungs_grow_by_eta_up_to_the_full_budget(rules: Rules, rungs: tuple[int, ...]) -> None:

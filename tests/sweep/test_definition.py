@@ -45,6 +45,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"patience": 4}, "patience is 4, but only pruner='patience' takes it."),
     ({"patience": 0, "pruner": "patience"}, "patience is 0, but must be an integer from 1."),
     ({"min_epochs": 55, "pruner": "hyperband"}, "min_epochs is 55, but must be at most epochs"),
+    ({"rungs": (9, 3)}, "rungs is (9, 3), but must be rising epochs from min_epochs (=9)"),
+    ({"rungs": (9, 54)}, "to below epochs (=54)"),
+    ({"rungs": (3, 9), "min_epochs": 2}, "from min_epochs (=2)"),
     ({"space": {"epochs": integer(8, 16)}}, "SPACE has 'epochs', but pruned trials are compared"),
     ({"space": {"epochs": integer(8, 16)}, "pruner": "median"}, "or take pruner='none'"),
 ]
@@ -61,7 +64,7 @@ def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], message: 
 def test_defaults_hang_on_the_number_of_objectives() -> None:
     one, several = sweep_of().check(), sweep_of(objectives=SEVERAL).check()
 
-    assert (one.sampler, one.pruner, one.min_epochs) == ("tpe", "promotion", 2)
+    assert (one.sampler, one.pruner, one.min_epochs) == ("tpe", "promotion", 3)
     assert (several.sampler, several.pruner, several.min_epochs) == ("nsga2", "none", None)
     assert sweep_of(objectives=SEVERAL, sampler="tpe").check().sampler == "tpe"
     assert sweep_of({"epochs": integer(8, 16)}, pruner="none").check().rules.rungs == (54,)
@@ -78,10 +81,10 @@ def test_every_sampler_goes_without_pruning(sampler: str) -> None:
 @pytest.mark.parametrize("pruner", FINAL)
 def test_pruners_by_name_have_rungs_and_verdicts(pruner: str) -> None:
     sweep = sweep_of(pruner=pruner).check()
-    steady = (*range(2, 54, 2), 54)
+    steady = (*range(3, 54, 3), 54)
 
     assert sweep.rules.pruner == pruner
-    assert sweep.rules.rungs == ((2, 6, 18, 54) if pruner == "hyperband" else steady)
+    assert sweep.rules.rungs == ((3, 6, 13, 27, 54) if pruner == "hyperband" else steady)
     assert sweep.stops() is not None
     assert sweep_of().check().stops() is None
 
@@ -90,6 +93,7 @@ def test_pruners_by_name_have_rungs_and_verdicts(pruner: str) -> None:
     "settings",
     [
         {},
+        {"rungs": (4, 12)},
         {"objectives": SEVERAL},
         {"pruner": "percentile", "percentile": 40.0},
         {"pruner": "patience", "patience": 3},

@@ -19,7 +19,7 @@ from simulated import Crash, Sweeping, outcomes
 from sda_ray.cli.main import main
 from sda_ray.search.promotion import Rules
 
-RULES = Rules(12, 9, 1)
+RULES = Rules(12, 9, 1, 3)
 
 
 def diverges(config: dict[str, Any], epoch: int) -> bool:
@@ -93,7 +93,7 @@ def test_killed_driver_goes_on_with_what_it_knew(tmp_path: Path, appends: int) -
 
 
 def test_finished_sweep_that_is_extended_has_more_runs(tmp_path: Path) -> None:
-    sweeping = Sweeping(tmp_path, Rules(4, 9, 1))
+    sweeping = Sweeping(tmp_path, Rules(4, 9, 1, 3))
     first = {record.run_id: record.config for record in sweeping.drive()}
     sweeping.rules = RULES
     records = sweeping.drive()

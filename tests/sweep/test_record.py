@@ -12,7 +12,14 @@ from sda_ray.core.errors import UserError
 from sda_ray.core.space import choice, integer, loguniform, uniform
 from sda_ray.runs.path import sweep_directory
 from sda_ray.sweep.definition import Sweep, load_script
-from sda_ray.sweep.record import compare, read_sweep, write_sweep
+from sda_ray.sweep.record import (
+    check_changes,
+    compare,
+    load_record,
+    read_sweep,
+    with_recorded_rungs,
+    write_sweep,
+)
 
 SPACE: dict[str, Any] = {
     "learning_rate": loguniform(1e-4, 1e-3),
@@ -35,6 +42,31 @@ def record(sweep: Sweep, fingerprint: str = "a" * 64, **options: Any) -> dict[st
         "fingerprint": fingerprint,
         "options": options,
     }
+
+
+def test_a_sweep_resumes_with_the_rungs_that_it_had(sweep: Sweep, tmp_path: Path) -> None:
+    r"""Records without rungs are of a time when eta was 3 and rungs grew from the first."""
+
+    long = replace(sweep, config=sweep.config | {"epochs": 60})
+    definition = replace(long, eta=3, min_epochs=2).check().definition()
+    del definition["rungs"]
+    (directory := sweep_directory(tmp_path, "x")).mkdir(parents=True)
+    write_sweep(directory, record(sweep) | {"definition": definition}, None)
+    rungs = (2, 6, 18, 54, 60)
+
+    for stated in ({}, {"eta": 3}, {"min_epochs": 2}, {"eta": 3, "min_epochs": 2}):
+        resumed = with_recorded_rungs(replace(long, **({"min_epochs": None} | stated)), tmp_path)
+        now = record(resumed)
+        assert resumed.check().rules.rungs == rungs
+        assert check_changes(tmp_path, now) == ()
+
+    write_sweep(directory, now | {"options": {}}, None)
+    assert load_record(tmp_path, "x")[0].check().rules.rungs == rungs
+
+    other = with_recorded_rungs(replace(long, eta=4, min_epochs=None), tmp_path)
+
+    with pytest.raises(UserError, match="eta was 3 and is 4"):
+        check_changes(tmp_path, record(other))
 
 
 def vary(sweep: Sweep, **space: Any) -> Sweep:
