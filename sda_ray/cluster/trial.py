@@ -217,7 +217,7 @@ class Trial(tune.Trainable):
             wandb=Wandb(**spec["wandb"]),
             attempt=spec["attempt"],
             takeover=True,
-            record=spec["record"] | {"trial": spec["index"]},
+            record=spec["record"] | {"trial": spec["index"], "params": spec.get("params")},
             device=device,
         )
         self.tracker = self.run.tracker  # which outlives the run's end

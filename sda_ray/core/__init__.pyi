@@ -17,6 +17,7 @@ from .console import plain as plain
 from .console import printable as printable
 from .console import say as say
 from .errors import UserError as UserError
+from .errors import script_error as script_error
 from .files import append as append
 from .files import append_line as append_line
 from .files import cut_torn_lines as cut_torn_lines

@@ -1,6 +1,11 @@
-r"""The one kind of error that is meant for the user's eyes."""
+r"""Errors for the user's eyes: those that the user can mend, and those of the user's own code."""
 
-__all__ = ["UserError"]
+import traceback
+from pathlib import Path
+
+__all__ = ["UserError", "script_error"]
+
+PACKAGE = str(Path(__file__).parents[1])
 
 
 class UserError(ValueError):
@@ -9,3 +14,14 @@ class UserError(ValueError):
     Its message says what was given, what is accepted and what to do. The command line prints the
     message alone, without a traceback, and exits with code 2.
     """
+
+
+def script_error(error: BaseException) -> str:
+    r"""Returns an error that the user's own code raised, with its line there."""
+
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [frame for frame in frames if not frame.filename.startswith(PACKAGE)]
+    lines = [frame.lineno for frame in theirs if frame.filename == theirs[0].filename]
+    place = f" ({Path(theirs[0].filename).name}, line {lines[-1]})" if theirs else ""
+
+    return f"{type(error).__name__}: {error}{place}"

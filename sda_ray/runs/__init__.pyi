@@ -37,6 +37,7 @@ from .record import cpu_model as cpu_model
 from .record import digests as digests
 from .record import origin as origin
 from .record import read_record as read_record
+from .record import timestamp as timestamp
 from .run import Run as Run
 from .sync import sync_runs as sync_runs
 from .tracking import Wandb as Wandb

@@ -164,7 +164,7 @@ def open_study(
         if others := [study.study_name for study in storage.get_all_studies()]:
             raise UserError(
                 f"{file} holds the study '{others[0]}', not '{name}'. Put the journal of '{name}' "
-                "there, or remove the file to begin the sweep anew."
+                "there, or move the file away: runs are restored from their directories."
             ) from None
 
     directions = [StudyDirection.MINIMIZE] * len(objectives)
@@ -197,7 +197,7 @@ def open_journal(file: Path, lease: Lease | None) -> Journal:
         raise UserError(
             f"{file} is damaged: its line {journal.line} is not a record of a study "
             f"({type(error).__name__}: {error}). Restore a copy of the file. If there is none, "
-            "remove the line: values are read again from the directories of the runs."
+            "move the file away: runs are restored from their directories."
         ) from error
 
 
@@ -216,7 +216,7 @@ def _repair(file: Path) -> None:
     if end == 0:
         raise UserError(
             f"{file} is {'not a journal' if torn else 'empty: its records are lost'}. Restore a "
-            "copy of the file, or remove it to begin the sweep anew."
+            "copy of the file, or move it away: runs are restored from their directories."
         )
 
     if not torn:

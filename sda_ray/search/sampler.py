@@ -11,7 +11,7 @@ import logging
 import warnings
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain
 from typing import Any
 
@@ -29,7 +29,7 @@ from optuna.samplers import BaseSampler
 from optuna.storages import InMemoryStorage
 from optuna.trial import FixedTrial, FrozenTrial, TrialState
 
-from ..core import Domain, UserError, domain_of, format_value
+from ..core import Domain, UserError, domain_of, format_value, script_error
 from .promotion import TrialRecord
 
 __all__ = [
@@ -367,9 +367,14 @@ def propose(
         group: Returns the group of a run by its index from 0: the sampler sees the group of the
             new run alone. By default there is one group.
 
+    A draw in which the space raises is left out, with a warning.
+
     Returns:
         The values and Optuna's trial, which is not part of a study yet; or None if there is
         nothing new to draw.
+
+    Raises:
+        UserError: If the space raises in every draw.
     """
 
     config, fixed, number = config or {}, fixed or {}, len(records)
@@ -398,6 +403,12 @@ def propose(
         except _Infinite as error:
             if sampler == "grid":
                 raise UserError(f"{error}, which sampler='grid' needs") from error
+        finally:
+            proposal.warn()
+
+    if proposal.attempts and proposal.rejected.total() == proposal.attempts:
+        (why, _), *_ = proposal.rejected.most_common(1)
+        raise UserError(f"SPACE gave no configuration in {proposal.attempts} draws: {why}")
 
     return None
 
@@ -418,7 +429,8 @@ class _Proposal:
         self.number = number
         self.seed = seed
         self.fixed = fixed
-        self.rejected: set[str] = set()
+        self.attempts = 0
+        self.rejected = Counter[str]()  # attempts by the error that the space raised
 
     def sampled(
         self, sampler: Sampler, trials: list[FrozenTrial], objectives: int
@@ -486,24 +498,47 @@ class _Proposal:
             if isinstance(method, optuna.samplers.BruteForceSampler):
                 _check_finite(name, distribution)
 
-            return method.sample_independent(study, new, name, distribution)
+            try:
+                return method.sample_independent(study, new, name, distribution)
+            except Exception as error:
+                faults.append(error)
+                raise
 
+        faults: list[Exception] = []  # of the sampler itself
         trial = CallbackTrial(answer, self.number)
         new = frozen_trial(self.number, TrialState.RUNNING, None, trial.params)
         study = memory_study([*trials, new], objectives)
         joint = method.sample_relative(study, new, method.infer_relative_search_space(study, new))
 
+        self.attempts += 1
+
         try:
             return self.draw(trial), trial
-        except UserError as error:
-            if trial.params.keys() <= self.fixed.keys():  # another draw would be the same
+        except (_NotInSpace, _Infinite):
+            raise
+        except (Exception, SystemExit) as error:  # of the user's own function
+            if error in faults:
                 raise
 
-            if (why := str(error)) not in self.rejected:
-                self.rejected.add(why)
-                logger.warning("a configuration that SPACE has drawn is left out: %s", why)
+            why = str(error) if isinstance(error, UserError) else script_error(error)
+
+            if trial.params.keys() <= self.fixed.keys():  # another draw would be the same
+                raise UserError(why) from error
+
+            self.rejected[why] += 1
 
             return None, trial
+
+    def warn(self) -> None:
+        r"""Says which attempts the space raised in."""
+
+        for why, n in self.rejected.items():
+            some = (
+                f"{n} configurations that SPACE has drawn are"
+                if n > 1
+                else ("a configuration that SPACE has drawn is")
+            )
+            logger.warning("%s left out: %s", some, why)
 
     def _searched(self, params: dict[str, Any], distributions: Distributions) -> FrozenTrial:
         r"""Returns a trial of the parameters that are searched: neither fixed nor single."""
@@ -530,7 +565,10 @@ def _first(distribution: Any) -> Any:
 
 
 def sample(draw: Draw, count: int) -> list[tuple[dict[str, Any], CallbackTrial]]:
-    r"""Returns configurations that are drawn at random, for checks, and their trials."""
+    r"""Returns configurations that are drawn at random, for checks, and their trials.
+
+    Draws that the space rejects by :class:`optuna.TrialPruned` are left out.
+    """
 
     with quiet_optuna():
         sampler, study = optuna.samplers.RandomSampler(seed=0), memory_study([])
@@ -539,9 +577,14 @@ def sample(draw: Draw, count: int) -> list[tuple[dict[str, Any], CallbackTrial]]
         def answer(name: str, distribution: BaseDistribution) -> Any:
             return sampler.sample_independent(study, new, name, distribution)
 
-        trials = [CallbackTrial(answer, number) for number in range(count)]
+        drawn = []
 
-        return [(draw(trial), trial) for trial in trials]
+        for number in range(count):
+            with suppress(optuna.TrialPruned):
+                trial = CallbackTrial(answer, number)
+                drawn.append((draw(trial), trial))
+
+        return drawn
 
 
 def check_kinds(trials: Iterable[CallbackTrial]) -> None:
@@ -577,8 +620,9 @@ def draw_summary(draw: Draw, count: int = 32) -> list[str]:
     """
 
     parameters, values = Counter[str](), Counter[str]()
+    draws = sample(draw, count)
 
-    for drawn, trial in sample(draw, count):
+    for drawn, trial in draws:
         values.update(f"{key}={format_value(value)}" for key, value in drawn.items())
 
         for name, distribution in trial.distributions.items():
@@ -587,7 +631,7 @@ def draw_summary(draw: Draw, count: int = 32) -> list[str]:
 
     common = {text for text, n in parameters.items() if n > 1}
 
-    return sorted(common | {text for text, n in values.items() if n == count})
+    return sorted(common | {text for text, n in values.items() if n == len(draws)})
 
 
 def distributions(draw: Draw) -> Distributions:

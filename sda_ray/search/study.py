@@ -225,6 +225,11 @@ class Study:
 
         return self._set(record, short=record.memory_errors + 1)
 
+    def next_index(self) -> int:
+        r"""Returns the number of the next run. Numbers of runs that are lost are not used again."""
+
+        return 1 + max((record.index for record in self.records()), default=0)
+
     def queue(self) -> dict[int, dict[str, Any]]:
         r"""Returns the parameters that are to be tried before others, by their numbers.
 
@@ -347,9 +352,15 @@ def draw_run(
     values, trial = drawn
     epochs = (config | values)["epochs"]
     until = min(rules.rungs[0], epochs) if rules.min_epochs else epochs
-    index = 1 + len(records)
     record = TrialRecord(
-        index, new_id(), "running", until, epochs, attempt=1, config=values, queued=queued
+        study.next_index(),
+        new_id(),
+        "running",
+        until,
+        epochs,
+        attempt=1,
+        config=values,
+        queued=queued,
     )
 
     return study.add(record, trial)

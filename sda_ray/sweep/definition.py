@@ -18,6 +18,7 @@ from ..core import (
     check_space,
     draw_values,
     format_value,
+    script_error,
     space_to_json,
     split_group,
 )
@@ -315,6 +316,8 @@ class Sweep:
     def _draw_faults(self, known: dict[str, int], count: int) -> list[str]:
         r"""Returns what is wrong with draws of a SPACE that is a function, and how often."""
 
+        from optuna import TrialPruned
+
         from ..search import check_kinds, sample
 
         faults: dict[str, list[dict[str, Any]]] = {}  # the parameters with which each occurs
@@ -324,10 +327,12 @@ class Sweep:
                 values = self.draw(trial)
                 check_config(self.config | values, **known)
                 return values
+            except TrialPruned:
+                raise
             except UserError as error:
                 lines = str(error).split("\n")
-            except Exception as error:  # of the user's own function
-                lines = [f"{type(error).__name__}: {error}"]
+            except (Exception, SystemExit) as error:  # of the user's own function
+                lines = [script_error(error)]
 
             for line in lines:
                 faults.setdefault(line, []).append(trial.params)
@@ -335,7 +340,7 @@ class Sweep:
             return {}
 
         trials = [trial for _, trial in sample(attempt, count)]
-        texts = []
+        texts = [] if trials else [f"SPACE raised TrialPruned in all of {count} draws."]
 
         for line, cases in sorted(faults.items(), key=lambda item: -len(item[1]))[:8]:
             case = " ".join(f"{key}={format_value(x)}" for key, x in cases[0].items())
@@ -449,9 +454,8 @@ class Sweep:
     def definition(self) -> dict[str, Any]:
         r"""Returns the definition of the sweep, without the number of trials, as JSON.
 
-        A space that is a function is described by the digests of its source and of what it draws
-        from, which depends on what the function refers to as well: see
-        :func:`sda_ray.search.sampler.draw_summary`.
+        A space that is a function is described by the digests of its source, which may change, and
+        of what it draws from, which may not: see :func:`sda_ray.search.sampler.draw_summary`.
 
         Raises:
             UserError: If the source of the space cannot be found.

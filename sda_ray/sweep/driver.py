@@ -172,6 +172,7 @@ class Driver:
             "config": self.spec["config"] | record.config,
             "run_id": record.run_id,
             "index": record.index,
+            "params": record.trial.params,
             "attempt": record.attempt,
             "short": record.memory_errors,
             "avoid": sorted(self.losses.avoided),

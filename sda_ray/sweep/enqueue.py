@@ -8,7 +8,9 @@ others are drawn.
 import random
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +29,15 @@ from ..core import (
     load_config,
     parse_value,
     say,
+    script_error,
     short_repr,
     split_group,
 )
-from ..runs import RunPath
+from ..runs import RunPath, read_history, read_record
 from ..search import CallbackTrial, Study, TrialRecord, distributions
 from .definition import Sweep
 
-__all__ = ["Fit", "bring_all", "bring_in", "fit", "parse_item"]
+__all__ = ["Fit", "bring_all", "bring_in", "fit", "parse_item", "restore_runs"]
 
 DRAWS = 100  # of a SPACE that is a function, to learn what it suggests
 
@@ -252,8 +255,8 @@ def _replay(
         return trial, sweep.draw(trial), faults
     except UserError as error:
         return trial, {}, faults + str(error).split("\n")
-    except Exception as error:  # of the user's own function
-        return trial, {}, [*faults, f"SPACE cannot be drawn from: {type(error).__name__}: {error}"]
+    except (Exception, SystemExit) as error:  # of the user's own function
+        return trial, {}, [*faults, f"SPACE cannot be drawn from: {script_error(error)}"]
 
 
 def _drawn(sweep: Sweep, given: dict[str, str]) -> tuple[dict[str, Any], list[str]]:
@@ -337,7 +340,7 @@ def bring_in(study: Study, item: Mapping[str, Any]) -> bool:
 
     try:
         record = TrialRecord(
-            1 + len(records),
+            study.next_index(),
             str(item["run_id"]),
             "complete",
             until=int(item["epochs"]),
@@ -360,6 +363,92 @@ def bring_in(study: Study, item: Mapping[str, Any]) -> bool:
         study.add(record, drawn)
 
     return new
+
+
+def restore_runs(study: Study, sweep: Sweep, runs: Path, data: str, since: str) -> list[str]:
+    r"""Adds the runs of a sweep that its study has lost, and returns lines about it.
+
+    The journal may be gone, or an older copy. Settings and parameters are in the directories of the
+    runs; :func:`sda_ray.search.reconcile.catch_up` reads values and ends from there.
+
+    Arguments:
+        study: The study of the sweep.
+        sweep: The sweep, checked.
+        runs: The directory of all runs.
+        data: The fingerprint of its data.
+        since: The time of its first start: runs before it are those of another sweep of the name.
+
+    Raises:
+        UserError: If the study is empty, and none of its runs can be restored.
+    """
+
+    records = study.records()
+    known, numbers = {r.run_id for r in records}, {r.index for r in records}
+    found: list[tuple[str, RunPath, dict[str, Any]]] = []
+    restored, refused = 0, []
+
+    for path in RunPath.all(runs):
+        if path.id not in known:
+            with suppress(UserError, OSError):
+                run = read_record(path)
+                own = run.get("sweep") == sweep.name and type(run.get("trial")) is int
+
+                if own and run.get("created", "") >= since and run["trial"] not in numbers:
+                    found.append((run.get("created", ""), path, run))
+
+    newest = {run["trial"]: (path, run) for _, path, run in sorted(found, key=itemgetter(0))}
+
+    for _, (path, run) in sorted(newest.items()):
+        try:
+            _restore(study, sweep, path, run, data)
+            restored += 1
+        except (UserError, OSError) as error:
+            refused.append(f"  {path.directory.name}: {'; '.join(str(error).splitlines())}")
+
+    if refused and not (records or restored):
+        raise UserError(
+            "\n".join(
+                [
+                    f"{study.journal.file} has lost its runs, and their directories do not tell "
+                    "what is missing:",
+                    *refused,
+                    f"Restore a copy of the file, or remove {study.journal.file.parent} to begin "
+                    "the sweep anew.",
+                ]
+            )
+        )
+
+    file = study.journal.file.name
+    lines = [f"{file} had lost {restored} runs: they are restored from their directories."]
+    left_out = [f"{file} lacks these runs, which cannot be restored:", *refused]
+
+    return lines * (restored > 0) + left_out * bool(refused)
+
+
+def _restore(study: Study, sweep: Sweep, path: RunPath, run: Mapping[str, Any], data: str) -> None:
+    r"""Adds a run to a study as one that is in flight no more."""
+
+    from optuna.trial import TrialState, create_trial
+
+    if run.get("data") != data:
+        raise UserError("it was trained on other data")
+
+    config, params = load_config(path.config), run.get("params")
+    match = fit(sweep, config, params if isinstance(params, dict) else None)
+
+    if faults := [*match.faults, *match.differences.values()]:
+        raise UserError("\n".join(faults))
+
+    last, epochs, rules = max(read_history(path.metrics), default=0), config["epochs"], sweep.rules
+    until = min(rules.after(last - 1), epochs) if rules.min_epochs else epochs
+    drawn = create_trial(
+        state=TrialState.PRUNED, params=match.params, distributions=match.distributions
+    )
+    record = TrialRecord(run["trial"], path.id, "running", until, epochs, config=match.values)
+    record = study.add(record, drawn)
+
+    if run.get("status") == "failed":
+        study.tell(record, "failed", "see error.txt in its directory")
 
 
 def bring_all(study: Study, items: Iterable[Mapping[str, Any]]) -> str:

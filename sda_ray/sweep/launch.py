@@ -21,7 +21,7 @@ from ..search import Rules, Study, TrialRecord, catch_up, decide, importances
 from .code import Code, check_code, keep_code, running
 from .definition import Sweep
 from .driver import TIME, Driver
-from .enqueue import bring_all, parse_item
+from .enqueue import bring_all, parse_item, restore_runs
 from .preflight import check_start
 from .prior_runs import warm_start
 from .record import Options, read_sweep, record_of, write_sweep
@@ -159,9 +159,15 @@ def launch_sweep(
         if options.replica is not None:
             options.replica.follow(study)
 
+        lost = list[str]()
+
+        if recorded:
+            since = read_sweep(options.runs, sweep.name).get("created", "")
+            lost = restore_runs(study, sweep, options.runs, info.fingerprint, since)
+
         catch_up(study, options.runs)
 
-        for line in start.widened:
+        for line in (*lost, *start.widened):
             say(line)
 
         if priors := _priors(sweep, options, requests):

@@ -134,7 +134,7 @@ def find_faults(
 
             def grown() -> tuple[str, ...]:
                 record = now | {"definition": checked.definition()}
-                return check_changes(runs, record, checked.script)
+                return check_changes(runs, record, checked)
 
             findings.widened = caught(faults, grown) or ()
 

@@ -52,7 +52,7 @@ from ..runs import (
 )
 from ..search import Study
 from .definition import Sweep
-from .enqueue import Fit, bring_all, fit
+from .enqueue import Fit, bring_all, fit, restore_runs
 from .record import (
     Changes,
     Options,
@@ -387,7 +387,7 @@ def adopt(words: Sequence[str], sweep: Sweep, options: Options) -> None:
     sweep = with_recorded_rungs(sweep, runs).check(info)
     directory = sweep_directory(runs, sweep.name)
     record = record_of(sweep, replace(options, gpus=options.gpus or 0), info)
-    check_changes(runs, record, sweep.script)
+    check_changes(runs, record, sweep)
     items = gather(sources, sweep, runs, data)
 
     if not items:
@@ -400,12 +400,21 @@ def adopt(words: Sequence[str], sweep: Sweep, options: Options) -> None:
     lease = Lease(directory / "lease.json", f"sweep '{sweep.name}'")
 
     try:
-        if (directory / "sweep.json").exists():
-            record["trials"] = read_sweep(runs, sweep.name)["trials"]
+        before = read_sweep(runs, sweep.name) if (directory / "sweep.json").exists() else None
+
+        if before is not None:
+            record["trials"] = before["trials"]
 
         remove_leftovers(directory)
         write_sweep(directory, record, sweep.script)
         study = Study(directory / "study.journal", sweep.name, lease, sweep.objectives)
+
+        if before is not None:
+            since = before.get("created", "")
+
+            for line in restore_runs(study, sweep, runs, info.fingerprint, since):
+                say(line)
+
         say(f"{bring_all(study, items)}.")
     finally:
         lease.release()

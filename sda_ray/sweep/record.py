@@ -7,6 +7,7 @@ is another sweep, since its runs could not be compared. Only its SPACE may grow.
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from typing import Any
 from ..cluster import Slots, local_gpus
 from ..core import (
     CONFIG,
+    LeaseLost,
     UserError,
+    check_config,
     covers,
     domain_from_json,
     is_alive,
@@ -25,8 +28,8 @@ from ..core import (
     write_json,
 )
 from ..data import DataInfo
-from ..runs import Wandb, sweep_directory
-from ..search import GEOMETRIC
+from ..runs import Wandb, sweep_directory, timestamp
+from ..search import GEOMETRIC, TrialRecord
 from .definition import PRUNERS, SAMPLERS, SETTINGS, Sweep, load_script
 
 __all__ = [
@@ -128,13 +131,14 @@ def write_sweep(directory: Path, content: dict[str, Any], script: Path | None) -
     """
 
     file, copy = directory / "sweep.json", directory / "script.py"
-    before = read_json(file) if file.exists() else {}
+    before = read_json(file) if file.exists() else {"created": timestamp()}
     same = before.get("definition") == content["definition"]
 
     if script is not None and not same and script.resolve() != copy.resolve():
         write_atomic(copy, script.read_bytes())
 
-    write_json(file, {key: before[key] for key in ("code",) if key in before} | content)
+    kept = {key: before[key] for key in ("code", "created") if key in before}
+    write_json(file, kept | content)
 
 
 def read_sweep(runs: Path, name: str) -> dict[str, Any]:
@@ -165,9 +169,9 @@ def read_sweep(runs: Path, name: str) -> dict[str, Any]:
 def _earlier_rungs(definition: dict[str, Any]) -> dict[str, Any]:
     r"""Returns a definition with its rungs, which older records lack: they grew from the first."""
 
-    first, epochs = definition.get("min_epochs"), definition["config"].get("epochs", 0)
+    first, epochs = definition.get("min_epochs"), definition.get("config", {}).get("epochs", 0)
 
-    if "rungs" in definition or not first or definition["pruner"] not in GEOMETRIC:
+    if "rungs" in definition or not first or definition.get("pruner") not in GEOMETRIC:
         return {"rungs": None} | definition
 
     rungs = [first * definition["eta"] ** k for k in range(64)]
@@ -228,7 +232,8 @@ def load_record(runs: Path, name: str) -> tuple[Sweep, dict[str, Any]]:
 class Changes:
     r"""The changes in the definition of a sweep, a line for each.
 
-    It can be resumed with domains that have grown. All other changes make it another sweep.
+    It can be resumed with domains that have grown, and with other `finalists`. All other changes
+    make it another sweep.
     """
 
     widened: tuple[str, ...] = ()
@@ -284,11 +289,10 @@ def compare(before: dict[str, Any], now: dict[str, Any]) -> Changes:
     ]
 
     for was, value in (configs, settings):
-        refused += [
-            f"{key} was {_show(was.get(key))} and is {_show(value.get(key))}"
-            for key in {**was, **value}
-            if was.get(key) != value.get(key)
-        ]
+        for key in {**was, **value}:
+            if was.get(key) != value.get(key):
+                lines = widened if key == "finalists" else refused
+                lines.append(f"{key} was {_show(was.get(key))} and is {_show(value.get(key))}")
 
     for grown, line in _spaces(old["space"], new["space"]):
         (widened if grown else refused).append(line)
@@ -301,10 +305,10 @@ def compare(before: dict[str, Any], now: dict[str, Any]) -> Changes:
     return Changes(tuple(widened), tuple(refused))
 
 
-def check_changes(
-    runs: Path, record: dict[str, Any], script: Path | None = None
-) -> tuple[str, ...]:
+def check_changes(runs: Path, record: dict[str, Any], sweep: Sweep) -> tuple[str, ...]:
     r"""Returns how the SPACE of a sweep, as it would be recorded now, has grown since it was.
+
+    One that is a function must make the same of the parameters of all runs.
 
     Raises:
         UserError: If the sweep differs otherwise, or is running with a SPACE that is not as wide.
@@ -317,15 +321,38 @@ def check_changes(
         return ()
 
     changes = compare(read_sweep(runs, name), record)
-    changes.check(name, script)
+
+    if callable(sweep.space) and not changes.refused:
+        changes = replace(changes, refused=tuple(_redrawn(sweep, directory / "study.journal")))
+
+    changes.check(name, sweep.script)
 
     if changes.widened and is_alive(directory / "lease.json"):
         raise UserError(
-            f"sweep '{name}' is running with a SPACE that is not as wide: "
-            f"{'; '.join(changes.widened)}. Stop it first: sda-ray stop {name}"
+            f"sweep '{name}' is running as it was: {'; '.join(changes.widened)}. Stop it first: "
+            f"sda-ray stop {name}"
         )
 
     return changes.widened
+
+
+def _redrawn(sweep: Sweep, journal: Path) -> Iterator[str]:
+    r"""Yields what a SPACE that is a function makes differently of the parameters of runs."""
+
+    from ..search import Study
+    from .enqueue import fit
+
+    records: list[TrialRecord] = []
+
+    with suppress(LeaseLost):  # there is no study yet
+        records = Study(journal, sweep.name, None, sweep.objectives).records()
+
+    for record in records:
+        config = check_config(sweep.config | record.config)
+        match = fit(sweep, config, record.trial.params)
+
+        for fault in (*match.faults, *match.differences.values()):
+            yield f"SPACE is a function that has changed: of run {record.index}, {fault}"
 
 
 def _keys(space: dict[str, Any]) -> set[str]:
@@ -340,10 +367,8 @@ def _spaces(old: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[bool, st
             yield False, "SPACE was a function and is a dict"
         elif "function" not in old:
             yield False, "SPACE was a dict and is a function"
-        elif old["function"] != new["function"]:
-            yield False, "SPACE is a function whose source has changed, to what cannot be told"
         elif old.get("draws", new["draws"]) != new["draws"]:  # older records have none
-            yield False, "SPACE is a function that draws otherwise: what it refers to has changed"
+            yield False, "SPACE is a function that draws other names, ranges, options or values"
 
         return
 

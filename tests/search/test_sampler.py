@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import random
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -150,10 +151,54 @@ def test_rejected_configurations_are_skipped(
     records = play(sweep, 99, lambda config: 1.0)
 
     assert sorted(r.config["batch_size"] for r in records) == [*range(1, 7), *range(8, 13)]
-    assert "is left out: batch_size is 0, but must be" in caplog.text
+    assert " left out: batch_size is 0, but must be" in caplog.text
 
     with pytest.raises(UserError, match="batch_size is 0"):  # all that it could be
         propose(sweep.draw, [], fixed={"size": 7})
+
+
+@pytest.mark.parametrize(
+    "error", [optuna.TrialPruned("no"), KeyError("no"), ZeroDivisionError("no"), SystemExit("no")]
+)
+@pytest.mark.parametrize("sampler", ["tpe", "random", "grid"])
+def test_a_function_that_raises_now_and_then_is_drawn_from_again(
+    sampler: str, error: BaseException, caplog: pytest.LogCaptureFixture
+) -> None:
+    def space(trial: Any) -> dict[str, Any]:
+        if (size := trial.suggest_int("size", 1, 12)) == 7:
+            raise error
+
+        return {"batch_size": size}
+
+    sweep = Sweep("name", CONFIG, space, sampler=sampler)
+    records = play(sweep, 99, lambda config: 1.0)
+
+    assert sorted(r.config["batch_size"] for r in records) == [*range(1, 7), *range(8, 13)]
+    assert re.search(
+        rf"left out: {type(error).__name__}: .*no.* \(test_sampler.py, line", caplog.text
+    )
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random", "grid"])
+def test_a_function_that_always_raises_ends_with_its_error_and_line(sampler: str) -> None:
+    def space(trial: Any) -> dict[str, Any]:
+        return {"batch_size": 1 // (trial.suggest_int("size", 1, 12) > 12)}
+
+    def before(trial: Any) -> dict[str, Any]:
+        raise RuntimeError("no data")
+
+    for function, error in ((space, "ZeroDivisionError"), (before, "RuntimeError: no data")):
+        with pytest.raises(UserError, match=rf"{error}.* \(test_sampler.py, line \d+\)"):
+            Sweep("name", CONFIG, function, sampler=sampler).propose([])
+
+
+def test_an_error_of_a_sampler_is_not_one_of_the_space() -> None:
+    class Broken(optuna.samplers.RandomSampler):
+        def sample_independent(self, *args: Any) -> Any:
+            raise ZeroDivisionError("in the sampler")
+
+    with pytest.raises(ZeroDivisionError, match="in the sampler"):
+        Sweep("name", CONFIG, SPACE, sampler=lambda seed: Broken()).propose([])
 
 
 def test_importances_are_known_from_the_second_complete_run_on() -> None:

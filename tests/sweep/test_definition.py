@@ -3,6 +3,7 @@ r"""Tests for the sda_ray.sweep.definition and sda_ray.sweep.definition modules:
 import json
 from typing import Any
 
+import optuna
 import pytest
 
 from sda_ray.core.config import CONFIG
@@ -153,6 +154,28 @@ def test_names_of_several_kinds_are_refused_where_tpe_would_fail(
         assert sweep_of(space, sampler=sampler).check().space is space
 
     assert sweep_of(by_bounds).check().space is by_bounds
+
+
+def test_draws_that_a_function_rejects_are_left_out_of_its_checks() -> None:
+    def half(trial: Any) -> dict[str, Any]:
+        if (rate := trial.suggest_float("learning_rate", 1e-4, 1e-2)) > 5e-3:
+            raise optuna.TrialPruned
+
+        return {"learning_rate": rate}
+
+    def none(trial: Any) -> dict[str, Any]:
+        raise optuna.TrialPruned
+
+    def broken(trial: Any) -> dict[str, Any]:
+        return {"learning_rate": {True: 1e-3}[trial.suggest_float("x", 0, 1) > 0.5]}
+
+    assert 0 < len(sweep_of(half).check().configs(32)) < 32
+
+    with pytest.raises(UserError, match="SPACE raised TrialPruned in all of 32 draws"):
+        sweep_of(none).check()
+
+    with pytest.raises(UserError, match=r"KeyError: False \(test_definition.py, line \d+\) \("):
+        sweep_of(broken).check()
 
 
 def test_schedules_that_vary_are_warned_about_where_trials_are_compared_early() -> None:

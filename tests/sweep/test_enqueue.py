@@ -8,10 +8,15 @@ import pytest
 
 from sda_ray.core.config import CONFIG, Config, save_config
 from sda_ray.core.errors import UserError
+from sda_ray.core.files import write_json
+from sda_ray.core.lease import Lease
 from sda_ray.core.space import choice, integer, loguniform, uniform
+from sda_ray.runs.path import RunPath
+from sda_ray.search.reconcile import catch_up
 from sda_ray.search.sampler import propose
+from sda_ray.search.study import Study, draw_run
 from sda_ray.sweep.definition import Sweep
-from sda_ray.sweep.enqueue import fit, parse_item
+from sda_ray.sweep.enqueue import fit, parse_item, restore_runs
 
 GROUP = "hidden_channels,hidden_blocks"
 SPACE: dict[str, Any] = {
@@ -225,3 +230,60 @@ def test_run_is_replayed_by_a_function(conditional: Sweep, small: Config) -> Non
 
     wrong = fit(conditional, small | {"ema": 0.9}, {"averaged": True, "half": 3})
     assert wrong.faults == ["ema=0.9 is not what SPACE makes of it, 0.875"]
+
+
+# Lost runs
+
+
+ENDS = {1: ("finished", 3), 2: ("paused", 1), 3: ("failed", 2), 4: ("running", 2)}
+
+
+@pytest.mark.parametrize("function", [False, True])
+def test_lost_runs_are_restored_from_their_directories(
+    sweep: Sweep, tmp_path: Path, function: bool
+) -> None:
+    sweep = replace(sweep, space=by_function).check() if function else sweep
+    lease = Lease(tmp_path / "lease.json", "the sweep")
+    study = Study(tmp_path / "study.journal", "x", lease)
+    (runs := tmp_path / "runs").mkdir()
+
+    for number, (status, last) in ENDS.items():
+        record = draw_run(study, study.records(), sweep.rules, sweep.config, sweep.propose)
+        assert record is not None
+        described = {"sweep": "x", "trial": number, "data": "d", "status": status}
+        described |= {"created": "2026-05-01", "params": record.trial.params}
+        make_run(runs, record.run_id, sweep.config | record.config, described, last)
+
+    # Runs of an earlier sweep of the name, and of others
+    for name, more in {"old": {"created": "2026-01-01"}, "other": {"sweep": "y"}}.items():
+        make_run(runs, f"{name:0<8}", sweep.config, described | {"trial": 9} | more, 3)
+
+    before, again = study.records(), Study(tmp_path / "again.journal", "x", lease)
+    (line,) = restore_runs(again, sweep, runs, "d", "2026-04-01")
+    catch_up(again, runs)
+    after = again.records()
+
+    def drawn(record: Any) -> tuple[Any, ...]:
+        trial = record.trial
+        return record.index, record.run_id, record.config, trial.params, trial.distributions
+
+    assert line == "again.journal had lost 4 runs: they are restored from their directories."
+    assert [*map(drawn, after)] == [*map(drawn, before)]
+    assert [r.state for r in after] == ["complete", "running", "failed", "running"]
+    assert [r.paused for r in after] == [False, True, False, False]
+    assert [r.values.keys() for r in after[:2]] == [{1, 2, 3}, {1}]
+    assert restore_runs(again, sweep, runs, "d", "2026-04-01") == []
+
+    with pytest.raises(UserError, match="it was trained on other data"):
+        restore_runs(Study(tmp_path / "none.journal", "x", lease), sweep, runs, "e", "")
+
+    lease.release()
+
+
+def make_run(runs: Path, run_id: str, config: Config, record: dict[str, Any], last: int) -> None:
+    path = RunPath(runs / f"apt-boar-{record['trial']}_{run_id}")
+    path.directory.mkdir()
+    save_config(config, path.config)
+    write_json(path.record, record)
+    lines = (f'{{"epoch": {e}, "loss_valid": {1 / e}}}\n' for e in range(1, last + 1))
+    path.metrics.write_text("".join(lines))

@@ -8,6 +8,7 @@ import signal
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import h5py
 import pytest
@@ -20,6 +21,7 @@ from sda_ray.core.errors import UserError
 from sda_ray.core.lease import read_holder
 from sda_ray.runs.path import RunPath
 from sda_ray.search.promotion import TrialRecord
+from sda_ray.search.study import Study
 from sda_ray.sweep.definition import load_script
 from sda_ray.sweep.launch import _resume_command, launch_sweep
 from sda_ray.sweep.record import Options, compare, load_record, write_sweep
@@ -71,6 +73,53 @@ def test_sweep_ends_with_all_runs_complete_or_pruned(place: Place, finished: str
     assert "8 trials, rungs at epochs 1, 3, 9" in finished
     assert "Leaderboard of tiny" in finished
     assert "Best configuration: learning_rate=" in finished
+
+
+@pytest.mark.parametrize("kept", ["nothing", "all but the first", "the first half"])
+def test_runs_that_the_journal_has_lost_are_restored(
+    place: Place, finished: str, tmp_path: Path, kept: str
+) -> None:
+    shutil.copytree(place.runs, tmp_path / "runs")
+    journal = tmp_path / "runs" / "sweeps" / "tiny" / "study.journal"
+    lines = journal.read_text().splitlines(keepends=True)
+
+    def outcome() -> list[Any]:
+        records = Study(journal, "tiny", None).records()
+        return [
+            (r.index, r.run_id, r.config, r.state, r.values, r.trial.params, r.trial.distributions)
+            for r in records
+        ]
+
+    before = outcome()
+
+    if kept == "nothing":
+        journal.unlink()
+    else:
+        left = lines[1:] if kept == "all but the first" else lines[: len(lines) // 2]
+        journal.write_text("".join(left))
+
+    out = place.run("sweep", "tiny", f"--root={tmp_path}", f"--data={place.root / 'data'}")
+    lost = re.search(r"study.journal had lost (\d) runs: they are restored", out)
+
+    assert lost is not None and (int(lost[1]) < 8) == (kept == "the first half")
+    assert outcome() == before
+
+
+def test_a_sweep_whose_runs_cannot_be_restored_is_refused(
+    place: Place, finished: str, tmp_path: Path
+) -> None:
+    shutil.copytree(place.runs, tmp_path / "runs")
+    directory = tmp_path / "runs" / "sweeps" / "tiny"
+    words = ("sweep", "tiny", f"--root={tmp_path}", f"--data={place.root / 'data'}")
+    (directory / "study.journal").unlink()
+
+    for file in tmp_path.glob("runs/*_????????/config.json"):
+        file.write_text("{}")
+
+    for _ in range(2):  # it is not forgotten
+        out = place.run(*words, code=2)
+        assert "study.journal has lost its runs" in out and "config.json" in out
+        assert f"or remove {directory} to begin the sweep anew" in out
 
 
 def test_complete_runs_have_whole_fragments_for_wandb(place: Place, finished: str) -> None:

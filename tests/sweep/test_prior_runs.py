@@ -744,7 +744,7 @@ def test_driver_of_a_running_sweep_brings_them_in(
         adopt([str(elsewhere)], sweep, options_of(runs, data))
         wider = replace(sweep, space=SPACE | {"learning_rate": loguniform(1e-5, 1e-1)})
 
-        with pytest.raises(UserError, match="is running with a SPACE that is not as wide"):
+        with pytest.raises(UserError, match=r"is running as it was: SPACE.* widened"):
             adopt([str(elsewhere)], wider, options_of(runs, data))
     finally:
         over.set()

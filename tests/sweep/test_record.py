@@ -9,8 +9,11 @@ import pytest
 
 from sda_ray.core.config import Config
 from sda_ray.core.errors import UserError
+from sda_ray.core.lease import Lease
 from sda_ray.core.space import choice, integer, loguniform, uniform
 from sda_ray.runs.path import sweep_directory
+from sda_ray.search.promotion import Rules
+from sda_ray.search.study import Study, draw_run
 from sda_ray.sweep.definition import Sweep, load_script
 from sda_ray.sweep.record import (
     check_changes,
@@ -54,11 +57,13 @@ def test_a_sweep_resumes_with_the_rungs_that_it_had(sweep: Sweep, tmp_path: Path
     write_sweep(directory, record(sweep) | {"definition": definition}, None)
     rungs = (2, 6, 18, 54, 60)
 
-    for stated in ({}, {"eta": 3}, {"min_epochs": 2}, {"eta": 3, "min_epochs": 2}):
+    cases: list[Any] = [{}, {"eta": 3}, {"min_epochs": 2}, {"eta": 3, "min_epochs": 2}]
+
+    for stated in cases:
         resumed = with_recorded_rungs(replace(long, **({"min_epochs": None} | stated)), tmp_path)
         now = record(resumed)
         assert resumed.check().rules.rungs == rungs
-        assert check_changes(tmp_path, now) == ()
+        assert check_changes(tmp_path, now, resumed) == ()
 
     write_sweep(directory, now | {"options": {}}, None)
     assert load_record(tmp_path, "x")[0].check().rules.rungs == rungs
@@ -66,7 +71,7 @@ def test_a_sweep_resumes_with_the_rungs_that_it_had(sweep: Sweep, tmp_path: Path
     other = with_recorded_rungs(replace(long, eta=4, min_epochs=None), tmp_path)
 
     with pytest.raises(UserError, match="eta was 3 and is 4"):
-        check_changes(tmp_path, record(other))
+        check_changes(tmp_path, record(other), other)
 
 
 def vary(sweep: Sweep, **space: Any) -> Sweep:
@@ -140,7 +145,7 @@ def test_spaces_that_do_not_contain_the_old_one_are_refused(
     [
         ({"seed": 1}, "seed was 0 and is 1"),
         ({"pruner": "none", "min_epochs": None}, 'pruner was "promotion" and is "none"'),
-        ({"eta": 2}, "eta was 3 and is 2"),
+        ({"eta": 3}, "eta was 2 and is 3"),
         ({"sampler": "random"}, 'sampler was "tpe" and is "random"'),
     ],
 )
@@ -175,6 +180,13 @@ def test_changed_objectives_are_refused(sweep: Sweep) -> None:
     assert line.startswith('objectives was ["loss_valid"] and is ["loss_valid", "parameters"]')
 
 
+def test_finalists_may_change(sweep: Sweep) -> None:
+    changes = compare(record(sweep), record(replace(sweep, finalists=3)))
+
+    assert changes.refused == ()
+    assert changes.widened == ("finalists was 1 and is 3",)
+
+
 def test_config_of_a_key_that_varies_plays_no_role(sweep: Sweep) -> None:
     other = replace(sweep, config=sweep.config | {"learning_rate": 7e-4})
 
@@ -189,11 +201,11 @@ def two(trial: Any) -> dict[str, Any]:
     return {"learning_rate": trial.suggest_float("learning_rate", 1e-5, 1e-2)}
 
 
-def test_function_is_the_same_as_long_as_its_source_is(sweep: Sweep) -> None:
+def test_function_is_the_same_as_long_as_it_draws_the_same(sweep: Sweep) -> None:
     first, second = (replace(sweep, space=space) for space in (one, two))
 
     assert compare(record(first), record(first)).refused == ()
-    assert "whose source has changed" in compare(record(first), record(second)).refused[0]
+    assert "draws other names, ranges" in compare(record(first), record(second)).refused[0]
     assert compare(record(first), record(sweep)).refused == ("SPACE was a function and is a dict",)
     assert compare(record(sweep), record(first)).refused == ("SPACE was a dict and is a function",)
 
@@ -214,7 +226,13 @@ sweep = Sweep("x", CONFIG, space)
 
 
 @pytest.mark.parametrize(
-    ("old", "new"), [("1e-2, (", "1e-1, ("), ("(8, 16)", "(8, 32)"), ("), 32", "), 64"), ("", "")]
+    ("old", "new"),
+    [
+        ("1e-2, (", "1e-1, ("),
+        ("(8, 16)", "(8, 32)"),
+        ("), 32", "), 64"),
+        ("low, TOP", "low,  # to\n  TOP"),
+    ],
 )
 def test_what_a_function_refers_to_is_part_of_it(tmp_path: Path, old: str, new: str) -> None:
     changed, both = FUNCTION.replace(old, new), []
@@ -224,13 +242,41 @@ def test_what_a_function_refers_to_is_part_of_it(tmp_path: Path, old: str, new: 
         both.append(record(load_script(tmp_path / name)))
 
     before, now = both
-    said = "SPACE is a function that draws otherwise: what it refers to has changed"
-    assert compare(before, now).refused == ((said,) if changed != FUNCTION else ())
+    said = "SPACE is a function that draws other names, ranges, options or values"
+    assert compare(before, now).refused == (() if "# to" in new else (said,))
 
     del before["definition"]["space"]["draws"]  # as of a sweep that was started before
     assert compare(before, now).refused == ()
     assert before["definition"]["space"].keys() == {"function"}
     assert now["definition"]["space"].keys() == {"function", "draws"}
+
+
+def test_function_must_make_the_same_of_the_parameters_of_all_runs(tmp_path: Path) -> None:
+    (directory := sweep_directory(tmp_path, "x")).mkdir(parents=True)
+    lease = Lease(directory / "lease.json", "the sweep")
+    study = Study(directory / "study.journal", "x", lease)
+
+    def sweep_of(old: str = "", new: str = "") -> Sweep:
+        (tmp_path / "x.py").write_text(FUNCTION.replace(old, new))
+        return load_script(tmp_path / "x.py").check()
+
+    rules = Rules(1, 9)
+    draw_run(study, [], rules, {"epochs": 9}, sweep_of().propose)
+    write_sweep(directory, record(sweep_of()), None)
+    lease.release()
+
+    for mended in (
+        sweep_of("size = ", "size =  "),
+        sweep_of("    return", "    assert rate\n    return"),
+    ):
+        assert check_changes(tmp_path, record(mended), mended) == ()
+
+    changed = sweep_of('"learning_rate": rate', '"learning_rate": 2 * rate')
+
+    with pytest.raises(
+        UserError, match=r"of run 1, learning_rate=.* is not what SPACE makes of it"
+    ):
+        check_changes(tmp_path, record(changed), changed)
 
 
 def test_records_of_older_versions_have_the_defaults_of_what_they_lack(
