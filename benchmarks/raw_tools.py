@@ -25,7 +25,7 @@ CONFIG = CONFIG | {
     "epochs": 9, "batch_size": 8,
 }
 SPACE = {"learning_rate": %s}
-sweep = Sweep("tiny", CONFIG, SPACE, trials=9, min_epochs=1, sampler="%s")
+sweep = Sweep("tiny", CONFIG, SPACE, trials=9, min_epochs=1, eta=3, sampler="%s")
 """
 
 

@@ -65,6 +65,7 @@ class Args(SimpleNamespace):
     # Of commands that do not take them
     name: Any = None
     trials: Any = None
+    finalists: Any = None
     runs: Any = None
     bucket: Any = None
     settings: Any = ()
@@ -296,6 +297,7 @@ DEFINITION = _all(
     SETTINGS,
     NAME,
     option("--trials", "The number of trials wanted.", int),
+    option("--finalists", "The least number of trials with all epochs.", click.IntRange(0)),
     option("--fix", "Take a key out of SPACE.", metavar="KEY=VALUE", multiple=True),
 )
 

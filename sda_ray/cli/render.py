@@ -87,7 +87,7 @@ def portrait(
 ) -> RenderableType:
     r"""Returns all that is known of a run: its metrics, and where it came from by label."""
 
-    top = best(lines)
+    top = best(lines, entry.judged)
     head = Text.assemble(
         (printable(entry.path.directory.name), "bold"), "  ", _status(entry.status)
     )

@@ -103,7 +103,13 @@ def sweep_command(args: Args) -> None:
     # A job resumes its sweep; its first start made the changes
     if args.job and is_requeued(sweep_directory(args.runs, args.job), job):
         changes = dict.fromkeys(("settings", "fix", "enqueue", "warm_start"), ())
-        flags = {"name": None, "trials": None, "fork": False, "retry_failed": False}
+        flags = {
+            "name": None,
+            "trials": None,
+            "finalists": None,
+            "fork": False,
+            "retry_failed": False,
+        }
         args = Args(**vars(args) | changes | flags | {"sweep": args.job})
 
     if _passed_on(args):
@@ -130,8 +136,9 @@ def _passed_on(args: Args) -> bool:
     from ..sweep import NotRunning, ask_all
 
     others = (args.enqueue, args.warm_start, args.settings, args.fix, args.name, args.fork)
+    checked = any(others) or args.finalists is not None
 
-    if args.script_sweep is not None or args.sweep.endswith(".py") or any(others):
+    if args.script_sweep is not None or args.sweep.endswith(".py") or checked:
         return False
 
     if args.trials is None and not args.retry_failed:
@@ -369,6 +376,7 @@ def _adjusted(sweep: Any, args: Args) -> Any:
         config={**sweep.config, **settings, **fixed},
         space=_without(sweep.name, sweep.space, settings, fixed),
         trials=sweep.trials if args.trials is None else args.trials,
+        finalists=sweep.finalists if args.finalists is None else args.finalists,
     )
 
 

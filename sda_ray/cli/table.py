@@ -317,7 +317,8 @@ def conclude(
     say("What next?")
 
     if not _exhausted(records, target):
-        say(f"  sda-ray sweep {title} --trials {2 * target}   # go on searching")
+        more = 2 * max(target, count_trials(records))
+        say(f"  sda-ray sweep {title} --trials {more}   # go on searching")
 
     say(f"  sda-ray train --config {run} --replicas 3   # other seeds")
     say(f"  optuna-dashboard {journal}   # curves")

@@ -45,6 +45,7 @@ from .keys import did_you_mean as did_you_mean
 from .keys import format_value as format_value
 from .keys import parse_value as parse_value
 from .keys import short_repr as short_repr
+from .keys import to_python as to_python
 from .lease import HEARTBEAT as HEARTBEAT
 from .lease import STALE as STALE
 from .lease import Conflict as Conflict

@@ -34,13 +34,16 @@ MAX_WEIGHTS = 10**9  # 4 GB; the defaults have 23 million
 CONFIG: Config = {name: key.default for name, key in KEYS.items()}
 
 
-def check_config(config: Any, size: int | None = None, length: int | None = None) -> Config:
+def check_config(
+    config: Any, size: int | None = None, length: int | None = None, whole: bool = True
+) -> Config:
     r"""Checks a configuration, and returns it in normal form and in the order of CONFIG.
 
     Arguments:
         config: The configuration, with all keys of CONFIG.
         size: The number of grid cells along each axis of the data, if known.
         length: The number of snapshots in a trajectory of the data, if known.
+        whole: Whether its values must fit together. Those of a sweep only do with those of SPACE.
 
     Raises:
         UserError: If anything is wrong. The message has one line for each error.
@@ -67,7 +70,7 @@ def check_config(config: Any, size: int | None = None, length: int | None = None
         except UserError as e:
             errors.append(str(e))
 
-    if errors := errors + list(_conflicts(checked, size, length)):
+    if errors := errors + list(_conflicts(checked, size, length) if whole else ()):
         raise UserError("\n".join(errors))
 
     return checked

@@ -22,6 +22,7 @@ __all__ = [
     "format_value",
     "parse_value",
     "short_repr",
+    "to_python",
 ]
 
 ACTIVATIONS: tuple[str, ...] = ("ELU", "GELU", "ReLU", "SELU", "SiLU")
@@ -150,7 +151,7 @@ def check_value(name: str, value: Any) -> Any:
         UserError: If the key is unknown, or the value not accepted.
     """
 
-    key = _key(name)
+    key, value = _key(name), to_python(value)
     fault = UserError(f"{name} is {short_repr(value)}, but must be {key.accepts}.")
 
     if key.kind is str:
@@ -167,7 +168,7 @@ def check_value(name: str, value: Any) -> Any:
         if not 1 <= len(value) <= MAX_LEVELS:
             raise UserError(f"{name} has {len(value)} levels, but must have 1 to {MAX_LEVELS}.")
 
-        return tuple(_number(v, key.item, key, fault) for v in value)
+        return tuple(_number(to_python(v), key.item, key, fault) for v in value)
 
     return _number(value, key.kind, key, fault)
 
@@ -210,6 +211,12 @@ def format_value(value: Any) -> str:
         return ",".join(map(str, value))
 
     return value if isinstance(value, str) else repr(value)
+
+
+def to_python(value: Any) -> Any:
+    r"""Returns a scalar or an array of NumPy or PyTorch as Python's numbers and lists."""
+
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def short_repr(value: Any) -> str:

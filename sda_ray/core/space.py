@@ -3,6 +3,7 @@ r"""SPACE: which keys of CONFIG a sweep varies, and the domain of each: a choice
 import itertools
 import math
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Real
@@ -10,7 +11,7 @@ from typing import Any
 
 from .config import Config, check_config
 from .errors import UserError
-from .keys import KEYS, check_value, did_you_mean, format_value, parse_value, short_repr
+from .keys import KEYS, check_value, did_you_mean, format_value, parse_value, short_repr, to_python
 
 __all__ = [
     "Choice",
@@ -114,7 +115,7 @@ def loguniform(low: float, high: float) -> Range:
 def integer(low: int, high: int, log: bool = False, step: int = 1) -> Range:
     r"""Returns the integers between two bounds, both included, a step apart."""
 
-    return Range(low, high, log=log, step=step)
+    return Range(low, high, log=log, step=to_python(step))
 
 
 def domain_of(distribution: Any) -> Domain:
@@ -139,6 +140,7 @@ def covers(domain: Domain, other: Domain) -> bool:
 
 
 def _freeze(value: Any) -> Any:
+    value = to_python(value)
     return tuple(map(_freeze, value)) if isinstance(value, list | tuple) else value
 
 
@@ -318,7 +320,15 @@ class _Trial:
         return getattr(self._trial, name)
 
     def suggest_categorical(self, name: str, choices: Any) -> Any:
-        options = {o if isinstance(o, str | int | float | None) else repr(o): o for o in choices}
+        keys = [o if isinstance(o, str | int | float | None) else repr(o) for o in choices]
+        options = dict(zip(keys, choices, strict=True))
+
+        if len({(type(key), key) for key in keys}) > len(options):
+            raise UserError(
+                f"SPACE suggests {name!r} from {short_repr(choices)}, of which some are equal, as 1 "
+                "and True are: take texts, and translate them."
+            )
+
         return options[self._trial.suggest_categorical(name, list(options))]
 
 
@@ -388,8 +398,8 @@ def _check_choice(keys: list[str], domain: Choice) -> Choice:
     if errors and len(domain.options) == 1 and isinstance(domain.options[0], tuple):
         errors.append("choice takes its options one by one, as choice(64, 128).")
 
-    for option in dict.fromkeys(options):
-        if (n := options.count(option)) > 1:
+    for option, n in Counter(options).items():
+        if n > 1:
             errors.append(f"the choice has {short_repr(option)} {n} times, but may have it once.")
 
     if errors:

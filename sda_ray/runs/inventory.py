@@ -61,6 +61,12 @@ class Entry:
     size: int | None = None  # bytes in its directory, see :func:`measured`
 
     @property
+    def judged(self) -> set[int | None]:
+        r"""The epochs whose validation loss is a mean of several draws: the rungs and the end."""
+
+        return {*self.record.get("rungs", ()), self.epochs}
+
+    @property
     def age(self) -> float:
         return max(0.0, time.time() - self.created)
 
@@ -328,7 +334,7 @@ def compare(runs: Sequence[Entry], lines: Sequence[list[dict[str, Any]]]) -> dic
 
     rows = {key: [(entry.config or {}).get(key) for entry in runs] for key in CONFIG}
     differ = {key: row for key, row in rows.items() if len({x for x in row if x is not None}) > 1}
-    tops = [best(x) or {} for x in lines]
+    tops = [best(x, entry.judged) or {} for entry, x in zip(runs, lines, strict=True)]
     keys = ("status", "epoch", "epochs", "loss_valid")
     metrics = {key: [getattr(entry, key) for entry in runs] for key in keys}
     metrics["loss_valid_best"] = [top.get("loss_valid") for top in tops]

@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -111,10 +111,18 @@ def _check(line: dict[str, Any], file: Path, where: str) -> Metrics:
     return {key: x for key, x in line.items() if x is not None} if None in line.values() else line
 
 
-def best(lines: Sequence[Metrics]) -> Metrics | None:
-    r"""Returns the line with the lowest validation loss, or None if none is finite."""
+def best(lines: Sequence[Metrics], judged: Collection[Any] = ()) -> Metrics | None:
+    r"""Returns the line with the lowest validation loss, or None if none is finite.
 
-    finite = [line for line in lines if math.isfinite(line.get("loss_valid", math.nan))]
+    Some epochs are judged by more draws than others: only those like the last one are compared.
+    """
+
+    finite = [
+        line
+        for line in lines
+        if math.isfinite(line.get("loss_valid", math.nan))
+        and (line["epoch"] in judged) == (lines[-1]["epoch"] in judged)
+    ]
 
     return min(finite, key=lambda line: line["loss_valid"], default=None)
 

@@ -284,6 +284,7 @@ def decide(
     rules: Rules,
     exhausted: bool = False,
     stops: PruneRule | None = None,
+    queued: bool = False,
 ) -> Action:
     r"""Returns the next action for a free slot.
 
@@ -293,6 +294,7 @@ def decide(
         rules: The rules of the sweep.
         exhausted: Whether no new configuration is left to draw.
         stops: The final verdict on a run at a rung; None if runs are promoted, or not pruned.
+        queued: Whether configurations are queued, which come before promotions.
     """
 
     records = unhide(records, rules)
@@ -311,16 +313,18 @@ def decide(
 
             return Action("promote", record, rules.after(record.last))
 
-    # Runs that are among the best by now, from the top rung down
-    for rung, record in _promotable(records, rules):
-        if record.paused and record.index not in live:
-            return Action("promote", record, rules.after(rung))
-
-    # New runs
     own = [record for record in records if not record.source]
     failed = sum(record.state == "failed" for record in own)
+    room = len(own) - failed < rules.target and failed <= rules.failures and not exhausted
 
-    if len(own) - failed < rules.target and failed <= rules.failures and not exhausted:
+    # Runs that are among the best by now, from the top rung down
+    if not (room and queued):
+        for rung, record in _promotable(records, rules):
+            if record.paused and record.index not in live:
+                return Action("promote", record, rules.after(rung))
+
+    # New runs
+    if room:
         return Action("draw", until=rules.rungs[0])
 
     # A sweep ends with finished models. Runs in flight may still be better.

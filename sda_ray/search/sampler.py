@@ -56,6 +56,7 @@ REDRAWS = 100  # draws without a new configuration, after which the space is sea
 SEARCHED = 1024  # draws of that search, after which the space counts as exhausted
 FEASIBLE: dict[str, Any] = {"constraints": [0.0]}
 INFEASIBLE: dict[str, Any] = {"constraints": [1.0]}
+TELLING = 10  # complete runs from which on it can be told what matters
 POPULATION = 20  # runs in a generation of NSGA-II: sweeps have tens to hundreds of runs
 
 Draw = Callable[[Any], dict[str, Any]]  # the values of the keys that vary, for an Optuna trial
@@ -530,15 +531,10 @@ class _Proposal:
             return None, trial
 
     def warn(self) -> None:
-        r"""Says which attempts the space raised in."""
+        r"""Says in how many attempts the space raised, and what."""
 
         for why, n in self.rejected.items():
-            some = (
-                f"{n} configurations that SPACE has drawn are"
-                if n > 1
-                else ("a configuration that SPACE has drawn is")
-            )
-            logger.warning("%s left out: %s", some, why)
+            logger.warning("left out %d of %d draws of SPACE: %s", n, self.attempts, why)
 
     def _searched(self, params: dict[str, Any], distributions: Distributions) -> FrozenTrial:
         r"""Returns a trial of the parameters that are searched: neither fixed nor single."""
@@ -646,14 +642,15 @@ def distributions(draw: Draw) -> Distributions:
 def importances(study: optuna.Study) -> dict[str, float]:
     r"""Returns how much each parameter matters for the first objective, from most to least.
 
-    It is what Optuna's dashboard shows; nothing, while fewer than two trials are complete.
+    It is what Optuna's dashboard shows; nothing, while fewer than 10 trials are complete: it would
+    be noise.
 
     References:
         | PED-ANOVA: Efficiently Quantifying Hyperparameter Importance (Watanabe et al., 2023)
         | https://arxiv.org/abs/2304.10255
     """
 
-    if len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))) < 2:
+    if len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))) < TELLING:
         return {}
 
     target = None if len(study.directions) == 1 else lambda trial: float(trial.values[0])

@@ -21,6 +21,7 @@ from ..core import (
     script_error,
     space_to_json,
     split_group,
+    to_python,
 )
 from ..data import DataInfo
 from ..search import FINAL, GEOMETRIC, PruneRule, Rules, TrialRecord, geometric_rungs
@@ -225,10 +226,14 @@ class Sweep:
     script: Path | None = None
 
     def __post_init__(self) -> None:
+        # Numbers may be NumPy's
+        for key in ("trials", *SETTINGS):
+            object.__setattr__(self, key, to_python(getattr(self, key)))
+
         # JSON makes lists of tuples
         for key in ("objectives", "rungs"):
-            if isinstance(value := getattr(self, key), list):
-                object.__setattr__(self, key, tuple(value))
+            if isinstance(value := getattr(self, key), list | tuple):
+                object.__setattr__(self, key, tuple(map(to_python, value)))
 
         names: Any = self.objectives
         several = isinstance(names, tuple) and len(names) > 1
@@ -265,10 +270,10 @@ class Sweep:
             draws: The number of draws to check of a SPACE that is a function.
         """
 
-        known = {} if data is None else {"size": data.size, "length": data.length}
+        known: dict[str, Any] = {} if data is None else {"size": data.size, "length": data.length}
         faults = list(_setting_faults(self))
         first, pruner = self.min_epochs, str(self.pruner)
-        config = caught(faults, lambda: check_config(self.config, **known))
+        config = caught(faults, lambda: check_config(self.config, whole=False))
         epochs = self.config.get("epochs") if isinstance(self.config, Mapping) else None
 
         if isinstance(first, int) and isinstance(epochs, int | float) and first > epochs:
@@ -313,7 +318,7 @@ class Sweep:
 
         return {"eta": eta, "min_epochs": first, "rungs": rungs}
 
-    def _draw_faults(self, known: dict[str, int], count: int) -> list[str]:
+    def _draw_faults(self, known: dict[str, Any], count: int) -> list[str]:
         r"""Returns what is wrong with draws of a SPACE that is a function, and how often."""
 
         from optuna import TrialPruned

@@ -192,7 +192,9 @@ class Driver:
             if before.shown != after.shown:
                 self.study.set_shown(before, after.shown)
 
-        return decide(shown, busy, self.rules, self.exhausted, self.stops), shown
+        queued = bool(self.study.queue())
+
+        return decide(shown, busy, self.rules, self.exhausted, self.stops, queued), shown
 
     def at_work(self) -> set[int]:
         r"""Returns the runs that have a process, also those whose process is closing them."""

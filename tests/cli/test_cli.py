@@ -12,6 +12,9 @@ import pytest
 from refusing import Refuse, handlers, refuse, root
 from scene import SCRIPT
 
+from sda_ray.cli.options import Args
+from sda_ray.cli.sweep import chosen_sweep
+
 __all__ = ["handlers", "refuse", "root"]  # fixtures
 
 # Faults of a configuration: words on the command line, and what the message must say
@@ -240,3 +243,11 @@ def test_character_that_an_encoding_lacks_is_no_error(root: Path, encoding: str)
 
     assert done.returncode == 0, done.stderr
     assert b"N runs with the seeds seed " in done.stdout
+
+
+def test_trials_and_finalists_of_the_command_line_are_those_of_the_sweep(tmp_path: Path) -> None:
+    (script := tmp_path / "tiny.py").write_text(SCRIPT)
+    args = Args(sweep=str(script), script_sweep=None, trials=5, finalists=3)
+    sweep, _ = chosen_sweep(args, None)
+
+    assert (sweep.trials, sweep.finalists) == (5, 3)

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from sda_ray.cli.table import LiveTable, announce, conclude, leaderboard
-from sda_ray.search.promotion import Rules, TrialRecord
+from sda_ray.search.promotion import Rules, TrialRecord, count_trials
 
 CONFIG = {"learning_rate": 1.23456e-3, "hidden_channels": [64, 128, 256], "activation": "SiLU"}
 
@@ -134,6 +134,9 @@ def test_more_trials_are_not_recommended_where_there_is_no_more_to_try(
         conclude("demo", target, ended, runs, runs, {})
         assert (f"--trials {2 * target} " in (out := capsys.readouterr().out)) == more
         assert "What next?" in out and "--replicas 3" in out
+
+    conclude("demo", 2, records(10), runs, runs, {})  # resumed with a smaller number
+    assert f"--trials {2 * count_trials(records(10))} " in capsys.readouterr().out
 
 
 def test_conclusion_survives_lost_directories_and_sweeps_without_results(

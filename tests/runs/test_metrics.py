@@ -9,7 +9,7 @@ import pytest
 from sda_ray.core.config import Config, save_config
 from sda_ray.core.errors import UserError
 from sda_ray.nn.score import make_score, network_settings
-from sda_ray.runs.metrics import History, finals
+from sda_ray.runs.metrics import History, best, finals
 from sda_ray.runs.path import RunPath
 
 
@@ -30,6 +30,15 @@ def test_values_come_in_the_order_of_the_objectives(path: RunPath, small: Config
     names = ("loss_valid", "parameters", "seconds", "energy", "lr")
 
     assert finals(path, names) == [0.5, parameters, 5.0, 7.0, 0.1]
+
+
+def test_the_best_epoch_is_judged_as_the_last_one_is() -> None:
+    losses = {1: 5.0, 2: 3.0, 3: 0.5, 4: 2.5, 5: 1.0, 6: 2.0}
+    lines = [{"epoch": e, "loss_valid": x} for e, x in losses.items()]
+
+    assert best(lines, {2, 4, 6}) == lines[5]
+    assert best(lines[:5], {2, 4, 6}) == lines[2]
+    assert best(lines[:4], {2, 4, 6}) == lines[3]
 
 
 def test_objective_that_is_no_number_is_named(path: RunPath) -> None:

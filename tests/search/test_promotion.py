@@ -114,6 +114,13 @@ def test_orphans_come_first_then_promotions_then_draws() -> None:
     assert decide(records, {3, 4}, RULES).kind == "draw"
 
 
+def test_queued_configurations_come_before_promotions_if_there_is_room() -> None:
+    records = [run(i, float(i)) for i in (1, 2, 3)]
+
+    assert decide(records, (), RULES, queued=True).kind == "draw"
+    assert decide(records, (), replace(RULES, target=3), queued=True).record == records[0]
+
+
 def test_promotions_come_from_the_highest_rung() -> None:
     high = [run(i, 9.0, 9.0, float(i)) for i in (1, 2, 3)]
     low = [run(i, 0.1 * i) for i in (4, 5, 6)]

@@ -3,8 +3,10 @@ r"""Tests for the sda_ray.sweep.definition and sda_ray.sweep.definition modules:
 import json
 from typing import Any
 
+import numpy as np
 import optuna
 import pytest
+import torch
 
 from sda_ray.core.config import CONFIG
 from sda_ray.core.errors import UserError
@@ -60,6 +62,57 @@ def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], message: 
         sweep_of(**settings).check()
 
     assert message in str(error.value)
+
+
+def test_config_must_fit_together_with_what_space_sets_alone() -> None:
+    two = CONFIG | {"hidden_blocks": (1, 1)}  # CONFIG has three levels
+
+    def function(trial: Any) -> dict[str, Any]:
+        return {"hidden_channels": (8, 8 * trial.suggest_int("factor", 1, 2))}
+
+    for space in ({"hidden_channels": choice((8, 16), (8, 32))}, function):
+        Sweep("name", two, space).check()
+
+    for other in (SPACE, {"hidden_channels": choice((8, 16, 32), (8, 16))}):
+        with pytest.raises(UserError, match="has 3 levels and hidden_blocks"):
+            Sweep("name", two, other).check()
+
+
+def test_numbers_of_numpy_and_torch_are_numbers() -> None:
+    settings: dict[str, Any] = {
+        "trials": np.int64(8),
+        "seed": torch.tensor(3),
+        "eta": np.int32(3),
+        "min_epochs": np.int64(2),
+        "rungs": np.array([2, 6]),
+        "finalists": torch.tensor(2),
+    }
+    config = CONFIG | {
+        "epochs": np.int64(18),
+        "hidden_channels": np.array([8, 16, 32]),
+        "hidden_blocks": torch.tensor([1, 1, 1]),
+        "learning_rate": torch.tensor(0.5),
+    }
+    space = {
+        "embedding": integer(4, np.int64(16), step=np.int64(4)),
+        "dropout": choice(torch.tensor(0.5), np.float64(0.25)),
+    }
+    sweep = Sweep("name", config, space, **settings).check()
+    plain: dict[str, Any] = {"trials": 8, "seed": 3, "eta": 3, "min_epochs": 2, "finalists": 2}
+    values = {"epochs": 18, "hidden_channels": (8, 16, 32), "hidden_blocks": (1, 1, 1)}
+    domains = {"embedding": integer(4, 16, step=4), "dropout": choice(0.5, 0.25)}
+    same = Sweep("name", CONFIG | values | {"learning_rate": 0.5}, domains, **plain).check()
+
+    assert json.dumps(sweep.definition()) == json.dumps(same.definition())
+    assert (sweep.trials, sweep.rules.rungs) == (8, (2, 6, 18))
+
+
+def test_options_that_are_equal_are_refused() -> None:
+    def space(trial: Any) -> dict[str, Any]:
+        return {"seed": trial.suggest_categorical("seed", [True, 1, 2])}
+
+    with pytest.raises(UserError, match=r"SPACE suggests 'seed' from .* some are equal, as 1 and"):
+        sweep_of(space).check()
 
 
 def test_defaults_hang_on_the_number_of_objectives() -> None:
