@@ -273,8 +273,13 @@ def _source() -> tuple[dict[str, Any], bytes | None]:
 
 
 def _git(*command: str) -> bytes | None:
+    # In a hook, GIT_DIR and others name another repository
+    own = {name: x for name, x in os.environ.items() if not name.startswith("GIT_")}
+
     try:
-        done = subprocess.run(["git", *command], cwd=PACKAGE, capture_output=True, timeout=10)
+        done = subprocess.run(
+            ["git", *command], cwd=PACKAGE, env=own, capture_output=True, timeout=10
+        )
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return None
 

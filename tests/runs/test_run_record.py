@@ -118,6 +118,16 @@ def test_diff_of_tracked_files_is_saved_for_its_owner_alone(
     assert errors.read_text().endswith("# more\n")
 
 
+def test_commit_is_that_of_the_package_whatever_git_is_told(
+    checkout: Path, tmp_path: Path, record: Record, env: dict[str, str]
+) -> None:
+    before = record()
+    subprocess.run(["git", "init", "-q", str(tmp_path / "other")], check=True)
+    env |= {"GIT_DIR": str(tmp_path / "other" / ".git"), "GIT_INDEX_FILE": "index"}  # as in a hook
+
+    assert before["commit"] and record() == before
+
+
 def test_large_diff_is_not_kept(checkout: Path, tmp_path: Path, record: Record) -> None:
     (checkout / "README.md").write_text("x" * 2**20)
     found = record()
