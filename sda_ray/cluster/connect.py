@@ -30,6 +30,7 @@ from .ray_node import (
 
 __all__ = [
     "RayGone",
+    "check_ray_init",
     "connected",
     "live_nodes",
     "local_cpus",
@@ -134,6 +135,16 @@ def connected(
             raise not_started(why) from error
 
         yield node.directory
+
+
+def check_ray_init() -> None:
+    r"""Raises a UserError if this process has called `ray.init`, which it may do once."""
+
+    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
+        raise UserError(
+            "the script has called ray.init, but a sweep starts a Ray of its own. Leave ray.init "
+            "out, and attach to a running Ray with --address."
+        )
 
 
 def _own_token() -> str:

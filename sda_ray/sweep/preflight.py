@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from urllib.parse import urlparse
 
-from ..cluster import Slots
+from ..cluster import Slots, check_ray_init
 from ..core import UserError, read_json, write_json
 from ..data import DataInfo, check_data, check_file
 from ..runs import Wandb, sweep_directory
@@ -139,6 +139,7 @@ def find_faults(
             findings.widened = caught(faults, grown) or ()
 
     faults += [*runs_faults(runs), *wandb_faults(wandb)]
+    caught(faults, check_ray_init)
 
     if local:
         caught(faults, slots.check_local)
