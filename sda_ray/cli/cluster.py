@@ -80,6 +80,8 @@ def slurm_command(args: Args) -> None:
 
 
 def _check_slurm(args: Args) -> None:
+    from ..cluster import names
+
     if args.address is not None:
         raise UserError("--address does not go with Slurm: the job starts a Ray of its own.")
 
@@ -99,6 +101,12 @@ def _check_slurm(args: Args) -> None:
     for word in chain(args.sbatch, map(os.path.abspath, places)):
         if re.search(r"[\n\r]", word):  # the rest of the line would be a command
             raise UserError(f"{word!r} has a line break: a line of the script names one thing.")
+
+    if "\\" in str(args.runs) and not names(args.sbatch) & {"-o", "--output"}:
+        raise UserError(
+            f"{args.runs} has a backslash, which turns off the %j in the names of Slurm's log "
+            "files. Name the log yourself: -- --output=FILE"
+        )
 
     signal = [word for word in args.sbatch if word.startswith("--signal")]
 

@@ -5,17 +5,17 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from io import TextIOWrapper
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import click
 
 from ..core import ALIASES, KEYS, LeaseGone, UserError, did_you_mean, plain, say
-from ..sweep import OtherCode, execute
+from ..sweep import OtherCode, execute, hand_over, look_beside
 from .options import sda_ray
 
 __all__ = ["main"]
@@ -25,10 +25,19 @@ def main(sweep: Any = None, argv: Sequence[str] | None = None) -> None:
     r"""Runs the command line.
 
     Arguments:
-        sweep: A sweep to run, for scripts: the command is then `sda-ray sweep SCRIPT`.
+        sweep: A sweep to run, for scripts: the command is then `sda-ray sweep SCRIPT`, with the
+            script that made it.
         argv: The arguments, by default those of the process.
     """
 
+    if sweep is not None:
+        hand_over(sweep)
+
+    if threading.current_thread() is not threading.main_thread():  # signals go to that one
+        say("sda-ray: main() must be called in the main thread of a process.", file=sys.stderr)
+        sys.exit(2)
+
+    _open_streams()
     handler = logging.StreamHandler()
     handler.setFormatter(_Plain("%(levelname)s: %(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
@@ -41,12 +50,11 @@ def main(sweep: Any = None, argv: Sequence[str] | None = None) -> None:
 
     argv = list(sys.argv[1:] if argv is None else argv)
 
-    if sweep is not None:
-        script = Path(sys.modules["__main__"].__file__ or "").resolve()
-        sweep = replace(sweep, script=script)
-        argv = ["sweep", str(script), *argv]
-
     try:
+        if sweep is not None:
+            sweep = _with_script(sweep)
+            argv = ["sweep", str(sweep.script), *argv]
+
         _run(argv, sweep)
     except click.exceptions.Exit as end:  # of --help and --version
         sys.exit(end.exit_code)
@@ -56,8 +64,12 @@ def main(sweep: Any = None, argv: Sequence[str] | None = None) -> None:
     except UserError as error:
         if started and isinstance(error, OtherCode):
             say(error)
-            what = "sda-ray" if sweep is None else str(sweep.script)
-            execute(error.place, what, sys.argv[1:])
+            program = sweep and getattr(sys.modules["__main__"], "__file__", None)
+
+            if program:
+                execute(error.place, os.path.abspath(program), sys.argv[1:])
+
+            execute(error.place, "sda-ray", argv)
 
         say(f"sda-ray: {error}", file=sys.stderr)
         sys.exit(2)
@@ -94,6 +106,20 @@ class _Plain(logging.Formatter):
         return plain(super().format(record))
 
 
+def _open_streams() -> None:
+    r"""Opens standard streams that were closed, so that no file takes their place."""
+
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            null = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+            os.set_inheritable(null, True)
+
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
+
+
 def _run(argv: list[str], sweep: Any) -> None:
     r"""Parses a command and runs it. Words after `--` are those of sbatch, for `slurm`."""
 
@@ -103,6 +129,20 @@ def _run(argv: list[str], sweep: Any) -> None:
 
     with sda_ray.make_context("sda-ray", words or ["--help"], obj=given) as context:
         sda_ray.invoke(context)
+
+
+def _with_script(sweep: Any) -> Any:
+    r"""Returns a sweep with the file of the module that made it, beside which others may be."""
+
+    if sweep.module is None:
+        raise UserError(
+            f"sweep '{sweep.name}' was not made in a file, from which it can be resumed. Save the "
+            "code as a script, and run that: sda-ray sweep SCRIPT"
+        )
+
+    look_beside(sweep.module.parent)
+
+    return replace(sweep, script=sweep.module)
 
 
 def _explain(error: click.UsageError) -> str:
@@ -117,6 +157,9 @@ def _explain(error: click.UsageError) -> str:
         hint = did_you_mean(name, error.possibilities or ())
         text = f"there is no option {name}."
         text += f" Settings are given as {key}=…" if key in KEYS else hint
+
+        if error.ctx and error.ctx.info_name == "slurm":
+            text += f" Options of sbatch come after --, as in: -- {name} …"
 
     return text + (f" `{error.ctx.command_path} --help` says more." if error.ctx else "")
 

@@ -7,13 +7,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ..core import Config, UserError, format_value, parse_overrides, read_holder, say
+from ..core import (
+    Config,
+    UserError,
+    format_value,
+    parse_overrides,
+    python_command,
+    read_holder,
+    say,
+)
 from .options import (
     DEFINITION,
     JSON,
@@ -190,7 +199,8 @@ def _sweep(args: Args, replica: Any = None) -> None:
     warm = tuple(args.warm_start)
 
     if args.fork:
-        parent = sweep.name if args.name is None else load_script(Path(args.sweep)).name
+        script = args.script_sweep or load_script(Path(args.sweep))
+        parent = sweep.name if args.name is None else script.name
         sweep = sweep if args.name else fork(sweep, options.runs, options.data)
         warm += (parent,)
 
@@ -219,7 +229,7 @@ def _detach(sweep: Any, options: Any, words: Sequence[str]) -> None:
     with open(file, "ab") as log:
         begin = log.tell()
         process = subprocess.Popen(
-            [sys.executable, "-m", "sda_ray", *(x for x in words if x != "--detach")],
+            python_command("sda-ray", *(x for x in words if x != "--detach")),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -289,11 +299,12 @@ def plan_command(args: Args) -> None:
 
     options = launch_options(args)
     source: Any = Path(args.sweep)
+    prints = redirect_stdout(sys.stderr) if args.json else nullcontext()  # those of the script
 
-    if not args.sweep.endswith(".py"):
-        source, options = chosen_sweep(args, options)
+    with prints, Console(stderr=True, quiet=args.json).status("") as status:
+        if not args.sweep.endswith(".py"):
+            source, options = chosen_sweep(args, options)
 
-    with Console(stderr=True, quiet=args.json).status("") as status:
         adjust = functools.partial(_adjusted, args=args)
         plan = plan_sweep(source, options, adjust, status.update)
 

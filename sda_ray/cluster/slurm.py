@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..core import UserError, deadline, say
+from ..core import UserError, deadline, python_command, say
 from .join import stay
 from .ray_node import RayNode, own_ip, started
 
@@ -77,7 +77,7 @@ def job_script(
         given: The options of sbatch.
     """
 
-    command = [sys.executable, "-m", "sda_ray.cluster.slurm", f"--job={name}", *words]
+    command = python_command("sda_ray.cluster.slurm", f"--job={name}", *words)
     package = Path(__file__).parents[2]
     environment = f"export PYTHONPATH={shlex.quote(str(package))}${{PYTHONPATH:+:$PYTHONPATH}}\n"
 
@@ -93,8 +93,9 @@ def job_script(
 def _options(name: str, directory: Path, given: Sequence[str]) -> list[str]:
     r"""Returns the options of a script, one per line: the defaults, then those of the user."""
 
+    place = str(directory).replace("%", "%%")  # %j, for one, is the number of the job
     lines = [
-        _quote(option.format(name=f"sda-ray-{name}", directory=directory))
+        _quote(option.format(name=f"sda-ray-{name}", directory=place))
         for option, spellings in DEFAULTS.items()
         if not names(given) & set(spellings.split())
     ]
@@ -121,7 +122,7 @@ def names(given: Sequence[str]) -> set[str]:
 def _quote(word: str) -> str:
     plain = re.fullmatch(r"[\w@%+=:,./\[\]-]+", word)
 
-    return word if plain else '"' + word.replace('"', '\\"') + '"'
+    return word if plain else '"' + re.sub(r'(["\\])', r"\\\1", word) + '"'
 
 
 def main(words: Sequence[str]) -> None:
@@ -196,7 +197,7 @@ def _workers(nodes: list[str], address: str, token: str) -> Iterator[None]:
         *["srun", f"--nodes={len(nodes)}", f"--ntasks={len(nodes)}", "--ntasks-per-node=1"],
         "--cpu-bind=none",
         *[f"--nodelist={','.join(nodes)}", "--kill-on-bad-exit=0", "--wait=0", "--unbuffered"],
-        *[sys.executable, "-m", "sda_ray.cluster.slurm", "--node"],
+        *python_command("sda_ray.cluster.slurm", "--node"),
     ]
     step = subprocess.Popen(
         command, env=environment, stdin=subprocess.PIPE, start_new_session=True
@@ -247,7 +248,7 @@ def _node() -> int:
 def _drive(words: Sequence[str], head: RayNode, received: list[int], end: float | None) -> int:
     r"""Runs the driver to its end, passing on Slurm's signals. Returns its exit code."""
 
-    command = [sys.executable, "-m", "sda_ray", "sweep", *words, f"--address={head.address}"]
+    command = python_command("sda-ray", "sweep", *words, f"--address={head.address}")
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(head.directory / "token")}
     environment = os.environ | token
     environment.pop("RAY_ADDRESS", None)

@@ -85,5 +85,6 @@ from .system import is_out_of_memory as is_out_of_memory
 from .system import keep_memory as keep_memory
 from .system import margin as margin
 from .system import on_signals as on_signals
+from .system import python_command as python_command
 from .system import release_memory as release_memory
 from .system import try_print as try_print

@@ -27,6 +27,7 @@ __all__ = [
     "keep_memory",
     "margin",
     "on_signals",
+    "python_command",
     "release_memory",
     "try_print",
 ]
@@ -41,6 +42,35 @@ REPEAT = 1.0  # seconds within which a signal may come twice
 
 # Messages of torch's allocator for the CPU, of CUDA itself, and of cuBLAS and cuDNN
 SHORT = ("can't allocate memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
+
+PACKAGE = Path(__file__).resolve().parents[1]
+
+# Python looks for modules in the current directory first, where a script may have a library's name
+PROGRAM = """\
+import sys
+_, place, command, *words = sys.argv
+paths = [path for path in sys.path if path]
+sys.path[:] = paths if place in paths else [place, *paths]
+sys.argv = [command, *words]
+import os, runpy
+if "/" in command:
+    sys.path.append(os.path.dirname(command))
+    runpy.run_path(command, run_name="__main__")
+else:
+    runpy.run_module(command.replace("sda-ray", "sda_ray"), run_name="__main__")
+"""
+
+
+def python_command(command: str, *words: str, place: Path = PACKAGE.parent) -> list[str]:
+    r"""Returns the words that run `python -m MODULE`, `sda-ray`, or a script of absolute path.
+
+    Arguments:
+        command: The module, `sda-ray`, or the path.
+        words: Its arguments.
+        place: The directory of the package that it imports.
+    """
+
+    return [sys.executable, "-c", PROGRAM, str(place), command, *words]
 
 
 @contextmanager

@@ -5,7 +5,9 @@ from .code import check_code as check_code
 from .code import execute as execute
 from .code import recorded_code as recorded_code
 from .definition import Sweep as Sweep
+from .definition import hand_over as hand_over
 from .definition import load_script as load_script
+from .definition import look_beside as look_beside
 from .launch import LaunchRequests as LaunchRequests
 from .launch import launch_sweep as launch_sweep
 from .preflight import check_start as check_start

@@ -7,7 +7,9 @@ resumed with its recorded code unless the user asks for the current code, which 
 beside the older one.
 """
 
+import grp
 import os
+import pwd
 import re
 import shutil
 import stat
@@ -18,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from ..core import UserError, read_json, say, write_atomic, write_json
+from ..core import UserError, python_command, read_json, say, write_atomic, write_json
 from ..runs import PACKAGE, code_of, digests, origin
 
 __all__ = [
@@ -31,21 +33,10 @@ __all__ = [
     "keep_code",
     "recorded_code",
     "running",
+    "unsafe",
 ]
 
 NAMED = 5  # files that are named where some differ
-
-# The program of a process that runs recorded code: sys.path is right before anything is imported
-PROGRAM = """\
-import os, runpy, sys
-_, sys.path[0], command, *arguments = sys.argv
-sys.argv = [command, *arguments]
-if command.endswith(".py"):
-    sys.path.insert(1, os.path.dirname(command))
-    runpy.run_path(command, run_name="__main__")
-else:
-    runpy.run_module("sda_ray", run_name="__main__")
-"""
 
 
 class OtherCode(UserError):
@@ -80,31 +71,105 @@ def recorded_code(directory: Path) -> Code | None:
     return None
 
 
+def unsafe(path: Path) -> str:
+    r"""Returns why others may have replaced a file or directory, or an empty string.
+
+    It and all directories on the way must belong to the caller or to root, and nobody else may
+    write to them. A sticky directory of root is accepted on the way, as the temporary one, and the
+    root directory is not checked: who may write there may replace Python itself.
+    """
+
+    path = Path(os.path.abspath(path))
+
+    for part in (*reversed(path.parents), path)[1:]:
+        status = part.lstat()
+
+        if fault := _fault(part, status):
+            return fault
+
+        if stat.S_ISLNK(status.st_mode):
+            return unsafe(part.parent / os.readlink(part) / path.relative_to(part))
+
+    return ""
+
+
+def _fault(part: Path, status: os.stat_result) -> str:
+    mode, shared = status.st_mode, status.st_mode & 0o022
+
+    if status.st_uid not in (0, os.geteuid()):
+        return f"{part} belongs to another user (number {status.st_uid})"
+
+    if shared == 0o020 and _is_private(status.st_gid):
+        shared = 0
+
+    if not shared or stat.S_ISLNK(mode) or (mode & stat.S_ISVTX and not status.st_uid):
+        return ""
+
+    return f"others may write to {part} (mode {mode & 0o7777:o}; `chmod go-w` it)"
+
+
+def _is_private(group: int) -> bool:
+    r"""Tells whether a group is the caller's alone, as where the umask is 002."""
+
+    try:
+        user, entry = pwd.getpwuid(os.geteuid()), grp.getgrgid(group)
+    except KeyError:
+        return False
+
+    own = user.pw_uid != 0 and user.pw_gid == group and user.pw_name == entry.gr_name
+
+    return own and {*entry.gr_mem} <= {user.pw_name}
+
+
 def damage(code: Code) -> str:
     r"""Returns why recorded code must not be run, or an empty string.
 
-    It must be complete and unchanged, and no part of it may belong to another user.
+    It must be complete and unchanged, with nothing beside it, and safe from others, see
+    :func:`unsafe`. Bytecode may be there, which :func:`_drop_bytecode` removes.
     """
 
     if not code.package.is_dir():
         return f"{code.package} is missing"
 
     try:
-        for part in (code.place.parent, code.place, code.package, *code.package.rglob("*")):
-            status = part.lstat()
+        if fault := unsafe(code.place):
+            return fault
 
-            if status.st_uid not in (0, os.geteuid()):
-                return f"{part} belongs to another user (number {status.st_uid})"
+        files = digests(code.package)
+        known = {code.package / name for name in (*files, "origin.json", "origin.patch")}
+
+        for part in (*list(code.place.parents)[:2], code.place, *code.place.rglob("*")):
+            if fault := _fault(part, status := part.lstat()):
+                return fault
 
             if stat.S_ISLNK(status.st_mode):
                 return f"{part} is a link"
 
-        if code_of(digests(code.package)) == code.hash:
+            if not (stat.S_ISDIR(status.st_mode) or part in known or _is_ignored(part)):
+                return f"{part} was not recorded"
+
+        if code_of(files) == code.hash:
             return ""
     except OSError as error:
         return str(error)
 
     return f"{code.package} is not what was recorded: files in it are changed or damaged"
+
+
+def _is_ignored(file: Path) -> bool:
+    r"""Tells whether a file is bytecode, or left by a killed writer, which cannot be imported."""
+
+    if file.parent.name == "__pycache__":
+        return file.suffix == ".pyc"
+
+    return file.name.startswith(".") and file.suffix == ".tmp"
+
+
+def _drop_bytecode(place: Path) -> None:
+    r"""Removes bytecode, which Python would run in place of the recorded code."""
+
+    for cache in place.rglob("__pycache__"):
+        shutil.rmtree(cache, ignore_errors=True)
 
 
 def differing(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
@@ -161,9 +226,10 @@ def execute(place: Path, command: str, arguments: Sequence[str]) -> NoReturn:
     The command is `sda-ray`, or the path of a sweep script.
     """
 
+    _drop_bytecode(place)
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execv(sys.executable, [sys.executable, "-c", PROGRAM, str(place), command, *arguments])
+    os.execv(sys.executable, python_command(command, *arguments, place=place))
 
 
 def keep_code(directory: Path) -> Code:
@@ -176,6 +242,7 @@ def keep_code(directory: Path) -> Code:
     code = Code(hash := code_of(files), copies / hash[:16])
 
     if not damage(code):
+        _drop_bytecode(code.place)
         return code
 
     aside = Code(hash, copies / ".new.tmp")
@@ -191,6 +258,9 @@ def keep_code(directory: Path) -> Code:
 
         if diff is not None:
             write_atomic(aside.package / "origin.patch", diff, 0o600)
+
+        for part in (aside.place, *aside.place.rglob("*")):
+            part.chmod(part.stat().st_mode & ~0o022)  # whatever the umask
 
         # The package may have been edited since it was hashed
         code = Code(hash := code_of(digests(aside.package)), copies / hash[:16])

@@ -3,11 +3,13 @@ r"""The definition of a sweep: a name, a CONFIG, a SPACE and a few settings, mad
 import hashlib
 import inspect
 import json
+import os
 import re
-import runpy
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..core import (
@@ -37,7 +39,10 @@ __all__ = [
     "SETTINGS",
     "Sweep",
     "caught",
+    "hand_over",
     "load_script",
+    "look_beside",
+    "run_script",
 ]
 
 T = TypeVar("T")
@@ -206,7 +211,9 @@ class Sweep:
         percentile: The share of trials, in percent, that `pruner="percentile"` lets continue.
         patience: The epochs without a new best value after which `pruner="patience"` stops a
             trial. By default three times `min_epochs`.
-        script: The file that the sweep was made in.
+        script: The script that `sda-ray sweep` was given.
+        module: The file of the module that made the sweep, if it has one.
+        derived: Whether `dataclasses.replace` made it.
     """
 
     name: str
@@ -224,6 +231,8 @@ class Sweep:
     percentile: float = 25.0
     patience: int | None = None
     script: Path | None = None
+    module: Path | None = field(default=None, init=False, repr=False, compare=False)
+    derived: bool = field(default=False, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         # Numbers may be NumPy's
@@ -242,6 +251,19 @@ class Sweep:
         for key, values in defaults.items():
             if not getattr(self, key):
                 object.__setattr__(self, key, values[several])
+
+        frame = inspect.currentframe()
+
+        while frame is not None and frame.f_code.co_name != "<module>":
+            if frame.f_globals.get("__name__") == "dataclasses":
+                object.__setattr__(self, "derived", True)
+
+            frame = frame.f_back
+
+        file = frame and frame.f_globals.get("__file__")
+
+        if file and os.path.isfile(file):
+            object.__setattr__(self, "module", Path(file).resolve())
 
     def check(self, data: DataInfo | None = None) -> "Sweep":
         r"""Returns the sweep in its normal form.
@@ -298,7 +320,7 @@ class Sweep:
             try:
                 caught(faults, lambda: checked.propose(()))
             except Exception as error:  # of the user's own function
-                faults = [f"SPACE cannot be drawn from: {type(error).__name__}: {error}."]
+                faults = [f"SPACE cannot be drawn from: {script_error(error)}."]
 
         return checked, faults
 
@@ -487,12 +509,52 @@ class Sweep:
         return json.loads(json.dumps({"config": self.config, "space": space, **settings}))
 
 
-OTHERS = ("name", "config", "space", "trials", "script")
+OTHERS = ("name", "config", "space", "trials", "script", "module", "derived")
 SETTINGS = tuple(field.name for field in fields(Sweep) if field.name not in OTHERS)
 
 
+class _Given(SystemExit):
+    r"""Ends a script that is being loaded once it has called `main(sweep)`."""
+
+    def __init__(self, sweep: Sweep) -> None:
+        super().__init__()
+        self.sweep = sweep
+
+
+LOADING: list[Path] = []  # the scripts that are being loaded
+
+
+def hand_over(sweep: Sweep) -> None:
+    r"""Hands the sweep of `main(sweep)` to the command that loads the script, if one does."""
+
+    if LOADING:
+        raise _Given(sweep)
+
+
+def look_beside(directory: Path) -> None:
+    r"""Lets modules of a script's directory be imported, unless a library has their name."""
+
+    place = str(directory)
+
+    if sys.path[:1] == [place]:  # as `python SCRIPT` has it
+        del sys.path[0]
+
+    if place not in sys.path:
+        sys.path.append(place)
+
+
 def load_script(script: Path) -> Sweep:
-    r"""Returns the sweep that a script defines.
+    r"""Returns the sweep that a script defines; it may import modules beside it."""
+
+    look_beside(script.resolve().parent)
+
+    return run_script(script)
+
+
+def run_script(script: Path) -> Sweep:
+    r"""Returns the sweep that a script defines, or that it calls `main` with.
+
+    It runs as a module that stays imported, not as `__main__`.
 
     Raises:
         UserError: If there is no such script, or not exactly one sweep in it.
@@ -501,14 +563,25 @@ def load_script(script: Path) -> Sweep:
     if not script.is_file():
         raise UserError(f"there is no sweep script {script}.")
 
+    module, file = ModuleType("sda_ray_sweep"), os.path.abspath(script)
+    module.__file__ = file
+    sys.modules[module.__name__] = module
+    LOADING.append(script)
+
     try:
-        names = runpy.run_path(str(script), run_name="sda_ray_sweep")
+        exec(compile(script.read_bytes(), file, "exec", dont_inherit=True), vars(module))
+    except _Given as given:
+        return replace(given.sweep, script=script)
     except (Exception, SystemExit) as error:
-        raise UserError(f"{script} cannot be run: {type(error).__name__}: {error}.") from error
+        raise UserError(f"{script} cannot be run: {script_error(error)}.") from error
+    finally:
+        LOADING.pop()
 
-    sweeps = [x for x in names.values() if isinstance(x, Sweep)]
+    # A sweep may have several names, and another may be made of it
+    sweeps = [*{id(x): x for x in vars(module).values() if isinstance(x, Sweep)}.values()]
+    derived = [x for x in sweeps if x.derived]
 
-    if len(sweeps) != 1:
+    if len(derived or sweeps) != 1:
         raise UserError(f"{script} defines {len(sweeps)} sweeps, but must define one.")
 
-    return replace(sweeps[0], script=script)
+    return replace((derived or sweeps)[0], script=script)

@@ -30,7 +30,8 @@ from ..core import (
 from ..data import DataInfo
 from ..runs import Wandb, sweep_directory, timestamp
 from ..search import GEOMETRIC, TrialRecord
-from .definition import PRUNERS, SAMPLERS, SETTINGS, Sweep, load_script
+from .code import unsafe
+from .definition import PRUNERS, SAMPLERS, SETTINGS, Sweep, look_beside, run_script
 
 __all__ = [
     "Changes",
@@ -123,6 +124,9 @@ def record_of(sweep: Sweep, options: Options, info: DataInfo) -> dict[str, Any]:
 def write_sweep(directory: Path, content: dict[str, Any], script: Path | None) -> None:
     r"""Writes the record of a sweep, after a copy of the script that it was defined by.
 
+    `beside` in the record is the directory of the script, whose modules it may import, relative to
+    that of the sweep.
+
     Arguments:
         directory: The directory of the sweep.
         content: The return value of :func:`record_of`, and `code`, the hash of the code, unless
@@ -134,10 +138,14 @@ def write_sweep(directory: Path, content: dict[str, Any], script: Path | None) -
     before = read_json(file) if file.exists() else {"created": timestamp()}
     same = before.get("definition") == content["definition"]
 
-    if script is not None and not same and script.resolve() != copy.resolve():
-        write_atomic(copy, script.read_bytes())
+    kept = {key: before[key] for key in ("code", "created", "beside") if key in before}
 
-    kept = {key: before[key] for key in ("code", "created") if key in before}
+    if script is not None and script.resolve() != copy.resolve():
+        kept["beside"] = os.path.relpath(script.resolve().parent, directory.resolve())
+
+        if not same:
+            write_atomic(copy, script.read_bytes(), mode=0o644)
+
     write_json(file, kept | content)
 
 
@@ -220,12 +228,35 @@ def load_record(runs: Path, name: str) -> tuple[Sweep, dict[str, Any]]:
     settings["space"] = {} if is_function else space_from_json(definition["space"])
 
     if in_script:
-        scripted = load_script(script)
+        scripted = _recorded_script(script, in_script, content.get("beside"))
         settings |= {key: getattr(scripted, key) for key in in_script}
 
     sweep = Sweep(name, definition["config"], trials=content["trials"], **settings)
 
     return replace(sweep, script=script if script.exists() else None), content["options"]
+
+
+def _recorded_script(script: Path, parts: list[str], beside: str | None) -> Sweep:
+    r"""Runs the script of a record, unless somebody else may have written it."""
+
+    note = ""
+
+    if script.exists() and (fault := "it is a link" * script.is_symlink() or unsafe(script)):
+        raise UserError(
+            f"{script} defines the {' and '.join(parts)} of the sweep, and is not run: {fault}. "
+            "Read it, and give a copy of your own instead of the sweep's name."
+        )
+
+    if beside is not None and (place := (script.parent / beside).resolve()).is_dir():
+        if fault := unsafe(place):
+            note = f" Modules of {place} are left out: {fault}."
+        else:
+            look_beside(place)
+
+    try:
+        return run_script(script)
+    except UserError as error:
+        raise UserError(f"{error}{note}") from error
 
 
 @dataclass(frozen=True)

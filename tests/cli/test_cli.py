@@ -1,5 +1,6 @@
 r"""Tests for sda_ray.cli.main: what is wrong is said at once, in one message, before anything starts."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -9,11 +10,13 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from conftest import Cli
 from refusing import Refuse, handlers, refuse, root
 from scene import SCRIPT
 
 from sda_ray.cli.options import Args
 from sda_ray.cli.sweep import chosen_sweep
+from sda_ray.core.system import python_command
 
 __all__ = ["handlers", "refuse", "root"]  # fixtures
 
@@ -251,3 +254,104 @@ def test_trials_and_finalists_of_the_command_line_are_those_of_the_sweep(tmp_pat
     sweep, _ = chosen_sweep(args, None)
 
     assert (sweep.trials, sweep.finalists) == (5, 3)
+
+
+@pytest.mark.parametrize("close", [0, 1, 2])
+def test_closed_stream_is_one_that_nobody_reads(root: Path, close: int) -> None:
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    child = f"import os; open('fds', 'w').write(os.readlink('/proc/self/fd/{close}'))"
+    program = f"""
+import os, sys, subprocess
+os.close({close})
+sys.{("stdin", "stdout", "stderr")[close]} = None  # as Python does
+from sda_ray import main
+main(argv=["runs"])
+subprocess.run([sys.executable, "-c", {child!r}], check=True)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=env, cwd=root, capture_output=True, text=True
+    )
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert ("There are no runs" in done.stdout) is (close != 1)
+    assert (root / "fds").read_text() == os.devnull
+
+
+def test_json_is_alone_on_standard_output(root: Path, cli: Cli) -> None:
+    space = "def space(trial):\n    print('drawn')\n    return {}\n\nsweep"
+    text = SCRIPT.replace("sweep", space, 1).replace("CONFIG, SPACE", "CONFIG, space")
+    (root / "tiny.py").write_text(f"print('loaded')\n{text}")
+    done = cli("plan", "tiny.py", "--json", "epochs=0", "--fix=a=1")
+
+    assert "loaded" in done.stderr and json.loads(done.stdout)["faults"], done.stderr
+
+
+PROGRAM = SCRIPT.replace("__name__ ==", "'' ==")
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ("main(sweep)", "there is no directory"),
+        ("threading.Thread(target=main, args=[sweep]).start()", "in the main thread of a process"),
+    ],
+)
+def test_sweep_is_run_by_the_file_that_made_it(root: Path, more: str, said: str) -> None:
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    (root / "width.py").write_text(PROGRAM)
+    launcher = f"import threading\nfrom width import main, sweep\n{more}\n"
+    (root / "launcher.py").write_text(launcher)
+
+    for words in (["launcher.py"], ["-c", launcher]):
+        done = subprocess.run(
+            [sys.executable, *words, "--data=none"],
+            env=env,
+            cwd=root,
+            capture_output=True,
+            text=True,
+        )
+        assert said in done.stderr and "Traceback" not in done.stderr
+        assert not (root / "runs").exists()
+
+
+@pytest.mark.parametrize("words", [["-"], ["-c", PROGRAM + "main(sweep)"]])
+def test_sweep_without_a_file_is_refused(root: Path, words: list[str]) -> None:
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        [sys.executable, *words],
+        env=env,
+        cwd=root,
+        input=PROGRAM + "main(sweep)",
+        capture_output=True,
+        text=True,
+    )
+
+    assert done.returncode == 2
+    assert done.stderr.startswith("sda-ray: sweep 'tiny' was not made in a file, from which it")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("script", ["optuna.py", "random.py"])
+def test_script_with_the_name_of_a_library_runs_as_a_module_of_the_package(
+    root: Path, script: str
+) -> None:
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    (root / script).write_text(SCRIPT)
+
+    for command in (["-m", "sda_ray"], python_command("sda-ray")[1:]):
+        done = subprocess.run(
+            [
+                sys.executable,
+                *command,
+                "sweep",
+                script,
+                "sampler=x",
+                "epochs=0",
+                "--wandb=disabled",
+            ],
+            env=env,
+            cwd=root,
+            capture_output=True,
+            text=True,
+        )
+        assert "CONFIG has no key 'sampler'" in done.stderr and "Traceback" not in done.stderr

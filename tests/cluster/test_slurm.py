@@ -128,9 +128,26 @@ def test_wish_of_the_user_takes_the_place_of_ours(
     assert "--cpus-per-task" in done.stdout  # none are asked for
 
 
+def test_log_is_in_a_directory_of_any_name(
+    cli: Any, sweep: Path, settings: list[str], tmp_path: Path
+) -> None:
+    root = tmp_path / "50%j of it"
+    done = cli("slurm", sweep.name, *settings, "--root", str(root), "--", r"--comment=a\b")
+    assert done.returncode == 0, done.stderr
+
+    asked = asked_by((root / "runs/sweeps/jobs/slurm.sh").read_text())
+    (log,) = [x for x in asked if "--output" in x]
+    assert log == f'"--output={tmp_path}/50%%j of it/runs/sweeps/jobs/slurm-%j.log"'
+    assert asked[-1] == r'"--comment=a\\b"'  # Slurm takes a backslash for a quote
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (["--root=a\\b"], "has a backslash, which turns off the %j in the names of Slurm's log"),
+        (["--time=1:00"], "there is no option --time"),
+        (["--time=1:00"], "Options of sbatch come after --, as in: -- --time …"),
+        (["-c", "8"], "Options of sbatch come after --, as in: -- -c …"),
         (["--address=auto"], "--address does not go with Slurm"),
         (["--fork"], "--fork needs --name"),
         (["--", "nodes=2"], "'nodes=2' is no option of sbatch"),

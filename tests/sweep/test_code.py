@@ -3,6 +3,7 @@ r"""Tests for sda_ray.sweep.code: a sweep runs the code that it was started with
 import importlib
 import json
 import os
+import py_compile
 import shutil
 import signal
 import subprocess
@@ -134,6 +135,66 @@ def test_code_of_another_user_is_refused(sweep: Path) -> None:
     os.chown(cache / "main.cpython-311.pyc", 4321, -1)
 
     assert "belongs to another user" in damage(code)
+
+
+@pytest.mark.parametrize("mode", [0o020, 0o002])
+@pytest.mark.parametrize("name", ["sweeps", "tiny", "code", ".", "sda_ray", "sda_ray/__main__.py"])
+def test_code_that_others_may_change_is_refused(sweep: Path, name: str, mode: int) -> None:
+    if mode == 0o020 and os.geteuid() != 0:
+        pytest.skip("the group may be the caller's alone")
+
+    place = fake(sweep).place
+    known = {x.name: x for x in place.parents}
+    part = known.get(name, place / name)
+    part.chmod(part.stat().st_mode | mode)
+
+    with pytest.raises(UserError, match=r"others may write to .*chmod go-w.*--code current"):
+        check_code(sweep)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("numpy.py", "sda_ray/.hidden", "sda_ray/x.pyc", "sda_ray/core/errors/__init__.pyc"),
+        *("sda_ray/origin.py", "sda_ray/__pycache__/x.py"),
+    ],
+)
+def test_code_with_more_than_was_recorded_is_refused(sweep: Path, name: str) -> None:
+    code = fake(sweep)
+    (code.place / name).parent.mkdir(parents=True, exist_ok=True)
+    (code.place / name).write_text("")
+
+    assert f"{code.place / name} was not recorded" in damage(code)
+
+
+def test_recorded_code_is_safe_whatever_the_umask(sweep: Path) -> None:
+    before = os.umask(0)
+
+    try:
+        code = keep_code(sweep)
+    finally:
+        os.umask(before)
+
+    sweep.joinpath("code").chmod(0o755)
+    assert not damage(code)
+
+
+def test_bytecode_is_not_run_in_place_of_recorded_code(sweep: Path, tmp_path: Path) -> None:
+    code = fake(sweep)
+    (tmp_path / "other.py").write_text("print('other code runs')\n")
+    cache = importlib.util.cache_from_source(str(code.package / "__main__.py"))
+    mode = py_compile.PycInvalidationMode.UNCHECKED_HASH
+    py_compile.compile(str(tmp_path / "other.py"), cache, invalidation_mode=mode)
+    program = (
+        f"from sda_ray.sweep.code import *; execute(Path({str(code.place)!r}), 'sda-ray', [])"
+    )
+    environment = os.environ | {"PYTHONPATH": str(PACKAGE.parent)}
+    words = [sys.executable, "-c", f"from pathlib import Path; {program}"]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+
+    assert not damage(code)
+    assert "recorded code runs ['sda-ray']" in done.stdout, done.stderr
+    assert "other code runs" not in done.stdout
 
 
 def test_files_that_differ_are_named(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,12 @@
 r"""Tests for the sda_ray.sweep.definition and sda_ray.sweep.definition modules: what a sweep may be."""
 
+import importlib
 import json
+import pickle
+import sys
+import typing
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +18,7 @@ from sda_ray.core.config import CONFIG
 from sda_ray.core.errors import UserError
 from sda_ray.core.space import choice, integer, loguniform
 from sda_ray.search.promotion import FINAL
-from sda_ray.sweep.definition import SETTINGS, Sweep
+from sda_ray.sweep.definition import SETTINGS, Sweep, load_script
 
 SPACE = {"learning_rate": loguniform(1e-4, 1e-2)}
 SEVERAL = ("loss_valid", "parameters")
@@ -251,3 +257,109 @@ def test_with_several_objectives_it_is_said_that_nothing_is_pruned() -> None:
     (said,) = sweep_of(objectives=SEVERAL).warnings()
 
     assert "nothing is pruned" in said
+
+
+# Scripts
+
+HEAD = "from sda_ray import CONFIG, Sweep, loguniform, main\n"
+MADE = 'Sweep("x", CONFIG, {"learning_rate": loguniform(1e-4, 1e-2)}, trials=3)\n'
+
+
+@pytest.fixture
+def imports() -> Iterator[None]:
+    r"""Forgets what scripts import, and where from."""
+
+    path, modules = [*sys.path], {*sys.modules}
+    yield
+    sys.path[:] = path
+
+    for name in {*sys.modules} - modules:
+        if name in ("rates", "width", "launcher", "sda_ray_sweep"):
+            del sys.modules[name]
+
+
+@pytest.mark.usefixtures("imports")
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"from rates import LOW\n{HEAD}sweep = {MADE}",
+        f"{HEAD}sweep = again = {MADE}",
+        f"from dataclasses import replace\n{HEAD}base = {MADE}sweep = replace(base, trials=3)\n",
+        f"{HEAD}main({MADE})\nraise AssertionError\n",
+        f"{HEAD}def make():\n    return {MADE}\nif 1:\n    one, sweep = make(), make()\nmain(sweep)\n",
+        f"#!/usr/bin/python\n# coding: latin-1\n# \xe9\n{HEAD}sweep = {MADE}".encode("latin-1"),
+    ],
+    ids=["module", "names", "derived", "unguarded", "chosen", "encoding"],
+)
+def test_script_is_loaded_as_python_would_run_it(tmp_path: Path, text: str | bytes) -> None:
+    script = tmp_path / "x.py"
+    script.write_bytes(text if isinstance(text, bytes) else text.encode())
+    (tmp_path / "rates.py").write_text("LOW = 1e-4\n")
+    sweep = load_script(script)
+
+    assert (sweep.name, sweep.trials, sweep.script) == ("x", 3, script)
+    assert not list(tmp_path.rglob("x.*.pyc"))
+
+
+@pytest.mark.usefixtures("imports")
+def test_what_a_script_defines_is_in_a_module(tmp_path: Path) -> None:
+    script = tmp_path / "x.py"
+    script.write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        f"{HEAD}@dataclass\nclass Setup:\n    rate: float = 1\n\nsetup = Setup()\nsweep = {MADE}"
+    )
+    load_script(script)
+    module = sys.modules["sda_ray_sweep"]
+
+    assert typing.get_type_hints(module.Setup) == {"rate": float}
+    assert pickle.loads(pickle.dumps(module.setup)) == module.setup
+    assert module.__file__ == str(script)
+
+
+@pytest.mark.usefixtures("imports")
+@pytest.mark.parametrize("name", ["optuna", "random", "sda_ray"])
+def test_script_with_the_name_of_a_library_does_not_hide_it(tmp_path: Path, name: str) -> None:
+    (tmp_path / f"{name}.py").write_text(f"{HEAD}sweep = {MADE}")
+    load_script(tmp_path / f"{name}.py")
+
+    spec = importlib.util.find_spec(name)
+    assert spec is not None and Path(str(spec.origin)).parent != tmp_path
+
+
+@pytest.mark.usefixtures("imports")
+def test_sweep_knows_the_module_that_made_it(tmp_path: Path) -> None:
+    (tmp_path / "width.py").write_text(f"{HEAD}sweep = {MADE}")
+    launcher = tmp_path / "launcher.py"
+    launcher.write_text("import width\nsweep = width.sweep\n")
+    sweep = load_script(launcher)
+
+    assert sweep.script == launcher
+    assert sys.modules["width"].sweep.module == tmp_path / "width.py"
+    assert eval(MADE, dict(vars(sys.modules["sda_ray"]), **vars(sys.modules["width"]))).module
+
+
+@pytest.mark.usefixtures("imports")
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        (f"{HEAD}\n1 / 0\n", r"ZeroDivisionError: division by zero \(.*x\.py, line 3\)\."),
+        ("import rates\nrates.low()\n", r"KeyError: 'a' \(x\.py, line 2\)\."),
+        (f"{HEAD}sweep = (\n", r"SyntaxError: .*\(x\.py, line 2\)\."),
+        (f"{HEAD}{HEAD}sweep = Sweep()\n", r"TypeError: .*name.* \(.*x\.py, line 3\)\."),
+    ],
+)
+def test_error_of_a_script_is_told_with_its_line(tmp_path: Path, text: str, where: str) -> None:
+    (tmp_path / "x.py").write_text(text)
+    (tmp_path / "rates.py").write_text("def low():\n    return {}['a']\n")
+
+    with pytest.raises(UserError, match=rf"x\.py cannot be run: {where}$"):
+        load_script(tmp_path / "x.py")
+
+
+@pytest.mark.usefixtures("imports")
+def test_error_of_a_function_is_told_with_its_line(tmp_path: Path) -> None:
+    text = f"{HEAD}def space(trial):\n    return {{}}['a']\nsweep = Sweep('x', CONFIG, space)\n"
+    (tmp_path / "x.py").write_text(text)
+
+    with pytest.raises(UserError, match=r"SPACE: KeyError: 'a' \(.*x\.py, line 3\)"):
+        load_script(tmp_path / "x.py").check()

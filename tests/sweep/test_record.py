@@ -1,6 +1,9 @@
 r"""Tests for sda_ray.sweep.record: the record of a sweep, and what may change in it."""
 
 import json
+import os
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -330,3 +333,94 @@ def test_unknown_sweep_is_an_error_that_names_the_known_ones(
 
     with pytest.raises(UserError, match="which has x"):
         read_sweep(tmp_path, name)
+
+
+@pytest.fixture
+def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    r"""The record of a sweep whose script imports another module, and writes when it is run."""
+
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "bounds", raising=False)
+    script, directory = tmp_path / "scripts" / "x.py", sweep_directory(tmp_path / "runs", "x")
+    directory.mkdir(parents=True)
+    script.parent.mkdir()
+    mark = f"from bounds import TOP\nopen({str(tmp_path / 'mark')!r}, 'w').close()\n"
+    script.write_text(mark + FUNCTION.replace("TOP, SIZES", "SIZES").replace("1e-2, (", "(", 1))
+    (script.parent / "bounds.py").write_text("TOP = 1e-2\n")
+    write_sweep(directory, record(load_script(script)), script)
+    (tmp_path / "mark").unlink()
+    monkeypatch.setattr(sys, "path", [x for x in sys.path if x != str(script.parent)])
+    monkeypatch.delitem(sys.modules, "bounds")
+
+    return directory
+
+
+def test_recorded_script_finds_the_modules_beside_the_script(
+    recorded: Path, tmp_path: Path
+) -> None:
+    before = read_sweep(tmp_path / "runs", "x")
+    sweep, _ = load_record(tmp_path / "runs", "x")
+
+    assert record(sweep)["definition"] == before["definition"]
+
+    write_sweep(recorded, record(sweep), sweep.script)  # resumed by its name
+    assert read_sweep(tmp_path / "runs", "x")["beside"] == before["beside"]
+
+    tmp_path.joinpath("scripts").chmod(0o777)
+    sys.path.pop()
+    del sys.modules["bounds"]
+
+    with pytest.raises(UserError, match=r"'bounds' .*are left out: others may write to"):
+        load_record(tmp_path / "runs", "x")
+
+
+def linked(part: Path) -> None:
+    aside = part.with_name("aside")
+    part.rename(aside)
+    part.symlink_to(aside)
+
+
+@pytest.mark.parametrize("name", ["runs", "sweeps", "x", "script.py"])
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda part: os.chown(part, 4321, -1), "belongs to another user"),
+        (lambda part: part.chmod(part.stat().st_mode | 0o020), ".*may write to"),
+        (lambda part: part.chmod(part.stat().st_mode | 0o002), "others may write to"),
+    ],
+    ids=["owner", "group", "others"],
+)
+def test_script_that_somebody_else_may_have_written_is_not_run(
+    recorded: Path, tmp_path: Path, name: str, change: Callable[[Path], None], why: str
+) -> None:
+    if not why.startswith("others") and os.geteuid() != 0:
+        pytest.skip("only root may give files away, and has no group of its own")
+
+    change(
+        next(x for x in (recorded / "script.py", recorded, *recorded.parents) if x.name == name)
+    )
+
+    with pytest.raises(UserError, match=rf"script\.py defines the space .* not run: .*{why}"):
+        load_record(tmp_path / "runs", "x")
+
+    assert not (tmp_path / "mark").exists()
+
+
+def test_script_that_is_a_link_is_not_run(recorded: Path, tmp_path: Path) -> None:
+    linked(recorded / "script.py")
+
+    with pytest.raises(UserError, match=r"script.py defines the space .* not run: it is a link"):
+        load_record(tmp_path / "runs", "x")
+
+    assert not (tmp_path / "mark").exists()
+
+
+def test_links_of_the_caller_lead_to_a_record(recorded: Path, tmp_path: Path) -> None:
+    linked(tmp_path / "runs")
+    assert load_record(tmp_path / "runs", "x")[0].name == "x"
+
+    aside = tmp_path / "aside"
+    aside.chmod(0o777)  # not that of the link, but of its target
+
+    with pytest.raises(UserError, match=r"others may write to .*aside"):
+        load_record(tmp_path / "runs", "x")
