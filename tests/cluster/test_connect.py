@@ -23,8 +23,10 @@ from sda_ray.core.errors import UserError
 PROGRAM = """
 import json, os, sys
 from pathlib import Path
-from sda_ray.cluster.connect import connected
+from sda_ray.cluster.connect import check_ray_init, connected
 from sda_ray.cluster.slots import Slots
+
+check_ray_init()
 
 def below(pid):
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
@@ -51,6 +53,11 @@ with connected(modules=["colorsys"]) as scratch:
         Slots(64, 0).check()
     except ValueError as error:
         said["refused"] = str(error)
+
+    try:
+        check_ray_init()
+    except ValueError as error:
+        said["again"] = str(error)
 
     slots, asked = Slots(1, 0), []
     slots.avoided = {node["NodeID"]: "node bad: 3 workers in a row died there"}
@@ -132,6 +139,7 @@ def test_ray_of_our_own_is_private_and_leaves_nothing(place: Path) -> None:
     assert said["cpus"] == (1 if shutil.which("taskset") else local_cpus())
     assert said["worker"] == [str(place), 0, "token"]
     assert said["imported"]
+    assert said["again"].startswith("the script has called ray.init, but a sweep starts a Ray of")
 
     # Ctrl-C in a terminal reaches no process of Ray
     assert len(said["processes"]) > 3
