@@ -23,6 +23,7 @@ from sda_ray.core.keys import format_value
 # these signals.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 # How long an example takes says something about the machine, and nothing about the code. A change
 # is judged by the same examples each time; who looks for more chooses the profile `search`.

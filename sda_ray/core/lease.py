@@ -48,6 +48,7 @@ logger = logging.getLogger(__name__)
 
 STALE = 60.0  # seconds without a heartbeat after which a holder on another host counts as dead
 HEARTBEAT = 10.0  # seconds between two heartbeats
+DELETION = 0.5  # seconds that the deletion of a directory may take, once it has begun
 KILL_TIMEOUT = 10.0  # seconds that a killed process may take to end
 
 Holder = dict[str, Any]  # attempt, pid, started, since, host, machine, boot, space
@@ -249,8 +250,11 @@ class Lease:
             with self.backend.lock():
                 self._check()
                 yield
-        except OSError:
+        except OSError as error:
             if isinstance(self.backend, FileBackend):
+                if isinstance(error, FileNotFoundError):  # all may be about to be deleted
+                    time.sleep(DELETION)
+
                 check_present(self.backend.file)
 
             raise

@@ -65,10 +65,12 @@ class Journal(BaseJournalBackend):
         try:
             if os.lstat(self.file).st_size == self._offset > 0:
                 return
+
+            descriptor = open_regular(self.file)
         except FileNotFoundError:
             return
 
-        with os.fdopen(open_regular(self.file), "rb") as file:
+        with os.fdopen(descriptor, "rb") as file:
             file.seek(self._offset)
 
             for line in file:

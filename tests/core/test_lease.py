@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -360,6 +361,18 @@ def test_deleted_directory_ends_the_lease(tmp_path: Path) -> None:
 
     lease.release()
     assert not (tmp_path / "run").exists()
+
+
+def test_write_into_a_directory_that_is_being_deleted_says_so(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    lease = Lease(tmp_path / "run" / "lease.json", "run x")
+    deletion = threading.Timer(0.1, shutil.rmtree, [tmp_path / "run"])
+
+    with pytest.raises(LeaseGone, match="was deleted or unmounted"), lease.hold():
+        deletion.start()  # the file that is written goes before the lease does
+        (tmp_path / "run" / "gone.json").read_bytes()
+
+    lease.release()
 
 
 def test_lease_without_file_locks_says_how_to_get_them(
