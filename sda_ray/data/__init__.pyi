@@ -10,6 +10,8 @@ from .dataset import has_fingerprint as has_fingerprint
 from .dataset import unusual as unusual
 from .flow import KolmogorovFlow as KolmogorovFlow
 from .flow import coarsen as coarsen
+from .flow import divergence as divergence
+from .flow import isotropic_spectrum as isotropic_spectrum
 from .flow import vorticity as vorticity
 from .simulate import PRESETS as PRESETS
 from .simulate import simulate_dataset as simulate_dataset

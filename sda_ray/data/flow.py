@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .solver import Solver
 
-__all__ = ["KolmogorovFlow", "coarsen", "vorticity"]
+__all__ = ["KolmogorovFlow", "coarsen", "divergence", "isotropic_spectrum", "vorticity"]
 
 SPEED = 3.0  # of the initial field, at most
 SPEED_LIMIT = 5.0  # that the time step allows
@@ -152,3 +152,48 @@ def vorticity(x: Tensor) -> Tensor:
     dv = v.roll(-1, dims=-2) - v.roll(1, dims=-2)
 
     return (du - dv) / 2
+
+
+def divergence(x: Tensor) -> Tensor:
+    r"""Computes the divergence :math:`\partial_x u + \partial_y v` in units of the grid spacing.
+
+    The velocities have shape :math:`(*, 2, H, W)`. The differences are central, since velocities
+    that were averaged over blocks of cells live close to the centers of the blocks. So the
+    divergence of data is small, but not zero: compare it with that.
+    """
+
+    u, v = x.unbind(dim=-3)
+    du = u.roll(-1, dims=-2) - u.roll(1, dims=-2)
+    dv = v.roll(-1, dims=-1) - v.roll(1, dims=-1)
+
+    return (du + dv) / 2
+
+
+def isotropic_spectrum(x: Tensor, y: Tensor | None = None) -> Tensor:
+    r"""Computes the isotropic power spectrum of periodic fields, or their cross-spectrum.
+
+    .. math:: S_k = \sum_{k - 1/2 \le |q| < k + 1/2} \mathrm{Re}(\hat{x}_q \hat{y}_q^*)
+
+    where :math:`q` counts the waves along the shorter side, and :math:`\hat{x}` is scaled such that
+    :math:`\sum_k S_k` is the mean of :math:`x y` over the field.
+
+    Arguments:
+        x: The fields, with shape :math:`(*, H, W)`.
+        y: The other fields, by default the same.
+
+    Returns:
+        The spectrum of the wavenumbers :math:`0, 1, \dots` up to the corners of the Fourier plane,
+        with shape :math:`(*, K)`, in single precision at least.
+    """
+
+    def transform(x: Tensor) -> Tensor:
+        return torch.fft.fft2(x.to(torch.promote_types(x.dtype, torch.float32)), norm="forward")
+
+    side = min(x.shape[-2:])
+    rows, columns = (torch.fft.fftfreq(n, 1 / side, device=x.device) for n in x.shape[-2:])
+    shells = torch.hypot(rows[:, None], columns).round().long().flatten()
+
+    a = transform(x)
+    power = (a * (a if y is None else transform(y)).conj()).real.flatten(-2)
+
+    return power.new_zeros(*power.shape[:-1], int(shells.max()) + 1).index_add(-1, shells, power)

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from sda_ray.data import flow as module
-from sda_ray.data.flow import KolmogorovFlow, coarsen, vorticity
+from sda_ray.data.flow import (
+    KolmogorovFlow,
+    coarsen,
+    divergence,
+    isotropic_spectrum,
+    vorticity,
+)
 
 REFERENCE = np.load(Path(__file__).parents[1] / "reference" / "flow.npz")
 
@@ -22,7 +28,7 @@ def error(x: Tensor, y: Tensor) -> float:
     return float((x - y).norm() / y.norm())
 
 
-def divergence(x: Tensor) -> Tensor:
+def staggered_divergence(x: Tensor) -> Tensor:
     u, v = x.unbind(dim=-3)
 
     return u - u.roll(1, dims=-2) + v - v.roll(1, dims=-1)
@@ -62,6 +68,50 @@ def test_coarsening_and_vorticity_accept_any_batch() -> None:
     assert torch.allclose(coarsen(x, 4)[1, 2, 0, 1, 2], x[1, 2, 0, 4:8, 8:12].mean())
 
 
+def test_divergence_is_that_of_waves() -> None:
+    i, j = torch.meshgrid(*2 * [2 * torch.pi * torch.arange(32.0) / 32], indexing="ij")
+    slope = np.sin(2 * torch.pi / 32)  # of a wave, by central differences
+
+    x = torch.stack([i.sin() * j.cos(), 2 * i.cos() * j.sin()])
+    assert torch.allclose(divergence(x), 3 * slope * i.cos() * j.cos(), atol=1e-6)
+
+    x = torch.stack([i.sin() * j.cos(), -i.cos() * j.sin()])
+    assert divergence(x).abs().max() < 1e-6
+    assert divergence(torch.randn(3, 5, 2, 8, 12)).shape == (3, 5, 8, 12)
+
+
+def test_divergence_of_states_is_small_beside_their_vorticity() -> None:
+    x = reference("states_64")
+    swapped = x.flip(-3)
+
+    for r in 1, 2:
+        y = coarsen(x, r)
+        assert divergence(y).std() < 0.15 * vorticity(y).std()
+
+    assert divergence(swapped).std() > 0.5 * vorticity(x).std()
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 16, 16), (8, 12), (9, 5), (1, 1)])
+def test_spectrum_sums_to_the_mean_square(shape: tuple[int, ...]) -> None:
+    x, y = torch.randn(2, *shape, dtype=torch.float64)
+
+    spectrum, cross = isotropic_spectrum(x), isotropic_spectrum(x, y)
+    assert spectrum.shape[:-1] == x.shape[:-2]
+    assert (spectrum >= 0).all()
+    assert torch.allclose(spectrum.sum(-1), x.square().mean((-1, -2)))
+    assert torch.allclose(cross.sum(-1), (x * y).mean((-1, -2)))
+    assert torch.allclose(isotropic_spectrum(x.half()), spectrum.float(), rtol=0.05, atol=1e-3)
+
+
+def test_wave_is_found_at_its_wavenumber() -> None:
+    i, j = torch.meshgrid(*2 * [2 * torch.pi * torch.arange(32.0) / 32], indexing="ij")
+    x = 1 + 2 * (3 * i + 4 * j).cos()
+
+    expected = torch.zeros(24)
+    expected[0], expected[5] = 1, 2
+    assert torch.allclose(isotropic_spectrum(x), expected, atol=1e-6)
+
+
 @pytest.mark.parametrize("size", [16, 64])
 def test_prior_is_free_of_divergence_and_scaled(size: int) -> None:
     x = KolmogorovFlow(size).prior([0, 1, 2**64 - 1])
@@ -69,7 +119,7 @@ def test_prior_is_free_of_divergence_and_scaled(size: int) -> None:
     assert x.shape == (3, 2, size, size)
     assert x.dtype == torch.float32
     assert torch.allclose(x.square().sum(dim=1).sqrt().amax(dim=(1, 2)), torch.full((3,), 3.0))
-    assert divergence(x).abs().max() < 1e-5
+    assert staggered_divergence(x).abs().max() < 1e-5
     assert x.mean(dim=(-1, -2)).abs().max() < 1e-5
     assert not torch.allclose(x[0], x[1])
 
@@ -102,7 +152,7 @@ def test_transition_conserves_volume_and_momentum() -> None:
     x = flow.prior([0, 1]) + torch.tensor([0.5, -0.25])[:, None, None]
     y = flow.transition(x)
 
-    assert divergence(y).abs().max() < 1e-5
+    assert staggered_divergence(y).abs().max() < 1e-5
     # The force has no mean: momentum decays by drag alone, step by step.
     decay = (1 - 0.1 * flow.dt / flow.steps) ** flow.steps
     assert torch.allclose(y.mean(dim=(-1, -2)), decay * x.mean(dim=(-1, -2)), atol=1e-6)
