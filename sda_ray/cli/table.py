@@ -282,7 +282,7 @@ def conclude(
     records: Sequence[TrialRecord],
     directory: Path,
     runs: Path,
-    importances: Mapping[str, float],
+    importances: Mapping[str, tuple[float, float, float]],
 ) -> None:
     r"""Prints the leaderboard of a finished sweep, and the commands to try next."""
 
@@ -303,8 +303,9 @@ def conclude(
     say(f"\nBest configuration: {values}")
 
     if importances:
-        shares = ", ".join(f"{key} {x:.2f}" for key, x in importances.items())
-        say(f"What mattered:      {shares} (PED-ANOVA over {len(complete)} complete runs)")
+        texts = (f"{k} {x:.2f} ({a:.2f} to {b:.2f})" for k, (x, a, b) in importances.items())
+        say(f"What mattered:      {', '.join(texts)}")
+        say(f"                    PED-ANOVA over {len(complete)} complete runs, 90 % intervals")
 
     if path is None:
         say(f"Its directory, of run {best.run_id}, is gone.")

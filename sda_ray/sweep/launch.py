@@ -97,7 +97,7 @@ class View(Protocol):
         records: Sequence[TrialRecord],
         directory: Path,
         runs: Path,
-        importances: Mapping[str, float],
+        importances: Mapping[str, tuple[float, float, float]],
     ) -> None: ...
 
 

@@ -110,15 +110,19 @@ def test_conclusion_of_repeats_is_their_mean_and_spread(
     assert "One seed" not in out and "Best configuration" not in out
 
 
+MATTER = {"learning_rate": (0.75, 0.61, 0.84)}
+
+
 def test_conclusion_names_commands_that_exist(
     runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(runs)
-    conclude("demo", 5, records(5), runs / "sweeps" / "demo", runs, {"learning_rate": 0.75})
+    conclude("demo", 5, records(5), runs / "sweeps" / "demo", runs, MATTER)
     out = capsys.readouterr().out
 
     assert "learning_rate=0.00123456 hidden_channels=64,128,256 activation=SiLU" in out
-    assert "learning_rate 0.75 (PED-ANOVA over 1 complete runs)" in out
+    assert "What mattered:      learning_rate 0.75 (0.61 to 0.84)\n" in out
+    assert "PED-ANOVA over 1 complete runs, 90 % intervals\n" in out
     assert "crimson-cloud-2_run00002/state.pth" in out
     assert "sda-ray sweep demo --trials 10 " in out
     assert "sda-ray train --config crimson-cloud-2_run00002 --replicas 3 " in out

@@ -208,7 +208,12 @@ def test_importances_are_known_from_ten_complete_runs_on() -> None:
     trials = view(play(sweep_of(sampler="random", pruner="none"), 40, value))
     matter = importances(memory_study(trials))
 
-    assert list(matter) == sorted(matter, key=matter.__getitem__, reverse=True)
+    shares = {key: share for key, (share, _, _) in matter.items()}
+
+    assert list(shares) == sorted(shares, key=shares.__getitem__, reverse=True)
+    assert all(0 <= low <= high <= 1 for _, low, high in matter.values())
+    assert matter["learning_rate"][1] > max(high for _, _, high in [*matter.values()][1:])
+    assert importances(memory_study(trials)) == matter  # whenever it is asked
     assert matter.keys() == SPACE.keys() and next(iter(matter)) == "learning_rate"
     assert [importances(memory_study(trials[:n])) for n in (0, 2, 9)] == [{}, {}, {}]
     assert importances(memory_study(trials[:10])).keys() == SPACE.keys()
