@@ -29,7 +29,7 @@ __all__ = ["TIME", "Driver", "Notify"]
 
 logger = logging.getLogger(__name__)
 
-TIME = "its time, by --hours or SLURM_JOB_END_TIME, is up"
+TIME = "its time is up"
 LEAVING = "this machine is about to be taken away"
 UNREACHED = 2  # attempts that W&B's server fails, after which new ones start offline
 HOUSEKEEPING = 5.0  # seconds between two calls of the housekeeping

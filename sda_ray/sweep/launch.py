@@ -258,6 +258,12 @@ def _run(
         table.target = target
         write_sweep(stop.parent, read_sweep(options.runs, sweep.name) | {"trials": target}, None)
 
+    limits = {
+        "the time that --hours gives is up": deadline(options.hours, {}),
+        "the time of the Slurm job is up": deadline(None, os.environ),
+    }
+    end = min((x for x in limits.values() if x is not None), default=None)
+
     try:
         if decide(records, (), rules, stops=stops).kind != "stop":
             driver = Driver(
@@ -269,7 +275,7 @@ def _run(
                 table.notify,
                 stop,
                 stops,
-                deadline(options.hours, os.environ),
+                end,
                 retarget,
             )
             study.journal.give_up = lambda: driver.stopping
@@ -286,7 +292,7 @@ def _run(
             with suppress(KeyboardInterrupt), on_signals(interrupt), table:
                 _drive(driver, slots, options, retention, code, command)
 
-            _end(driver, command)
+            _end(driver, command, next((why for why, x in limits.items() if x == end), ""))
 
         study.close()
     finally:
@@ -339,7 +345,7 @@ def _drive(
         execute(driver, resources, scratch, own=alone, requests=RequestServer(driver))
 
 
-def _end(driver: Driver, command: str) -> None:
+def _end(driver: Driver, command: str, limit: str) -> None:
     r"""Exits and prints how to resume, unless nothing is left to do."""
 
     if driver.done:
@@ -352,7 +358,8 @@ def _end(driver: Driver, command: str) -> None:
             "current if it was in the package."
         )
 
-    why = f", since {driver.why}" if driver.why else ""
+    in_time = driver.why == TIME
+    why = f", since {limit if in_time else driver.why}" if driver.why else ""
     unsaved = driver.unsaved | {*driver.live.values()}
 
     if unsaved:
@@ -362,7 +369,7 @@ def _end(driver: Driver, command: str) -> None:
         saved = "Nothing is lost"
 
     say(f"Stopped{why}. {saved}: resume with `{command}`.")
-    sys.exit(os.EX_TEMPFAIL if driver.why == TIME else 128 + (driver.signal or signal.SIGINT))
+    sys.exit(os.EX_TEMPFAIL if in_time else 128 + (driver.signal or signal.SIGINT))
 
 
 def _resume_command(name: str, options: Options) -> str:

@@ -337,7 +337,7 @@ def test_sweep_stops_before_its_time_is_up(tmp_path: Path) -> None:
     manual.driver.start -= 1000.0
     manual.driver.tick()
     assert manual.driver.stopping and manual.driver.request.exists()
-    assert manual.driver.why == "its time, by --hours or SLURM_JOB_END_TIME, is up"
+    assert manual.driver.why == "its time is up"
 
 
 def test_house_is_kept_now_and_then_and_its_error_stops_the_sweep_in_order(
