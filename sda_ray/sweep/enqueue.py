@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from ..core import (
     short_repr,
     split_group,
 )
-from ..runs import RunPath, read_history, read_record
+from ..runs import RunPath, finals, read_history, read_record
 from ..search import CallbackTrial, Study, TrialRecord, distributions
 from .definition import Sweep
 
@@ -369,7 +368,8 @@ def restore_runs(study: Study, sweep: Sweep, runs: Path, data: str, since: str) 
     r"""Adds the runs of a sweep that its study has lost, and returns lines about it.
 
     The journal may be gone, or an older copy. Settings and parameters are in the directories of the
-    runs; :func:`sda_ray.search.reconcile.catch_up` reads values and ends from there.
+    runs, also of those that were brought in; :func:`sda_ray.search.reconcile.catch_up` reads values
+    and ends of the others from there. The queue is nowhere else.
 
     Arguments:
         study: The study of the sweep.
@@ -384,25 +384,26 @@ def restore_runs(study: Study, sweep: Sweep, runs: Path, data: str, since: str) 
 
     records = study.records()
     known, numbers = {r.run_id for r in records}, {r.index for r in records}
-    found: list[tuple[str, RunPath, dict[str, Any]]] = []
+    found: list[tuple[RunPath, dict[str, Any]]] = []
     restored, refused = 0, []
 
     for path in RunPath.all(runs):
         if path.id not in known:
             with suppress(UserError, OSError):
                 run = read_record(path)
-                own = run.get("sweep") == sweep.name and type(run.get("trial")) is int
 
-                if own and run.get("created", "") >= since and run["trial"] not in numbers:
-                    found.append((run.get("created", ""), path, run))
+                if run.get("sweep") == sweep.name and run.get("created", "") >= since:
+                    found.append((path, run))
 
-    newest = {run["trial"]: (path, run) for _, path, run in sorted(found, key=itemgetter(0))}
+    found.sort(key=lambda item: item[1].get("created", ""))
+    newest = {run["trial"]: (path, run) for path, run in found if type(run.get("trial")) is int}
+    copies = [(path, run) for path, run in found if run.get("status") == "adopted"]
 
-    for _, (path, run) in sorted(newest.items()):
+    for path, run in (*(newest[n] for n in sorted(newest.keys() - numbers)), *copies):
         try:
             _restore(study, sweep, path, run, data)
             restored += 1
-        except (UserError, OSError) as error:
+        except (UserError, OSError, KeyError, TypeError) as error:
             refused.append(f"  {path.directory.name}: {'; '.join(str(error).splitlines())}")
 
     if refused and not (records or restored):
@@ -419,14 +420,17 @@ def restore_runs(study: Study, sweep: Sweep, runs: Path, data: str, since: str) 
         )
 
     file = study.journal.file.name
-    lines = [f"{file} had lost {restored} runs: they are restored from their directories."]
+    lines = [
+        f"{file} had lost {restored} runs: they are restored from their directories. What was "
+        "queued is not: give it by --enqueue again."
+    ]
     left_out = [f"{file} lacks these runs, which cannot be restored:", *refused]
 
     return lines * (restored > 0) + left_out * bool(refused)
 
 
 def _restore(study: Study, sweep: Sweep, path: RunPath, run: Mapping[str, Any], data: str) -> None:
-    r"""Adds a run to a study as one that is in flight no more."""
+    r"""Adds a run to a study: as one that is in flight no more, or as it was brought in."""
 
     from optuna.trial import TrialState, create_trial
 
@@ -436,14 +440,34 @@ def _restore(study: Study, sweep: Sweep, path: RunPath, run: Mapping[str, Any], 
     config, params = load_config(path.config), run.get("params")
     match = fit(sweep, config, params if isinstance(params, dict) else None)
 
-    if faults := [*match.faults, *match.differences.values()]:
+    adopted, history = run.get("status") == "adopted", read_history(path.metrics)
+    differences = [x for key, x in match.differences.items() if key != "seed" or not adopted]
+
+    if faults := [*match.faults, *differences]:
         raise UserError("\n".join(faults))
 
-    last, epochs, rules = max(read_history(path.metrics), default=0), config["epochs"], sweep.rules
-    until = min(rules.after(last - 1), epochs) if rules.min_epochs else epochs
+    epochs, rules = config["epochs"], sweep.rules
     drawn = create_trial(
         state=TrialState.PRUNED, params=match.params, distributions=match.distributions
     )
+
+    if adopted:
+        record = TrialRecord(
+            study.next_index(),
+            path.id,
+            "complete",
+            epochs,
+            epochs,
+            {epoch: line["loss_valid"] for epoch, line in history.items()},
+            config=match.values,
+            source=run["origin"]["path"],
+            finals=tuple(finals(path, sweep.objectives)),
+        )
+        study.add(record, drawn)
+        return
+
+    last = max(history, default=0)
+    until = min(rules.after(last - 1), epochs) if rules.min_epochs else epochs
     record = TrialRecord(run["trial"], path.id, "running", until, epochs, config=match.values)
     record = study.add(record, drawn)
 

@@ -21,7 +21,6 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,6 +48,7 @@ from ..runs import (
     read_entry,
     read_metrics,
     sweep_directory,
+    timestamp,
 )
 from ..search import Study
 from .definition import Sweep
@@ -155,11 +155,12 @@ def place(prior: Prior, name: str, runs: Path, digest: str) -> Path:
             {
                 "id": prior.run_id,
                 "name": new,
-                "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                "created": timestamp(),
                 "status": "adopted",
                 "sweep": name,
                 "data": digest,
                 "origin": prior.origin | {"notes": prior.notes},
+                "params": prior.fit.params,
                 "wandb": {"mode": "disabled"},
             },
         )
@@ -381,7 +382,7 @@ def adopt(words: Sequence[str], sweep: Sweep, options: Options) -> None:
         UserError: If another sweep of the name is recorded, or it covers none of the runs.
     """
 
-    runs, data = options.runs, options.data
+    runs, data, start = options.runs, options.data, timestamp()
     sources = [path for word in words for path in _expand(word, runs)]
     info = check_data(data)
     sweep = with_recorded_rungs(sweep, runs).check(info)
@@ -402,9 +403,8 @@ def adopt(words: Sequence[str], sweep: Sweep, options: Options) -> None:
     try:
         before = read_sweep(runs, sweep.name) if (directory / "sweep.json").exists() else None
 
-        if before is not None:
-            record["trials"] = before["trials"]
-
+        # Copies that are older than the sweep would be those of another sweep of the name
+        record |= {"created": start} if before is None else {"trials": before["trials"]}
         remove_leftovers(directory)
         write_sweep(directory, record, sweep.script)
         study = Study(directory / "study.journal", sweep.name, lease, sweep.objectives)
@@ -448,14 +448,18 @@ def warm_start(other: str, sweep: Sweep, runs: Path, data: Path) -> list[Item]:
     if other == sweep.name:
         raise UserError(f"sweep '{other}' has its own runs already: give another.")
 
-    mine = [e.path for e in entries(runs) if e.sweep == other and e.status in FINISHED]
-    known = {}
+    own = [e for e in entries(runs) if e.sweep == other]
+    mine = [e.path for e in own if e.status in FINISHED]
+    paused, known = sum(e.status == "paused" for e in own), {}
 
     if mine and callable(sweep.space):
         study = Study(sweep_directory(runs, other) / "study.journal", other, None)
         known = {record.run_id: record.trial.params for record in study.records()}
 
     say(f"sweep '{other}' has {len(mine)} finished runs")
+
+    if paused:
+        say(f"  left out: {paused} paused runs, whose loss at a rung is not their last one")
 
     return gather([path.directory for path in mine], sweep, runs, data, known)
 

@@ -348,6 +348,8 @@ def test_warm_start_brings_in_what_both_sweeps_have_in_common(
     shutil.copytree(by_id(elsewhere, "1" * 8), own)
     record = json.loads((own / "run.json").read_text())
     (own / "run.json").write_text(json.dumps(record | {"sweep": "x"}))
+    paused = shutil.copytree(own, runs / "own-run-2_bbbbbbbb")
+    (paused / "run.json").write_text(json.dumps(record | {"sweep": "x", "status": "paused"}))
     adopt([str(by_id(elsewhere, "2" * 8))], sweep, options_of(runs, data))
     capsys.readouterr()
 
@@ -355,7 +357,9 @@ def test_warm_start_brings_in_what_both_sweeps_have_in_common(
     wider = replace(sweep, name="y", space=SPACE | {"learning_rate": loguniform(1e-5, 1.0)})
     items = warm_start("x", wider, runs, data)
     assert {item["source"] for item in items} == {str(own), str(by_id(elsewhere, "2" * 8))}
-    assert "sweep 'x' has 2 finished runs" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "sweep 'x' has 2 finished runs" in out
+    assert "left out: 1 paused runs, whose loss at a rung is not their last one" in out
     assert json.loads(json.dumps(items))[0]["values"]
 
     narrow = replace(sweep, name="z", space=SPACE | {"activation": choice("ReLU", "ELU")})
