@@ -28,6 +28,7 @@ __all__ = [
 ACTIVATIONS: tuple[str, ...] = ("ELU", "GELU", "ReLU", "SELU", "SiLU")
 SCHEDULERS: tuple[str, ...] = ("linear", "cosine", "exponential", "constant", "wsd")
 ALPHAS: tuple[str, ...] = ("cos", "lin", "exp")
+PARAMETRIZATIONS: tuple[str, ...] = ("eps", "v")
 
 MAX_LEVELS = 16
 
@@ -112,6 +113,14 @@ KEYS: dict[str, Key] = {
     "seed": Key(0, "seed of weights, batches and noise", int, 0, 2**63 - 1, ours=True),
     "alpha": Key(
         "cos", "decay of the signal in the noise", str, options=ALPHAS, ours=True, network=True
+    ),
+    "parametrization": Key(
+        "eps",
+        "estimate of the network: the noise, or v",
+        str,
+        options=PARAMETRIZATIONS,
+        ours=True,
+        network=True,
     ),
     "dropout": Key(0.0, "rate of dropout", float, 0, 1, below=True, ours=True),
     "betas": Key(

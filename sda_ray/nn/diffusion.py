@@ -3,15 +3,13 @@ r"""Diffusion: how data become noise, and noise becomes data."""
 import itertools
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Size, Tensor, nn
 
-from ..core import ALPHAS, UserError
-from .score import load_network
+from ..core import ALPHAS
 
-__all__ = ["VPSDE", "SubSubVPSDE", "SubVPSDE", "load_sde"]
+__all__ = ["VPSDE", "SubSubVPSDE", "SubVPSDE"]
 
 
 class VPSDE(nn.Module):
@@ -216,29 +214,6 @@ class SubSubVPSDE(VPSDE):
 
     def sigma(self, t: Tensor) -> Tensor:
         return 1 - self.alpha(t) + self.eta
-
-
-def load_sde(
-    run_directory: Path | str, device: str | torch.device = "cpu", length: int | None = None
-) -> VPSDE:
-    r"""Loads the diffusion of a finished run, by SDA or by us: its network and its `alpha`.
-
-    The run and its network, of trajectories, are as in :func:`sda_ray.nn.score.load_score`. They have
-    :math:`L` snapshots, those of a window by default: the event shape is :math:`(L, 2, N, N)`.
-
-    Raises:
-        UserError: If the run is not finished, its files do not belong together, or the
-            trajectories are shorter than a window.
-    """
-
-    score, config = load_network(run_directory, device)
-    window, size = config["window"], score.state_dict()["kernel.forcing"].shape[-1]
-    length = window if length is None else length
-
-    if length < window:
-        raise UserError(f"length is {length}, but must be at least {window}, the run's window.")
-
-    return VPSDE(score, (length, 2, size, size), alpha=config["alpha"]).eval()
 
 
 def _noise(like: Tensor, shape: Sequence[int], generator: torch.Generator | None) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import (
-    ALPHAS,
+    KEYS,
     NETWORK,
     Config,
     UserError,
@@ -24,6 +24,7 @@ from ..core import (
     load_config,
     open_regular,
 )
+from .diffusion import VPSDE
 from .precision import full
 from .unet import UNet
 
@@ -34,6 +35,7 @@ __all__ = [
     "check_archive",
     "load_network",
     "load_score",
+    "load_sde",
     "make_score",
     "mismatches",
     "network_settings",
@@ -42,6 +44,8 @@ __all__ = [
 
 MAX_SIZE = 4096  # cells along an axis; a file that claims more is not one of ours
 MAX_PICKLE = 16 * 2**20  # bytes that name the tensors of a file; a thousand take 0.3 MB
+
+MARKED = ("alpha", "parametrization")  # keys without which SDA would use the weights wrongly
 
 # All that a file of tensors calls. torch's own list also has what takes memory for nothing.
 CALLS = {
@@ -75,16 +79,37 @@ class ScoreUNet(nn.Module):
     r"""Creates a U-Net score network of windows of a Kolmogorov flow.
 
     It estimates the noise in a window of :math:`C` channels, 2 for each of its snapshots. The
-    forcing of the flow is part of its input. The rest is up to :class:`sda_ray.nn.unet.UNet`.
+    forcing of the flow is part of its input. The rest is up to :class:`sda_ray.nn.unet.UNet`,
+    :math:`F_\phi`. With the parametrization `eps`, that is the noise itself. With `v`, it is
+
+    .. math:: \epsilon_\phi(x(t), t) = \sigma(t) \, x(t) + \mu(t) \, F_\phi(x(t), t)
+
+    so that :math:`\hat{x} = (x(t) - \sigma(t) \, \epsilon_\phi) / \mu(t)
+    \approx \mu(t) \, x(t) - \sigma(t) \, F_\phi` has a bounded error at all times, where that of
+    `eps` grows as :math:`1 / \mu(t)`.
+
+    References:
+        | Progressive Distillation for Fast Sampling of Diffusion Models (Salimans et al., 2022)
+        | https://arxiv.org/abs/2202.00512
     """
 
     forcing: Tensor
 
-    def __init__(self, channels: int, embedding: int = 64, size: int = 64, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        channels: int,
+        embedding: int = 64,
+        size: int = 64,
+        alpha: str = "cos",
+        parametrization: str = "eps",
+        **kwargs: Any,
+    ) -> None:
         super().__init__()
 
         self.embedding = TimeEmbedding(embedding)
         self.network = UNet(channels + 1, channels, embedding, **kwargs)
+        schedule = VPSDE(nn.Identity(), (channels, size, size), alpha)
+        self.schedule = schedule if parametrization == "v" else None
 
         y = 2 * torch.pi / size * (torch.arange(size) + 1 / 2)
         self.register_buffer("forcing", torch.sin(4 * y).expand(1, size, size).clone())
@@ -115,7 +140,14 @@ class ScoreUNet(nn.Module):
         with full(y):
             e = self.embedding(t.reshape(-1))
 
-        return self.network(torch.cat((y, f), dim=1), e).reshape(x.shape)
+        y = self.network(torch.cat((y, f), dim=1), e).reshape(x.shape)
+
+        if self.schedule is None:
+            return y
+
+        wide = torch.promote_types(x.dtype, torch.float32)
+
+        return self.schedule.perturb(y.to(wide), t.to(wide), x.to(wide)).to(x.dtype)
 
 
 class MCScoreNet(nn.Module):
@@ -195,24 +227,29 @@ def make_score(
     activation: str,
     size: int = 64,
     alpha: str = "cos",
+    parametrization: str = "eps",
     dropout: float = 0.0,
 ) -> MCScoreNet:
     r"""Creates a score network.
 
     The network of a config is `make_score(**network_settings(config))`. The weights of a
-    network for another `alpha` than SDA's are of no use without it. A buffer `alpha_lin` or
-    `alpha_exp` in the state dict keeps SDA from loading them as if they were.
+    network for another `alpha` or `parametrization` than SDA's are of no use without it. A buffer
+    `alpha_lin`, `alpha_exp` or `parametrization_v` in the state dict keeps SDA from loading them
+    as if they were.
 
     Apart from the number of grid cells along each axis, its `size`, the arguments are keys of
     :data:`sda_ray.core.config.CONFIG`.
     """
 
-    check_value("activation", activation)
+    for name, value in (("activation", activation), ("parametrization", parametrization)):
+        check_value(name, value)
 
     kernel = ScoreUNet(
         channels=2 * window,
         embedding=embedding,
         size=size,
+        alpha=alpha,
+        parametrization=parametrization,
         hidden_channels=tuple(hidden_channels),
         hidden_blocks=tuple(hidden_blocks),
         kernel_size=kernel_size,
@@ -221,8 +258,9 @@ def make_score(
     )
     score = MCScoreNet(kernel, order=window // 2)
 
-    if alpha != "cos":
-        score.register_buffer(f"alpha_{alpha}", torch.ones(()))
+    for name, value in zip(MARKED, (alpha, parametrization), strict=True):
+        if value != KEYS[name].default:
+            score.register_buffer(f"{name}_{value}", torch.ones(()))
 
     return score
 
@@ -284,10 +322,32 @@ def load_network(
     with torch.device("meta"):
         score = make_score(**network_settings(config), size=size).float()
 
-    _check_weights(file, state, score.state_dict(), config["alpha"])
+    _check_weights(file, state, score.state_dict(), config)
     score.to_empty(device=device).load_state_dict(state)
 
     return score.eval(), config
+
+
+def load_sde(
+    run_directory: Path | str, device: str | torch.device = "cpu", length: int | None = None
+) -> VPSDE:
+    r"""Loads the diffusion of a finished run, by SDA or by us: its network and its `alpha`.
+
+    The run and its network, of trajectories, are as in :func:`load_score`. They have :math:`L` snapshots, those of a window by default: the event shape is :math:`(L, 2, N, N)`.
+
+    Raises:
+        UserError: If the run is not finished, its files do not belong together, or the
+            trajectories are shorter than a window.
+    """
+
+    score, config = load_network(run_directory, device)
+    window, size = config["window"], score.state_dict()["kernel.forcing"].shape[-1]
+    length = window if length is None else length
+
+    if length < window:
+        raise UserError(f"length is {length}, but must be at least {window}, the run's window.")
+
+    return VPSDE(score, (length, 2, size, size), alpha=config["alpha"]).eval()
 
 
 def check_archive(f: BinaryIO) -> None:
@@ -370,22 +430,24 @@ def _field_size(file: Path, state: dict[str, Tensor]) -> int:
 
 
 def _check_weights(
-    file: Path, state: dict[str, Tensor], expected: dict[str, Tensor], alpha: str
+    file: Path, state: dict[str, Tensor], expected: dict[str, Tensor], config: Config
 ) -> None:
-    r"""Checks that weights are for an `alpha`, of the tensors expected, and in the file."""
+    r"""Checks that weights are for a config, of the tensors expected, and in the file."""
 
-    config = file.with_name("config.json")
-    marks = [name for name in ALPHAS if f"alpha_{name}" in state] or ["cos"]
+    source = file.with_name("config.json")
 
-    if marks != [alpha]:
-        raise UserError(
-            f"{file} is for alpha={' and '.join(marks)}, but {config} has alpha={alpha}. They are "
-            "not of the same run."
-        )
+    for key in MARKED:
+        marks = [x for x in KEYS[key].options if f"{key}_{x}" in state] or [KEYS[key].default]
+
+        if marks != [config[key]]:
+            raise UserError(
+                f"{file} is for {key}={' and '.join(marks)}, but {source} has "
+                f"{key}={config[key]}. They are not of the same run."
+            )
 
     if wrong := mismatches(state, expected):
         more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise UserError(f"{file} does not fit {config}: {'; '.join(wrong[:3])}{more}.")
+        raise UserError(f"{file} does not fit {source}: {'; '.join(wrong[:3])}{more}.")
 
     # An expanded tensor takes no space in the file, but would in memory.
     needed = total_size(expected)

@@ -231,7 +231,8 @@ def load_record(runs: Path, name: str) -> tuple[Sweep, dict[str, Any]]:
         scripted = _recorded_script(script, in_script, content.get("beside"))
         settings |= {key: getattr(scripted, key) for key in in_script}
 
-    sweep = Sweep(name, definition["config"], trials=content["trials"], **settings)
+    config = CONFIG | definition["config"]  # an earlier version lacked some keys
+    sweep = Sweep(name, config, trials=content["trials"], **settings)
 
     return replace(sweep, script=script if script.exists() else None), content["options"]
 

@@ -302,9 +302,9 @@ def test_init_starts_from_weights_and_names_its_parent(
 
 
 def test_init_that_does_not_fit_is_refused(cli: Cli, finished: RunPath, tmp_path: Path) -> None:
-    done = cli("train", "--init", finished.id, "embedding=16")
+    done = cli("train", "--init", finished.id, "embedding=16", "parametrization=v")
     assert done.returncode == 2
-    assert "do not fit: embedding is 16, not 8" in done.stderr
+    assert "do not fit: embedding is 16, not 8; parametrization is v, not eps." in done.stderr
     assert list(RunPath.all(tmp_path / "runs")) == [finished]
 
 

@@ -38,6 +38,7 @@ UPSTREAM = {
 OURS = {
     "seed": 0,
     "alpha": "cos",
+    "parametrization": "eps",
     "dropout": 0.0,
     "betas": (0.9, 0.999),
     "warmup": 0,
@@ -90,6 +91,7 @@ BAD: list[tuple[dict[Any, Any], str]] = [
     ({"seed": -1}, "seed is -1"),
     ({"seed": 1e300}, "seed is 1e+300"),
     ({"alpha": "sin"}, "alpha is 'sin', but must be cos, lin or exp. Did you mean 'lin'?"),
+    ({"parametrization": "x"}, "parametrization is 'x', but must be eps or v."),
     ({"dropout": 1}, "dropout is 1, but must be a number from 0 to below 1"),
     ({"ema": -0.1}, "ema is -0.1, but must be a number from 0 to below 1"),
     ({"betas": (0.9,)}, "betas is (0.9,), but must be 2 numbers from 0 to below 1"),

@@ -1,4 +1,5 @@
-r"""Tests that a network is only ever used with the decay of the signal it was trained for."""
+r"""Tests that a network is only ever used with the diffusion that it was trained for: its decay of
+the signal, and its parametrization."""
 
 import json
 import shutil
@@ -12,8 +13,8 @@ from torch import nn
 
 from sda_ray.core.config import CONFIG
 from sda_ray.core.errors import UserError
-from sda_ray.nn.diffusion import load_sde
-from sda_ray.nn.score import MCScoreNet, load_score, make_score, network_settings
+from sda_ray.core.keys import ALPHAS, PARAMETRIZATIONS
+from sda_ray.nn.score import MCScoreNet, load_score, load_sde, make_score, network_settings
 from sda_ray.training.loop import TrainState
 
 SMALL = CONFIG | {
@@ -35,13 +36,18 @@ def saved(directory: Path, **changes: object) -> MCScoreNet:
     return score
 
 
-@pytest.mark.parametrize("alpha", ["lin", "exp"])
-def test_strict_load_of_sda_refuses_other_alphas(alpha: str) -> None:
-    state = make_score(**network_settings(SMALL | {"alpha": alpha}), size=16).state_dict()
+@pytest.mark.parametrize(
+    "key, value", [("alpha", "lin"), ("alpha", "exp"), ("parametrization", "v")]
+)
+def test_strict_load_of_sda_refuses_what_it_does_not_know(key: str, value: str) -> None:
+    state = make_score(**network_settings(SMALL | {key: value}), size=16).state_dict()
     theirs = make_score(**network_settings(SMALL), size=16)
 
-    with pytest.raises(RuntimeError, match=f'Unexpected key.*"alpha_{alpha}"'):
+    with pytest.raises(RuntimeError, match=f'Unexpected key.*"{key}_{value}"'):
         theirs.load_state_dict(state)
+
+    assert state.pop(f"{key}_{value}") is not None
+    theirs.load_state_dict(state)  # all else has the same names and shapes
 
 
 def test_names_of_the_weights_are_those_of_sda_whatever_else_is_set() -> None:
@@ -51,9 +57,12 @@ def test_names_of_the_weights_are_those_of_sda_whatever_else_is_set() -> None:
     assert list(make_score(**network_settings(SMALL | more), size=16).state_dict()) == list(theirs)
 
 
-@pytest.mark.parametrize("alpha", ["cos", "lin", "exp"])
-def test_load_sde_has_the_alpha_of_the_run(alpha: str, tmp_path: Path) -> None:
-    score = saved(tmp_path, alpha=alpha, dropout=0.5).eval()
+@pytest.mark.parametrize("parametrization", PARAMETRIZATIONS)
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_load_sde_has_the_alpha_and_parametrization_of_the_run(
+    alpha: str, parametrization: str, tmp_path: Path
+) -> None:
+    score = saved(tmp_path, alpha=alpha, parametrization=parametrization, dropout=0.5).eval()
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -96,12 +105,17 @@ def test_config_and_state_of_different_alphas_are_refused(
         load_sde(tmp_path)
 
 
-def test_config_that_lost_its_alpha_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "key, value, default", [("alpha", "exp", "cos"), ("parametrization", "v", "eps")]
+)
+def test_config_that_lost_a_key_of_the_network_is_refused(
+    key: str, value: str, default: str, tmp_path: Path
+) -> None:
     run = Path(shutil.copytree(RUN, tmp_path / RUN.name))
     state = torch.load(run / "state.pth", weights_only=True)
-    torch.save(state | {"alpha_exp": torch.ones(())}, run / "state.pth")
+    torch.save(state | {f"{key}_{value}": torch.ones(())}, run / "state.pth")
 
-    with pytest.raises(UserError, match=r"for alpha=exp, but .* has alpha=cos"):
+    with pytest.raises(UserError, match=rf"for {key}={value}, but .* has {key}={default}\."):
         load_score(run)
 
 

@@ -1,6 +1,7 @@
 r"""Tests that networks are differentiable as often and in every mode as plain PyTorch networks."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -92,12 +93,17 @@ def test_transforms_are_those_of_the_plain_formulation(name: str) -> None:
 class Network:
     r"""A narrow network, or one that is wide enough for the Winograd convolution."""
 
-    def __init__(self, wide: bool) -> None:
+    def __init__(self, wide: bool, parametrization: str = "eps") -> None:
         torch.manual_seed(0)
         channels, self.batch = ((48,), 8) if wide else ((4, 6), 2)
         blocks = tuple(1 for _ in channels)
-        options = {"hidden_channels": channels, "hidden_blocks": blocks, "activation": nn.SiLU}
-        self.net = ScoreUNet(6, 3, 16, **options).double().eval()
+        options: dict[str, Any] = {
+            "hidden_channels": channels,
+            "hidden_blocks": blocks,
+            "activation": nn.SiLU,
+        }
+        net = ScoreUNet(6, 3, 16, parametrization=parametrization, **options)
+        self.net = net.double().eval()
         self.x, self.v = torch.randn(2, self.batch, 6, 16, 16, dtype=torch.double)
         self.t = torch.rand(self.batch, dtype=torch.double)
 
@@ -107,9 +113,9 @@ class Network:
         return (y * self.v).square().sum()
 
 
-@pytest.fixture(params=[False, True], ids=["narrow", "wide"])
+@pytest.fixture(params=[(False,), (True,), (False, "v")], ids=["narrow", "wide", "v"])
 def network(request: pytest.FixtureRequest) -> Network:
-    return Network(request.param)
+    return Network(*request.param)
 
 
 def test_hessian_product_of_a_network_is_that_of_finite_differences(network: Network) -> None:

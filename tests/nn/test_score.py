@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,10 @@ from torch import Tensor
 
 from sda_ray.core.config import CONFIG
 from sda_ray.core.errors import UserError
-from sda_ray.nn.score import ScoreUNet, load_score, make_score, network_settings
+from sda_ray.core.keys import ALPHAS
+from sda_ray.nn.diffusion import VPSDE
+from sda_ray.nn.precision import lowered
+from sda_ray.nn.score import MCScoreNet, ScoreUNet, load_score, make_score, network_settings
 
 
 @pytest.fixture(autouse=True)
@@ -80,6 +84,59 @@ def test_network_equals_plain_formulation(changes: dict) -> None:
     x = x[:, :window].flatten(1, 2)
     z = plain_kernel(strip(state, "kernel."), x, t, activation)
     assert torch.allclose(kernel(x, t), z, rtol=0, atol=1e-12)
+
+
+def both(**changes: Any) -> tuple[MCScoreNet, MCScoreNet]:
+    r"""Returns networks of the parametrizations eps and v that have the same weights."""
+
+    eps, v = small(**changes), small(**changes, parametrization="v")
+    v.load_state_dict(eps.state_dict(), strict=False)
+
+    return eps, v
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize("shape", [(), (2,)])
+@torch.no_grad()
+def test_estimate_with_v_is_its_definition(shape: tuple[int, ...], alpha: str) -> None:
+    F, score = (x.double() for x in both(alpha=alpha))
+    x, t = torch.randn(2, 5, 2, 16, 16).double(), torch.rand(shape).double()
+    sde = VPSDE(score, (5, 2, 16, 16), alpha)
+    mu, sigma = (a.reshape(-1, 1, 1, 1, 1) for a in (sde.mu(t), sde.sigma(t)))
+
+    # Of a trajectory as of a window: each state with its own x
+    assert torch.allclose(score(x, t), sigma * x + mu * F(x, t), rtol=0, atol=1e-12)
+
+    x = x[:, :3].flatten(1, 2)
+    mu, sigma = mu[:, 0], sigma[:, 0]
+    expected = sigma * x + mu * F.kernel(x, t)
+    assert torch.allclose(score.kernel(x, t), expected, rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+def test_estimate_with_v_is_in_single_precision_around_the_network() -> None:
+    F, score = both()
+    sde, t = VPSDE(score, (3, 2, 16, 16)), torch.rand(2)
+    x = torch.randn(2, 3, 2, 16, 16)
+
+    with lowered("bf16", torch.device("cpu")):
+        assert score(x, t).equal(sde.perturb(F(x, t), t, x))
+
+    y, score = torch.ones(2, 3, 2, 16, 16).half(), score.half()
+    F, t = F.half(), torch.full((2,), 0.999)
+    expected = sde.perturb(F(y, t).float(), t, y.float()).half()
+    assert score(y, t).equal(expected)
+
+
+@pytest.mark.parametrize("parametrization", ["eps", "v"])
+def test_samples_of_untrained_networks_have_the_scale_of_data_with_v_alone(
+    parametrization: str,
+) -> None:
+    score = small(parametrization=parametrization)
+    sde = VPSDE(score.kernel, (6, 16, 16))
+    std = sde.sample((8,), steps=16, generator=torch.Generator().manual_seed(0)).std()
+
+    assert (0.5 < std < 2) == (parametrization == "v")
 
 
 @torch.no_grad()

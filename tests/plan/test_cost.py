@@ -27,6 +27,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "pointwise": {"kernel_size": 1, "activation": "ReLU"},
     "dropping out": {"dropout": 0.1, "alpha": "lin"},
     "low": {"precision": "bf16"},
+    "v": {"parametrization": "v"},
 }
 
 cases = pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)

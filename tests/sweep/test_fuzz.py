@@ -18,8 +18,7 @@ import torch
 
 from sda_ray.core.config import Config
 from sda_ray.core.errors import UserError
-from sda_ray.nn.diffusion import load_sde
-from sda_ray.nn.score import load_score
+from sda_ray.nn.score import load_score, load_sde
 from sda_ray.runs.checkpoint import _digest, read_checkpoint
 from sda_ray.runs.inventory import entries
 from sda_ray.runs.path import RunPath

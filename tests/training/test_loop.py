@@ -487,6 +487,7 @@ TINY: Config = CONFIG | {
     "hidden_blocks": (1, 1),
     "batch_size": 4,
     "dropout": 0.2,
+    "parametrization": "v",
     "compile": "on",
 }
 
