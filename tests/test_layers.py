@@ -18,6 +18,7 @@ ORDER = [
     "core",
     "data",
     "nn",
+    "assimilation",
     "training",
     "runs",
     "search",
