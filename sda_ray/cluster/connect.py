@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..core import UserError
+from ..core import UserError, uncollected
 from ..storage import on_node
 from .ray_node import (
     ENVIRONMENT,
@@ -70,6 +70,7 @@ def connected(
     package: Path | None = None,
     modules: Sequence[str] = (),
     hint: str = RETRY,
+    known: bool = False,
 ) -> Iterator[Path]:
     r"""Starts a Ray of our own on this machine, or attaches to the one at an address.
 
@@ -83,6 +84,7 @@ def connected(
         package: The directory of the package that workers import, whatever else they could find.
         modules: The modules to import in this process while Ray starts.
         hint: What to do if Ray dies.
+        known: Whether the cluster is known to answer.
 
     Yields:
         A private directory that is removed at the end of the block.
@@ -100,41 +102,43 @@ def connected(
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 
-    if address is not None:
+    if address is None:
+        token = _own_token()
+        _ignore_foreign()
+    else:
         _check_port(address)
 
-        with private_directory() as directory:
-            _check_answer(address, directory)
-
-            try:
-                _attach(address, package)
-            except Exception as error:
-                raise UserError(_no_ray(address, error)) from error
-
-            with _attachment(hint, partial(answers, ray_endpoint(own=False)[0])):
-                yield directory
-
-        return
-
-    token = _own_token()
-    _ignore_foreign()
     importing = threading.Thread(target=_import, args=("ray", *modules), daemon=True)
     importing.start()
 
     with ExitStack() as stack:
         try:
-            own = started(token, cpus=cpus, gpus=local_gpus(), alone=True)
-            node = stack.enter_context(own)
-            importing.join()
-            stack.enter_context(_attachment(hint, node.is_running, node.kill))
-            _attach(node.address, package)
+            if address is None:
+                own = started(token, cpus=cpus, gpus=local_gpus(), alone=True)
+                node = stack.enter_context(own)
+                directory = node.directory
+                importing.join()
+                stack.enter_context(_attachment(hint, node.is_running, node.kill))
+
+                with _workers_import(package):
+                    _attach(node.address)
+            else:
+                directory = stack.enter_context(private_directory())
+
+                if not known:
+                    _check_answer(address, directory)
+
+                importing.join()
+                _attach(address, package)
+                head = ray_endpoint(own=False)[0]
+                stack.enter_context(_attachment(hint, partial(answers, head)))
         except UserError:
             raise
         except Exception as error:
             why = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise not_started(why) from error
+            raise (not_started(why) if address is None else _no_ray(address, why)) from error
 
-        yield node.directory
+        yield directory
 
 
 def check_ray_init() -> None:
@@ -180,11 +184,35 @@ def _ignore_foreign() -> None:
 
 
 def _import(*modules: str) -> None:
-    for module in modules:
-        importlib.import_module(module)
+    with uncollected():
+        for module in modules:
+            importlib.import_module(module)
 
 
-def _attach(address: str, package: Path | None) -> None:
+@contextmanager
+def _workers_import(package: Path | None) -> Iterator[None]:
+    r"""Makes workers on this machine import a package, whatever else they could find.
+
+    A Ray has its workers look for modules where the process is that attaches, and beside its script.
+    """
+
+    if package is None:
+        yield
+        return
+
+    here, paths = os.getcwd(), sys.path[:]
+    script = os.path.dirname(os.path.realpath(sys.argv[0]))
+    sys.path[:] = [path for path in paths if path != script]
+    os.chdir(package.parent)
+
+    try:
+        yield
+    finally:
+        os.chdir(here)
+        sys.path[:] = paths
+
+
+def _attach(address: str, package: Path | None = None) -> None:
     import ray
 
     options: dict[str, Any] = {}
@@ -303,7 +331,7 @@ def _check_port(address: str) -> None:
     try:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT).close()
     except (OSError, OverflowError) as error:
-        raise UserError(_no_ray(address, error)) from error
+        raise _no_ray(address, error) from error
 
 
 def _check_answer(address: str, directory: Path) -> None:
@@ -332,11 +360,11 @@ def _check_answer(address: str, directory: Path) -> None:
         )
 
     if why:
-        raise UserError(_no_ray(address, why.rstrip(".")))
+        raise _no_ray(address, why.rstrip("."))
 
 
-def _no_ray(address: str, error: Exception | str) -> str:
-    return (
+def _no_ray(address: str, error: Exception | str) -> UserError:
+    return UserError(
         f"there is no Ray at '{address}': {error}. Start one, or leave --address out to use this "
         "machine alone."
     )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import ray
 from ray import tune
 
-from ..core import release_memory, write_atomic
+from ..core import release_memory, uncollected, write_atomic
 
 if TYPE_CHECKING:
     from ..runs import Stop
@@ -171,6 +171,7 @@ class Trial(tune.Trainable):
             "notes": list(notes.items()),  # Tune flattens a dict
         }
 
+    @uncollected()
     def _open(self) -> list[tuple[int, float]]:
         import torch
 

@@ -88,3 +88,4 @@ from .system import on_signals as on_signals
 from .system import python_command as python_command
 from .system import release_memory as release_memory
 from .system import try_print as try_print
+from .system import uncollected as uncollected

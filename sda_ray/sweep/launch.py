@@ -315,7 +315,13 @@ def _drive(
     with ExitStack() as stack:
         with serving(driver):
             modules = ["sda_ray.cluster.executor"]
-            started = connected(options.address, package=code.package, modules=modules, hint=hint)
+            started = connected(
+                options.address,
+                package=code.package,
+                modules=modules,
+                hint=hint,
+                known=bool(options.job),
+            )
             scratch = stack.enter_context(started)
 
         from ..cluster import execute  # imports Ray, which must be set up by then
