@@ -39,6 +39,7 @@ class Part:
     argument: str = ""
 
     def __call__(self, x: Tensor) -> Tensor:
+        name = short_repr(str(self))
         words = re.split("[:,;]", self.argument) if self.argument else []
         numbers = [(float if "." in word else int)(word) if word else None for word in words]
 
@@ -46,10 +47,10 @@ class Part:
             _check(x.dim() >= 4 and 0 not in x.shape[-4:], "trajectories (…, L, C, H, W)")
             y = KINDS[self.name].apply(x, *numbers)
         except _Misfit as misfit:
-            raise UserError(f"'{self}' needs {misfit}, but x has shape {tuple(x.shape)}.")
+            raise UserError(f"{name} needs {misfit}, but x has shape {tuple(x.shape)}.")
 
         if 0 in y.shape[-4:]:
-            raise UserError(f"'{self}' leaves nothing of x, which has shape {tuple(x.shape)}.")
+            raise UserError(f"{name} leaves nothing of x, which has shape {tuple(x.shape)}.")
 
         return y
 
@@ -104,14 +105,14 @@ class Operator:
         return " ".join(map(str, self.parts))
 
 
-def parse(text: str) -> Operator:
-    r"""Returns the operator of a text, such as `every(4) coarsen(8)`.
+def parse(text: str | Operator) -> Operator:
+    r"""Returns the operator of a text, such as `every(4) coarsen(8)`. An operator is one already.
 
     Raises:
         UserError: If the text is no operator's.
     """
 
-    parts, rest = [], text.strip()
+    parts, rest = [], str(text).strip()
 
     while match := re.match(r"([^\s()]+)(?:\s*\(([^()]*)\))?(?:\s+|$|(?<=[)]))", rest):
         part = Part(match[1], re.sub(r"\s", "", match[2] or ""))
@@ -124,7 +125,7 @@ def parse(text: str) -> Operator:
         kind = KINDS[part.name]
 
         if not re.fullmatch(kind.pattern, part.argument):
-            raise UserError(f"'{match[0].strip()}' is no operator. Write {kind.form}.")
+            raise UserError(f"{short_repr(match[0].strip())} is no operator. Write {kind.form}.")
 
         parts.append(part)
 

@@ -1,9 +1,8 @@
 r"""Skill of posterior samples, given the truth or what was observed of it.
 
 An ensemble has shape :math:`(M, *)`, a member a row, and the truth :math:`(*)`. All is computed in
-double precision. The probabilistic metrics take the truth for one more draw of the distribution
-that the members are drawn from: they are fair, that is, their expectations do not depend on how
-many members there are.
+double precision. An ensemble is calibrated if the truth is like one more member: a draw of the same
+distribution.
 """
 
 import math
@@ -71,6 +70,8 @@ def rmse(x: Tensor, truth: Tensor) -> Tensor:
     r"""Computes the root of the mean squared error of the ensemble mean.
 
     .. math:: \sqrt{\langle (\bar{x} - y)^2 \rangle}
+
+    That of a calibrated ensemble is :math:`\sqrt{1 + 1 / M}` times its spread.
 
     References:
         | Why Should Ensemble Spread Match the RMSE of the Ensemble Mean? (Fortin et al., 2014)
@@ -366,7 +367,7 @@ def earth_movers_distance(x: Tensor, y: Tensor) -> Tensor:
 
 def bootstrap(
     values: Tensor,
-    statistic: Callable[[Tensor], Tensor] = lambda values: values.mean(0),
+    statistic: Callable[[Tensor], Tensor | float] = lambda values: values.mean(0),
     level: float = 0.95,
     draws: int = 1000,
     seed: int = 0,
@@ -402,7 +403,8 @@ def bootstrap(
 
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randint(len(values), (draws, len(values)), generator=generator)
-    statistics = torch.stack([statistic(values[i.to(values.device)]) for i in rows])
+    drawn = (statistic(values[i.to(values.device)]) for i in rows)
+    statistics = torch.stack([torch.as_tensor(value).double() for value in drawn])
     low, high = statistics.quantile(statistics.new_tensor([1 - level, 1 + level]) / 2, dim=0)
 
     return low, high

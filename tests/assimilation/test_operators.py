@@ -79,6 +79,7 @@ def test_operator_keeps_the_type(text: str, dtype: torch.dtype) -> None:
     assert y.dtype == dtype
     assert torch.allclose(y.double(), exact, rtol=0.02, atol=0.05)
     assert parse(text)(x.to("meta")).shape == y.shape
+    assert parse("ring(0:1)")(x.to("meta")).shape == parse("ring(0:1)")(x).shape
 
 
 @pytest.mark.filterwarnings(
@@ -109,7 +110,7 @@ def test_text_of_an_operator_makes_an_equal_one(parts: list[str]) -> None:
         return
 
     assert str(A).split(" ") == [re.sub(r"\s", "", part) for part in parts]
-    assert parse(str(A)) == A and hash(parse(str(A))) == hash(A)
+    assert parse(str(A)) == parse(A) == A and hash(parse(str(A))) == hash(A)
     assert pickle.loads(pickle.dumps(A)) == A
     assert parse(f"{A} last") != A
 
