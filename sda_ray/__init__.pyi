@@ -1,5 +1,6 @@
 r"""Hyperparameter sweeps for score-based data assimilation, on Ray Tune and Optuna."""
 
+from .assimilation import assimilate as assimilate
 from .cli.main import main as main
 from .core import CONFIG as CONFIG
 from .core import choice as choice
@@ -13,6 +14,7 @@ from .data import vorticity as vorticity
 from .nn import VPSDE as VPSDE
 from .nn import DPSGaussianScore as DPSGaussianScore
 from .nn import GaussianScore as GaussianScore
+from .nn import MMPSGaussianScore as MMPSGaussianScore
 from .nn import SubSubVPSDE as SubSubVPSDE
 from .nn import SubVPSDE as SubVPSDE
 from .nn import load_score as load_score

@@ -5,6 +5,7 @@ from .diffusion import SubSubVPSDE as SubSubVPSDE
 from .diffusion import SubVPSDE as SubVPSDE
 from .guidance import DPSGaussianScore as DPSGaussianScore
 from .guidance import GaussianScore as GaussianScore
+from .guidance import MMPSGaussianScore as MMPSGaussianScore
 from .precision import allowing_tf32 as allowing_tf32
 from .precision import lowered as lowered
 from .precision import make_deterministic as make_deterministic

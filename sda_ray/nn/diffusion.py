@@ -2,7 +2,7 @@ r"""Diffusion: how data become noise, and noise becomes data."""
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Size, Tensor, nn
@@ -148,7 +148,7 @@ class VPSDE(nn.Module):
         steps: int = 64,
         corrections: int = 0,
         tau: float = 1.0,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
         start: Tensor | None = None,
     ) -> Tensor:
         r"""Samples from :math:`p(x(0))`.
@@ -159,7 +159,8 @@ class VPSDE(nn.Module):
             steps: The number of discrete time steps.
             corrections: The number of Langevin corrections per time step.
             tau: The amplitude of the corrections.
-            generator: What draws the noise, on its own device.
+            generator: What draws the noise, on its own device; or one for each sample, which is
+                then a function of its generator alone, up to rounding.
             start: The samples :math:`x(1)` to start from, with shape :math:`(*, S)`; standard
                 normal if None.
 
@@ -167,14 +168,36 @@ class VPSDE(nn.Module):
             The samples, with shape :math:`(*, S)`.
         """
 
+        like = self._like()
+        count = math.prod(shape)
+        x = _noise(like, (count, *self.shape), generator) if start is None else start.to(like)
+        x = x.reshape(-1, *self.shape)
+
+        for later in self.reverse(x, c, steps, corrections, tau, generator):
+            x = later
+
+        return x.reshape(*shape, *self.shape)
+
+    @torch.no_grad()
+    def reverse(
+        self,
+        x: Tensor,
+        c: Tensor | None = None,
+        steps: int = 64,
+        corrections: int = 0,
+        tau: float = 1.0,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    ) -> Iterator[Tensor]:
+        r"""Yields samples of :math:`p(x(s))` at the end :math:`s` of each step from 1 to 0.
+
+        It starts from samples :math:`x(1)`, with shape :math:`(B, S)`, whose type and device it
+        computes with. The other arguments are as in :meth:`sample`.
+        """
+
         if steps < 1:
             raise ValueError(f"steps is {steps}, but must be at least 1.")
 
-        like = self._like()
-        x = _noise(like, (*shape, *self.shape), generator) if start is None else start.to(like)
-        x = x.reshape(-1, *self.shape)
-
-        time = torch.linspace(1, 0, steps + 1, dtype=like.dtype).to(like.device)
+        time = torch.linspace(1, 0, steps + 1, dtype=x.dtype).to(x.device)
 
         for t, s in itertools.pairwise(time):
             # Predictor
@@ -189,7 +212,7 @@ class VPSDE(nn.Module):
                 delta = delta.reshape(-1, *(1 for _ in self.shape))
                 x = x - self.sigma(s) * (delta * eps + torch.sqrt(2 * delta) * z)
 
-        return x.reshape(*shape, *self.shape)
+            yield x
 
 
 class SubVPSDE(VPSDE):
@@ -216,7 +239,17 @@ class SubSubVPSDE(VPSDE):
         return 1 - self.alpha(t) + self.eta
 
 
-def _noise(like: Tensor, shape: Sequence[int], generator: torch.Generator | None) -> Tensor:
+def _noise(
+    like: Tensor,
+    shape: Sequence[int],
+    generator: torch.Generator | Sequence[torch.Generator] | None,
+) -> Tensor:
+    if isinstance(generator, Sequence):
+        if len(generator) != shape[0]:
+            raise ValueError(f"There are {len(generator)} generators for {shape[0]} samples.")
+
+        return torch.stack([_noise(like, shape[1:], g) for g in generator])
+
     device = like.device if generator is None else generator.device
 
     return torch.randn(tuple(shape), generator=generator, dtype=like.dtype, device=device).to(

@@ -221,6 +221,30 @@ def test_samples_are_a_function_of_their_generator() -> None:
     assert x.equal(y) and not x.equal(z)
 
 
+def test_each_sample_is_a_function_of_its_own_generator() -> None:
+    sde = VPSDE(Gaussian(0.0, 1.0), (3, 8))
+
+    def sample(*seeds: int, shape: tuple[int, ...]) -> Tensor:
+        rngs = [torch.Generator().manual_seed(i) for i in seeds]
+        return sde.sample(shape, steps=4, corrections=1, generator=rngs)
+
+    x = sample(0, 1, 2, 3, shape=(2, 2))
+
+    assert sample(2, 0, shape=(2,)).equal(x.flatten(0, 1)[[2, 0]])
+
+    with pytest.raises(ValueError, match="There are 2 generators for 3 samples"):
+        sample(0, 1, shape=(3,))
+
+
+def test_reverse_process_yields_every_step_to_the_samples() -> None:
+    sde, start = VPSDE(Gaussian(0.0, 1.0), (3, 8)), torch.randn(2, 3, 8)
+    steps = list(sde.reverse(start, steps=4))
+
+    assert len(steps) == 4
+    assert steps[-1].equal(sde.sample((2,), steps=4, start=start))
+    assert not any(x.requires_grad for x in steps) and torch.is_grad_enabled()
+
+
 def test_corrections_are_scaled_sample_by_sample() -> None:
     sde = VPSDE(Gaussian(0.0, 1.0), (3, 8))
     start = torch.randn(2, 3, 8)

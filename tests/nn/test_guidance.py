@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from chains import GaussianNoise, make_chain
 from torch import Tensor, nn
 
 from sda_ray.nn.diffusion import VPSDE
-from sda_ray.nn.guidance import DPSGaussianScore, GaussianScore
+from sda_ray.nn.guidance import DPSGaussianScore, GaussianScore, MMPSGaussianScore
 from sda_ray.nn.score import load_score
 
 REFERENCE = Path(__file__).parents[1] / "reference"
@@ -162,15 +163,142 @@ def test_scores_carry_no_gradient_and_ask_for_none(
     assert all(p.grad is None for p in prior.parameters())
 
 
+@pytest.mark.parametrize("kind", ["gaussian", "dps", "mmps"])
 def test_guided_samples_are_drawn_by_the_same_sampler(
-    golden: dict[str, Tensor], prior: VPSDE
+    kind: str, golden: dict[str, Tensor], prior: VPSDE
 ) -> None:
-    score = GaussianScore(golden["guide_y"], observe, 0.1, prior)
+    y = golden["guide_y"]
+    score = {
+        "gaussian": GaussianScore(y, observe, 0.1, prior),
+        "dps": DPSGaussianScore(y, observe, prior),
+        "mmps": MMPSGaussianScore(y, observe, 0.1, prior, iterations=1),
+    }[kind]
     sde = VPSDE(score, shape=(5, 2, 64, 64))
     x = sde.sample((2,), steps=2, corrections=1, tau=0.5)
 
     assert x.shape == (2, 5, 2, 64, 64)
     assert x.isfinite().all() and not x.requires_grad
+
+
+# Definitions
+
+
+def jacobian(f: Any, x: Tensor) -> Tensor:
+    J = torch.autograd.functional.jacobian(f, x)
+
+    return J.reshape(-1, x.numel()) if isinstance(J, Tensor) else J[0]
+
+
+@pytest.mark.parametrize("t", [0.02, 0.5, 0.98])
+@pytest.mark.parametrize("given", [{"L": 6, "d": 3, "every": 2}, {"L": 9, "every": 4, "std": 1}])
+def test_moment_matching_is_exact_for_normal_data(given: dict[str, Any], t: float) -> None:
+    chain, time = make_chain(**given), torch.tensor(t).double()
+    y = chain.simulate(torch.Generator().manual_seed(1))[1]
+    x = torch.randn(4, *chain.shape).double()
+    sde = VPSDE(GaussianNoise(*chain.joint()), chain.shape)
+    score = MMPSGaussianScore(y, chain.A, chain.std, sde, iterations=30, tolerance=1e-13)
+    exact = GaussianNoise(*chain.posterior(y))
+
+    assert torch.allclose(score(x, time), exact(x, time), rtol=1e-7, atol=1e-9)
+
+
+class Curved(nn.Module):
+    r"""A noise estimate whose derivative is not constant; it is symmetric if V is W transposed."""
+
+    W: Tensor
+    V: Tensor
+
+    def __init__(self, W: Tensor, V: Tensor, alpha: str = "cos") -> None:
+        super().__init__()
+
+        self.register_buffer("W", W)
+        self.register_buffer("V", V)
+        self.schedule = (VPSDE(nn.Identity(), (), alpha),)
+
+    def forward(self, x: Tensor, t: Tensor, c: Tensor | None = None) -> Tensor:
+        mu, sigma = self.schedule[0].mu(t), self.schedule[0].sigma(t)
+
+        return sigma * x + 0.3 * mu**2 * torch.tanh(x @ self.W) @ self.V
+
+
+def saturate(x: Tensor) -> Tensor:
+    return x[..., ::2] / (1 + x[..., ::2].abs())
+
+
+@pytest.mark.parametrize("t", [0.1, 0.5, 0.9])
+def test_dps_and_moment_matching_keep_their_definitions(t: float) -> None:
+    W, x, y = torch.randn(6, 6).double() / 3, torch.randn(1, 6).double(), torch.rand(3).double()
+    sde, time = VPSDE(Curved(W, W.T), (6,)), torch.tensor(t).double()
+    mu, sigma = sde.mu(time), sde.sigma(time)
+
+    def denoise(x: Tensor) -> Tensor:
+        return (x - sigma * sde.eps(x, time)) / mu
+
+    error, eps = y - saturate(denoise(x)), sde.eps(x, time)
+    J = jacobian(lambda x: saturate(denoise(x)), x)
+    H = jacobian(saturate, denoise(x))
+
+    dps = DPSGaussianScore(y, saturate, sde, zeta=0.7)
+    s = 2 * 0.7 * error @ J / error.norm()
+    assert torch.allclose(dps(x, time), eps - sigma * s)
+
+    std = torch.tensor([0.1, 0.2, 0.3]).double()
+    mmps = MMPSGaussianScore(y, saturate, std, sde, iterations=9, tolerance=0)
+    cov = (std**2).diag() + sigma**2 / mu * J @ H.T
+    s = torch.linalg.solve(cov, error.T).T @ J
+    assert torch.allclose(mmps(x, time), eps - sigma * s)
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 3])
+@pytest.mark.parametrize("alpha", ["exp", "cos"])
+def test_moment_matching_is_that_of_azula(alpha: str, iterations: int) -> None:
+    r"""The numbers are made by `tests/reference/make_mmps.py`, which explains them."""
+
+    with np.load(REFERENCE / "mmps.npz") as file:
+        numbers = {key: torch.as_tensor(x) for key, x in file.items()}
+
+    x = numbers["x"]
+    sde = VPSDE(Curved(numbers["W"], torch.eye(8).double(), alpha), (8,), alpha)
+    score = MMPSGaussianScore(numbers["y"], saturate, 0.2, sde, iterations, tolerance=0)
+
+    for t, mean in zip(numbers["t"], numbers[f"{alpha}_{iterations}"], strict=True):
+        eps = (x - sde.mu(t) * mean) / sde.sigma(t)
+
+        assert torch.allclose(score(x, t), eps, rtol=1e-9, atol=1e-9)
+        assert not torch.allclose(sde.eps(x, t), eps, rtol=1e-3)
+
+
+def test_moment_matching_ends_where_the_covariance_is_not_positive() -> None:
+    class Wrong(nn.Module):
+        def forward(self, x: Tensor, t: Tensor, c: Tensor | None = None) -> Tensor:
+            return x * torch.tensor([[2.0], [0.5]])  # V is negative for the first
+
+    sde, t, x = VPSDE(Wrong(), (5,)), torch.tensor(0.7), torch.randn(2, 5)
+    eps = MMPSGaussianScore(torch.zeros(5), lambda x: x, 0.1, sde)(x, t)
+
+    assert eps.isfinite().all()
+    assert eps[0].equal(sde.eps(x, t)[0]) and not eps[1].equal(sde.eps(x, t)[1])
+
+
+@pytest.mark.parametrize("t", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("kind", ["gaussian", "dps", "mmps"])
+def test_guidance_in_half_precision_is_that_in_full(
+    kind: str, t: float, golden: dict[str, Tensor], prior: VPSDE
+) -> None:
+    x, y, time = golden["chain_x"][:1], golden["guide_y"][:1], torch.tensor(t)
+    half = VPSDE(load_score(RUN).half(), ())
+    low, full = (
+        {
+            "gaussian": lambda: GaussianScore(y, observe, 0.1, sde),  # noqa: B023
+            "dps": lambda: DPSGaussianScore(y, observe, sde),  # noqa: B023
+            "mmps": lambda: MMPSGaussianScore(y, observe, 0.1, sde, iterations=1),  # noqa: B023
+        }[kind]()
+        for sde in (half, prior)
+    )
+    eps = low.half()(x.half(), time.half())
+
+    assert eps.dtype == torch.half and eps.isfinite().all()
+    assert_close(eps.float(), full(x, time), 0.1)
 
 
 @pytest.mark.parametrize("given", [{}, {"alpha": "lin", "eta": 1e-2}])
