@@ -6,6 +6,8 @@ from .operators import Observation as Observation
 from .operators import Operator as Operator
 from .operators import parse as parse
 from .operators import points as points
+from .posterior import GUIDANCES as GUIDANCES
+from .posterior import assimilate as assimilate
 from .skill import bootstrap as bootstrap
 from .skill import chi_square as chi_square
 from .skill import cross_spectral_error as cross_spectral_error

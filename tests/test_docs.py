@@ -1,0 +1,75 @@
+r"""Tests that what the documents show can be run: the use of a finished run, and the examples."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import pytest
+import torch
+from networks import SMALL, small
+
+from sda_ray.core.config import save_config
+
+TOP = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    r"""Returns a root with a small finished run, by the name in the documents, and data."""
+
+    root = tmp_path_factory.mktemp("root")
+    run = root / "runs" / "crimson-cloud-4_6k7cjnx7"
+    run.mkdir(parents=True)
+    (root / "data").mkdir()
+    torch.manual_seed(0)
+    save_config(SMALL | {"parametrization": "v"}, run / "config.json")
+    torch.save(small(64, parametrization="v").state_dict(), run / "state.pth")
+
+    with h5py.File(root / "data" / "valid.h5", "w") as f:
+        f["x"] = torch.randn(1, 16, 2, 64, 64).numpy()
+
+    return root
+
+
+def blocks(file: str, begin: str, end: str) -> str:
+    r"""Returns the Python code of a part of a document, with fewer steps and on the CPU."""
+
+    text = (TOP / file).read_text().partition(begin)[2].partition(end)[0]
+    code = "\n".join(re.findall("```python\n(.*?)```", text, re.DOTALL))
+    code = re.sub(r', device="cuda"|\.to\("cuda"\)', "", code)
+
+    return re.sub(r"steps=\d+", "steps=2", code)
+
+
+def python(root: Path, *words: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", *words], cwd=root, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("file", "begin", "end"),
+    [("README.md", "**Use.**", "## Read on"), ("docs/use.md", "# Use", "## Data")],
+)
+def test_use_of_a_run_is_as_documented(root: Path, file: str, begin: str, end: str) -> None:
+    code = blocks(file, begin, end)
+    assert "assimilate(" in code and "steps=2" in code
+
+    python(root, "-c", code)
+
+    assert (root / "samples.png").exists()
+
+
+def test_example_paints_the_assimilation(root: Path) -> None:
+    script = str(TOP / "examples" / "assimilate.py")
+    options = ["--steps", "2", "--members", "2", "--output", "picture.png"]
+    out = python(root, script, "crimson-cloud-4", *options)
+
+    assert "root-mean-square error, mean: " in out
+    assert (root / "picture.png").stat().st_size > 10_000
+    assert "--guidance {gaussian,dps,mmps}" in python(root, script, "--help")
