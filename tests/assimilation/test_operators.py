@@ -2,6 +2,7 @@ r"""Tests for sda_ray.assimilation.operators: what each observes, its text, what
 
 import pickle
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.func import grad, jvp, vmap
 
 from sda_ray.assimilation import PANEL, PANEL_VERSION, parse, points
+from sda_ray.assimilation.operators import KINDS
 from sda_ray.core import UserError
 from sda_ray.data import coarsen, vorticity
 
@@ -113,6 +115,12 @@ def test_text_of_an_operator_makes_an_equal_one(parts: list[str]) -> None:
     assert parse(str(A)) == parse(A) == A and hash(parse(str(A))) == hash(A)
     assert pickle.loads(pickle.dumps(A)) == A
     assert parse(f"{A} last") != A
+
+
+def test_documentation_lists_every_operator() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "skill.md").read_text()
+
+    assert set(re.findall(r"^\| `(\w+)", text, re.MULTILINE)) == set(KINDS)
 
 
 def test_operators_are_composed_from_left_to_right() -> None:
