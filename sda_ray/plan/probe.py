@@ -58,7 +58,7 @@ REPEATS = 3  # steps of the same size, at least, of which the median counts
 MORE = 2**27  # bytes that a trial takes beside its training: W&B's client, the picture at the end
 SLACK = {False: 1.5, True: 1.1}  # bytes for each byte of tensors, at least: scratch, fragments
 LARGE = 2**28  # bytes of tensors from which on the process grows in proportion to them
-SAMPLES = 64, 2  # steps of the sampler and items, at the end of a run
+SAMPLES = 64, 8  # steps of the sampler and items, at most, at the end of a run
 CHUNK = 32  # items in a forward pass of the validation
 
 
@@ -101,6 +101,8 @@ class Speed:
 def epoch_seconds(config: Config, cost: Cost, speed: Speed, info: DataInfo) -> tuple[float, float]:
     r"""Returns the seconds of an epoch, and those after the last one, for the samples."""
 
+    from ..training import SAMPLE_COST  # which imports torch
+
     n, valid = info.trajectories["train"], info.trajectories["valid"]
     batch = config["batch_size"]
     items = math.ceil(CHUNK / valid) * valid * (2 if config["ema"] else 1)
@@ -108,7 +110,9 @@ def epoch_seconds(config: Config, cost: Cost, speed: Speed, info: DataInfo) -> t
     step += speed.seconds(cost.flops * (n % batch) / batch) if n % batch else 0.0
     check = speed.seconds(CHUNK * cost.forward) * math.ceil(items / CHUNK)
 
-    return step + check, SAMPLES[0] * speed.seconds(SAMPLES[1] * cost.forward)
+    samples = SAMPLES[0] * speed.seconds(SAMPLES[1] * cost.forward)
+
+    return step + check, min(samples, SAMPLE_COST * config["epochs"] * (step + check))
 
 
 def speed_of(

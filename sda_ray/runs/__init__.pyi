@@ -18,6 +18,8 @@ from .inventory import select as select
 from .inventory import source as source
 from .metrics import best as best
 from .metrics import finals as finals
+from .metrics import is_off as is_off
+from .metrics import last_metrics as last_metrics
 from .metrics import read_history as read_history
 from .metrics import read_metrics as read_metrics
 from .path import COPIED as COPIED

@@ -143,7 +143,8 @@ def carry_over(
     for epoch, metrics in sorted(read_history(parent.metrics).items()):
         if epoch <= state.epoch:
             ended = epoch == state.epoch == load_config(parent.config)["epochs"]
-            run.log(metrics | (validate() if ended else {}))
+            kept = {k: x for k, x in metrics.items() if not (ended and k.startswith("sample_"))}
+            run.log(kept | (validate() if ended else {}))
 
     state.saved = None
     run.save(state)

@@ -37,6 +37,7 @@ __all__ = [
     "Line",
     "best",
     "finals",
+    "is_off",
     "last_metrics",
     "read_history",
     "read_metrics",
@@ -57,6 +58,9 @@ class Line(msgspec.Struct):
     loss_valid_raw: float | None = None
     loss_valid_se: float | None = None
     lr: float | None = None
+    sample_std: float | None = None
+    sample_spectrum: float | None = None
+    sample_divergence: float | None = None
     seconds: float | None = None
 
 
@@ -125,6 +129,12 @@ def best(lines: Sequence[Metrics], judged: Collection[Any] = ()) -> Metrics | No
     ]
 
     return min(finite, key=lambda line: line["loss_valid"], default=None)
+
+
+def is_off(sample_std: float | None) -> bool:
+    r"""Tells whether samples, if there are any, are off the data by more than a factor of two."""
+
+    return sample_std is not None and not 0.5 <= sample_std <= 2
 
 
 def seconds_per_epoch(lines: Sequence[Metrics]) -> float | None:

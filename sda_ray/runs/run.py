@@ -21,7 +21,7 @@ from ..core import (
     save_config,
     write_atomic,
 )
-from ..training import Metrics, TrainState, draw_samples
+from ..training import Metrics, Samples, TrainState
 from .checkpoint import CHECKPOINT_SECONDS, load_checkpoint, save_checkpoint, save_state
 from .metrics import History
 from .path import RunPath, new_id, new_name
@@ -255,7 +255,7 @@ class Run:
     def due(self) -> bool:
         return time.monotonic() - self._last_save >= self._interval
 
-    def finish(self, state: TrainState) -> None:
+    def finish(self, state: TrainState, samples: Samples) -> None:
         r"""Saves the weights as `state.pth`, and `samples.png`, and marks the run finished.
 
         Raises:
@@ -267,7 +267,7 @@ class Run:
         try:
             self.history.write()
             save_state(self.path, state.result.state_dict(), self.lease.hold)
-            image = draw_samples(state.result_sde, self.config["seed"])
+            image = samples.picture(state)
 
             with self.lease.hold():
                 write_atomic(self.path.samples, image)

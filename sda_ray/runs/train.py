@@ -1,5 +1,6 @@
 r"""The training of one run, from its config to its weights."""
 
+import functools
 import logging
 import resource
 import signal
@@ -21,7 +22,16 @@ from ..core import (
 )
 from ..data import DataChanged, TrajectoryDataset, has_fingerprint
 from ..nn import load_network, make_deterministic, warn_slow
-from ..training import Diverged, Metrics, TrainState, Validation, epochs, steady_epochs, validate
+from ..training import (
+    Diverged,
+    Metrics,
+    Samples,
+    TrainState,
+    Validation,
+    epochs,
+    steady_epochs,
+    validate,
+)
 from .extend import carry_over, keep_start
 from .path import RunPath
 from .run import Run
@@ -128,13 +138,15 @@ def train_run(
         validation = Validation(validset, device)
 
         rungs = {*rungs, *run.record.get("rungs", ())}  # a run may be resumed without its sweep
+        samples = Samples(validation, len(trainset), rungs)
 
         # Network
         state = TrainState(config, size=trainset.shape[-1], device=device)
         run.load(state)
 
         if state.saved is None and init is not None and "extends" in run.record:
-            carry_over(run, state, RunPath(init), lambda: validate(state, validation, rungs))
+            again = functools.partial(validate, state, validation, rungs, samples)
+            carry_over(run, state, RunPath(init), again)
         elif state.saved is None and init is not None:
             state.begin(load_network(init)[0].state_dict())
             run.save(state)
@@ -162,7 +174,7 @@ def train_run(
         keep_start(run, state)  # in case the run was killed before it did
 
         try:
-            for metrics in epochs(state, trainset, validation, end_step, rungs):
+            for metrics in epochs(state, trainset, validation, end_step, rungs, samples):
                 run.log(metrics)
 
                 if metrics["epoch"] in saved or run.due:
@@ -184,7 +196,7 @@ def train_run(
 
             raise
 
-        run.finish(state)
+        run.finish(state, samples)
 
 
 @contextmanager

@@ -8,7 +8,8 @@ from .loop import epochs as epochs
 from .loop import steady_epochs as steady_epochs
 from .loop import train_epoch as train_epoch
 from .loop import validate as validate
-from .samples import draw_samples as draw_samples
+from .samples import SAMPLE_COST as SAMPLE_COST
+from .samples import Samples as Samples
 from .samples import plot as plot
 from .validation import DRAWS as DRAWS
 from .validation import Validation as Validation

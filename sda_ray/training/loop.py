@@ -248,8 +248,14 @@ def train_epoch(
     return loss_train
 
 
-def validate(state: TrainState, validation: Validation, rungs: Collection[int] = ()) -> Metrics:
-    r"""Returns the validation losses of a state at the end of an epoch, see :func:`epochs`."""
+def validate(
+    state: TrainState,
+    validation: Validation,
+    rungs: Collection[int] = (),
+    samples: Callable[[TrainState], Metrics] | None = None,
+) -> Metrics:
+    r"""Returns the validation losses of a state at the end of an epoch, and what its samples are
+    like, see :func:`epochs`."""
 
     draws = DRAWS if state.epoch in {*rungs, state.config["epochs"]} else 1
     losses: Metrics = {}
@@ -258,7 +264,7 @@ def validate(state: TrainState, validation: Validation, rungs: Collection[int] =
     if state.average is not None:
         losses["loss_valid_raw"], _ = validation(state.sde, draws)
 
-    return losses
+    return losses | (samples(state) if samples is not None else {})
 
 
 def epochs(
@@ -267,6 +273,7 @@ def epochs(
     validation: Validation,
     after_step: Callable[[TrainState], None] = lambda state: None,
     rungs: Collection[int] = (),
+    samples: Callable[[TrainState], Metrics] | None = None,
 ) -> Iterator[Metrics]:
     r"""Trains to the end of the config's epochs and yields the metrics of each.
 
@@ -274,8 +281,9 @@ def epochs(
     the first of which is that of all other epochs.
 
     Yields:
-        `epoch` (from 1), `loss_train`, `loss_valid`, `loss_valid_se`, `lr` and `seconds`; and
-        `loss_valid_raw`, that of the weights themselves, if they are averaged.
+        `epoch` (from 1), `loss_train`, `loss_valid`, `loss_valid_se`, `lr` and `seconds`;
+        `loss_valid_raw`, that of the weights themselves, if they are averaged; and, where the run
+        is judged, what :func:`sda_ray.training.samples.compare_samples` returns.
 
     Raises:
         Diverged: If a loss is not finite or has exploded.
@@ -284,10 +292,10 @@ def epochs(
     while state.epoch < state.config["epochs"]:
         start = time.monotonic()
         loss_train = train_epoch(state, trainset, after_step)
-        losses = {"loss_train": loss_train, **validate(state, validation, rungs)}
+        losses = {"loss_train": loss_train, **validate(state, validation, rungs, samples)}
 
-        for key, loss in losses.items():
-            if key != "loss_valid_se" and not loss < EXPLODED:
+        for key in ("loss_train", "loss_valid", "loss_valid_raw"):
+            if not (loss := losses.get(key, 0.0)) < EXPLODED:
                 raise Diverged(f"{key} is {loss:.3g} after epoch {state.epoch}")
 
         yield {
