@@ -22,9 +22,11 @@ from ..core import (
     make_table,
     printable,
 )
-from ..runs import Entry, best, changed_settings
+from ..runs import Entry, best, changed_settings, is_off
 
-__all__ = ["STYLES", "comparison", "format_loss", "listing", "portrait"]
+__all__ = ["REMEDY", "STYLES", "comparison", "format_loss", "format_std", "listing", "portrait"]
+
+REMEDY = "set parametrization=v, or train for more epochs"  # of samples that are off
 
 STYLES = {
     "running": "cyan",
@@ -49,6 +51,12 @@ def format_loss(x: float | None) -> str:
     return "–" if x is None else f"{x:.4f}" if 1e-3 <= abs(x) < 1e4 else f"{x:.3g}"
 
 
+def format_std(x: float | None) -> str:
+    r"""Returns the relative standard deviation of samples, marked if it is off."""
+
+    return "–" if x is None else f"{x:.3g}{'!' * is_off(x)}"
+
+
 def _status(status: str) -> Text:
     return Text(printable(status, 20), style=STYLES.get(status, ""))
 
@@ -60,8 +68,8 @@ def _epochs(entry: Entry) -> str:
 def listing(entries: Iterable[Entry]) -> Table:
     r"""Returns the table of runs."""
 
-    columns = ("run", "status", "epoch", "loss_valid", "sweep", "size", "age")
-    right = ("epoch", "loss_valid", "size", "age")
+    columns = ("run", "status", "epoch", "loss_valid", "sample_std", "sweep", "size", "age")
+    right = ("epoch", "loss_valid", "sample_std", "size", "age")
     table = make_table(*columns, right=right, fold=())
     rows = [
         (
@@ -69,6 +77,7 @@ def listing(entries: Iterable[Entry]) -> Table:
             _status(entry.status),
             Text(_epochs(entry)),
             Text(format_loss(entry.loss_valid)),
+            Text(format_std(entry.sample_std)),
             Text(printable(entry.sweep or "–", 40)),
             Text(format_size(entry.size)),
             Text(format_duration(entry.age)),
@@ -93,6 +102,7 @@ def portrait(
     )
     head.append(f"  epoch {_epochs(entry)}  loss_valid {format_loss(entry.loss_valid)}")
     head.append(f", best {format_loss(top['loss_valid'])} at epoch {top['epoch']}" if top else "")
+    head.append(f"  sample_std {format_std(entry.sample_std)}")
     head.append(f"  {format_size(entry.size)}  {format_duration(entry.age)} old")
     faults = [Text(f"  {printable(fault, 500)}", style="red") for fault in entry.faults]
     pairs = Table.grid(padding=(0, 1))

@@ -35,10 +35,12 @@ from ..runs import (
     check_extension,
     default_device,
     describe_extension,
+    is_off,
     read_record,
     train_run,
 )
 from ..training import Diverged, check_compiler
+from .render import REMEDY
 
 __all__ = ["extend_run", "resume_run", "start_run"]
 
@@ -264,6 +266,9 @@ def _follow(run: Run, data: Path, device: str, parent: RunPath | None) -> None:
 
         status, code = "finished", 0
         say(f"finished: {os.path.relpath(path.state)}, {os.path.relpath(path.samples)}")
+
+        if is_off(std := run.lines.get(total, {}).get("sample_std")):
+            say(f"Its samples have {std:.3g} times the standard deviation of the data: {REMEDY}.")
     except (Interrupted, KeyboardInterrupt):
         status, code = "interrupted", 128 + (stop.signal or signal.SIGINT)
         say(f"Stopped. Resume with `sda-ray train --resume {path.id}`.")

@@ -6,6 +6,7 @@ import shlex
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,11 @@ from ..core import (
     read_holder,
     say,
 )
-from ..runs import RunPath, sweep_directory
+from ..runs import RunPath, is_off, last_metrics, sweep_directory
 from ..search import Rules, Study, TrialRecord, count_trials, importances, rank_key
 from ..sweep import read_sweep, watch
 from .options import SWEEP, Args, command
-from .render import STYLES, format_loss
+from .render import REMEDY, STYLES, format_loss, format_std
 
 __all__ = ["LiveTable", "announce", "attach_command", "conclude", "leaderboard"]
 
@@ -57,11 +58,14 @@ def _short(value: Any) -> str:
 
 
 def _rows(
-    records: Sequence[TrialRecord], names: dict[str, str], width: int
+    records: Sequence[TrialRecord],
+    names: dict[str, str],
+    width: int,
+    deviations: Mapping[str, float] | None = None,
 ) -> list[RenderableType]:
     r"""Returns a table of runs that fits a width, and a line about the settings that do not.
 
-    For it, names are left out, then settings.
+    For it, names are left out, then settings. The deviations are those of samples, if known.
     """
 
     keys = list(dict.fromkeys(key for record in records for key in record.config))
@@ -72,6 +76,9 @@ def _rows(
         "epoch": [f"{r.last}/{r.epochs}" for r in records],
         "loss_valid": [_loss(r) for r in records],
     }
+
+    if deviations:
+        columns["sample_std"] = [format_std(deviations.get(r.run_id)) for r in records]
 
     for key in keys:
         columns[key] = [_short(r.config[key]) if key in r.config else "–" for r in records]
@@ -262,18 +269,39 @@ def leaderboard(title: str, records: Sequence[TrialRecord], runs: Path, count: i
 
     console = make_console()
     finished = sorted((r for r in records if r.values), key=rank_key)
-    names = {path.id: path.name for path in RunPath.all(runs)}
+    paths = {path.id: path for path in RunPath.all(runs)}
+    names = {id: path.name for id, path in paths.items()}
+    deviations = _deviations([paths[r.run_id] for r in finished[:count] if r.run_id in paths])
     console.print(Text(f"\nLeaderboard of {title}", style="bold"))
-    console.print(*_rows(finished[:count], names, console.width), sep="\n")
+    console.print(*_rows(finished[:count], names, console.width, deviations), sep="\n")
 
     if len(finished) > count:
         console.print(f"and {len(finished) - count} more.")
+
+    if off := sum(map(is_off, deviations.values())):
+        console.print(
+            f"! Samples of {off} of these runs are off the data by more than a factor of two: "
+            f"{REMEDY}."
+        )
 
     if len({record.config.get("seed") for record in records}) <= 1:
         console.print(
             f"One seed, selected as the best of {len(records)}: the winner's loss is flattered "
             "by the selection. Train it again with other seeds before you quote it."
         )
+
+
+def _deviations(paths: Sequence[RunPath]) -> dict[str, float]:
+    r"""Returns the relative standard deviations of the samples of runs, by id, where known."""
+
+    found: dict[str, float] = {}
+
+    for path in paths:
+        with suppress(UserError, OSError):  # damaged, or there is none
+            if (line := last_metrics(path.metrics)) and "sample_std" in line:
+                found[path.id] = line["sample_std"]
+
+    return found
 
 
 def conclude(

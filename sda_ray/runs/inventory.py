@@ -54,6 +54,7 @@ class Entry:
     epoch: int | None = None  # the last one in `metrics.jsonl`
     epochs: int | None = None
     loss_valid: float | None = None  # of the last epoch
+    sample_std: float | None = None  # likewise, relative to the data
     sweep: str | None = None
     config: Config | None = None  # if it can be read
     faults: tuple[str, ...] = ()  # one sentence each
@@ -123,6 +124,7 @@ def read_entry(path: RunPath) -> Entry | None:
         line.get("epoch"),
         config["epochs"] if config else None,
         line.get("loss_valid"),
+        line.get("sample_std"),
         record.get("sweep"),
         config,
         tuple(faults),
@@ -263,10 +265,11 @@ def row(entry: Entry) -> dict[str, Any]:
     r"""Returns an entry as the object that JSON shows."""
 
     path = entry.path
-    keys = ("status", "epoch", "epochs", "loss_valid", "sweep", "size", "faults", "config")
+    keys = ("status", "epoch", "epochs", "loss_valid", "sample_std", "sweep", "size", "faults")
     shown = {"name": path.name, "id": path.id, "directory": path.directory}
+    shown |= {key: getattr(entry, key) for key in (*keys, "config")}
 
-    return shown | {key: getattr(entry, key) for key in keys} | {"age": round(entry.age)}
+    return shown | {"age": round(entry.age)}
 
 
 def as_json(obj: Any) -> str:
@@ -335,7 +338,7 @@ def compare(runs: Sequence[Entry], lines: Sequence[list[dict[str, Any]]]) -> dic
     rows = {key: [(entry.config or {}).get(key) for entry in runs] for key in CONFIG}
     differ = {key: row for key, row in rows.items() if len({x for x in row if x is not None}) > 1}
     tops = [best(x, entry.judged) or {} for entry, x in zip(runs, lines, strict=True)]
-    keys = ("status", "epoch", "epochs", "loss_valid")
+    keys = ("status", "epoch", "epochs", "loss_valid", "sample_std")
     metrics = {key: [getattr(entry, key) for entry in runs] for key in keys}
     metrics["loss_valid_best"] = [top.get("loss_valid") for top in tops]
     metrics["epoch_best"] = [top.get("epoch") for top in tops]

@@ -1,5 +1,7 @@
 r"""Tests for sda_ray.cli.table: what people look at."""
 
+import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -82,6 +84,28 @@ def test_leaderboard_has_the_best_first_and_says_how_far_it_carries(
     assert "and 10 more" in out
     assert "One seed, selected as the best of 15" in out
     assert "too narrow" not in out
+
+
+def test_samples_that_are_off_are_marked_with_what_to_do(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    leaderboard("demo", records(5), runs)
+    assert "sample_std" not in capsys.readouterr().out  # of runs by an earlier version
+
+    for i, std in enumerate([62.0, 0.48, 0.93, 2.0, math.nan]):
+        line = {"epoch": 9, "loss_valid": 0.25, "sample_std": std}
+        (runs / f"crimson-cloud-{i}_run{i:05}" / "metrics.jsonl").write_text(
+            f"{json.dumps(line)}\n"
+        )
+
+    leaderboard("demo", records(6), runs)
+    lines = capsys.readouterr().out.splitlines()
+    place = lines[2].split().index("sample_std")
+    cells = {line.split()[0]: line.split()[place] for line in lines[3:9]}
+    assert cells == {"1": "62!", "2": "0.48!", "3": "0.93", "4": "2", "5": "nan!", "6": "–"}
+
+    told = "Samples of 3 of these runs are off the data by more than a factor of two: "
+    assert f"{told}set parametrization=v, or train for more epochs." in " ".join(lines)
 
 
 def test_text_of_others_is_shown_plainly(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

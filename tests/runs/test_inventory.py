@@ -43,6 +43,7 @@ def test_entry_tells_what_the_run_is(a: RunPath) -> None:
 
     assert (entry.status, entry.epoch, entry.epochs, entry.sweep) == ("finished", 3, 3, "width")
     assert entry.loss_valid == lines[-1]["loss_valid"]
+    assert entry.sample_std == lines[-1]["sample_std"]
     assert entry.config == SMALL
     assert entry.size == sum(f.stat().st_size for f in a.directory.rglob("*") if f.is_file())
     assert 0 <= entry.age < 3600
