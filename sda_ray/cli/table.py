@@ -32,7 +32,7 @@ from ..sweep import read_sweep, watch
 from .options import SWEEP, Args, command
 from .render import REMEDY, STYLES, format_loss, format_std
 
-__all__ = ["LiveTable", "announce", "attach_command", "conclude", "leaderboard"]
+__all__ = ["LiveTable", "announce", "attach_command", "conclude", "leaderboard", "show_end"]
 
 REFRESH = 4  # times a second
 LOOK = 1.0  # seconds between two looks at the files of a sweep
@@ -412,7 +412,7 @@ def attach_command(args: Args) -> None:
         say(f"\nSweep '{name}' keeps running. Attach again with `sda-ray attach {name}`.")
         return
 
-    _show_end(runs, name, study)
+    show_end(runs, name, study)
 
 
 def _follow(
@@ -448,7 +448,7 @@ def _seconds(holder: dict[str, Any]) -> float:
         return 0.0
 
 
-def _show_end(runs: Path, name: str, study: Study) -> None:
+def show_end(runs: Path, name: str, study: Study) -> None:
     r"""Prints the leaderboard, and the commands to try next."""
 
     records, directory = study.records(), sweep_directory(runs, name)

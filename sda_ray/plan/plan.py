@@ -26,7 +26,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..cluster import Slots, local_gpus, memory_limit
+from ..cluster import Slots, memory_limit
 from ..core import UserError, format_duration, format_size
 from ..data import DataInfo
 from ..search import PruneRule, Rules, TrialRecord, decide
@@ -120,8 +120,7 @@ def plan_sweep(
         report: Called with a text at each step.
     """
 
-    gpus = int(local_gpus() > 0) if options.gpus is None else options.gpus
-    slots = Slots(options.cpus, gpus, options.parallel)
+    slots = options.slots()
     runs, data, local = options.runs, options.data, options.address is None
     slots.grows = not local and options.parallel is not None
     sweep, broken = None, []
@@ -133,7 +132,7 @@ def plan_sweep(
         broken = [str(error)]
 
     report(f"checking, with {DRAWS} draws")
-    found = find_faults(sweep, runs, data, slots, options.wandb, local, draws=DRAWS)
+    found = find_faults(sweep, options, slots, draws=DRAWS)
     plan = Plan(
         name=str(source) if sweep is None else sweep.name,
         trials=0 if sweep is None else sweep.trials,

@@ -50,10 +50,8 @@ def check_extension(path: RunPath, changes: Config) -> Config:
     if not steady_epochs(config):
         raise UserError(
             f"{name} cannot be extended to the same result as a longer run: its scheduler "
-            f"'{config['scheduler']}' decays over all epochs, so that {changes['epochs']} of them "
-            f"would have had other learning rates from the second on. Start a run from its "
-            f"weights instead, `{init} epochs={changes['epochs']}`, or train with "
-            "scheduler=constant or wsd, which can be extended."
+            f"'{config['scheduler']}' decays over all epochs, and that of one to be extended is "
+            f"constant or wsd. Start from its weights: {init} epochs={changes['epochs']}"
         )
 
     return config | changes

@@ -8,6 +8,7 @@ import contextlib
 import os
 import stat
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from ..core import UserError, locked, read_holder, write_json
@@ -15,7 +16,7 @@ from .inventory import Entry, is_held, read_entry
 from .path import RunPath
 from .record import timestamp
 
-__all__ = ["prune_run", "refusal", "resumable"]
+__all__ = ["locked_at_once", "prune_run", "refusal", "resumable"]
 
 QUIET = 3600.0  # seconds without a heartbeat after which a holder on another host is dead
 
@@ -93,14 +94,7 @@ def prune_run(path: RunPath, sweep: str | None = None) -> int:
         UserError: If the checkpoints must stay, see :func:`refusal`, or cannot be removed.
     """
 
-    lock = path.lease.with_suffix(".lock")
-
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(locked(lock, wait=False))
-        except OSError as error:
-            raise UserError(f"{lock} cannot be locked: {error.strerror}.")
-
+    with locked_at_once(path.lease.with_suffix(".lock")):
         entry = read_entry(path)
 
         if entry is None:
@@ -114,6 +108,19 @@ def prune_run(path: RunPath, sweep: str | None = None) -> int:
                 write_json(path.record, entry.record | {"given_back": timestamp()})
 
         return _remove(path)
+
+
+@contextlib.contextmanager
+def locked_at_once(file: Path, hint: str = "") -> Iterator[None]:
+    r"""Holds a lock, or raises a UserError, with a hint, if it cannot be had without waiting."""
+
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(file, wait=False))
+        except OSError as error:
+            raise UserError(f"{file} cannot be locked: {error.strerror}.{hint}") from error
+
+        yield
 
 
 def _damage(entry: Entry) -> str | None:

@@ -13,15 +13,16 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..core import UserError, locked, open_regular, read_json, say
+from ..core import UserError, open_regular, read_json, say
 from .inventory import Entry, entries, is_held, read_entry
 from .metrics import read_history
 from .path import RunPath, sweep_directory
+from .prune import locked_at_once
 from .record import logged_config
 from .tracking import Wandb, own_environment, start_run, summary
 
@@ -65,7 +66,9 @@ def sync_runs(runs: Path, names: Sequence[str] = (), sweep: str | None = None) -
     try:
         api = _connect()
 
-        with _locked(runs / ".sync.lock"):
+        hint = " Another `sda-ray sync` may be running."
+
+        with locked_at_once(runs / ".sync.lock", hint):
             for entry in free:
                 name = entry.path.directory.name
 
@@ -85,18 +88,6 @@ def sync_runs(runs: Path, names: Sequence[str] = (), sweep: str | None = None) -
 
     say(f"{done} of {len(free)} runs are at {api.settings['base_url']}.")
     sys.exit(0 if done == len(free) else 1)
-
-
-@contextmanager
-def _locked(file: Path) -> Iterator[None]:
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(locked(file, wait=False))
-        except OSError as error:
-            reason = f"{file} cannot be locked: {error.strerror}"
-            raise UserError(f"{reason}. Another `sda-ray sync` may be running.") from error
-
-        yield
 
 
 def _named(runs: Path, names: Sequence[str]) -> list[Entry]:
@@ -241,9 +232,8 @@ def _upload(api: Any, entry: Entry, runs: Path) -> str:
 
     if count > len(steps) or (count and steps[count - 1] != last):
         raise UserError(
-            f"W&B has {count} rows of it, to step {last}, which are not its first ones, as after "
-            "`wandb sync` of overlapping attempts. To upload it to another project, name that in "
-            f"the entry 'wandb' of {path.record}."
+            f"W&B has {count} rows of it, to step {last}, which are not its first ones. To upload "
+            f"it to another project, name that in the entry 'wandb' of {path.record}."
         )
 
     if count == len(steps):

@@ -212,8 +212,7 @@ def _memory(batch_size: int, device: str) -> Iterator[None]:
         raise OutOfMemory(
             f"out of memory on {device}, with batch_size {batch_size} and a peak of "
             f"{_peak(device) / 2**30:.2f} GiB before the allocation that failed. Use a smaller "
-            "batch_size or network, more memory, or fewer trials at a time (--gpus-per-trial, "
-            "--cpus-per-trial)."
+            "batch_size or network, or give each trial more (--gpus-per-trial, --cpus-per-trial)."
         ) from error
 
 

@@ -23,6 +23,7 @@ from .sampler import importances as importances
 from .sampler import method_text as method_text
 from .sampler import propose as propose
 from .sampler import quiet_optuna as quiet_optuna
+from .sampler import random_answer as random_answer
 from .sampler import sample as sample
 from .study import Propose as Propose
 from .study import Study as Study

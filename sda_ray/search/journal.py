@@ -198,8 +198,8 @@ def open_journal(file: Path, lease: Lease | None) -> Journal:
     except Exception as error:  # Optuna has no error of its own for this
         raise UserError(
             f"{file} is damaged: its line {journal.line} is not a record of a study "
-            f"({type(error).__name__}: {error}). Restore a copy of the file. If there is none, "
-            "move the file away: runs are restored from their directories."
+            f"({type(error).__name__}: {error}). Restore a copy of the file, or move it away: "
+            "runs are restored from their directories."
         ) from error
 
 

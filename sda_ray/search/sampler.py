@@ -13,6 +13,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from itertools import chain
 from typing import Any
 
@@ -47,6 +48,7 @@ __all__ = [
     "method_text",
     "propose",
     "quiet_optuna",
+    "random_answer",
     "sample",
     "view",
 ]
@@ -568,21 +570,28 @@ def sample(draw: Draw, count: int) -> list[tuple[dict[str, Any], CallbackTrial]]
     Draws that the space rejects by :class:`optuna.TrialPruned` are left out.
     """
 
+    drawn, answer = [], random_answer(0)
+
+    for number in range(count):
+        with suppress(optuna.TrialPruned):
+            trial = CallbackTrial(answer, number)
+            drawn.append((draw(trial), trial))
+
+    return drawn
+
+
+def random_answer(seed: int) -> Answer:
+    r"""Returns a function that draws the value of a parameter at random."""
+
+    sampler, new = optuna.samplers.RandomSampler(seed=seed), frozen_trial(0, TrialState.RUNNING)
+
+    return lambda name, x: sampler.sample_independent(_no_study(), new, name, x)
+
+
+@cache
+def _no_study() -> optuna.Study:
     with quiet_optuna():
-        sampler, study = optuna.samplers.RandomSampler(seed=0), memory_study([])
-        new = frozen_trial(0, TrialState.RUNNING)
-
-        def answer(name: str, distribution: BaseDistribution) -> Any:
-            return sampler.sample_independent(study, new, name, distribution)
-
-        drawn = []
-
-        for number in range(count):
-            with suppress(optuna.TrialPruned):
-                trial = CallbackTrial(answer, number)
-                drawn.append((draw(trial), trial))
-
-        return drawn
+        return memory_study([])
 
 
 def check_kinds(trials: Iterable[CallbackTrial]) -> None:

@@ -481,11 +481,8 @@ class Sweep:
     def definition(self) -> dict[str, Any]:
         r"""Returns the definition of the sweep, without the number of trials, as JSON.
 
-        A space that is a function is described by the digests of its source, which may change, and
-        of what it draws from, which may not: see :func:`sda_ray.search.sampler.draw_summary`.
-
-        Raises:
-            UserError: If the source of the space cannot be found.
+        A space that is a function is described by the digest of what it draws from, see
+        :func:`sda_ray.search.sampler.draw_summary`; its source may change.
         """
 
         settings = {key: getattr(self, key) for key in SETTINGS}
@@ -495,16 +492,9 @@ class Sweep:
         if space is None:
             from ..search import draw_summary
 
-            try:
-                source = inspect.getsource(self.space)  # type: ignore[arg-type]
-            except (OSError, TypeError) as error:
-                raise UserError(
-                    f"SPACE is {self.space!r}, whose source cannot be read: {error}. Write it as a "
-                    "function of the script."
-                ) from error
-
-            parts = {"function": source, "draws": "\n".join(draw_summary(self.draw))}
-            space = {k: hashlib.sha256(text.encode()).hexdigest() for k, text in parts.items()}
+            summary = "\n".join(draw_summary(self.draw))
+            digest = hashlib.sha256(summary.encode()).hexdigest()
+            space = {"function": True, "draws": digest}
 
         return json.loads(json.dumps({"config": self.config, "space": space, **settings}))
 

@@ -5,9 +5,8 @@ sweep's SPACE, as an Optuna trial has them. A queued configuration may give some
 others are drawn.
 """
 
-import random
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +32,7 @@ from ..core import (
     split_group,
 )
 from ..runs import RunPath, finals, read_history, read_record
-from ..search import CallbackTrial, Study, TrialRecord, distributions
+from ..search import CallbackTrial, Study, TrialRecord, distributions, random_answer
 from .definition import Sweep
 
 __all__ = ["Fit", "bring_all", "bring_in", "fit", "parse_item", "restore_runs"]
@@ -90,17 +89,16 @@ def fit(sweep: Sweep, config: Config, known: Mapping[str, Any] | None = None) ->
     return Fit(params, spans, values, faults, differences)
 
 
-def parse_item(
-    text: str, sweep: Sweep, runs: Path, notice: Callable[[str], None] = say
-) -> dict[str, Any]:
+def parse_item(text: str, sweep: Sweep, runs: Path) -> dict[str, Any]:
     r"""Returns the parameters of a configuration to be queued.
+
+    Values of a run that are not used are printed.
 
     Arguments:
         text: `key=value,key=value,…`, where values may have commas, of all keys of SPACE or some;
             or a run, by path, name or id, whose values of all keys of SPACE are taken.
         sweep: The sweep, checked.
         runs: The directory of all runs.
-        notice: Called with a line about values of a run that are not used.
 
     Raises:
         UserError: If SPACE does not contain it. The message has one line for each fault.
@@ -111,7 +109,7 @@ def parse_item(
         params, faults = match.params, match.faults
 
         if match.differences and not faults:
-            notice(
+            say(
                 f"--enqueue {text}: only the keys of SPACE are taken. The run has "
                 f"{'; '.join(match.differences.values())}."
             )
@@ -224,15 +222,16 @@ def _matching(keys: list[str], domain: Domain, values: Config) -> list[Any]:
 
 
 def _replay(
-    sweep: Sweep, given: Mapping[str, Any], rng: random.Random | None = None
+    sweep: Sweep, given: Mapping[str, Any], seed: int | None = None
 ) -> tuple[CallbackTrial, Config, list[str]]:
     r"""Draws from a function once with given parameters, or texts of them.
 
-    Returns the trial, the values of keys and faults. Other parameters are drawn by a generator;
-    without one they are faults.
+    Returns the trial, the values of keys and faults. Other parameters are drawn at random; without
+    a seed they are faults.
     """
 
     faults: list[str] = []
+    draw = random_answer(seed or 0)
 
     def answer(name: str, distribution: Any) -> Any:
         if name in given:
@@ -241,12 +240,12 @@ def _replay(
             except (TypeError, ValueError):
                 text, domain = format_value(given[name]), domain_of(distribution)
                 faults.append(f"{name}={text} is not in SPACE, which has {domain}")
-        elif rng is None:
+        elif seed is None:
             faults.append(
                 f"SPACE suggests '{name}', which is no key of CONFIG: its value is unknown"
             )
 
-        return _random(distribution, rng or random.Random(0))
+        return draw(name, distribution)
 
     trial = CallbackTrial(answer)
 
@@ -268,7 +267,7 @@ def _drawn(sweep: Sweep, given: dict[str, str]) -> tuple[dict[str, Any], list[st
     wrong: list[str] = []
 
     for i in range(DRAWS):
-        trial, _, faults = _replay(sweep, given, random.Random(i))
+        trial, _, faults = _replay(sweep, given, i)
         taken = {name: x for name, x in trial.params.items() if name in given}
         seen |= trial.params
         wrong = wrong or faults
@@ -308,18 +307,6 @@ def _plain(option: Any) -> str:
         return repr(float(text))
     except ValueError:
         return text
-
-
-def _random(distribution: Any, rng: random.Random) -> Any:
-    if hasattr(distribution, "choices"):
-        return rng.choice(distribution.choices)
-
-    low, high, step = distribution.low, distribution.high, distribution.step
-
-    if step is None:
-        return rng.uniform(low, high)
-
-    return low + step * rng.randint(0, round((high - low) / step))
 
 
 # Finished runs
@@ -407,17 +394,10 @@ def restore_runs(study: Study, sweep: Sweep, runs: Path, data: str, since: str) 
             refused.append(f"  {path.directory.name}: {'; '.join(str(error).splitlines())}")
 
     if refused and not (records or restored):
-        raise UserError(
-            "\n".join(
-                [
-                    f"{study.journal.file} has lost its runs, and their directories do not tell "
-                    "what is missing:",
-                    *refused,
-                    f"Restore a copy of the file, or remove {study.journal.file.parent} to begin "
-                    "the sweep anew.",
-                ]
-            )
-        )
+        what = f"{study.journal.file} has lost its runs, which cannot be restored:"
+        directory = study.journal.file.parent
+        do = f"Restore a copy of the file, or remove {directory} to begin the sweep anew."
+        raise UserError("\n".join([what, *refused, do]))
 
     file = study.journal.file.name
     lines = [

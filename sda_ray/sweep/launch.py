@@ -7,7 +7,7 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from ..cluster import Slots, announced, connected, is_requeued, ray_endpoint
 from ..core import Lease, UserError, deadline, on_signals, say, try_print
 from ..data import DataInfo
 from ..runs import sweep_directory
-from ..search import Rules, Study, TrialRecord, catch_up, decide, importances
+from ..search import Rules, Study, TrialRecord, catch_up, decide
 from .code import Code, check_code, keep_code, running
 from .definition import Sweep
 from .driver import TIME, Driver
@@ -90,15 +90,7 @@ class View(Protocol):
         self, title: str, target: int, runs: Path, records: Callable[[], list[TrialRecord]]
     ) -> Table: ...
 
-    def conclude(
-        self,
-        title: str,
-        target: int,
-        records: Sequence[TrialRecord],
-        directory: Path,
-        runs: Path,
-        importances: Mapping[str, tuple[float, float, float]],
-    ) -> None: ...
+    def show_end(self, runs: Path, name: str, study: Study) -> None: ...
 
 
 def launch_sweep(
@@ -190,10 +182,7 @@ def launch_sweep(
     finally:
         lease.release()
 
-    # Results
-    target = read_sweep(options.runs, sweep.name)["trials"]  # it may have been changed since
-    matter = importances(study.study)
-    view.conclude(sweep.name, target, study.records(), directory, options.runs, matter)
+    view.show_end(options.runs, sweep.name, study)
 
 
 def _priors(sweep: Sweep, options: Options, requests: LaunchRequests) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ from ..core import UserError, read_json, write_json
 from ..data import DataInfo, check_data, check_file
 from ..runs import Wandb, sweep_directory
 from .definition import DRAWS, Sweep, caught
-from .record import Options, check_changes, with_recorded_rungs
+from .record import Options, check_changes, record_of, with_recorded_rungs
 
 __all__ = [
     "Findings",
@@ -70,10 +70,7 @@ def check_start(sweep: Sweep, options: Options) -> Findings:
         content = read_json(cache)
         known = DataInfo(**content["info"]) if content["files"] == stamps else None
 
-    slots, local = options.slots(), options.address is None
-    findings = find_faults(
-        sweep, options.runs, options.data, slots, options.wandb, local, known, DRAWS
-    )
+    findings = find_faults(sweep, options, options.slots(), known, DRAWS)
 
     if findings.faults:
         raise UserError("\n".join(findings.faults))
@@ -92,11 +89,8 @@ def check_start(sweep: Sweep, options: Options) -> Findings:
 
 def find_faults(
     sweep: Sweep | None,
-    runs: Path,
-    data: Path,
+    options: Options,
     slots: Slots,
-    wandb: Wandb,
-    local: bool = True,
     info: DataInfo | None = None,
     draws: int = 1000,
 ) -> Findings:
@@ -104,16 +98,14 @@ def find_faults(
 
     Arguments:
         sweep: The sweep that its script defines, or None if the script has an error.
-        runs: The directory of all runs.
-        data: The directory of the data.
+        options: How it would be run.
         slots: The resources of a trial.
-        wandb: How trials log to W&B.
-        local: Whether the trials run on this machine.
         info: The data, if they were checked before.
         draws: The number of draws to check of a SPACE that is a function.
     """
 
     faults: list[str] = []
+    runs, data = options.runs, options.data
     findings = Findings(info=info or caught(faults, lambda: check_data(data)))
 
     if findings.info is None:  # of several files, check_data names the first that is damaged
@@ -130,18 +122,14 @@ def find_faults(
             findings.sweep, findings.warnings = checked, checked.warnings(findings.info)
 
         if not wrong and findings.info is not None:
-            now = {"name": checked.name, "fingerprint": findings.info.fingerprint}
+            record = record_of(checked, options, findings.info)
+            widened = caught(faults, lambda: check_changes(runs, record, checked))
+            findings.widened = widened or ()
 
-            def grown() -> tuple[str, ...]:
-                record = now | {"definition": checked.definition()}
-                return check_changes(runs, record, checked)
-
-            findings.widened = caught(faults, grown) or ()
-
-    faults += [*runs_faults(runs), *wandb_faults(wandb)]
+    faults += [*runs_faults(runs), *wandb_faults(options.wandb)]
     caught(faults, check_ray_init)
 
-    if local:
+    if options.address is None:
         caught(faults, slots.check_local)
 
     if faults:

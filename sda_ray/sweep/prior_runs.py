@@ -21,6 +21,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,6 @@ from typing import TYPE_CHECKING, Any
 from ..core import (
     Config,
     Lease,
-    ProgressBar,
     UserError,
     locked,
     remove_leftovers,
@@ -195,7 +195,16 @@ def collect(
     digest = fingerprint(data)
     copies = {path.id: path for path in RunPath.all(runs)}
     seen: dict[str, Path] = {}
-    todo: list[Prior] = []
+
+    @cache
+    def validation() -> Validation:
+        from ..data import TrajectoryDataset
+        from ..runs import default_device
+        from ..training import Validation
+
+        validset = TrajectoryDataset(data / "valid.h5", sweep.config["window"])
+
+        return Validation(validset, default_device())
 
     for source in sources:
         try:
@@ -207,34 +216,13 @@ def collect(
             prior = _with_curve(prior, sweep, digest, copies)
             seen[prior.run_id] = source
 
-            if prior.lines:
-                yield prior
-            else:
-                todo.append(prior)
-        except (UserError, OSError) as error:
-            yield Refusal(source, _line(error))
-
-    if not todo:
-        return
-
-    from ..data import TrajectoryDataset
-    from ..runs import default_device
-    from ..training import Validation
-
-    say(f"measuring the loss of {len(todo)} runs by their weights …")
-    validset = TrajectoryDataset(data / "valid.h5", sweep.config["window"])
-    validation = Validation(validset, default_device())
-
-    with ProgressBar("run", len(todo)) as bar:
-        for prior in todo:
-            try:
-                line = _measure(prior, validation)
+            if not prior.lines:
                 note = "its loss is that of its state.pth on this data"
-                yield _judged(prior, [line], sweep, note)
-            except (UserError, OSError) as error:
-                yield Refusal(prior.path.directory, _line(error))
+                prior = _judged(prior, [_measure(prior, validation())], sweep, note)
 
-            bar.advance()
+            yield prior
+        except (UserError, OSError) as error:
+            yield Refusal(source, "; ".join(str(error).rstrip(".").split("\n")))
 
 
 def _measure(prior: Prior, validation: Validation) -> dict[str, Any]:
@@ -264,10 +252,6 @@ def _measure(prior: Prior, validation: Validation) -> dict[str, Any]:
     loss, error = validation(sde, DRAWS)
 
     return {"epoch": config["epochs"], "loss_valid": loss, "loss_valid_se": error}
-
-
-def _line(error: Exception) -> str:
-    return "; ".join(str(error).rstrip(".").split("\n"))
 
 
 def _covered(path: RunPath, sweep: Sweep, runs: Path, known: Known) -> Prior:

@@ -284,17 +284,10 @@ class Changes:
             f"{start} --fork": "starts another from the finished runs that both have in common",
         }
         width = max(map(len, choices))
+        lines = [f"sweep '{name}' exists and differs:", *(f"  {line}" for line in self.refused)]
+        lines += ["Choose one of:", *(f"  {x:{width}}  # {what}" for x, what in choices.items())]
 
-        raise UserError(
-            "\n".join(
-                [
-                    f"sweep '{name}' exists and differs:",
-                    *(f"  {line}" for line in self.refused),
-                    "Choose one of:",
-                    *(f"  {command:{width}}  # {what}" for command, what in choices.items()),
-                ]
-            )
-        )
+        raise UserError("\n".join(lines))
 
 
 def compare(before: dict[str, Any], now: dict[str, Any]) -> Changes:

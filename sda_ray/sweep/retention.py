@@ -138,7 +138,8 @@ class Retention:
 
         best = sorted((r for r in records if r.state not in ("diverged", "failed")), key=rank_key)
         kept = {record.index for record in best[: self.keep]}
-        idle = [r for r in records if not _running(r) and self._sizes.get(r.run_id)]
+        busy = {r.index for r in records if r.state == "running" and not r.paused}
+        idle = [r for r in records if r.index not in busy and self._sizes.get(r.run_id)]
         idle.sort(key=rank_key, reverse=True)
 
         for record in sorted(idle, key=self._worth):
@@ -210,7 +211,3 @@ class Retention:
         if time.monotonic() - self._warned.get(kind, -math.inf) >= AGAIN:
             self._warned[kind] = time.monotonic()
             self.notify(text)
-
-
-def _running(record: TrialRecord) -> bool:
-    return record.state == "running" and not record.paused

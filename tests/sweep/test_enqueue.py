@@ -133,22 +133,26 @@ def test_malformed_items_are_refused(sweep: Sweep, text: str, said: str) -> None
 
 
 @pytest.mark.parametrize("name", ["apt-boar-1_aaaaaaaa", "apt-boar-1", "aaaaaaaa", "aaaa", "PATH"])
-def test_run_gives_all_keys_of_space(sweep: Sweep, run: Config, tmp_path: Path, name: str) -> None:
+def test_run_gives_all_keys_of_space(
+    sweep: Sweep, run: Config, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     text = name.replace("PATH", str(tmp_path / "apt-boar-1_aaaaaaaa"))
-    params = parse_item(text, sweep, tmp_path, notice=pytest.fail)
+    params = parse_item(text, sweep, tmp_path)
     drawn = propose(sweep.draw, [], fixed=params)
 
     assert drawn is not None
     assert sweep.config | drawn[0] == run
+    assert capsys.readouterr().out == ""
 
 
-def test_ignored_settings_of_a_run_are_reported(sweep: Sweep, run: Config, tmp_path: Path) -> None:
-    said: list[str] = []
+def test_ignored_settings_of_a_run_are_reported(
+    sweep: Sweep, run: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     other = replace(sweep, config=sweep.config | {"epochs": 9, "seed": 7}).check()
-    parse_item("aaaaaaaa", other, tmp_path, said.append)
+    parse_item("aaaaaaaa", other, tmp_path)
+    (line,) = capsys.readouterr().out.splitlines()
 
-    assert len(said) == 1
-    assert "epochs=3 where the sweep has 9; seed=0 where the sweep has 7" in said[0]
+    assert "epochs=3 where the sweep has 9; seed=0 where the sweep has 7" in line
 
 
 def test_run_out_of_space_is_refused(sweep: Sweep, run: Config, tmp_path: Path) -> None:
