@@ -25,18 +25,6 @@ from ..data import DataInfo
 from ..nn import VPSDE, MCScoreNet, make_score, network_settings
 from ..training import Validation
 
-__all__ = [
-    "Cost",
-    "MemoryMeter",
-    "Shape",
-    "distinct_shapes",
-    "file_size",
-    "measure",
-    "shape_of",
-    "spread",
-    "tensors_of",
-]
-
 # Settings that the cost of a step depends on
 SHAPE = (*NETWORK, "batch_size", "precision")
 SWITCHES = ("dropout", "ema", "grad_clip")  # it only matters whether these are 0

@@ -15,8 +15,6 @@ from ..cluster import Facts, bandwidth, clock_skew, connected, examine, live_nod
 from ..core import UserError
 from ..data import unusual
 
-__all__ = ["Finding", "diagnose", "judge"]
-
 SKEW = (2.0, 60.0)  # seconds between clocks: worth a warning, and a fault
 FREE = (5e9, 1e9)  # bytes, likewise
 SLOW = 10e6  # bytes per second to the head, below which a warning

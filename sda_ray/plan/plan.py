@@ -36,18 +36,6 @@ from .probe import Node, Speed, epoch_seconds, probe_nodes
 if TYPE_CHECKING:
     from .cost import Cost, Shape  # which imports torch
 
-__all__ = [
-    "Forecast",
-    "Plan",
-    "at_a_time",
-    "check_memory",
-    "check_time",
-    "estimate",
-    "forecast",
-    "memory_of",
-    "plan_sweep",
-]
-
 DRAWS = 1000
 MOST = 256  # runs; a longer sweep is in proportion, up to a fifth too much for thousands
 FEW = 24  # runs, where a forecast has to be quick, or the rule that stops them is Optuna's

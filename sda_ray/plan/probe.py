@@ -39,17 +39,6 @@ from ..data import DataInfo, TrajectoryDataset
 if TYPE_CHECKING:
     from .cost import Cost  # which imports torch
 
-__all__ = [
-    "MORE",
-    "Node",
-    "Sample",
-    "Speed",
-    "epoch_seconds",
-    "probe_nodes",
-    "speed_of",
-    "take_steps",
-]
-
 SECONDS = 6.0  # of training steps, for all networks on a node together
 LIMIT = 30.0  # seconds after which a probe is ended: a single step may take long
 START = 60.0  # seconds that a process may take to start

@@ -12,8 +12,6 @@ from .cost import Shape, spread
 from .plan import Forecast, Plan, at_a_time, memory_of
 from .probe import Node, epoch_seconds
 
-__all__ = ["plan_to_json", "print_plan"]
-
 FIXED = 64  # characters of a table without the keys of CONFIG
 LONGEST = 13  # characters of such a key, or of its values, and of the space beside it
 ROWS = 7  # shapes in a table, at most

@@ -33,16 +33,6 @@ from .path import RunPath
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = [
-    "CHECKPOINT_SECONDS",
-    "keep_checkpoint",
-    "keep_previous",
-    "load_checkpoint",
-    "read_checkpoint",
-    "save_checkpoint",
-    "save_state",
-]
-
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_SECONDS = 60.0  # between two checkpoints, unless they cost too much

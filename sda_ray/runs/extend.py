@@ -20,8 +20,6 @@ from .path import RunPath
 from .record import differences, provenance, read_record
 from .run import Run
 
-__all__ = ["carry_over", "check_extension", "describe_extension", "find_start", "keep_start"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -20,22 +20,6 @@ from .metrics import best, last_metrics, read_metrics, seconds_per_epoch
 from .path import RESUMED, RunPath
 from .record import read_record
 
-__all__ = [
-    "SORTS",
-    "Entry",
-    "as_json",
-    "changed_settings",
-    "compare",
-    "entries",
-    "in_full",
-    "is_held",
-    "measured",
-    "read_entry",
-    "row",
-    "select",
-    "source",
-]
-
 # Files that a run of upstream lacks
 OURS = {*RESUMED, "checkpoint.decay.pth"} - {"config.json", "run.json"}
 

@@ -32,18 +32,6 @@ from .record import read_record
 if TYPE_CHECKING:
     from ..training import Metrics
 
-__all__ = [
-    "History",
-    "Line",
-    "best",
-    "finals",
-    "is_off",
-    "last_metrics",
-    "read_history",
-    "read_metrics",
-    "seconds_per_epoch",
-]
-
 logger = logging.getLogger(__name__)
 
 TAIL = 2**16  # bytes at the end of metrics.jsonl that surely hold its last line

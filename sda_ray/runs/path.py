@@ -12,17 +12,6 @@ from typing import Any
 
 from ..core import find_run, run_directories
 
-__all__ = [
-    "COPIED",
-    "LOCAL",
-    "RECORDS",
-    "RESUMED",
-    "RunPath",
-    "new_id",
-    "new_name",
-    "sweep_directory",
-]
-
 # The files of a run in the order in which they are copied: none refers to one after it, so that a
 # copy that was cut off can be resumed. `run.json`, which says that a run is finished, comes last.
 COPIED = (

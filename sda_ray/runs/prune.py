@@ -16,8 +16,6 @@ from .inventory import Entry, is_held, read_entry
 from .path import RunPath
 from .record import timestamp
 
-__all__ = ["locked_at_once", "prune_run", "refusal", "resumable"]
-
 QUIET = 3600.0  # seconds without a heartbeat after which a holder on another host is dead
 
 

@@ -28,20 +28,6 @@ from .path import RunPath
 if TYPE_CHECKING:
     import torch
 
-__all__ = [
-    "Record",
-    "code_of",
-    "cpu_model",
-    "differences",
-    "digests",
-    "logged_config",
-    "origin",
-    "provenance",
-    "read_record",
-    "save_diff",
-    "timestamp",
-]
-
 logger = logging.getLogger(__name__)
 
 PACKAGES = ("coolname", "h5py", "numpy", "optuna", "pillow", "ray", "rich", "wandb")

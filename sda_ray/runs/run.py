@@ -28,8 +28,6 @@ from .path import RunPath, new_id, new_name
 from .record import Record, logged_config, provenance, read_record, save_diff
 from .tracking import Tracker, Wandb, safe_name
 
-__all__ = ["Run"]
-
 logger = logging.getLogger(__name__)
 
 WANDB = Wandb()

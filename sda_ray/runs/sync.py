@@ -26,8 +26,6 @@ from .prune import locked_at_once
 from .record import logged_config
 from .tracking import Wandb, own_environment, start_run, summary
 
-__all__ = ["Unreachable", "sync_runs"]
-
 ENDED = ("finished", "diverged")
 PATIENCE = 6.0  # seconds that the server may take for an answer
 LAG = (0.0, 0.2, 0.5, 1.0, 2.0, 4.0)  # seconds between two looks at the rows that have arrived

@@ -19,8 +19,6 @@ import msgspec
 
 from ..core import Config, UserError
 
-__all__ = ["Tracker", "Wandb", "own_environment", "safe_name", "start_run", "summary"]
-
 logger = logging.getLogger(__name__)
 
 PATIENCE = 7.5  # seconds that W&B may take to start, and to finish

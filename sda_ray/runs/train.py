@@ -36,8 +36,6 @@ from .extend import carry_over, keep_start
 from .path import RunPath
 from .run import Run
 
-__all__ = ["Interrupted", "OutOfMemory", "Stop", "default_device", "train_run"]
-
 logger = logging.getLogger(__name__)
 
 RESIDENT = 1 / 8  # share of a GPU's memory that the data may take; a plan leaves as much free

@@ -32,8 +32,6 @@ from ..core import (
     write_atomic,
 )
 
-__all__ = ["Journal", "open_journal", "open_study"]
-
 logger = logging.getLogger(__name__)
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # an append waits for the end of these errors

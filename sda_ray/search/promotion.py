@@ -15,21 +15,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-__all__ = [
-    "FINAL",
-    "GEOMETRIC",
-    "Action",
-    "PruneRule",
-    "Rules",
-    "TrialRecord",
-    "best_at_rung",
-    "count_trials",
-    "decide",
-    "geometric_rungs",
-    "rank_key",
-    "unhide",
-]
-
 GEOMETRIC = ("promotion", "hyperband")  # others compare runs at even distances
 FINAL = ("median", "percentile", "patience", "hyperband")  # a run that one of them stops is over
 

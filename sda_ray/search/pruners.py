@@ -23,8 +23,6 @@ from optuna.trial import FrozenTrial, TrialState
 from .promotion import PruneRule, Rules, TrialRecord
 from .sampler import frozen_trial, memory_study, quiet_optuna
 
-__all__ = ["hyperband_brackets", "prune_rule"]
-
 STARTUP = 5  # complete runs before any is compared with them
 STATES = {"complete": TrialState.COMPLETE, "failed": TrialState.FAIL}
 

@@ -17,14 +17,6 @@ from ..runs import RunPath, finals, read_history, read_record
 from .promotion import TrialRecord
 from .study import Study
 
-__all__ = [
-    "DirectoryState",
-    "catch_up",
-    "mark_run",
-    "read_directories",
-    "reconcile",
-]
-
 logger = logging.getLogger(__name__)
 
 # The final status in the directory of a closed run, written here if its process died before

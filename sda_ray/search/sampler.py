@@ -34,25 +34,6 @@ from optuna.trial import FixedTrial, FrozenTrial, TrialState
 from ..core import Domain, UserError, domain_of, format_value, script_error
 from .promotion import TrialRecord
 
-__all__ = [
-    "CallbackTrial",
-    "Distributions",
-    "Draw",
-    "Sampler",
-    "check_kinds",
-    "distributions",
-    "draw_summary",
-    "frozen_trial",
-    "importances",
-    "memory_study",
-    "method_text",
-    "propose",
-    "quiet_optuna",
-    "random_answer",
-    "sample",
-    "view",
-]
-
 logger = logging.getLogger(__name__)
 
 REDRAWS = 100  # draws without a new configuration, after which the space is searched exhaustively

@@ -23,8 +23,6 @@ from .journal import open_study
 from .promotion import Rules, TrialRecord, count_trials
 from .sampler import quiet_optuna
 
-__all__ = ["Propose", "Study", "draw_run"]
-
 logger = logging.getLogger(__name__)
 
 # Returns a configuration and its trial, or None, given the runs and parameters that it must have

@@ -23,19 +23,6 @@ from typing import NoReturn
 from ..core import UserError, python_command, read_json, say, write_atomic, write_json
 from ..runs import PACKAGE, code_of, digests, origin
 
-__all__ = [
-    "Code",
-    "OtherCode",
-    "check_code",
-    "damage",
-    "differing",
-    "execute",
-    "keep_code",
-    "recorded_code",
-    "running",
-    "unsafe",
-]
-
 NAMED = 5  # files that are named where some differ
 
 

@@ -32,19 +32,6 @@ if TYPE_CHECKING:
     from optuna.pruners import BasePruner
     from optuna.samplers import BaseSampler
 
-__all__ = [
-    "OBJECTIVES",
-    "PRUNERS",
-    "SAMPLERS",
-    "SETTINGS",
-    "Sweep",
-    "caught",
-    "hand_over",
-    "load_script",
-    "look_beside",
-    "run_script",
-]
-
 T = TypeVar("T")
 
 PRUNERS = ("promotion", *FINAL, "none")

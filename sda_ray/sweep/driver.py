@@ -25,8 +25,6 @@ from ..search import (
 )
 from .failures import Losses, alike
 
-__all__ = ["TIME", "Driver", "Notify"]
-
 logger = logging.getLogger(__name__)
 
 TIME = "its time is up"

@@ -35,8 +35,6 @@ from ..runs import RunPath, finals, read_history, read_record
 from ..search import CallbackTrial, Study, TrialRecord, distributions, random_answer
 from .definition import Sweep
 
-__all__ = ["Fit", "bring_all", "bring_in", "fit", "parse_item", "restore_runs"]
-
 DRAWS = 100  # of a SPACE that is a function, to learn what it suggests
 
 

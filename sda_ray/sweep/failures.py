@@ -7,8 +7,6 @@ from collections.abc import Sequence
 
 from ..search import Study, TrialRecord
 
-__all__ = ["Losses", "alike"]
-
 logger = logging.getLogger(__name__)
 
 ALIKE = 3  # runs that fail alike, before any is complete, after which a sweep stops

@@ -36,8 +36,6 @@ from .requests import (
 )
 from .retention import Retention
 
-__all__ = ["LaunchRequests", "View", "launch_sweep"]
-
 JOIN = 60.0  # seconds in which nodes of a cluster that was just started may join
 
 

@@ -22,16 +22,6 @@ from ..runs import Wandb, sweep_directory
 from .definition import DRAWS, Sweep, caught
 from .record import Options, check_changes, record_of, with_recorded_rungs
 
-__all__ = [
-    "Findings",
-    "check_start",
-    "find_faults",
-    "free_disk",
-    "runs_faults",
-    "wandb_faults",
-    "wandb_server",
-]
-
 
 @dataclass
 class Findings:

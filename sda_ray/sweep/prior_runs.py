@@ -68,18 +68,6 @@ from .requests import NotRunning, ask_all
 if TYPE_CHECKING:
     from ..training import Validation
 
-__all__ = [
-    "Prior",
-    "Refusal",
-    "adopt",
-    "collect",
-    "fork",
-    "gather",
-    "place",
-    "warm_start",
-]
-
-
 LONGEST = 100_000  # epochs of a curve, which enters the study in one line
 FINISHED = ("finished", "adopted")
 ALPHABET = "0123456789abcdefghijklmnopqrstuvwxyz"

@@ -33,18 +33,6 @@ from ..search import GEOMETRIC, TrialRecord
 from .code import unsafe
 from .definition import PRUNERS, SAMPLERS, SETTINGS, Sweep, look_beside, run_script
 
-__all__ = [
-    "Changes",
-    "Options",
-    "check_changes",
-    "compare",
-    "load_record",
-    "read_sweep",
-    "record_of",
-    "with_recorded_rungs",
-    "write_sweep",
-]
-
 # The settings that older records lack
 LATER: dict[str, Any] = {"objectives": ["loss_valid"], "percentile": 25.0, "patience": None}
 

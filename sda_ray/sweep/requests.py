@@ -42,20 +42,6 @@ if TYPE_CHECKING:  # the caller needs no Optuna
     from ..search import Study
     from .driver import Driver
 
-__all__ = [
-    "Mailbox",
-    "NotRunning",
-    "RequestServer",
-    "ask",
-    "ask_all",
-    "enqueue_all",
-    "is_driven",
-    "retry_failed",
-    "serving",
-    "stop_sweep",
-    "watch",
-]
-
 logger = logging.getLogger(__name__)
 
 REQUESTS, ANSWER = "requests", ".answer.json"

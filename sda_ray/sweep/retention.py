@@ -18,8 +18,6 @@ from ..core import UserError, format_size
 from ..runs import RunPath, prune_run, resumable
 from ..search import TrialRecord, rank_key
 
-__all__ = ["Retention", "parse_size"]
-
 logger = logging.getLogger(__name__)
 
 LOW = 0.1  # the free part of a disk below which a warning is given
