@@ -65,6 +65,13 @@ def test_use_of_a_run_is_as_documented(root: Path, file: str, begin: str, end: s
     assert (root / "samples.png").exists()
 
 
+def test_skill_is_measured_as_documented(root: Path) -> None:
+    code = blocks("docs/skill.md", "# Skill", "## Observations")
+    assert "spread_skill(x, truth)" in code and "steps=2" in code
+
+    python(root, "-c", code)
+
+
 def test_example_paints_the_assimilation(root: Path) -> None:
     script = str(TOP / "examples" / "assimilate.py")
     options = ["--steps", "2", "--members", "2", "--output", "picture.png"]
