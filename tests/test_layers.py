@@ -139,7 +139,7 @@ def test_training_needs_neither_ray_nor_optuna_nor_wandb() -> None:
 def test_sweep_starts_without_what_only_trials_need() -> None:
     loaded = loaded_by(
         "import sda_ray.cli.main, sda_ray.cli.sweep, sda_ray.sweep.launch\n"
-        "from sda_ray.cluster.connect import local_gpus\n"
+        "from sda_ray.cluster import local_gpus\n"
         "assert local_gpus() >= 0"
     )
 

@@ -25,14 +25,6 @@ from ..core import UserError, format_size, make_console, make_table, printable, 
 from .options import JSON, LAUNCH, SWEEP, Args, command, option
 from .sweep import chosen_sweep, launch_options
 
-__all__ = [
-    "doctor_command",
-    "join_command",
-    "overview",
-    "slurm_command",
-    "status_command",
-]
-
 CPUS = "-c --cpus-per-task --cpus-per-gpu --exclusive"
 STYLES = {"alive": "green", "draining": "yellow", "dead": "red"}
 

@@ -18,8 +18,6 @@ from ..core import ALIASES, KEYS, LeaseGone, UserError, did_you_mean, plain, say
 from ..sweep import OtherCode, execute, hand_over, look_beside
 from .options import sda_ray
 
-__all__ = ["main"]
-
 
 def main(sweep: Any = None, argv: Sequence[str] | None = None) -> None:
     r"""Runs the command line.

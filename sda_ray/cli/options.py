@@ -20,24 +20,6 @@ import click
 from .. import __version__
 from ..core import UserError, default_root, did_you_mean, say
 
-__all__ = [
-    "ADDRESS",
-    "COUNT",
-    "DEFINITION",
-    "JSON",
-    "LAUNCH",
-    "NAME",
-    "RESOURCES",
-    "SETTINGS",
-    "SWEEP",
-    "WANDB",
-    "Actions",
-    "Args",
-    "command",
-    "option",
-    "sda_ray",
-]
-
 Function = Callable[..., Any]
 
 # The commands, with the module of each

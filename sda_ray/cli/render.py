@@ -24,8 +24,6 @@ from ..core import (
 )
 from ..runs import Entry, best, changed_settings, is_off
 
-__all__ = ["REMEDY", "STYLES", "comparison", "format_loss", "format_std", "listing", "portrait"]
-
 REMEDY = "set parametrization=v, or train for more epochs"  # of samples that are off
 
 STYLES = {

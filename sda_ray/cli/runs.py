@@ -39,8 +39,6 @@ from ..runs import (
 from .options import COUNT, JSON, SETTINGS, Actions, Args, command, option, sda_ray
 from .render import comparison, listing, portrait
 
-__all__ = ["compare_command", "list_command", "prune_command", "show_command", "sync_command"]
-
 STATUSES = (
     *("running", "paused", "interrupted", "stopped", "finished", "diverged", "failed"),
     *("adopted", "damaged", "unknown"),

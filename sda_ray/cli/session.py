@@ -42,8 +42,6 @@ from ..runs import (
 from ..training import Diverged, check_compiler
 from .render import REMEDY
 
-__all__ = ["extend_run", "resume_run", "start_run"]
-
 
 def start_run(
     runs: Path,

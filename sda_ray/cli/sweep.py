@@ -36,17 +36,6 @@ from .options import (
     option,
 )
 
-__all__ = [
-    "adopt_command",
-    "chosen_sweep",
-    "launch_options",
-    "plan_command",
-    "stop_command",
-    "sweep_command",
-    "wandb_given",
-    "wandb_options",
-]
-
 LOOK = 0.2  # seconds between two looks at whether a detached sweep runs
 PATIENCE = 180.0  # seconds for that
 LINES = 20  # of what it printed, if it ends at once

@@ -32,8 +32,6 @@ from ..sweep import read_sweep, watch
 from .options import SWEEP, Args, command
 from .render import REMEDY, STYLES, format_loss, format_std
 
-__all__ = ["LiveTable", "announce", "attach_command", "conclude", "leaderboard", "show_end"]
-
 REFRESH = 4  # times a second
 LOOK = 1.0  # seconds between two looks at the files of a sweep
 EVENTS = {

@@ -27,8 +27,6 @@ from ..core import (
 from .options import ADDRESS, COUNT, RESOURCES, SETTINGS, WANDB, Args, command, option
 from .sweep import launch_options, wandb_given, wandb_options
 
-__all__ = ["simulate_command", "train_command"]
-
 THREADS = click.IntRange(1, 4096)  # torch takes any number, and fails later
 TRAIN = """Trains one score network, from a configuration to state.pth, in runs/{name}_{id}/.
 

@@ -4,10 +4,7 @@ from .clusterfile import check_cluster as check_cluster
 from .connect import check_ray_init as check_ray_init
 from .connect import connected as connected
 from .connect import live_nodes as live_nodes
-from .connect import local_cpus as local_cpus
-from .connect import local_gpus as local_gpus
 from .connect import map_on_ray as map_on_ray
-from .connect import on_node as on_node
 from .connect import ray_endpoint as ray_endpoint
 from .executor import execute as execute
 from .join import announced as announced
@@ -21,6 +18,8 @@ from .nodes import examine as examine
 from .nodes import marker as marker
 from .nodes import memory_limit as memory_limit
 from .nodes import survey as survey
+from .ray_node import local_cpus as local_cpus
+from .ray_node import local_gpus as local_gpus
 from .slots import Slots as Slots
 from .slots import fitting as fitting
 from .slurm import job_script as job_script

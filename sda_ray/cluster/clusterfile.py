@@ -17,8 +17,6 @@ from typing import Any
 
 from ..core import did_you_mean
 
-__all__ = ["check_cluster"]
-
 STARTS = ("head_start_ray_commands", "worker_start_ray_commands")
 TOKEN = ".ray/auth_token"
 MAKE_TOKEN = "(umask 077; ray get-auth-token --generate)"  # Ray's own file is open to others

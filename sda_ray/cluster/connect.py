@@ -17,28 +17,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..core import UserError, uncollected
-from ..storage import on_node
 from .ray_node import (
     ENVIRONMENT,
     answers,
-    local_cpus,
     local_gpus,
     not_started,
     private_directory,
     started,
 )
-
-__all__ = [
-    "RayGone",
-    "check_ray_init",
-    "connected",
-    "live_nodes",
-    "local_cpus",
-    "local_gpus",
-    "map_on_ray",
-    "on_node",
-    "ray_endpoint",
-]
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -36,8 +36,6 @@ from ..training import OTHER, STACKS, STALL, take_stacks
 from .connect import RayGone, live_nodes
 from .trial import Trial
 
-__all__ = ["Attempt", "Driver", "Executor", "cause_of", "execute"]
-
 logger = logging.getLogger(__name__)
 
 CLOSING = 60.0  # seconds given to trials at the end to close their runs

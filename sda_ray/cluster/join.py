@@ -29,8 +29,6 @@ from ..core import (
 )
 from .ray_node import RayNode, answers, own_ip, started
 
-__all__ = ["announced", "find_token", "is_requeued", "join_sweep", "read_head", "stay"]
-
 POLL = 2.0  # seconds between two looks at the lease
 PROBE = 5.0  # seconds between two connections to the head of a Ray
 SILENT = 60.0  # seconds without an answer from there after which a node leaves

@@ -28,27 +28,10 @@ from .. import __version__
 from ..core import UserError, cgroup_memory, lock_works
 from ..data import fingerprint
 from ..runs import Entry, cpu_model, entries
-from ..storage import local_directory
-from .connect import live_nodes, on_node
+from ..storage import local_directory, on_node
+from .connect import live_nodes
 from .join import read_head
 from .preemption import draining_nodes
-
-__all__ = [
-    "PACKAGES",
-    "Facts",
-    "bandwidth",
-    "check_files",
-    "clock_skew",
-    "cluster_status",
-    "examine",
-    "listening",
-    "live_nodes",
-    "marker",
-    "memory_limit",
-    "owner_of",
-    "reaches",
-    "survey",
-]
 
 PACKAGES = ("ray", "torch", "optuna", "wandb")
 SERVER_TIMEOUT = 5.0  # seconds to connect to a server

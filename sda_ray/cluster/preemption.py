@@ -13,8 +13,6 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-__all__ = ["draining_nodes", "has_notice", "leaving"]
-
 LOOK = 5.0  # seconds between two looks, of the 120 that there are
 WAIT = 2.0  # seconds that a machine's own metadata may take
 SERVICE = "http://169.254.169.254"  # of AWS, on every machine there

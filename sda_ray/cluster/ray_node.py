@@ -25,18 +25,6 @@ from pathlib import Path
 
 from ..core import UserError, cgroup_cpus, locked, write_atomic
 
-__all__ = [
-    "ENVIRONMENT",
-    "RayNode",
-    "answers",
-    "local_cpus",
-    "local_gpus",
-    "not_started",
-    "own_ip",
-    "private_directory",
-    "started",
-]
-
 logger = logging.getLogger(__name__)
 
 ANSWER = 2.0  # seconds that a TCP connection to the head of a Ray may take

@@ -4,10 +4,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from ..core import UserError
-from .connect import RayGone, live_nodes, local_cpus, local_gpus
+from .connect import RayGone, live_nodes
 from .preemption import draining_nodes
-
-__all__ = ["Slots", "fitting"]
+from .ray_node import local_cpus, local_gpus
 
 FRESH = 1.0  # seconds that a count of the nodes holds
 LAST = 60.0  # seconds without room for a trial after which the sweep ends, if nodes are bad

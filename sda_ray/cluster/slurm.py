@@ -27,8 +27,6 @@ from ..core import UserError, deadline, python_command, say
 from .join import stay
 from .ray_node import RayNode, own_ip, started
 
-__all__ = ["job_script", "main", "names"]
-
 # Default options of sbatch -> the spellings of options that replace them
 DEFAULTS = {
     "--job-name={name}": "-J --job-name",

@@ -20,8 +20,6 @@ from ..core import release_memory, uncollected, write_atomic
 if TYPE_CHECKING:
     from ..runs import Stop
 
-__all__ = ["REPORT_SECONDS", "Trial", "memory_fraction"]
-
 REPORT_SECONDS = 2.0  # epochs shorter than this are reported together
 LOOK = 0.2  # seconds between two looks for the file that asks trials to stop
 CONTEXT = 2**29  # bytes of a GPU that CUDA itself takes for each process

@@ -16,17 +16,6 @@ from .errors import UserError
 from .files import read_json, write_json
 from .keys import KEYS, check_value, did_you_mean, parse_value, short_repr
 
-__all__ = [
-    "CONFIG",
-    "MAX_WEIGHTS",
-    "Config",
-    "check_config",
-    "count_weights",
-    "load_config",
-    "parse_overrides",
-    "save_config",
-]
-
 Config = dict[str, Any]
 
 MAX_WEIGHTS = 10**9  # 4 GB; the defaults have 23 million

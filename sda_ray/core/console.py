@@ -16,17 +16,6 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-__all__ = [
-    "ProgressBar",
-    "format_duration",
-    "format_size",
-    "make_console",
-    "make_table",
-    "plain",
-    "printable",
-    "say",
-]
-
 INTERVAL = 10.0  # seconds between two lines of progress where there is no terminal
 
 

@@ -3,8 +3,6 @@ r"""Errors for the user's eyes: those that the user can mend, and those of the u
 import traceback
 from pathlib import Path
 
-__all__ = ["UserError", "script_error"]
-
 PACKAGE = str(Path(__file__).parents[1])
 
 

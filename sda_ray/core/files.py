@@ -16,27 +16,6 @@ from typing import Any, BinaryIO
 
 from .errors import UserError
 
-__all__ = [
-    "append",
-    "append_line",
-    "cut_torn_lines",
-    "default_root",
-    "find_run",
-    "find_torn_lines",
-    "lock_works",
-    "locked",
-    "open_atomic",
-    "open_regular",
-    "read_json",
-    "read_lines",
-    "read_regular",
-    "remove_leftovers",
-    "run_directories",
-    "sync_directory",
-    "write_atomic",
-    "write_json",
-]
-
 # Bytes; files of others must not exhaust the memory
 MAX_LINES = 64 * 2**20
 MAX_JSON = 4 * 2**20

@@ -9,22 +9,6 @@ from typing import Any
 
 from .errors import UserError
 
-__all__ = [
-    "ACTIVATIONS",
-    "ALIASES",
-    "ALPHAS",
-    "KEYS",
-    "NETWORK",
-    "SCHEDULERS",
-    "Key",
-    "check_value",
-    "did_you_mean",
-    "format_value",
-    "parse_value",
-    "short_repr",
-    "to_python",
-]
-
 ACTIVATIONS: tuple[str, ...] = ("ELU", "GELU", "ReLU", "SELU", "SiLU")
 SCHEDULERS: tuple[str, ...] = ("linear", "cosine", "exponential", "constant", "wsd")
 ALPHAS: tuple[str, ...] = ("cos", "lin", "exp")

@@ -24,26 +24,6 @@ from typing import Any, Protocol
 from .errors import UserError
 from .files import lock_works, locked, open_regular, read_regular, write_atomic
 
-__all__ = [
-    "HEARTBEAT",
-    "STALE",
-    "Backend",
-    "Conflict",
-    "FileBackend",
-    "Hold",
-    "Lease",
-    "LeaseGone",
-    "LeaseLost",
-    "check_present",
-    "holder_alive",
-    "is_alive",
-    "last_heartbeat",
-    "read_holder",
-    "read_notes",
-    "this_host",
-    "this_process",
-]
-
 logger = logging.getLogger(__name__)
 
 STALE = 60.0  # seconds without a heartbeat after which a holder on another host counts as dead

@@ -13,27 +13,6 @@ from .config import Config, check_config
 from .errors import UserError
 from .keys import KEYS, check_value, did_you_mean, format_value, parse_value, short_repr, to_python
 
-__all__ = [
-    "Choice",
-    "Domain",
-    "Range",
-    "Space",
-    "check_space",
-    "choice",
-    "covers",
-    "decode_params",
-    "domain_from_json",
-    "domain_of",
-    "draw_values",
-    "encode_option",
-    "integer",
-    "loguniform",
-    "space_from_json",
-    "space_to_json",
-    "split_group",
-    "uniform",
-]
-
 MAX_COMBINATIONS = 4096
 
 

@@ -20,20 +20,6 @@ from pathlib import Path
 
 from .errors import UserError
 
-__all__ = [
-    "cgroup_cpus",
-    "cgroup_memory",
-    "deadline",
-    "is_out_of_memory",
-    "keep_memory",
-    "margin",
-    "on_signals",
-    "python_command",
-    "release_memory",
-    "try_print",
-    "uncollected",
-]
-
 logger = logging.getLogger(__name__)
 
 SWITCH = "SDA_RAY_KEEP_MEMORY"

@@ -30,11 +30,11 @@ from ..cluster import (
     fitting,
     live_nodes,
     marker,
-    on_node,
     survey,
 )
 from ..core import Config
 from ..data import DataInfo, TrajectoryDataset
+from ..storage import on_node
 
 if TYPE_CHECKING:
     from .cost import Cost  # which imports torch

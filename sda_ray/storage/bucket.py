@@ -35,14 +35,6 @@ from ..search import Study
 from .replica import Replica, files_of
 from .store import Bucket, Damaged, Folder, LeaseObject, Unreachable
 
-__all__ = [
-    "SweepReplica",
-    "compare_journals",
-    "fetch_records",
-    "fetch_sweep",
-    "replicated",
-]
-
 logger = logging.getLogger(__name__)
 
 LAG = 5.0  # seconds that reports may stay behind

@@ -21,8 +21,6 @@ from .replica import Replica, chunks, digest, run_files
 from .scratch import Private, fetch, find_data, leftovers
 from .server import APPENDED
 
-__all__ = ["Connection", "Disconnected", "HeadNode", "RemoteRun", "data_of", "shares_files"]
-
 PATIENCE = 60.0  # seconds without an answer after which a trial stops
 RETRY = 0.5  # seconds before a failed call is repeated
 PING = 2.0  # seconds between two requests for the stop scope

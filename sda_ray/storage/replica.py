@@ -16,8 +16,6 @@ from typing import BinaryIO, Protocol
 from ..runs import COPIED, LOCAL
 from ..training import STACKS
 
-__all__ = ["CHUNK", "Replica", "Target", "chunks", "digest", "files_of", "run_files"]
-
 CHUNK = 5 * 2**20  # bytes that are sent at once; no part of an upload to S3 may have fewer
 LINES = (".jsonl", ".journal")  # files that grow by lines: only whole lines are pushed
 

@@ -20,8 +20,6 @@ from ..core import UserError, locked
 from ..data import DataChanged, fingerprint, has_fingerprint
 from .replica import CHUNK
 
-__all__ = ["Private", "fetch", "find_data", "leftovers", "local_directory"]
-
 KEPT = 3  # data sets on a node that are not in use
 WAIT = 0.5  # seconds between two checks whether another trial has fetched the data
 

@@ -29,8 +29,6 @@ from ..runs import RESUMED, RunPath, keep_previous
 from ..training import STACKS, TAKEN
 from .replica import digest
 
-__all__ = ["APPENDED", "DATA", "FileServer", "on_node", "serve_files", "stop_scope"]
-
 START = 300.0  # seconds that a server may take to start
 
 APPENDED = (".jsonl", ".wandb", ".log")  # files that only grow

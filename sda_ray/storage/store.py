@@ -21,17 +21,6 @@ from typing import Any, BinaryIO
 from ..core import Conflict, UserError, open_atomic
 from .replica import CHUNK, chunks, digest
 
-__all__ = [
-    "Bucket",
-    "Conflict",
-    "Damaged",
-    "Folder",
-    "Found",
-    "LeaseObject",
-    "Unreachable",
-    "check_url",
-]
-
 CONNECT = timedelta(seconds=5)
 REQUEST = timedelta(seconds=30)  # for one write, or between two packets of a read
 

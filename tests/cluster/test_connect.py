@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from sda_ray.cluster.connect import RayGone, connected, local_cpus, map_on_ray
+from sda_ray.cluster.connect import RayGone, connected, map_on_ray
+from sda_ray.cluster.ray_node import local_cpus
 from sda_ray.cluster.slots import Slots, fitting
 from sda_ray.core.errors import UserError
 

@@ -27,7 +27,6 @@ from ray.exceptions import (
     RayTaskError,
 )
 
-from sda_ray.cluster.connect import local_cpus
 from sda_ray.cluster.executor import (
     BEATS,
     Attempt,
@@ -36,6 +35,7 @@ from sda_ray.cluster.executor import (
     _error_of,
     cause_of,
 )
+from sda_ray.cluster.ray_node import local_cpus
 from sda_ray.core.lease import HEARTBEAT
 from sda_ray.runs.path import RunPath
 from sda_ray.storage.client import Disconnected

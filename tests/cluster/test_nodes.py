@@ -23,8 +23,8 @@ PACKAGE = Path(sda_ray.__file__).parent
 BUSY = """
 import json, sys, time
 from pathlib import Path
-from sda_ray.cluster.connect import connected
-from sda_ray.cluster.nodes import bandwidth, clock_skew, cluster_status, live_nodes, survey
+from sda_ray.cluster.connect import connected, live_nodes
+from sda_ray.cluster.nodes import bandwidth, clock_skew, cluster_status, survey
 from sda_ray.cluster.nodes import examine, machine
 
 with connected(sys.argv[1]):

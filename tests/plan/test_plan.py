@@ -13,8 +13,8 @@ import pytest
 from planned import faults_of, plan, script, write
 from rich.console import Console
 
-from sda_ray.cluster.connect import local_cpus
 from sda_ray.cluster.nodes import check_files, memory_limit
+from sda_ray.cluster.ray_node import local_cpus
 from sda_ray.data.dataset import check_data
 from sda_ray.plan.plan import Plan, at_a_time, check_memory, check_time, estimate, memory_of
 from sda_ray.plan.report import plan_to_json, print_plan

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from planned import SCRIPT, faults_of, plan, script, spoil, write
 
-from sda_ray.cluster.connect import local_cpus
+from sda_ray.cluster.ray_node import local_cpus
 from sda_ray.core.errors import UserError
 from sda_ray.data.dataset import check_data
 from sda_ray.runs.tracking import Wandb
