@@ -1,7 +1,6 @@
 r"""The command line, `sda-ray COMMAND`: how it starts and ends."""
 
 import errno
-import logging
 import os
 import signal
 import sys
@@ -14,7 +13,7 @@ from typing import Any
 
 import click
 
-from ..core import ALIASES, KEYS, LeaseGone, UserError, did_you_mean, plain, say
+from ..core import ALIASES, KEYS, LeaseGone, UserError, did_you_mean, log_warnings, say
 from ..sweep import OtherCode, execute, hand_over, look_beside
 from .options import sda_ray
 
@@ -36,9 +35,7 @@ def main(sweep: Any = None, argv: Sequence[str] | None = None) -> None:
         sys.exit(2)
 
     _open_streams()
-    handler = logging.StreamHandler()
-    handler.setFormatter(_Plain("%(levelname)s: %(message)s"))
-    logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    log_warnings()
     signal.signal(signal.SIGTERM, _terminate)
     started = argv is None
 
@@ -95,13 +92,6 @@ def main(sweep: Any = None, argv: Sequence[str] | None = None) -> None:
         # Once SIGINT has met code that is run from a string, as dataclasses do, Python (3.11) ends
         # by that signal, though it was caught, until other such code has run.
         exec("")
-
-
-class _Plain(logging.Formatter):
-    r"""Formats messages, which may quote files of others, without control characters."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return plain(super().format(record))
 
 
 def _open_streams() -> None:

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..core import UserError, deadline, python_command, say
+from ..core import UserError, deadline, log_warnings, on_signals, python_command, say
 from .join import stay
 from .ray_node import RayNode, own_ip, started
 
@@ -126,6 +126,8 @@ def _quote(word: str) -> str:
 def main(words: Sequence[str]) -> None:
     r"""Runs a sweep in this allocation; with `--node`, a further node of its Ray."""
 
+    log_warnings()
+
     try:
         sys.exit(_node() if words == ["--node"] else _run(words))
     except UserError as error:
@@ -143,13 +145,15 @@ def _run(words: Sequence[str]) -> int:
     if job is None:
         raise UserError("this runs in a Slurm job only: submit the script with sbatch.")
 
-    received = _signals(signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+    received: list[int] = []
     end, token = deadline(None, os.environ), secrets.token_hex(32)
     others = _others(os.environ.get("SLURM_JOB_NODELIST", ""))
     restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
     print(f"job {job}, start {int(restarts) + 1 if restarts.isdigit() else '?'}", flush=True)
 
-    with started(token, ip=own_ip(others[0]) if others else None) as head:
+    ip = own_ip(others[0]) if others else None
+
+    with on_signals(received.append, signal.SIGUSR1), started(token, ip=ip) as head:
         print(f"Ray at {head.address}: {head.cpus} CPUs here", flush=True)
 
         with _workers(others, head.address, token):
@@ -160,15 +164,6 @@ def _run(words: Sequence[str]) -> int:
                 code = _requeue(job)
 
     return code
-
-
-def _signals(*numbers: int) -> list[int]:
-    received: list[int] = []
-
-    for number in numbers:
-        signal.signal(number, lambda number, frame: received.append(number))
-
-    return received
 
 
 def _others(nodes: str) -> list[str]:
@@ -222,7 +217,7 @@ def _workers(nodes: list[str], address: str, token: str) -> Iterator[None]:
 def _node() -> int:
     r"""Runs a node of Ray until standard input ends, or Slurm asks it to leave."""
 
-    received = _signals(signal.SIGTERM, signal.SIGINT)
+    received: list[int] = []
     address, token = sys.stdin.readline().split()
     ip = own_ip(address.rpartition(":")[0])
     os.set_blocking(sys.stdin.fileno(), False)
@@ -234,7 +229,7 @@ def _node() -> int:
 
         return "Slurm asked for it" if received else ""
 
-    with started(token, address, ip) as node:
+    with on_signals(received.append), started(token, address, ip) as node:
         print(f"{os.uname().nodename}: {node.cpus} CPUs here", flush=True)
         why = stay(node, over)
 

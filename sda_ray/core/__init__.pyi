@@ -11,6 +11,7 @@ from .config import save_config as save_config
 from .console import ProgressBar as ProgressBar
 from .console import format_duration as format_duration
 from .console import format_size as format_size
+from .console import log_warnings as log_warnings
 from .console import make_console as make_console
 from .console import make_table as make_table
 from .console import plain as plain

@@ -6,6 +6,7 @@ control characters.
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Sequence
@@ -111,6 +112,20 @@ def say(value: Any, file: TextIO | None = None) -> None:
     r"""Prints a value at once as plain text, see :func:`plain`."""
 
     print(plain(value), file=file, flush=True)
+
+
+class _Plain(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return plain(super().format(record))
+
+
+def log_warnings() -> None:
+    r"""Makes this process print its warnings, above a table or progress bar that is shown."""
+
+    handler = logging.lastResort  # which asks for sys.stderr each time: rich replaces that
+    assert handler is not None
+    handler.setFormatter(_Plain("%(levelname)s: %(message)s"))
+    logging.basicConfig(handlers=[handler])
 
 
 def printable(value: Any, limit: int = 200) -> str:
