@@ -32,6 +32,7 @@ START = 180.0  # seconds that Ray may take to start
 TRIES = 3  # times that it may, if the machine is busy
 DRAIN = 100.0  # seconds that trials have to save a checkpoint when a node leaves
 END = 10.0  # seconds that Ray may take to end, beyond that
+LOOK = 1.0  # seconds between two looks at its processes while it starts
 LOOPBACK = 5.0  # seconds to connect to this machine itself
 STORE = 100 * 2**20  # bytes of shared memory; nothing large goes through Ray
 PREFIX = "sda-ray-"
@@ -265,7 +266,9 @@ def _start(
             _end(process)
 
             # Ray 2.60 gives its own processes 30 s, whatever RAY_raylet_start_wait_time_s says
-            if not (left and isinstance(error, UserError) and "timed out" in str(error)):
+            again = isinstance(error, UserError) and re.search("timed out|was killed", str(error))
+
+            if not (left and again):
                 raise
 
             shutil.rmtree(directory / RAY, ignore_errors=True)
@@ -281,13 +284,28 @@ def _end_with_parent() -> None:
 def _wait(process: "subprocess.Popen[bytes]", directory: Path) -> str:
     r"""Waits until a node has started, and returns the address of its Ray."""
 
-    file, deadline = directory / RAY / "ray_current_cluster", time.monotonic() + START
+    import psutil
+
+    file, start = directory / RAY / "ray_current_cluster", time.monotonic()
+    looked = start
 
     while not (file.is_file() and (address := file.read_text().strip())):
-        if process.poll() is not None or time.monotonic() > deadline:
+        now = time.monotonic()
+
+        if process.poll() is not None or now - start > START:
             lines = (directory / "ray.log").read_text(errors="replace").strip().splitlines()
             why = lines[-1].strip() if process.poll() is not None and lines else "it timed out"
             raise not_started(why)
+
+        if now - looked > LOOK:  # Ray 2.60 waits for a dead raylet, 120 s by our settings
+            looked = now
+
+            with suppress(psutil.Error):
+                children = psutil.Process(process.pid).children()
+                dead = [x.name() for x in children if x.status() == psutil.STATUS_ZOMBIE]
+
+                if "raylet" in dead:
+                    raise not_started("its raylet was killed")
 
         time.sleep(0.05)
 

@@ -4,13 +4,16 @@ import os
 import shutil
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
-from sda_ray.cluster.ray_node import private_directory
+from sda_ray.cluster.ray_node import private_directory, started
 from sda_ray.core.errors import UserError
 from sda_ray.core.files import locked
 
@@ -109,6 +112,30 @@ def test_cpus_that_are_taken_twice_are_told(
 
         with private_directory(10_000):
             assert "hold 1 CPUs of this machine, and this one takes 10000" in caplog.text
+
+
+def test_node_whose_raylet_is_killed_while_it_starts_is_started_again(parent: Path) -> None:
+    r"""Ray itself waits for the dead one, for minutes."""
+
+    killed: list[int] = []
+
+    def kill() -> None:
+        while not killed:
+            for process in psutil.Process().children(recursive=True):
+                with suppress(psutil.Error):
+                    if process.name() == "raylet":
+                        process.kill()
+                        killed.append(process.pid)
+
+            time.sleep(0.02)
+
+    threading.Thread(target=kill, daemon=True).start()
+    start = time.monotonic()
+
+    with started("0" * 64, cpus=1, gpus=0, alone=True) as node:
+        assert killed and node.is_running()
+
+    assert time.monotonic() - start < 100
 
 
 @pytest.mark.parametrize("name", ["it's", '"x"', "a b", "x" * 30, "none"])
