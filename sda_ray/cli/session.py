@@ -47,63 +47,50 @@ def start_run(
     runs: Path,
     data: Path,
     config: Config,
-    init: str | None,
     device: str | None,
     wandb: Wandb,
+    init: str | None = None,
+    extend: str | None = None,
     new: bool = False,
 ) -> None:
-    r"""Trains a run, from the weights of another one if `init` names it.
+    r"""Trains a run from scratch, from the weights of another one, or as a longer version of it.
 
     One like it that was stopped is resumed, unless a `new` one is wanted.
+
+    Arguments:
+        config: The settings; of a longer version, those that change.
+        init: The run whose weights it starts from.
+        extend: The run of which it is a longer version, from where the two part.
     """
 
     info = _check_data(data)
-    config = check_config(config, size=info.size, length=info.length)
-    record: dict[str, Any] = {"data": info.fingerprint, "wandb": asdict(wandb)}
-    device = _check_device(device, config)
+    record: dict[str, Any] = {"data": info.fingerprint}
     parent = None
 
-    if init is not None:
-        parent = RunPath.find(runs, init)
-        _check_init(parent, config, info.size)
+    if name := init or extend:
+        parent = RunPath.find(runs, name)
         record["parent"] = parent.id
+
+    if parent and extend:
+        config = check_extension(parent, config)
+        record["extends"] = parent.id
+
+    config = check_config(config, size=info.size, length=info.length)
+    device = _check_device(device, config)
+
+    if parent and init:
+        _check_init(parent, config, info.size)
 
     if not new and (path := _stopped(runs, config, record)):
         resume_run(runs, data, str(path.directory), device, wandb, info=info)
         return
 
+    if parent and extend:
+        record |= describe_extension(parent, info.fingerprint, device)
+
+    record["wandb"] = asdict(wandb)
     run = Run(runs, config, wandb=wandb, record=record, device=device)
     _follow(run, data, device, parent)
-
-
-def extend_run(
-    runs: Path,
-    data: Path,
-    name: str,
-    changes: Config,
-    device: str | None,
-    wandb: Wandb,
-    new: bool = False,
-) -> None:
-    r"""Trains a longer version of a run, from where the two part; the run itself stays as it is.
-
-    One that was stopped is resumed, unless a `new` one is wanted.
-    """
-
-    info = _check_data(data)
-    path = RunPath.find(runs, name)
-    config = check_config(check_extension(path, changes), size=info.size, length=info.length)
-    device = _check_device(device, config)
-    begun = {"data": info.fingerprint, "parent": path.id, "extends": path.id}
-
-    if not new and (stopped := _stopped(runs, config, begun)):
-        resume_run(runs, data, str(stopped.directory), device, wandb, info=info)
-        return
-
-    record = describe_extension(path, info.fingerprint, device)
-    record |= {"data": info.fingerprint, "wandb": asdict(wandb)}
-    run = Run(runs, config, wandb=wandb, record=record, device=device)
-    _follow(run, data, device, path)
 
 
 def resume_run(

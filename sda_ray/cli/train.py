@@ -116,15 +116,10 @@ def train_command(args: Args) -> None:
 
     from . import session
 
-    if args.extend:
-        if args.config:
-            raise UserError("--extend takes the settings of RUN, and so goes without --config.")
+    if args.extend and args.config:
+        raise UserError("--extend takes the settings of RUN, and so goes without --config.")
 
-        changes = parse_overrides(args.settings)
-        session.extend_run(
-            args.runs, args.data, args.extend, changes, args.device, wandb_options(args), args.new
-        )
-    elif args.resume:
+    if args.resume:
         if args.settings or args.config:
             raise UserError(
                 "--resume continues a run as it is. For other settings start a run from its "
@@ -134,8 +129,17 @@ def train_command(args: Args) -> None:
         wandb = wandb_options(args) if wandb_given(args) else None
         session.resume_run(args.runs, args.data, args.resume, args.device, wandb, args.takeover)
     else:
-        config, wandb = _config(args), wandb_options(args)
-        session.start_run(args.runs, args.data, config, args.init, args.device, wandb, args.new)
+        config = parse_overrides(args.settings) if args.extend else _config(args)
+        session.start_run(
+            args.runs,
+            args.data,
+            config,
+            args.device,
+            wandb_options(args),
+            args.init,
+            args.extend,
+            args.new,
+        )
 
 
 def _train_replicas(args: Args) -> None:

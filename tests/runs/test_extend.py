@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from sda_ray.cli.session import extend_run, resume_run
+from sda_ray.cli.session import resume_run, start_run
 from sda_ray.core.config import Config, load_config
 from sda_ray.core.errors import UserError
 from sda_ray.runs.checkpoint import read_checkpoint
@@ -40,7 +40,7 @@ def history(path: RunPath) -> list[dict[str, Any]]:
 
 def extended(runs: Path, path: RunPath, data: Path, epochs: int) -> RunPath:
     before = set(RunPath.all(runs))
-    extend_run(runs, data, path.id, {"epochs": epochs}, "cpu", DISABLED)
+    start_run(runs, data, {"epochs": epochs}, "cpu", DISABLED, extend=path.id)
     (child,) = set(RunPath.all(runs)) - before
 
     return child
