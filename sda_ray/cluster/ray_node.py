@@ -71,13 +71,16 @@ from ray.scripts.scripts import main
 sys.exit(main())
 """
 
-# A node among others counts as lost after 10 s without an answer.
+# A node among others counts as lost after some 15 s without an answer; one alone, which may be on a
+# busy machine, after half a minute. Ray itself takes more than a minute.
 HEALTH = {
     "RAY_health_check_initial_delay_ms": "5000",
     "RAY_health_check_period_ms": "2000",
     "RAY_health_check_timeout_ms": "2000",
     "RAY_health_check_failure_threshold": "5",
 }
+
+ALONE = {"RAY_health_check_period_ms": "3000", "RAY_health_check_timeout_ms": "3000"}
 
 _LIBC = ctypes.CDLL(None)
 
@@ -204,7 +207,7 @@ def started(
     _check_loopback()
 
     with private_directory(cpus) as directory:
-        environment = {**ENVIRONMENT, **({} if alone else HEALTH), **os.environ}
+        environment = {**ENVIRONMENT, **HEALTH, **(ALONE if alone else {}), **os.environ}
         environment.pop("RAY_ADDRESS", None)
         environment["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = f"{DRAIN if address else 0:g}"
 
