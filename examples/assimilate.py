@@ -43,7 +43,7 @@ def main(words: list[str] | None = None) -> None:
     )
     parser.add_argument("--trajectory", type=int, default=0, help="which of them")
     parser.add_argument("--start", type=int, default=0, help="its first state")
-    parser.add_argument("--states", type=int, default=16, help="how many")
+    parser.add_argument("--states", type=int, default=8, help="how many")
     parser.add_argument("--every", type=int, default=4, help="observe every k-th state")
     parser.add_argument("--coarsen", type=int, default=8, help="the cells that are averaged")
     parser.add_argument("--std", type=float, default=0.1, help="of the observation's noise")

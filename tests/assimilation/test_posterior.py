@@ -193,6 +193,8 @@ def test_members_are_the_same_bits_in_chunks_if_the_score_is_elementwise() -> No
     for members, chunk in ((5, 1), (5, 3), (2, 2)):
         assert run(score, members=members, chunk=chunk).equal(x[:members])
 
+    assert run(score, members=3, first=2).equal(x[2:])
+
 
 @pytest.mark.parametrize("guidance", GUIDANCES)
 def test_members_are_samples_of_the_guided_diffusion(guidance: str) -> None:
