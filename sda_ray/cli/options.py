@@ -32,6 +32,7 @@ COMMANDS = {
     "stop": ("sweep", "Stop a running sweep, or one trial."),
     "adopt": ("sweep", "Bring finished runs into a sweep."),
     "runs": ("runs", "List, show, compare and prune runs."),
+    "evaluate": ("evaluate", "Say how well finished runs sample and assimilate."),
     "sync": ("runs", "Upload runs to W&B."),
     "slurm": ("cluster", "Write the script of a Slurm job for a sweep."),
     "join": ("cluster", "Add this machine to a running sweep."),

@@ -362,6 +362,7 @@ def map_on_ray(
     *,
     workers: int | None = None,
     address: str | None = None,
+    gpu: bool = False,
 ) -> Generator[tuple[T, R]]:
     r"""Applies a function to items in parallel on Ray, and yields each with its result when ready.
 
@@ -369,6 +370,7 @@ def map_on_ray(
         function: The function, which runs in workers with one CPU each.
         workers: The number of workers, by default one for each CPU that may be used.
         address: The address of a running cluster, or None to start a private Ray.
+        gpu: Whether each worker takes a GPU, if there are any.
 
     Raises:
         UserError: If the number of workers is below 1, or there is no cluster at the address.
@@ -383,9 +385,12 @@ def map_on_ray(
     with connected(address, workers):
         import ray
 
-        cpus = workers or int(ray.cluster_resources().get("CPU", 1))
-        tasks = map(ray.remote(num_cpus=1)(run).remote, items)
-        running = list(islice(tasks, 2 * cpus))
+        resources = ray.cluster_resources()
+        gpus = int(resources.get("GPU", 0)) if gpu else 0
+        at_once = workers or gpus or int(resources.get("CPU", 1))
+        remote = ray.remote(num_cpus=1, num_gpus=min(gpus, 1))(run).remote
+        tasks = map(remote, items)
+        running = list(islice(tasks, 2 * at_once))
 
         while running:
             (ready,), running = ray.wait(running)

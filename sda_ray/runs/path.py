@@ -33,7 +33,13 @@ RECORDS = ("config.json", "metrics.jsonl", "error.txt", "run.json")
 RESUMED = ("config.json", "run.json", "metrics.jsonl", "checkpoint.pth", "checkpoint.prev.pth")
 
 # Those that mean nothing on another machine.
-LOCAL = ("lease.json", "lease.lock", "checkpoint.prev.pth", "checkpoint.damaged.pth")
+LOCAL = (
+    "lease.json",
+    "lease.lock",
+    "evaluation.lock",
+    "checkpoint.prev.pth",
+    "checkpoint.damaged.pth",
+)
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,7 @@ class RunPath:
     metrics = property(lambda self: self.directory / "metrics.jsonl")
     record = property(lambda self: self.directory / "run.json")
     samples = property(lambda self: self.directory / "samples.png")
+    evaluation = property(lambda self: self.directory / "evaluation.json")
     error = property(lambda self: self.directory / "error.txt")
     diff = property(lambda self: self.directory / "diff.patch")
     lease = property(lambda self: self.directory / "lease.json")

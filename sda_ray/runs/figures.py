@@ -1,0 +1,173 @@
+r"""Figures of evaluations: each as PNG and as PDF, with the numbers behind it as CSV."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..core import open_atomic
+from .path import RunPath
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["draw_evaluation"]
+
+SHOWN = 3  # states, members
+STRIP = 8  # states in a strip
+SIDE = 1.3  # inches of a field
+LIMIT = 1.25  # of the vorticity, that of SDA
+
+
+def draw_evaluation(path: RunPath, name: str, fields: dict[str, np.ndarray]) -> None:
+    r"""Draws an ensemble beside the truth into `evaluation/` in the directory of a run.
+
+    Arguments:
+        path: The run.
+        name: The name of the observation, with which the files begin.
+        fields: `truth`, of shape :math:`(L, 2, H, W)`, `members`, :math:`(M, L, 2, H, W)`, and `y`,
+            :math:`(L', C', H', W')`, the observation; or the last alone may be missing.
+    """
+
+    from torch import from_numpy
+
+    from ..assimilation import rank_histogram
+    from ..data import isotropic_spectrum, vorticity
+
+    truth, members = (from_numpy(fields[key]) for key in ("truth", "members"))
+    w, ws = (vorticity(x).numpy() for x in (truth, members))
+    spectra = [isotropic_spectrum(x).mean((-3, -2)).numpy() for x in (truth, members)]
+    directory = path.directory / "evaluation"
+    directory.mkdir(exist_ok=True)
+
+    _save(directory / f"{name}-fields", *_fields(w, ws, fields.get("y")))
+    _save(directory / f"{name}-strip", *_strip(w, ws))
+    _save(directory / f"{name}-spectra", *_spectra(*spectra))
+
+    if "y" in fields:
+        _save(directory / f"{name}-ranks", *_ranks(rank_histogram(members, truth).numpy()))
+
+
+def _save(stem: Path, figure: "Figure", columns: dict[str, np.ndarray]) -> None:
+    r"""Saves a figure, and its numbers by the names of columns."""
+
+    for kind in ("png", "pdf"):
+        with open_atomic(stem.with_name(f"{stem.name}.{kind}")) as f:
+            figure.savefig(f, format=kind, dpi=150, bbox_inches="tight")
+
+    with open_atomic(stem.with_name(f"{stem.name}.csv")) as f:
+        table = np.stack([x.ravel() for x in columns.values()], axis=1)
+        np.savetxt(f, table, "%.6g", ",", header=",".join(columns), comments="")
+
+
+def _figure(rows: int, columns: int, width: float, height: float) -> tuple["Figure", Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure((width, height))
+    spaces = {"wspace": 0.05, "hspace": 0.2, "left": 0, "right": 1, "bottom": 0, "top": 1}
+
+    return figure, figure.subplots(rows, columns, squeeze=False, gridspec_kw=spaces)
+
+
+def _image(axes: "Axes", w: np.ndarray, title: str, **options: Any) -> None:
+    axes.imshow(w.T, origin="lower", interpolation="nearest", **options)
+    axes.set_title(title, fontsize=8)
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+def _fields(
+    w: np.ndarray, ws: np.ndarray, y: np.ndarray | None
+) -> tuple["Figure", dict[str, np.ndarray]]:
+    r"""Draws the vorticity of some states: truth, mean, spread and members; and what is observed."""
+
+    states = _spaced(len(w), SHOWN)
+    mean, spread, few = ws.mean(0), ws.std(0, ddof=1), ws[:SHOWN]
+    seen = y is not None and min(y.shape[-2:]) > 1
+    figure, axes = _figure(
+        len(states), 3 + len(few) + seen, (3.2 + len(few) + seen) * SIDE, len(states) * SIDE
+    )
+    scale = {"cmap": "RdBu_r", "vmin": -LIMIT, "vmax": LIMIT}
+
+    for row, i in zip(axes, states, strict=True):
+        pictures = {"truth": w[i], "mean": mean[i], "spread": spread[i]}
+        pictures |= {f"member {j}": x[i] for j, x in enumerate(few)}
+
+        for ax, (name, x) in zip(row, pictures.items(), strict=False):
+            own = (
+                {"cmap": "viridis", "vmin": 0, "vmax": spread.max()} if name == "spread" else scale
+            )
+            _image(ax, x, f"{name}, state {i}", **own)
+
+    if seen and y is not None:
+        for row, j in zip(axes, _spaced(len(y), len(states)), strict=False):
+            _image(row[-1], y[j, 0], f"observation {j}", cmap="gray")
+
+        for row in axes[len(_spaced(len(y), len(states))) :]:
+            row[-1].set_axis_off()
+
+    index = np.indices((len(states), *w.shape[1:]))
+    names = ("truth", "mean", "spread", *(f"member_{j}" for j in range(len(few))))
+    columns = dict(zip(("state", "x", "y"), (np.array(states)[index[0]], *index[1:]), strict=True))
+
+    return figure, columns | dict(
+        zip(names, (x[states] for x in (w, mean, spread, *few)), strict=True)
+    )
+
+
+def _strip(w: np.ndarray, ws: np.ndarray) -> tuple["Figure", dict[str, np.ndarray]]:
+    r"""Draws the vorticity of the truth above that of a member, along the trajectory."""
+
+    states = _spaced(len(w), STRIP)
+    figure, axes = _figure(2, len(states), len(states) * SIDE, 2.2 * SIDE)
+
+    for row, name, x in zip(axes, ("truth", "member 0"), (w, ws[0]), strict=True):
+        for ax, i in zip(row, states, strict=True):
+            _image(ax, x[i], f"{name}, {i}", cmap="RdBu_r", vmin=-LIMIT, vmax=LIMIT)
+
+    index = np.indices((len(states), *w.shape[1:]))
+
+    return figure, {
+        "state": np.array(states)[index[0]],
+        "x": index[1],
+        "y": index[2],
+        "truth": w[states],
+        "member_0": ws[0][states],
+    }
+
+
+def _spectra(truth: np.ndarray, members: np.ndarray) -> tuple["Figure", dict[str, np.ndarray]]:
+    r"""Draws the spectrum of kinetic energy of the truth, and the range of the members'."""
+
+    figure, ((ax,),) = _figure(1, 1, 4, 3)
+    k = np.arange(1, len(truth))  # a logarithmic axis has no 0
+    truth = truth[1:]
+    low, middle, high = np.quantile(members[:, 1:], (0, 0.5, 1), axis=0)
+    ax.loglog(k, truth, "k", label="truth")
+    ax.loglog(k, middle, "C0", label="members, median")
+    ax.fill_between(k, low, high, alpha=0.3, label="members, range")
+    ax.set_xlabel("wavenumber")
+    ax.set_ylabel("power")
+    ax.legend(fontsize=8)
+
+    return figure, {"k": k, "truth": truth, "low": low, "median": middle, "high": high}
+
+
+def _ranks(counts: np.ndarray) -> tuple["Figure", dict[str, np.ndarray]]:
+    r"""Draws how often the truth has each rank among the members; uniform if calibrated."""
+
+    figure, ((ax,),) = _figure(1, 1, 4, 3)
+    share = counts / counts.sum() * len(counts)
+    ax.bar(np.arange(len(counts)), share)
+    ax.axhline(1, color="k", linewidth=1)
+    ax.set_xlabel("rank of the truth among the members")
+    ax.set_ylabel("frequency, relative to uniform")
+
+    return figure, {"rank": np.arange(len(counts)), "count": counts}
+
+
+def _spaced(n: int, count: int) -> list[int]:
+    r"""Returns at most `count` of n indices, with the first and the last."""
+
+    return sorted({round(i) for i in np.linspace(0, n - 1, min(n, count))})

@@ -1,0 +1,193 @@
+r"""Tests for sda_ray.runs.evaluation: its numbers are of the network, whatever happens meanwhile."""
+
+import json
+import shutil
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from kept import made, path_of, runs
+
+from sda_ray.assimilation.operators import PANEL, parse
+from sda_ray.core.errors import UserError
+from sda_ray.core.files import locked
+from sda_ray.data.dataset import TrajectoryDataset
+from sda_ray.nn.score import load_sde
+from sda_ray.runs.evaluation import (
+    EvaluationSettings,
+    evaluate_runs,
+    map_here,
+    read_evaluation,
+    summarize,
+)
+from sda_ray.runs.figures import draw_evaluation
+
+__all__ = ["made", "runs"]  # fixtures
+
+TINY = EvaluationSettings(trajectories=2, members=3, steps=2)
+OBSERVATIONS = ("samples", "circle", "subsample-4")
+
+
+def evaluate(
+    runs: Path, data: Path, indices: Iterable[int] = (4,), settings: Any = TINY, **options: Any
+) -> Any:
+    paths = [path_of(runs, i) for i in indices]
+
+    return evaluate_runs(paths, data, settings, OBSERVATIONS, **options)
+
+
+def results(runs: Path, index: int = 4) -> Any:
+    evaluation = read_evaluation(path_of(runs, index))
+    assert evaluation is not None
+
+    return evaluation.results
+
+
+def interrupted(function: Any, tasks: Iterable[Any]) -> Any:
+    yield from islice(map_here(function, tasks), 3)
+    raise KeyboardInterrupt
+
+
+def test_evaluation_that_was_interrupted_ends_in_the_same_numbers(runs: Path, data: Path) -> None:
+    other = runs.with_name("undisturbed")
+    shutil.copytree(runs, other)
+    evaluate(other, data, (4, 5))
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(runs, data, (4, 5), map_tasks=interrupted)
+
+    done = {i: results(runs, i) for i in (4, 5)}
+    assert sum(len(rows) for run in done.values() for rows in run.values()) == 3
+    evaluate(runs, data, (4, 5), map_tasks=lambda f, tasks: map_here(f, list(tasks)[::-1]))
+
+    for i in (4, 5):
+        assert results(runs, i) == results(other, i)
+
+    assert results(runs, 4) != results(runs, 5)
+
+
+def test_finished_evaluation_computes_nothing_and_more_trajectories_add_to_it(
+    runs: Path, data: Path
+) -> None:
+    evaluate(runs, data)
+    before = results(runs)
+    computed = []
+
+    def counting(function: Any, tasks: Iterable[Any]) -> Any:
+        for task, result in map_here(function, tasks):
+            computed.append(task)
+            yield task, result
+
+    evaluate(runs, data, map_tasks=counting)
+    assert not computed
+    evaluate(runs, data, settings=EvaluationSettings(3, 3, 2), map_tasks=counting)
+    assert {task.trajectory for task in computed} == {2}
+
+    for observation, rows in before.items():
+        assert {i: results(runs)[observation][i] for i in rows} == rows
+
+
+@pytest.mark.parametrize("change", ["weights", "settings", "data"])
+def test_results_of_another_kind_are_replaced(
+    runs: Path, data: Path, tmp_path: Path, change: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate(runs, data)
+    before, settings, place = results(runs), TINY, data
+
+    if change == "weights":
+        shutil.copy(path_of(runs, 5).state, path_of(runs, 4).state)
+    elif change == "settings":
+        settings = EvaluationSettings(2, 3, 2, seed=1)
+    else:
+        place = tmp_path / "other"
+        shutil.copytree(data, place)
+        shutil.copy(data / "valid.h5", place / "test.h5")
+
+    evaluate(runs, place, settings=settings)
+
+    assert "was evaluated in another way" in capsys.readouterr().out
+    assert results(runs).keys() == before.keys()
+    assert all(results(runs)[name]["0"] != rows["0"] for name, rows in before.items())
+
+
+def test_damaged_run_is_reported_and_the_others_are_evaluated(runs: Path, data: Path) -> None:
+    damaged = path_of(runs, 4)
+    damaged.state.write_bytes(damaged.state.read_bytes()[:1000])
+
+    with locked(path_of(runs, 5).directory / "evaluation.lock"):
+        found, errors = evaluate(runs, data, (3, 4, 5))
+
+    assert not found
+    assert "is not finished" in errors[path_of(runs, 3)]
+    assert "damaged" in errors[damaged]
+    assert "Another process may be evaluating" in errors[path_of(runs, 5)]
+    found, errors = evaluate(runs, data, (4, 5))
+    assert [*found] == [path_of(runs, 5)] and [*errors] == [damaged]
+
+
+def test_numbers_are_those_of_their_definitions(runs: Path, data: Path) -> None:
+    fields: dict[str, Any] = {}
+    path = path_of(runs, 4)
+    evaluate(runs, data, draw=lambda path, name, x: fields.update({name: x}))
+    values = results(runs)["circle"]["0"]
+    truth, x = (torch.from_numpy(fields["circle"][key]) for key in ("truth", "members"))
+    y, A, std = fields["circle"]["y"], parse(PANEL["circle"].operator), PANEL["circle"].std
+    error = A(x).numpy() - y
+
+    np.testing.assert_array_equal(truth, TrajectoryDataset(data / "test.h5", 1).x[0, :8])
+    assert values["residual"] == pytest.approx(np.sqrt((error**2).mean()), rel=1e-5)
+    assert values["chi2"] == pytest.approx((error**2).mean() / std**2, rel=1e-5)
+    assert values["mse"] == pytest.approx(float((x.mean(0) - truth).square().mean()), rel=1e-5)
+    assert 0.5 * std < (y - A(truth).numpy()).std() < 2 * std
+    assert load_sde(path.directory).shape[0] <= len(truth)
+
+
+def test_summary_pools_before_it_takes_roots(runs: Path, data: Path) -> None:
+    found, _ = evaluate(runs, data)
+    (evaluation,) = found.values()
+    rows = [*evaluation.results["circle"].values()]
+    summary = summarize(evaluation)["circle"]
+    mean = {key: np.mean([row[key] for row in rows]) for key in ("variance", "mse", "crps")}
+    expected = np.sqrt(mean["variance"] / (mean["mse"] - mean["variance"] / 3))
+
+    assert summary["crps"][0] == pytest.approx(mean["crps"])
+    assert summary["rmse"][0] == pytest.approx(np.sqrt(mean["mse"]))
+    assert summary["spread_skill"][0] == pytest.approx(expected)
+    assert all(low <= x <= high for x, low, high in summary.values())
+
+
+def test_figures_come_with_their_numbers(runs: Path, data: Path) -> None:
+    path = path_of(runs, 4)
+    evaluate(runs, data, draw=draw_evaluation)
+    names = {file.name for file in (path.directory / "evaluation").iterdir()}
+    stems = {f"{name}-{kind}" for name in OBSERVATIONS for kind in ("fields", "strip", "spectra")}
+    stems |= {"circle-ranks", "subsample-4-ranks"}
+
+    assert names == {f"{stem}.{kind}" for stem in stems for kind in ("png", "pdf", "csv")}
+    table = np.genfromtxt(
+        path.directory / "evaluation" / "circle-fields.csv", delimiter=",", names=True
+    )
+    assert {"state", "x", "y", "truth", "mean", "spread"} <= {*(table.dtype.names or ())}
+    assert len(table) == 3 * 16 * 16
+
+
+def test_evaluation_that_is_damaged_is_explained(runs: Path, data: Path) -> None:
+    path = path_of(runs, 4)
+    path.evaluation.write_text('{"version": "x"}')
+
+    _, errors = evaluate(runs, data)
+
+    assert "evaluation.json is damaged" in errors[path]
+    assert json.loads(path.evaluation.read_text()) == {"version": "x"}
+
+
+def test_more_than_there_is_is_refused(runs: Path, data: Path) -> None:
+    with pytest.raises(UserError, match="has 4"):
+        evaluate(runs, data, settings=EvaluationSettings(trajectories=5))
+
+    with pytest.raises(UserError, match="'assim' does not fit"):
+        evaluate_runs([path_of(runs, 4)], data, TINY, ("assim",))
