@@ -144,6 +144,9 @@ class WandbServer:
         run.group = values.get("groupName") or run.group
         run.tags = values.get("tags") or run.tags
 
+        if "summaryMetrics" in values:
+            run.rows[SUMMARY] = [values["summaryMetrics"]]
+
         return {"upsertBucket": {"bucket": run.describe(), "inserted": new}}
 
     def _create_files(self, values: Json) -> Json:

@@ -217,7 +217,8 @@ def _show(rows: Rows, settings: EvaluationSettings) -> None:
         table = make_table("observation", "run", *titles, right=titles)
 
         for observation, run, cells in part:
-            table.add_row(observation, Text(printable(run)), *(cells[i] for i in used))
+            name = Text(printable(run.rpartition("_")[0]))
+            table.add_row(observation, name, *(cells[i] for i in used))
 
         console.print(table, "")
 

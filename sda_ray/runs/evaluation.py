@@ -11,8 +11,8 @@ import functools
 import hashlib
 import math
 import zlib
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,29 +20,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 import numpy as np
 
-from ..core import ProgressBar, UserError, locked, read_json, say, write_json
+from ..core import ProgressBar, UserError, read_json, say, write_json
 from ..data import TrajectoryDataset, check_file, fingerprint
 from .path import RunPath
+from .prune import locked_at_once
 from .record import timestamp
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = [
-    "QUICK",
-    "SAMPLES",
-    "Evaluation",
-    "EvaluationSettings",
-    "Summary",
-    "evaluate_runs",
-    "fitting",
-    "read_evaluation",
-    "summarize",
-]
-
 VERSION = 1  # of the metrics and what they are of
 SAMPLES = "samples"  # the task of unconditional samples, beside the observations of the panel
 STEPS, TAU = 256, 0.5  # of unconditional samples; of all corrections
+IN_USE = " Another process may be evaluating the run."
 SAMPLED = 8  # states of an unconditional sample, if the window is not longer
 
 
@@ -155,7 +145,8 @@ def evaluate_runs(
     with ExitStack() as stack:
         for path in paths:
             try:
-                stack.enter_context(_locked(path))
+                lock = path.evaluation.with_suffix(".lock")
+                stack.enter_context(locked_at_once(lock, IN_USE))
                 evaluations[path] = _open(path, base)
             except UserError as error:
                 errors[path] = str(error)
@@ -303,22 +294,6 @@ def _check(file: Path, trajectories: int, observations: Sequence[str]) -> None:
             raise UserError(f"'{name}' does not fit {file}: {misfit}. Leave it out.")
 
 
-@contextmanager
-def _locked(path: RunPath) -> Iterator[None]:
-    lock = path.evaluation.with_suffix(".lock")
-
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(locked(lock, wait=False))
-        except OSError as error:
-            raise UserError(
-                f"{lock} cannot be locked: {error.strerror}. Another process may be evaluating the "
-                "run."
-            ) from error
-
-        yield
-
-
 def _open(path: RunPath, base: Evaluation) -> Evaluation:
     r"""Returns the evaluation to go on with: that on the disk if it is of the same kind."""
 
@@ -457,8 +432,9 @@ def _evaluate_observation(
 def _rng(settings: EvaluationSettings, task: Task, device: str = "cpu") -> torch.Generator:
     r"""Returns a generator that is the same for all runs."""
 
-    from ..training import EVALUATION, rng
+    import torch
 
     key = settings.seed, zlib.crc32(task.observation.encode()), task.trajectory
+    (seed,) = np.random.SeedSequence(key).generate_state(1, np.uint64)
 
-    return rng(EVALUATION, *key, device=device)
+    return torch.Generator(device).manual_seed(int(seed >> np.uint64(1)))

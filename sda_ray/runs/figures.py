@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["draw_evaluation"]
-
 SHOWN = 3  # states, members
 STRIP = 8  # states in a strip
 SIDE = 1.3  # inches of a field

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core import UserError, open_regular, read_json, say
+from .evaluation import read_evaluation, summarize
 from .inventory import Entry, entries, is_held, read_entry
 from .metrics import read_history
 from .path import RunPath, sweep_directory
@@ -215,8 +216,38 @@ def _progress(api: Any, wandb: Wandb, id: str) -> tuple[int, int]:
         return data["historyLineCount"] or 0, (data["historyKeys"] or {}).get("lastStep", 0)
 
 
+def _send_evaluation(api: Any, wandb: Wandb, path: RunPath) -> str:
+    r"""Sends the means of a run's evaluation that its summary on the server lacks."""
+
+    evaluation = read_evaluation(path)
+    values = {
+        f"evaluation/{observation}/{metric}": interval[0]
+        for observation, metrics in (summarize(evaluation) if evaluation else {}).items()
+        for metric, interval in metrics.items()
+    }
+
+    with _reaching():
+        run = api.run(f"{wandb.entity or api.default_entity}/{wandb.project}/{path.id}")
+        run.load(force=True)
+
+        if all(run.summary.get(key) == value for key, value in values.items()):
+            return ""
+
+        run.summary.update(values)
+
+    return ", and its evaluation"
+
+
 def _upload(api: Any, entry: Entry, runs: Path) -> str:
-    r"""Sends the rows of a run that the server lacks, and describes that. Safe to interrupt.
+    r"""Sends what the server lacks of a run, and describes that. Safe to interrupt."""
+
+    wandb = replace(Wandb.from_record(_settings(entry, runs), entry.path.record), mode="online")
+
+    return _upload_rows(api, wandb, entry) + _send_evaluation(api, wandb, entry.path)
+
+
+def _upload_rows(api: Any, wandb: Wandb, entry: Entry) -> str:
+    r"""Sends the rows of a run that the server lacks, and describes that.
 
     Raises:
         Unreachable: If the server does not answer, or lacks a part of the run afterwards.
@@ -224,7 +255,6 @@ def _upload(api: Any, entry: Entry, runs: Path) -> str:
     """
 
     path, rows = entry.path, _rows(entry)
-    wandb = replace(Wandb.from_record(_settings(entry, runs), path.record), mode="online")
     steps = list(rows)
     count, last = _progress(api, wandb, path.id)
 

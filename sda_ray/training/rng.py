@@ -6,21 +6,9 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-__all__ = [
-    "DROPOUT",
-    "EVALUATION",
-    "INIT",
-    "NOISE",
-    "ORDER",
-    "SAMPLES",
-    "START",
-    "VALID",
-    "rng",
-    "seeded",
-]
+__all__ = ["DROPOUT", "INIT", "NOISE", "ORDER", "SAMPLES", "START", "VALID", "rng", "seeded"]
 
-# Streams of random numbers
-INIT, ORDER, START, NOISE, VALID, SAMPLES, DROPOUT, EVALUATION = range(8)
+INIT, ORDER, START, NOISE, VALID, SAMPLES, DROPOUT = range(7)  # streams of random numbers
 
 
 def rng(stream: int, *key: int, device: str | torch.device = "cpu") -> torch.Generator:

@@ -18,6 +18,7 @@ from sda_ray.core.files import locked
 from sda_ray.data.dataset import TrajectoryDataset
 from sda_ray.nn.score import load_sde
 from sda_ray.runs.evaluation import (
+    Evaluation,
     EvaluationSettings,
     evaluate_runs,
     map_here,
@@ -146,18 +147,20 @@ def test_numbers_are_those_of_their_definitions(runs: Path, data: Path) -> None:
     assert load_sde(path.directory).shape[0] <= len(truth)
 
 
-def test_summary_pools_before_it_takes_roots(runs: Path, data: Path) -> None:
-    found, _ = evaluate(runs, data)
-    (evaluation,) = found.values()
-    rows = [*evaluation.results["circle"].values()]
-    summary = summarize(evaluation)["circle"]
-    mean = {key: np.mean([row[key] for row in rows]) for key in ("variance", "mse", "crps")}
-    expected = np.sqrt(mean["variance"] / (mean["mse"] - mean["variance"] / 3))
+def test_summary_pools_before_it_takes_roots() -> None:
+    rows = [
+        {"members": 4.0, "crps": 0.1, "mse": 0.04, "variance": 0.02, "chi2": 1.5, "ranks": [1]},
+        {"members": 4.0, "crps": 0.2, "mse": 0.09, "variance": 0.05, "chi2": 0.5, "ranks": [2]},
+        {"members": 1},  # an ensemble of which one member alone did not diverge
+    ]
+    results: Any = {"circle": {str(i): row for i, row in enumerate(rows)}}
+    summary = summarize(Evaluation("1.1", "", "", {}, results))["circle"]
 
-    assert summary["crps"][0] == pytest.approx(mean["crps"])
-    assert summary["rmse"][0] == pytest.approx(np.sqrt(mean["mse"]))
-    assert summary["spread_skill"][0] == pytest.approx(expected)
-    assert all(low <= x <= high for x, low, high in summary.values())
+    assert summary["crps"] == pytest.approx((0.15, 0.1, 0.2))
+    assert summary["chi2"] == pytest.approx((1, 0.5, 1.5))
+    assert summary["rmse"] == pytest.approx((0.065**0.5, 0.2, 0.3))
+    assert summary["spread"][0] == pytest.approx(0.035**0.5)
+    assert summary["spread_skill"][0] == pytest.approx((0.035 / (0.065 - 0.035 / 4)) ** 0.5)
 
 
 def test_figures_come_with_their_numbers(runs: Path, data: Path) -> None:

@@ -96,6 +96,31 @@ def test_run_of_killed_attempts_is_uploaded_once(
     assert server.runs[ID].rows[HISTORY] == rows
 
 
+def test_evaluation_is_sent_into_the_summary_each_time_it_changes(
+    run: RunPath, sync: Sync, server: WandbServer
+) -> None:
+    def evaluated(crps: float) -> "subprocess.CompletedProcess[str]":
+        found = {"crps": crps, "mse": 0.04, "variance": 0.03, "members": 4.0, "ranks": [1, 2]}
+        results = {"circle": {"0": found}}
+        evaluation = {"version": "1.1", "weights": "", "data": "", "settings": {}}
+        write_json(run.evaluation, evaluation | {"results": results})
+
+        return sync(server.env, ID)
+
+    for crps in (0.25, 0.5):
+        done = evaluated(crps)
+        summary = json.loads(server.runs[ID].rows[SUMMARY][-1])
+
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count(", and its evaluation") == 1
+        assert summary["evaluation/circle/crps"] == crps
+        assert summary["evaluation/circle/rmse"] == pytest.approx(0.2)
+        assert summary["loss_valid"] > 0  # what was there stays
+
+    assert "there already\n" in evaluated(0.5).stdout
+    check(server)
+
+
 def test_run_that_cannot_be_uploaded_does_not_keep_others_back(
     tmp_path: Path, sync: Sync, server: WandbServer
 ) -> None:
