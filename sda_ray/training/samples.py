@@ -20,6 +20,7 @@ __all__ = ["LIMIT", "SAMPLE_COST", "Samples", "compare_samples", "plot"]
 
 SAMPLE_COST = 0.03  # the most that samples may take of the time
 LEAST, MOST = (2, 16), (8, 64)  # samples, and steps of the sampler
+OVERHEAD = 2  # items that a step takes as long as beside its own, on a CPU
 
 LIMIT = 1.25  # of the vorticity in pictures, that of SDA
 PANEL = 128  # pixels along each side of a snapshot, at least
@@ -36,9 +37,9 @@ class Samples:
 
     All draws of a run start from the same noise. Their number and their steps are such that they
     take at most 3 % of the time since the rung before, down to none, but at the end two at least.
-    That is counted, not timed, so that a repeated epoch has the same samples: a step of training
-    takes as long as three evaluations of the network, and a GPU as long for one item as for a
-    batch.
+    That is counted, not timed, so that a repeated epoch has the same samples: an item of training
+    takes as long as three evaluations of the network, a step of the sampler as long as two items
+    more than it has, and on a GPU as long as a batch.
 
     Arguments:
         validation: The validation, whose windows are the real ones.
@@ -63,12 +64,16 @@ class Samples:
             return 0, 0
 
         since = epoch - max((rung for rung in self.rungs if rung < epoch), default=0)
-        items = 1 if state.device.type == "cpu" else state.config["batch_size"]
         budget = int(SAMPLE_COST * since * self.evaluations)
-        steps = min(max(LEAST[1], budget // 4), MOST[1])
-        count = min(budget // steps, MOST[0]) if budget >= steps * items else 0
+        steps = min(max(LEAST[1], budget // 6), MOST[1])
+        count = budget // steps  # items that a step may take as long as
 
-        return max(count, LEAST[0] if epoch == last else 0), steps
+        if state.device.type == "cpu":
+            count -= OVERHEAD
+        elif count < state.config["batch_size"]:
+            count = 0
+
+        return min(max(count, LEAST[0] if epoch == last else 0), MOST[0]), steps
 
     def draw(self, state: TrainState) -> Tensor | None:
         r"""Returns the samples at the end of an epoch, windows of shape :math:`(B, 2K, H, W)`."""
