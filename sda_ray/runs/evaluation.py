@@ -57,7 +57,7 @@ class EvaluationSettings:
     seed: int = 0
 
 
-QUICK = EvaluationSettings(trajectories=1, members=4, steps=32)
+QUICK = EvaluationSettings(trajectories=1, members=4, steps=16)
 
 
 class Evaluation(msgspec.Struct):
