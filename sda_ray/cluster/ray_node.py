@@ -7,6 +7,7 @@ one machine.
 """
 
 import ctypes
+import importlib.util
 import logging
 import os
 import re
@@ -57,19 +58,6 @@ ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
 }
-
-# `--no-monitor`, which the help of Ray 2.60 does not have, leaves out the autoscaler.
-HEAD = ("--head", "--port=0", "--include-dashboard=false", "--no-monitor")
-
-# Without grpc, Ray starts no server for its client and no web servers, which take ports and seconds.
-# The current directory, where modules may have any name, is left out.
-RAY_START = """\
-import sys
-sys.path[:] = filter(None, sys.path)
-sys.modules["grpc"] = None
-from ray.scripts.scripts import main
-sys.exit(main())
-"""
 
 # A node among others counts as lost after some 15 s without an answer; one alone, which may be on a
 # busy machine, after half a minute. Ray itself takes more than a minute.
@@ -218,7 +206,7 @@ def started(
             environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(file)}
 
         options = [
-            *(HEAD if address is None else [f"--address={address}"]),
+            *(_head_options() if address is None else [f"--address={address}"]),
             *([f"--node-ip-address={ip}"] if ip else []),
             *([] if gpus is None else [f"--num-gpus={gpus}"]),
             *[f"--num-cpus={cpus}", f"--object-store-memory={STORE}"],
@@ -246,15 +234,34 @@ def _check_loopback() -> None:
         ) from error
 
 
+def _head_options() -> list[str]:
+    r"""Returns the options of a node that starts a Ray, without autoscaler or dashboard.
+
+    `--no-monitor` is not in the help of Ray 2.60. It saves a process, and a second at each start.
+    """
+
+    options = ["--head", "--port=0", "--include-dashboard=false", "--no-monitor"]
+
+    if importlib.util.find_spec("grpc") is not None:  # then Ray's client takes a port, 10001
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            options.append(f"--ray-client-server-port={probe.getsockname()[1]}")
+
+    return options
+
+
 def _start(
     options: list[str], environment: dict[str, str], directory: Path
 ) -> tuple["subprocess.Popen[bytes]", str]:
     r"""Starts a node, again if the machine is too busy. Returns it and the address of its Ray."""
 
+    script = Path(sys.executable).with_name("ray")
+    ray = [str(script)] if script.exists() else ["-m", "ray.scripts.scripts"]
+
     for left in reversed(range(TRIES)):
         with open(directory / "ray.log", "wb") as log:
             process = subprocess.Popen(
-                [sys.executable, "-c", RAY_START, "start", *options],
+                [sys.executable, *ray, "start", *options],
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
