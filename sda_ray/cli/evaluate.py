@@ -28,8 +28,6 @@ from ..runs import (
 )
 from .options import ADDRESS, COUNT, JSON, Args, command, option
 
-__all__ = ["evaluate_command"]
-
 # The columns of the table, with their titles
 METRICS = {
     "crps": "CRPS",
@@ -41,6 +39,7 @@ METRICS = {
     "sample_spectrum": "spectrum",
     "sample_divergence": "divergence",
 }
+LOST = "diverged"
 TEX = {"chi2": r"$\chi^2$"}
 
 
@@ -183,12 +182,19 @@ Rows = list[tuple[str, str, list[str]]]  # observation, run, and a text for each
 def _rows(summaries: dict[str, Summary], observations: Sequence[str]) -> Rows:
     r"""Returns the table, by observation: the runs that compare are below one another."""
 
-    return [
-        (observation, run, [_cell(values.get(metric)) for metric in METRICS])
-        for observation in observations
-        for run, summary in summaries.items()
-        if (values := summary.get(observation))
-    ]
+    rows = []
+
+    for observation in observations:
+        for run, summary in summaries.items():
+            values = summary.get(observation, {})
+            cells = [_cell(values.get(metric)) for metric in METRICS]
+
+            if not any(cells):
+                cells[[*METRICS].index("sample_std" if observation == SAMPLES else "crps")] = LOST
+
+            rows.append((observation, run, cells))
+
+    return rows
 
 
 def _cell(interval: Sequence[float] | None) -> str:

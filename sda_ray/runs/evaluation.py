@@ -147,6 +147,7 @@ def evaluate_runs(
             try:
                 lock = path.evaluation.with_suffix(".lock")
                 stack.enter_context(locked_at_once(lock, IN_USE))
+                _check_network(path, file, observations)
                 evaluations[path] = _open(path, base)
             except UserError as error:
                 errors[path] = str(error)
@@ -216,8 +217,15 @@ def summarize(evaluation: Evaluation) -> Summary:
 
     for observation, results in evaluation.results.items():
         rows = [{k: x for k, x in row.items() if k != "ranks"} for row in results.values()]
-        keys = max(rows, key=len).keys()  # those of an ensemble that diverged are few
-        x = torch.tensor([[*row.values()] for row in rows if row.keys() == keys]).double()
+        most = max(rows, key=len).keys()  # those of an ensemble that diverged are few
+        rows = [row for row in rows if row.keys() == most]
+        keys = [key for key in most if all(math.isfinite(row[key]) for row in rows)]
+        x = torch.tensor([[row[key] for key in keys] for row in rows]).double()
+
+        if not keys:
+            summary[observation] = {}
+            continue
+
         mean = _pool(dict(zip(keys, x.mean(0), strict=True)))
 
         def statistic(x: torch.Tensor, keys: Any = keys) -> torch.Tensor:
@@ -294,12 +302,29 @@ def _check(file: Path, trajectories: int, observations: Sequence[str]) -> None:
             raise UserError(f"'{name}' does not fit {file}: {misfit}. Leave it out.")
 
 
+def _check_network(path: RunPath, file: Path, observations: Sequence[str]) -> None:
+    r"""Raises a UserError if a run has no network for the data and the observations."""
+
+    from ..assimilation import PANEL
+    from ..nn import load_sde
+
+    window, _, *size = load_sde(path.directory).shape
+    cells = [*TrajectoryDataset(file, window=1).x.shape[-2:]]
+
+    if size != cells:
+        raise UserError(f"its network is for fields of {size}, but those of {file} are {cells}.")
+
+    for name in observations:
+        if name != SAMPLES and PANEL[name].states < window:
+            raise UserError(
+                f"its window is {window}, but '{name}' observes {PANEL[name].states} states. "
+                "Leave it out."
+            )
+
+
 def _open(path: RunPath, base: Evaluation) -> Evaluation:
     r"""Returns the evaluation to go on with: that on the disk if it is of the same kind."""
 
-    from ..nn import load_network
-
-    load_network(path.directory)  # raises a UserError if it is damaged
     weights = hashlib.sha256(path.state.read_bytes()).hexdigest()
     new = msgspec.structs.replace(base, weights=weights, results={})
     old = read_evaluation(path)
@@ -327,7 +352,7 @@ def evaluate_task(
     evaluate = _evaluate_samples if task.observation == SAMPLES else _evaluate_observation
     values, fields = evaluate(settings, task, data, device)
 
-    if draw and task.trajectory == 0 and np.isfinite(fields["members"]).all():
+    if draw and task.trajectory == 0 and fields:
         draw(RunPath(task.run), task.observation, fields)
 
     return values
@@ -356,6 +381,9 @@ def _evaluate_samples(
     real = torch.from_numpy(np.array(data[:, :states], dtype=np.float32))
     found = compare_samples(x.flatten(1, 2), real.flatten(1, 2))
     values = {key: value for key, value in found.items() if math.isfinite(value)}
+
+    if not x.isfinite().all():
+        return values, {}
 
     return values, {"truth": real[task.trajectory].numpy(), "members": x.numpy()}
 
@@ -388,25 +416,30 @@ def _evaluate_observation(
     clean = A(truth)
     noise = torch.randn(clean.shape, generator=_rng(settings, task))
     y = clean + std * noise
-    x = assimilate(
-        task.run,
-        y.to(device),
-        A,
-        std,
-        shape=truth.shape,
-        members=settings.members,
-        steps=settings.steps or observation.steps,
-        corrections=settings.corrections,
-        tau=TAU,
-        guidance=settings.guidance,
-        seed=_rng(settings, task).initial_seed(),
-    ).cpu()
-    fields = {"truth": truth.numpy(), "members": x.numpy(), "y": y.numpy()}
+
+    try:
+        x = assimilate(
+            task.run,
+            y.to(device),
+            A,
+            std,
+            shape=truth.shape,
+            members=settings.members,
+            steps=settings.steps or observation.steps,
+            corrections=settings.corrections,
+            tau=TAU,
+            guidance=settings.guidance,
+            seed=_rng(settings, task).initial_seed(),
+        ).cpu()
+    except UserError:  # all members diverged: the rest has been checked
+        return {"members": 0}, {}
+
     x = x[x.isfinite().flatten(1).all(1)]
 
     if len(x) < 2:
-        return {"members": len(x)}, fields
+        return {"members": len(x)}, {}
 
+    fields = {"truth": truth.numpy(), "members": x.numpy(), "y": y.numpy()}
     seen, mean = A(x), x.mean(0)
     values: Values = {
         "members": len(x),

@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -128,6 +129,31 @@ def test_damaged_run_is_reported_and_the_others_are_evaluated(runs: Path, data: 
     assert "Another process may be evaluating" in errors[path_of(runs, 5)]
     found, errors = evaluate(runs, data, (4, 5))
     assert [*found] == [path_of(runs, 5)] and [*errors] == [damaged]
+
+
+def test_networks_that_diverge_or_do_not_fit_keep_no_others_back(
+    runs: Path, data: Path, tmp_path: Path
+) -> None:
+    wild = path_of(runs, 4)
+    state = torch.load(wild.state, weights_only=True)
+    name = next(key for key in state if key.endswith("weight") and "network" in key)
+    torch.save(state | {name: state[name] * 1e30}, wild.state)
+
+    found, errors = evaluate(runs, data, (4, 5), draw=draw_evaluation)
+
+    assert not errors
+    assert results(runs, 4)["circle"]["0"]["members"] < 2
+    assert results(runs, 5)["circle"]["0"]["members"] == 3
+    assert not any(key == "crps" for key in summarize(found[wild])["circle"])
+
+    large = tmp_path / "large"
+    large.mkdir()
+
+    with h5py.File(large / "test.h5", "w") as f:
+        f["x"] = np.random.default_rng(0).normal(size=(4, 8, 2, 32, 32)).astype(np.float32)
+
+    _, errors = evaluate(runs, large)
+    assert "is for fields of [16, 16]" in errors[wild]
 
 
 def test_numbers_are_those_of_their_definitions(runs: Path, data: Path) -> None:
