@@ -144,7 +144,7 @@ class WandbServer:
         run.group = values.get("groupName") or run.group
         run.tags = values.get("tags") or run.tags
 
-        if "summaryMetrics" in values:
+        if values.get("summaryMetrics"):
             run.rows[SUMMARY] = [values["summaryMetrics"]]
 
         return {"upsertBucket": {"bucket": run.describe(), "inserted": new}}

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..core import UserError, deadline, log_warnings, on_signals, python_command, say
+from ..core import UserError, deadline, log_warnings, python_command, say
 from .join import stay
 from .ray_node import RayNode, own_ip, started
 
@@ -145,15 +145,13 @@ def _run(words: Sequence[str]) -> int:
     if job is None:
         raise UserError("this runs in a Slurm job only: submit the script with sbatch.")
 
-    received: list[int] = []
+    received = _signals(signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
     end, token = deadline(None, os.environ), secrets.token_hex(32)
     others = _others(os.environ.get("SLURM_JOB_NODELIST", ""))
     restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
     print(f"job {job}, start {int(restarts) + 1 if restarts.isdigit() else '?'}", flush=True)
 
-    ip = own_ip(others[0]) if others else None
-
-    with on_signals(received.append, signal.SIGUSR1), started(token, ip=ip) as head:
+    with started(token, ip=own_ip(others[0]) if others else None) as head:
         print(f"Ray at {head.address}: {head.cpus} CPUs here", flush=True)
 
         with _workers(others, head.address, token):
@@ -164,6 +162,15 @@ def _run(words: Sequence[str]) -> int:
                 code = _requeue(job)
 
     return code
+
+
+def _signals(*numbers: int) -> list[int]:
+    received: list[int] = []
+
+    for number in numbers:
+        signal.signal(number, lambda number, frame: received.append(number))
+
+    return received
 
 
 def _others(nodes: str) -> list[str]:
@@ -217,7 +224,7 @@ def _workers(nodes: list[str], address: str, token: str) -> Iterator[None]:
 def _node() -> int:
     r"""Runs a node of Ray until standard input ends, or Slurm asks it to leave."""
 
-    received: list[int] = []
+    received = _signals(signal.SIGTERM, signal.SIGINT)
     address, token = sys.stdin.readline().split()
     ip = own_ip(address.rpartition(":")[0])
     os.set_blocking(sys.stdin.fileno(), False)
@@ -229,7 +236,7 @@ def _node() -> int:
 
         return "Slurm asked for it" if received else ""
 
-    with on_signals(received.append), started(token, address, ip) as node:
+    with started(token, address, ip) as node:
         print(f"{os.uname().nodename}: {node.cpus} CPUs here", flush=True)
         why = stay(node, over)
 

@@ -165,7 +165,7 @@ def evaluate_runs(
         try:
             with (
                 ProgressBar("ensemble", len(every), done) as bar,
-                closing(map_tasks(function, missing)) as results,
+                closing((map_tasks if missing else map_here)(function, missing)) as results,
             ):
                 for task, values in results:
                     path = RunPath(task.run)
