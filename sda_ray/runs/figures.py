@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 SHOWN = 3  # states, members
 STRIP = 8  # states in a strip
 SIDE = 1.3  # inches of a field
-LIMIT = 1.25  # of the vorticity, that of SDA
 
 
 def draw_evaluation(path: RunPath, name: str, fields: dict[str, np.ndarray]) -> None:
@@ -68,6 +67,14 @@ def _figure(rows: int, columns: int, width: float, height: float) -> tuple["Figu
     return figure, figure.subplots(rows, columns, squeeze=False, gridspec_kw=spaces)
 
 
+def _scale() -> dict[str, Any]:
+    r"""Returns the scale of vorticity, that of `samples.png`."""
+
+    from ..training import LIMIT  # which imports torch
+
+    return {"cmap": "RdBu_r", "vmin": -LIMIT, "vmax": LIMIT}
+
+
 def _image(axes: "Axes", w: np.ndarray, title: str, **options: Any) -> None:
     axes.imshow(w.T, origin="lower", interpolation="nearest", **options)
     axes.set_title(title, fontsize=8)
@@ -86,7 +93,7 @@ def _fields(
     figure, axes = _figure(
         len(states), 3 + len(few) + seen, (3.2 + len(few) + seen) * SIDE, len(states) * SIDE
     )
-    scale = {"cmap": "RdBu_r", "vmin": -LIMIT, "vmax": LIMIT}
+    scale = _scale()
 
     for row, i in zip(axes, states, strict=True):
         pictures = {"truth": w[i], "mean": mean[i], "spread": spread[i]}
@@ -122,7 +129,7 @@ def _strip(w: np.ndarray, ws: np.ndarray) -> tuple["Figure", dict[str, np.ndarra
 
     for row, name, x in zip(axes, ("truth", "member 0"), (w, ws[0]), strict=True):
         for ax, i in zip(row, states, strict=True):
-            _image(ax, x[i], f"{name}, {i}", cmap="RdBu_r", vmin=-LIMIT, vmax=LIMIT)
+            _image(ax, x[i], f"{name}, {i}", **_scale())
 
     index = np.indices((len(states), *w.shape[1:]))
 

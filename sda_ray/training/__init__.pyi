@@ -8,6 +8,7 @@ from .loop import epochs as epochs
 from .loop import steady_epochs as steady_epochs
 from .loop import train_epoch as train_epoch
 from .loop import validate as validate
+from .samples import LIMIT as LIMIT
 from .samples import SAMPLE_COST as SAMPLE_COST
 from .samples import Samples as Samples
 from .samples import compare_samples as compare_samples
