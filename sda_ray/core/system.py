@@ -146,12 +146,14 @@ def is_out_of_memory(error: BaseException) -> bool:
 def uncollected() -> Iterator[None]:
     r"""Keeps Python from collecting garbage, which takes a quarter of the time of large imports."""
 
+    collecting = gc.isenabled()
     gc.disable()
 
     try:
         yield
     finally:
-        gc.enable()
+        if collecting:
+            gc.enable()
 
 
 def _glibc() -> ctypes.CDLL | None:

@@ -333,7 +333,8 @@ def load_sde(
 ) -> VPSDE:
     r"""Loads the diffusion of a finished run, by SDA or by us: its network and its `alpha`.
 
-    The run and its network, of trajectories, are as in :func:`load_score`. They have :math:`L` snapshots, those of a window by default: the event shape is :math:`(L, 2, N, N)`.
+    The run and its network, of trajectories, are as in :func:`load_score`. They have :math:`L`
+    snapshots, those of a window by default: the event shape is :math:`(L, 2, N, N)`.
 
     Raises:
         UserError: If the run is not finished, its files do not belong together, or the
