@@ -27,6 +27,7 @@ from .files import find_run as find_run
 from .files import find_torn_lines as find_torn_lines
 from .files import lock_works as lock_works
 from .files import locked as locked
+from .files import locked_at_once as locked_at_once
 from .files import open_atomic as open_atomic
 from .files import open_regular as open_regular
 from .files import read_json as read_json

@@ -295,6 +295,19 @@ def locked(file: Path | str, *, shared: bool = False, wait: bool = True) -> Iter
         yield f
 
 
+@contextlib.contextmanager
+def locked_at_once(file: Path, hint: str = "") -> Iterator[None]:
+    r"""Holds a lock, or raises a UserError, with a hint, if it cannot be had without waiting."""
+
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(file, wait=False))
+        except OSError as error:
+            raise UserError(f"{file} cannot be locked: {error.strerror}.{hint}") from error
+
+        yield
+
+
 def lock_works(directory: Path | str) -> str | None:
     r"""Returns why file locks in a directory do not work, or None if they seem to.
 

@@ -20,10 +20,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 import numpy as np
 
-from ..core import ProgressBar, UserError, read_json, say, write_json
+from ..core import ProgressBar, UserError, locked_at_once, read_json, say, write_json
 from ..data import TrajectoryDataset, check_file, fingerprint
 from .path import RunPath
-from .prune import locked_at_once
 from .record import timestamp
 
 if TYPE_CHECKING:

@@ -8,10 +8,9 @@ import contextlib
 import os
 import stat
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
-from ..core import UserError, locked, read_holder, write_json
+from ..core import UserError, locked_at_once, read_holder, write_json
 from .inventory import Entry, is_held, read_entry
 from .path import RunPath
 from .record import timestamp
@@ -106,19 +105,6 @@ def prune_run(path: RunPath, sweep: str | None = None) -> int:
                 write_json(path.record, entry.record | {"given_back": timestamp()})
 
         return _remove(path)
-
-
-@contextlib.contextmanager
-def locked_at_once(file: Path, hint: str = "") -> Iterator[None]:
-    r"""Holds a lock, or raises a UserError, with a hint, if it cannot be had without waiting."""
-
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(locked(file, wait=False))
-        except OSError as error:
-            raise UserError(f"{file} cannot be locked: {error.strerror}.{hint}") from error
-
-        yield
 
 
 def _damage(entry: Entry) -> str | None:

@@ -18,12 +18,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..core import UserError, open_regular, read_json, say
-from .evaluation import read_evaluation, summarize
+from ..core import UserError, locked_at_once, open_regular, read_json, say
 from .inventory import Entry, entries, is_held, read_entry
 from .metrics import read_history
 from .path import RunPath, sweep_directory
-from .prune import locked_at_once
 from .record import logged_config
 from .tracking import Wandb, own_environment, start_run, summary
 
@@ -219,10 +217,17 @@ def _progress(api: Any, wandb: Wandb, id: str) -> tuple[int, int]:
 def _send_evaluation(api: Any, wandb: Wandb, path: RunPath) -> str:
     r"""Sends the means of a run's evaluation that its summary on the server lacks."""
 
-    evaluation = read_evaluation(path)
+    from .evaluation import (  # which loads h5py, and torch if there is one
+        read_evaluation,
+        summarize,
+    )
+
+    if (evaluation := read_evaluation(path)) is None:
+        return ""
+
     values = {
         f"evaluation/{observation}/{metric}": interval[0]
-        for observation, metrics in (summarize(evaluation) if evaluation else {}).items()
+        for observation, metrics in summarize(evaluation).items()
         for metric, interval in metrics.items()
     }
 
