@@ -17,14 +17,16 @@ from sda_ray.core import locked
 
 pytestmark = pytest.mark.skipif(bool(obstacle()), reason=obstacle())
 
-SWEEP = """
+EPOCHS = 400  # which take a node minutes, so that others have joined before they are done
+
+SWEEP = f"""
 from sda_ray import CONFIG, Sweep, loguniform, main
 
-small = {
+small = {{
     "window": 3, "embedding": 8, "hidden_channels": (8, 16), "hidden_blocks": (1, 1),
-    "batch_size": 8, "epochs": 160,
-}
-space = {"weight_decay": loguniform(1e-4, 1e-2)}
+    "batch_size": 8, "epochs": {EPOCHS},
+}}
+space = {{"weight_decay": loguniform(1e-4, 1e-2)}}
 sweep = Sweep("jobs", CONFIG | small, space, trials=3, pruner="none")
 
 if __name__ == "__main__":
@@ -43,8 +45,8 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
 
 
 @pytest.fixture
-def job(hosts: Lab) -> Job:
-    r"""A job that was submitted on the client, by `sda-ray slurm`."""
+def job(hosts: Lab) -> Iterator[Job]:
+    r"""A job that was submitted on the client, by `sda-ray slurm`. A test that fails shows its logs."""
 
     shared = hosts.state / "shared"
     install(shared / "slurm")
@@ -65,7 +67,10 @@ def job(hosts: Lab) -> Job:
     said = hosts.run("client", words.replace("sda-ray", "python -m sda_ray"))
     assert "Submitted batch job 1" in said
 
-    return Job(hosts, shared / "slurm")
+    yield (job := Job(hosts, shared / "slurm"))
+
+    for log in sorted(job.directory.glob("log.*")):
+        print(f"== {log.name}", log.read_text(errors="replace"), sep="\n")
 
 
 def test_job_survives_whatever_befalls_its_hosts(hosts: Lab, job: Job) -> None:
@@ -130,7 +135,7 @@ def test_job_survives_whatever_befalls_its_hosts(hosts: Lab, job: Job) -> None:
     assert time.monotonic() - since < SLOW * TAKEOVER
     wait("the sweep to end", lambda: last.poll() is not None, 900)
     assert last.returncode == 0, job.log.read_text()
-    assert sorted(epochs().values()) == [160, 160, 160]
+    assert sorted(epochs().values()) == 3 * [EPOCHS]
     assert len(list(root.glob("runs/*/state.pth"))) == 3
 
     # The one that was cut off comes back, finds that it was taken over, and writes not a byte
