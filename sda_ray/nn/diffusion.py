@@ -85,6 +85,24 @@ class VPSDE(nn.Module):
     def sigma(self, t: Tensor) -> Tensor:
         return (1 - self.alpha(t) ** 2 + self.eta**2).sqrt()
 
+    def time(self, ratio: Tensor) -> Tensor:
+        r"""Returns the time at which :math:`\sigma(t) / \mu(t)` is a given ratio.
+
+        The ratio must be in the range of the times from 0 to 1, about :math:`[\eta, 1 / \eta]`.
+        """
+
+        alpha = self._alpha_of(ratio).clamp(self.eta, 1)
+
+        if self.curve == "lin":
+            return (1 - alpha) / (1 - self.eta)
+        elif self.curve == "cos":
+            return torch.acos(alpha.sqrt()) / math.acos(math.sqrt(self.eta))
+        else:
+            return (torch.log(alpha) / math.log(self.eta)).sqrt()
+
+    def _alpha_of(self, ratio: Tensor) -> Tensor:
+        return ((1 + self.eta**2) / (1 + ratio**2)).sqrt()
+
     def perturb(self, x: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         r"""Returns :math:`x(t) = \mu(t) x + \sigma(t) \epsilon`.
 
@@ -226,6 +244,9 @@ class SubVPSDE(VPSDE):
     def sigma(self, t: Tensor) -> Tensor:
         return 1 - self.alpha(t) ** 2 + self.eta
 
+    def _alpha_of(self, ratio: Tensor) -> Tensor:
+        return 2 * (1 + self.eta) / ((ratio**2 + 4 * (1 + self.eta)).sqrt() + ratio)
+
 
 class SubSubVPSDE(VPSDE):
     r"""Creates a noise scheduler for the sub-sub-VP SDE.
@@ -237,6 +258,9 @@ class SubSubVPSDE(VPSDE):
 
     def sigma(self, t: Tensor) -> Tensor:
         return 1 - self.alpha(t) + self.eta
+
+    def _alpha_of(self, ratio: Tensor) -> Tensor:
+        return (1 + self.eta) / (1 + ratio)
 
 
 def _noise(

@@ -48,6 +48,19 @@ def golden() -> dict[str, Tensor]:
 # Schedules
 
 
+@pytest.mark.parametrize("alpha", ["cos", "lin", "exp"])
+@pytest.mark.parametrize("kind", SDES)
+def test_time_is_solved_for_exactly(kind: str, alpha: str) -> None:
+    sde = SDES[kind](nn.Identity(), (), alpha)
+    t = torch.linspace(0.01, 1, 200, dtype=torch.float64)
+    ratio = sde.sigma(t) / sde.mu(t)
+    assert torch.allclose(sde.time(ratio), t, rtol=1e-9, atol=1e-10)
+
+    ratio = torch.logspace(-2, 2, 100, dtype=torch.float64)
+    t = sde.time(ratio)
+    assert torch.allclose(sde.sigma(t) / sde.mu(t), ratio, rtol=1e-9)
+
+
 @pytest.mark.parametrize("alpha", ["lin", "cos", "exp"])
 @pytest.mark.parametrize("name", SDES)
 def test_schedules_are_those_of_sda(name: str, alpha: str, golden: dict[str, Tensor]) -> None:
