@@ -26,6 +26,7 @@ ORDER = [
     "cluster",
     "sweep",
     "plan",
+    "report",
     "cli",
 ]
 

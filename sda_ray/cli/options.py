@@ -29,6 +29,7 @@ COMMANDS = {
     "plan": ("sweep", "Say what a sweep would cost, and what is wrong with it."),
     "sweep": ("sweep", "Search for good settings."),
     "attach": ("table", "Show the live table of a running sweep."),
+    "report": ("report", "Write what a sweep has found as one HTML file."),
     "stop": ("sweep", "Stop a running sweep, or one trial."),
     "adopt": ("sweep", "Bring finished runs into a sweep."),
     "runs": ("runs", "List, show, compare and prune runs."),
@@ -311,6 +312,7 @@ LAUNCH = _all(
     ),
     option("--keep-checkpoints", "Of active and paused runs and the best N.", click.IntRange(0)),
     option("--disk", "Limit of all checkpoints together, as 50GB.", metavar="SIZE"),
+    option("--no-report", "Write no report.html at the end.", bool),
     option("--detach", "Run in the background; return once it runs.", bool),
     option(
         "--code",

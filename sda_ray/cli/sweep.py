@@ -200,7 +200,10 @@ def _sweep(args: Args, replica: Any = None) -> None:
     requests = LaunchRequests(
         tuple(args.enqueue), warm, args.retry_failed, args.trials is not None
     )
-    launch_sweep(sweep, options, table, requests)
+    if launch_sweep(sweep, options, table, requests) and not args.no_report:
+        from .report import report_end
+
+        report_end(options.runs, sweep.name)
 
 
 def _detach(sweep: Any, options: Any, words: Sequence[str]) -> None:

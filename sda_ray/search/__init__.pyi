@@ -6,6 +6,7 @@ from .promotion import Action as Action
 from .promotion import PruneRule as PruneRule
 from .promotion import Rules as Rules
 from .promotion import TrialRecord as TrialRecord
+from .promotion import best_at_rung as best_at_rung
 from .promotion import count_trials as count_trials
 from .promotion import decide as decide
 from .promotion import geometric_rungs as geometric_rungs

@@ -661,11 +661,10 @@ def importances(study: optuna.Study) -> dict[str, tuple[float, float, float]]:
 def _shares(trials: Sequence[FrozenTrial], names: list[str] | None = None) -> dict[str, float]:
     r"""Returns the importances of parameters, by default all, or none if no parameter varies."""
 
-    study = memory_study(trials, len(trials[0].values))
-
     try:
         with quiet_optuna(), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
+            study = memory_study(trials, len(trials[0].values))
 
             return optuna.importance.get_param_importances(
                 study,

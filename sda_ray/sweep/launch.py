@@ -93,12 +93,15 @@ class View(Protocol):
 
 def launch_sweep(
     sweep: Sweep, options: Options, view: View, requests: LaunchRequests = NOTHING
-) -> None:
+) -> bool:
     r"""Starts, resumes or extends a sweep, as its record calls for.
 
     Everything is checked before anything is written and before Ray starts. A sweep has one driver
     at a time; the driver of a running sweep serves the requests. A Slurm job that has been
     requeued takes the sweep over from its previous execution.
+
+    Returns:
+        Whether it has ended here; a running sweep was only asked.
 
     Raises:
         UserError: If anything is wrong.
@@ -123,7 +126,7 @@ def launch_sweep(
         with suppress(NotRunning):
             trials = sweep.trials if requests.retarget else None
             ask_all(directory, trials, requests.retry, queue, _priors(sweep, options, requests))
-            return
+            return False
 
     # Record and study
     directory.mkdir(parents=True, exist_ok=True)
@@ -181,6 +184,8 @@ def launch_sweep(
         lease.release()
 
     view.show_end(options.runs, sweep.name, study)
+
+    return True
 
 
 def _priors(sweep: Sweep, options: Options, requests: LaunchRequests) -> list[dict[str, Any]]:

@@ -1,0 +1,58 @@
+r"""The command `sda-ray report`: what sweeps have found, as one file."""
+
+import os
+import webbrowser
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from ..core import UserError, say
+from ..report import write_report
+from .options import Args, command, option
+
+
+@command("report")
+@click.argument("sweeps", nargs=-1, required=True, metavar="SWEEP...")
+@option("--output", "Default: report.html in the directory of the sweep.", metavar="FILE.html")
+@option("--open", "Open it in the browser.", bool)
+def report_command(args: Args) -> None:
+    r"""Writes the report of a sweep, or compares several: one HTML file that works offline.
+
+    What was found, at what cost, and what is doubtful about it; history, learning curves,
+    parallel coordinates, slices, importances, a timeline, samples, all runs and why each stopped.
+    The file needs no network and can be mailed. A sweep that runs is shown as it stands; every
+    finished one has its report already.
+
+      sda-ray report width --open
+      sda-ray report width depth --output both.html
+    """
+
+    file = Path(args.output).absolute() if args.output else None
+
+    if file and (file.suffix not in (".html", ".htm") or not file.parent.is_dir()):
+        raise UserError(
+            f"--output is '{args.output}', but must end with .html, in a directory that exists."
+        )
+
+    path = _write(args.runs, args.sweeps, file)
+    say(os.path.relpath(path))
+
+    if args.open and not webbrowser.open(path.as_uri()):
+        say("There is no browser here: copy the file to a machine that has one.")
+
+
+def _write(runs: Path, names: Sequence[str], file: Path | None = None) -> Path:
+    try:
+        return write_report(runs, list(names), file)
+    except OSError as error:
+        raise UserError(f"the report cannot be written: {error}.") from error
+
+
+def report_end(runs: Path, name: str) -> None:
+    r"""Writes the report of a sweep at its end, and says where, or why there is none."""
+
+    try:
+        say(f"\nReport: {os.path.relpath(_write(runs, [name]))}")
+    except UserError as error:
+        say(f"\nNo report: {error}")
