@@ -35,7 +35,7 @@ UPWARD: dict[str, set[str]] = {}
 
 # Which packages may import the libraries that are heavy, or whose behaviour we work around.
 IMPORTERS = {
-    "optuna": {"search", "sweep"},
+    "optuna": {"search", "sweep", "report"},  # the report has its figures
     "ray": {"cluster", "storage", "plan", "cli"},
     "wandb": {"runs"},
 }
