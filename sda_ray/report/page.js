@@ -23,7 +23,7 @@ function axes(layout) {
 
 function themed(layout) {
   return {
-    margin: { l: 60, r: 20, t: 56, b: 50 }, ...layout, ...axes(layout), autosize: true,
+    margin: { l: 60, r: 20, t: layout.showlegend ? 56 : 24, b: 50 }, ...layout, ...axes(layout), autosize: true,
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     font: { color: color("--ink"), family: "system-ui, sans-serif", size: 12 },
     legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", ...layout.legend },
