@@ -1,5 +1,6 @@
 r"""The training loop, which knows no files."""
 
+from .ensembles import Ensembles as Ensembles
 from .loop import Diverged as Diverged
 from .loop import Metrics as Metrics
 from .loop import TrainState as TrainState

@@ -6,9 +6,21 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-__all__ = ["DROPOUT", "INIT", "NOISE", "ORDER", "SAMPLES", "START", "VALID", "rng", "seeded"]
+__all__ = [
+    "DROPOUT",
+    "ENSEMBLES",
+    "INIT",
+    "NOISE",
+    "ORDER",
+    "SAMPLES",
+    "START",
+    "VALID",
+    "rng",
+    "seeded",
+]
 
-INIT, ORDER, START, NOISE, VALID, SAMPLES, DROPOUT = range(7)  # streams of random numbers
+# Streams of random numbers. 7 is that of denoising.
+INIT, ORDER, START, NOISE, VALID, SAMPLES, DROPOUT, ENSEMBLES = *range(7), 8
 
 
 def rng(stream: int, *key: int, device: str | torch.device = "cpu") -> torch.Generator:
