@@ -50,9 +50,14 @@ def _write(runs: Path, names: Sequence[str], file: Path | None = None) -> Path:
 
 
 def report_end(runs: Path, name: str) -> None:
-    r"""Writes the report of a sweep at its end, and says where, or why there is none."""
+    r"""Writes the report of a sweep at its end, and says where, or why there is none.
+
+    No fault of a figure may make a sweep fail that has ended well.
+    """
 
     try:
         say(f"\nReport: {os.path.relpath(_write(runs, [name]))}")
     except UserError as error:
         say(f"\nNo report: {error}")
+    except Exception as error:
+        say(f"\nNo report: {type(error).__name__}: {error}")

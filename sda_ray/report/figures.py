@@ -274,7 +274,9 @@ def _optuna(findings: Findings, name: str, least: int, **options: Any) -> Spec |
         figure = plot(study, target=lambda trial: trial.value, target_name=title, **options)
 
     spec: Spec = json.loads(figure.to_json())
-    del spec["layout"]["template"], spec["layout"]["title"]
+
+    for key in ("template", "title"):
+        spec["layout"].pop(key, None)
 
     return spec
 
