@@ -1,5 +1,6 @@
 r"""What all tests share: clean surroundings, tiny data, a tiny network, the command line."""
 
+import logging
 import os
 import shutil
 import signal
@@ -16,6 +17,7 @@ import pytest
 import torch
 from hypothesis import settings as hypothesis_settings
 
+from sda_ray.cli.main import main
 from sda_ray.core.config import CONFIG, Config
 from sda_ray.core.keys import format_value
 
@@ -121,6 +123,42 @@ def cli(env: dict[str, str], data: Path, tmp_path: Path) -> Cli:
             text=True,
             timeout=timeout,
         )
+
+    return run
+
+
+@pytest.fixture
+def cli_here(
+    env: dict[str, str],
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Cli:
+    r"""Runs the command line as `cli` does, in this process, which has all imported already."""
+
+    def run(*words: str, **variables: str) -> Any:
+        handler, warnings = signal.getsignal(signal.SIGTERM), logging.lastResort
+        assert warnings is not None
+        logging.root.addHandler(warnings)  # as in a process that is not pytest's
+        code: Any = 0
+        capsys.readouterr()
+
+        with monkeypatch.context() as patch:
+            patch.chdir(tmp_path)
+
+            for name, value in {**env, "SDA_RAY_ROOT": str(tmp_path), **variables}.items():
+                patch.setenv(name, value)
+
+            try:
+                main(argv=[words[0], f"--data={data}", *words[1:]])
+            except SystemExit as end:
+                code = end.code
+            finally:
+                signal.signal(signal.SIGTERM, handler)
+                logging.root.removeHandler(warnings)
+
+        return subprocess.CompletedProcess(words, code, *capsys.readouterr())
 
     return run
 

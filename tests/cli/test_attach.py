@@ -67,7 +67,7 @@ def test_mistakes_are_reported_before_anything_is_detached(cli: Cli, tmp_path: P
 
 
 def test_detached_sweep_outlives_its_starter_and_viewers(
-    cli: Cli, start: Start, tmp_path: Path
+    cli: Cli, cli_here: Cli, start: Start, tmp_path: Path
 ) -> None:
     (tmp_path / "tiny.py").write_text(LONG)
     directory = tmp_path / "runs" / "sweeps" / "tiny"
@@ -97,7 +97,7 @@ def test_detached_sweep_outlives_its_starter_and_viewers(
         watcher = start("attach", "tiny")
         assert watcher.stdout is not None
         assert "root" in watcher.stdout.readline() and "driven" in watcher.stdout.readline()
-        done = cli("stop", "tiny")
+        done = cli_here("stop", "tiny")
 
         assert done.returncode == 0, done.stderr
 
@@ -110,7 +110,7 @@ def test_detached_sweep_outlives_its_starter_and_viewers(
 
     assert "Nothing is lost" in (directory / "detached.log").read_text()
 
-    done = cli("attach", "tiny")
+    done = cli_here("attach", "tiny")
 
     assert done.returncode == 0 and "sweep 'tiny' does not run" in done.stdout
     assert "carries them on" in done.stdout

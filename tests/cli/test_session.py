@@ -77,10 +77,10 @@ def same(path: RunPath, whole: RunPath) -> bool:
 
 
 def test_train_twice_gives_the_same_bits(
-    cli: Cli, settings: list[str], tmp_path: Path, data: Path
+    cli: Cli, cli_here: Cli, settings: list[str], tmp_path: Path
 ) -> None:
-    for _ in range(2):
-        done = cli("train", "epochs=4", *settings)
+    for train in (cli, cli_here):
+        done = train("train", "epochs=4", *settings)
         assert done.returncode == 0, done.stderr
         assert "epoch 4/4: loss_train" in done.stdout and "finished: runs/" in done.stdout
 
@@ -92,7 +92,7 @@ def test_train_twice_gives_the_same_bits(
 @pytest.mark.parametrize("program", ["", HASTY], ids=["no checkpoint yet", "checkpoints"])
 def test_sigkill_then_resume_gives_the_same_bits(
     start: Start,
-    cli: Cli,
+    cli_here: Cli,
     settings: list[str],
     tmp_path: Path,
     whole: RunPath,
@@ -106,7 +106,7 @@ def test_sigkill_then_resume_gives_the_same_bits(
     assert path.checkpoint.exists() == bool(program)
     assert record(path)["status"] == "running" and len(lines(path)) < 40
 
-    done = cli("train", "--resume", path.id)
+    done = cli_here("train", "--resume", path.id)
     assert done.returncode == 0, done.stderr
     assert "WARNING" not in done.stderr
     assert same(only_run(tmp_path), whole)
@@ -114,26 +114,26 @@ def test_sigkill_then_resume_gives_the_same_bits(
 
 
 def test_same_command_resumes_the_run_that_was_stopped(
-    start: Start, cli: Cli, settings: list[str], tmp_path: Path, whole: RunPath, data: Path
+    start: Start, cli_here: Cli, settings: list[str], tmp_path: Path, whole: RunPath, data: Path
 ) -> None:
     process = start("train", EPOCHS, *settings, f"--data={data}")
     path = wait_for(process, tmp_path, 5)
     process.kill()
     process.wait()
-    other = cli("train", "epochs=1", *settings)  # has other settings
+    other = cli_here("train", "epochs=1", *settings)  # has other settings
     assert other.returncode == 0 and "is resumed" not in other.stdout
 
-    done = cli("train", EPOCHS, *settings)
+    done = cli_here("train", EPOCHS, *settings)
     assert done.returncode == 0, done.stderr
     assert f"{path.directory.name} has the same settings and data, and is resumed" in done.stdout
     assert same(path, whole) and len(list(RunPath.all(tmp_path / "runs"))) == 2
 
     # A run that starts from weights is another one, and so is its extension
     begin = ["train", "--init", path.id, "epochs=2", "scheduler=constant"]
-    assert cli(*begin).returncode == 0
+    assert cli_here(*begin).returncode == 0
     (child,) = (x for x in RunPath.all(tmp_path / "runs") if record(x).get("parent"))
     extend = ["train", "--extend", child.id, "epochs=3"]
-    assert cli(*extend).returncode == 0
+    assert cli_here(*extend).returncode == 0
     known = list(RunPath.all(tmp_path / "runs"))
     assert len(known) == 4
 
@@ -141,7 +141,7 @@ def test_same_command_resumes_the_run_that_was_stopped(
         x.record.write_text(json.dumps(record(x) | {"status": "interrupted"}))
 
     for command, number in ((begin, 1), (extend, 1), ([*begin, "--new"], 0)):
-        done = cli(*command)
+        done = cli_here(*command)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("is resumed") == number
 
@@ -149,24 +149,24 @@ def test_same_command_resumes_the_run_that_was_stopped(
 
 
 def test_settings_of_a_run_do_not_hide_that_it_began_with_weights(
-    cli: Cli, finished: RunPath, tmp_path: Path
+    cli_here: Cli, finished: RunPath, tmp_path: Path
 ) -> None:
     content = record(finished) | {"parent": "6k7cjnx7"}
     finished.record.write_text(json.dumps(content))
 
     for more in ([], ["--replicas", "2"]):
-        done = cli("train", "--config", finished.id, *more)
+        done = cli_here("train", "--config", finished.id, *more)
         assert done.returncode == 2 and "Traceback" not in done.stderr
         assert "started with the weights of run '6k7cjnx7', not from scratch" in done.stderr
 
     assert list(RunPath.all(tmp_path / "runs")) == [finished]
-    assert cli("train", "--config", str(finished.config), "epochs=1").returncode == 0
+    assert cli_here("train", "--config", str(finished.config), "epochs=1").returncode == 0
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signal_checkpoints_exits_and_says_how_to_resume(
     start: Start,
-    cli: Cli,
+    cli_here: Cli,
     settings: list[str],
     tmp_path: Path,
     whole: RunPath,
@@ -183,18 +183,18 @@ def test_signal_checkpoints_exits_and_says_how_to_resume(
     assert record(path)["status"] == "interrupted"
 
     before = len(lines(path))
-    done = cli("train", "--resume", path.name)
+    done = cli_here("train", "--resume", path.name)
     assert done.returncode == 0, done.stderr
     assert "came out different" not in done.stderr and len(lines(path)) > before
     assert same(only_run(tmp_path), whole)
 
 
 def test_run_in_use_is_refused_and_takeover_ends_the_other(
-    start: Start, cli: Cli, settings: list[str], tmp_path: Path
+    start: Start, cli_here: Cli, settings: list[str], tmp_path: Path
 ) -> None:
     process = start("train", "epochs=100000", *settings)
     path = wait_for(process, tmp_path, 1)
-    done = cli("train", "--resume", path.id)
+    done = cli_here("train", "--resume", path.id)
     assert done.returncode == 2
     assert f"in use by process {process.pid} on" in done.stderr
     assert "Traceback" not in done.stderr and process.poll() is None
@@ -261,9 +261,6 @@ def test_resume_with_other_threads_warns_and_marks_the_run(
     assert record(path)["exact"] is False
 
 
-# One process is enough for what is refused before anything starts.
-
-
 @pytest.fixture
 def finished(tmp_path: Path, whole: RunPath) -> RunPath:
     r"""The finished run, among the runs of this test."""
@@ -274,42 +271,44 @@ def finished(tmp_path: Path, whole: RunPath) -> RunPath:
     return RunPath(directory)
 
 
-def test_resume_of_a_finished_run_says_so(cli: Cli, finished: RunPath) -> None:
+def test_resume_of_a_finished_run_says_so(cli_here: Cli, finished: RunPath) -> None:
     before = {file: file.read_bytes() for file in finished.directory.iterdir()}
-    done = cli("train", "--resume", finished.id)
+    done = cli_here("train", "--resume", finished.id)
     assert done.returncode == 0
     assert f"{finished.directory.name} is finished" in done.stdout
     assert {file: file.read_bytes() for file in finished.directory.iterdir()} == before
 
 
 def test_finished_run_that_lost_its_weights_gets_them_back(
-    cli: Cli, finished: RunPath, whole: RunPath
+    cli_here: Cli, finished: RunPath, whole: RunPath
 ) -> None:
     finished.state.unlink()
-    done = cli("train", "--resume", finished.id)
+    done = cli_here("train", "--resume", finished.id)
     assert done.returncode == 0, done.stderr
     assert same(finished, whole)
 
 
 def test_init_starts_from_weights_and_names_its_parent(
-    cli: Cli, finished: RunPath, tmp_path: Path
+    cli_here: Cli, finished: RunPath, tmp_path: Path
 ) -> None:
-    done = cli("train", "--init", finished.id, "epochs=1", "learning_rate=1e-30", "seed=1")
+    done = cli_here("train", "--init", finished.id, "epochs=1", "learning_rate=1e-30", "seed=1")
     assert done.returncode == 0, done.stderr
     (child,) = (path for path in RunPath.all(tmp_path / "runs") if path != finished)
     assert record(child)["parent"] == finished.id
     assert lines(child)[0]["loss_valid"] == pytest.approx(lines(finished)[-1]["loss_valid"])
 
 
-def test_init_that_does_not_fit_is_refused(cli: Cli, finished: RunPath, tmp_path: Path) -> None:
-    done = cli("train", "--init", finished.id, "embedding=16", "parametrization=v")
+def test_init_that_does_not_fit_is_refused(
+    cli_here: Cli, finished: RunPath, tmp_path: Path
+) -> None:
+    done = cli_here("train", "--init", finished.id, "embedding=16", "parametrization=v")
     assert done.returncode == 2
     assert "do not fit: embedding is 16, not 8; parametrization is v, not eps." in done.stderr
     assert list(RunPath.all(tmp_path / "runs")) == [finished]
 
 
 def test_init_from_another_size_of_fields_is_refused(
-    cli: Cli, finished: RunPath, tmp_path: Path
+    cli_here: Cli, finished: RunPath, tmp_path: Path
 ) -> None:
     (tmp_path / "larger").mkdir()
 
@@ -317,23 +316,23 @@ def test_init_from_another_size_of_fields_is_refused(
         with h5py.File(tmp_path / "larger" / f"{split}.h5", "w") as f:
             f.create_dataset("x", data=np.ones((4, 8, 2, 32, 32), dtype=np.float32))
 
-    done = cli("train", "--init", finished.id, f"--data={tmp_path / 'larger'}")
+    done = cli_here("train", "--init", finished.id, f"--data={tmp_path / 'larger'}")
     assert done.returncode == 2
     assert "are for fields of 16x16, but the data are 32x32" in done.stderr
     assert list(RunPath.all(tmp_path / "runs")) == [finished]
 
 
 def test_diverged_run_exits_1_and_is_not_resumed(
-    cli: Cli, settings: list[str], tmp_path: Path
+    cli_here: Cli, settings: list[str], tmp_path: Path
 ) -> None:
     high = [word for word in settings if not word.startswith("learning_rate")]
-    done = cli("train", "epochs=50", "learning_rate=100", *high)
+    done = cli_here("train", "epochs=50", "learning_rate=100", *high)
     assert done.returncode == 1
     assert "diverged: loss_" in done.stderr and "Traceback" not in done.stderr
     path = only_run(tmp_path)
     assert record(path)["status"] == "diverged"
 
-    done = cli("train", "--resume", path.id)
+    done = cli_here("train", "--resume", path.id)
     assert done.returncode == 2
     assert "would do so again" in done.stderr
 
@@ -346,11 +345,11 @@ def test_diverged_run_exits_1_and_is_not_resumed(
     ],
 )
 def test_resume_that_does_not_fit_is_refused(
-    cli: Cli, finished: RunPath, change: dict[str, str], message: str
+    cli_here: Cli, finished: RunPath, change: dict[str, str], message: str
 ) -> None:
     content = record(finished) | {"status": "interrupted"} | change
     finished.record.write_text(json.dumps(content))
-    done = cli("train", "--resume", finished.id)
+    done = cli_here("train", "--resume", finished.id)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
 
@@ -358,9 +357,11 @@ def test_resume_that_does_not_fit_is_refused(
         raise AssertionError(done.stderr)
 
 
-def test_foreign_directory_is_not_resumed(cli: Cli, finished: RunPath, tmp_path: Path) -> None:
+def test_foreign_directory_is_not_resumed(
+    cli_here: Cli, finished: RunPath, tmp_path: Path
+) -> None:
     finished.directory.rename(tmp_path / "upstream")
-    done = cli("train", "--resume", str(tmp_path / "upstream"))
+    done = cli_here("train", "--resume", str(tmp_path / "upstream"))
     assert done.returncode == 2
     assert "cannot be resumed: a run is a directory of its own" in done.stderr
     assert not list(RunPath.all(tmp_path))
