@@ -1,6 +1,7 @@
 r"""Tests for the layout: what each package may import, and what it must not load."""
 
 import ast
+import functools
 import graphlib
 import importlib
 import subprocess
@@ -47,6 +48,7 @@ MODULES = sorted(
 )
 
 
+@functools.cache
 def imports(module: str) -> set[str]:
     r"""Returns what a module imports anywhere in it: `.package.module` for our own, else the library."""
 

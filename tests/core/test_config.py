@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sda_ray.core.config import (
@@ -177,6 +177,7 @@ def test_check_leaves_its_argument_alone() -> None:
 
 
 @pytest.mark.parametrize("name", KEYS)
+@settings(max_examples=settings().max_examples // 4)  # for each key
 @given(data=st.data())
 def test_parse_inverts_format(name: str, data: st.DataObject) -> None:
     value = check_value(name, data.draw(values(name)))

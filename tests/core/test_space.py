@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
@@ -324,6 +324,7 @@ def test_foreign_parameters_are_refused(params: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", [*KEYS, "hidden_channels,hidden_blocks", "seed,activation"])
+@settings(max_examples=settings().max_examples // 4)  # for each key
 @given(data=st.data())
 def test_decode_inverts_encode(name: str, data: st.DataObject) -> None:
     keys = name.split(",")

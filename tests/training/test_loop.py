@@ -246,13 +246,24 @@ def test_same_seed_trains_the_same_bits(
     assert equal(a.tensors(), b.tensors())
 
 
+@pytest.fixture(scope="module")
+def whole(small: Config, data: Path) -> tuple[TrainState, list[dict[str, object]]]:
+    r"""An uninterrupted training, and its metrics."""
+
+    state = TrainState(small, SIZE)
+    splits = [TrajectoryDataset(data / f"{split}.h5", window=3) for split in ("train", "valid")]
+
+    return state, train_to_the_end(state, splits[0], Validation(splits[1]))
+
+
 @pytest.mark.parametrize("steps", range(1, 10))
 def test_interrupted_at_any_step_and_resumed_equals_uninterrupted(
-    small: Config, trainset: TrajectoryDataset, validation: Validation, steps: int
+    small: Config,
+    trainset: TrajectoryDataset,
+    validation: Validation,
+    whole: tuple[TrainState, list[dict[str, object]]],
+    steps: int,
 ) -> None:
-    whole = TrainState(small, SIZE)
-    metrics = train_to_the_end(whole, trainset, validation)
-
     first = TrainState(small, SIZE)
 
     with pytest.raises(Halt):
@@ -263,8 +274,8 @@ def test_interrupted_at_any_step_and_resumed_equals_uninterrupted(
 
     second = TrainState(small | {"seed": 0}, SIZE)
     second.load(saved, info)
-    assert train_to_the_end(second, trainset, validation) == metrics[info["epoch"] :]
-    assert equal(second.tensors(), whole.tensors())
+    assert train_to_the_end(second, trainset, validation) == whole[1][info["epoch"] :]
+    assert equal(second.tensors(), whole[0].tensors())
 
 
 def test_checkpoint_of_another_network_is_refused_untouched(small: Config) -> None:
