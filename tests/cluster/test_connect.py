@@ -128,7 +128,9 @@ def wait_for_end(pids: Iterable[int]) -> None:
             time.sleep(0.1)
 
 
-def test_ray_of_our_own_is_private_and_leaves_nothing(place: Path) -> None:
+def test_ray_of_our_own_is_private_and_leaves_nothing(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     taskset = ["taskset", "-c", str(min(os.sched_getaffinity(0)))]
     first = start(place, *(taskset if shutil.which("taskset") else []))
     said = hear(first)
@@ -179,14 +181,20 @@ def test_ray_of_our_own_is_private_and_leaves_nothing(place: Path) -> None:
     stranger_directory = place / "tmp" / "sda-ray-stranger"
     stranger_directory.mkdir()
 
-    second = start(place)
+    # Nor does the job of another Ray reach it
+    job = {"runtime_env": {"env_vars": {"A": "1"}, "pip": ["nonsense"]}, "metadata": {}}
+    monkeypatch.setenv("JOB", json.dumps(job))
+    prefix = "import os\nos.environ['RAY_JOB_CONFIG_JSON_ENV_VAR'] = os.environ['JOB']\n"
+    second = start(place, program=prefix + PROGRAM)
     said = hear(second)
+    assert said["worker"] == [str(place), 0, "token"]
     assert not scratch.exists()
     assert stranger_directory.exists()
     assert Path(said["scratch"]).exists()
-    second.communicate("\n", timeout=60)
+    _, errors = second.communicate("\n", timeout=60)
 
     assert second.returncode == 0
+    assert "RAY_JOB_CONFIG_JSON_ENV_VAR is ignored" in errors
     assert not Path(said["scratch"]).exists()
     assert list((place / "home").iterdir()) == []
 
@@ -221,20 +229,6 @@ def test_process_that_cannot_start_a_ray_is_refused_at_once(
     assert process.returncode != 0 and message in errors
     assert time.monotonic() - begin < 60
     assert [*(place / "tmp").iterdir()] == []
-
-
-def test_job_and_hooks_of_another_ray_do_not_reach_our_own(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    job = {"runtime_env": {"env_vars": {"A": "1"}, "pip": ["nonsense"]}, "metadata": {}}
-    monkeypatch.setenv("JOB", json.dumps(job))
-    prefix = "import os\nos.environ['RAY_JOB_CONFIG_JSON_ENV_VAR'] = os.environ['JOB']\n"
-    process = start(place, program=prefix + PROGRAM)
-
-    assert hear(process)["worker"] == [str(place), 0, "token"]
-    _, errors = process.communicate("\n", timeout=60)
-    assert process.returncode == 0
-    assert "RAY_JOB_CONFIG_JSON_ENV_VAR is ignored" in errors
 
 
 def test_address_without_a_cluster_is_an_error() -> None:
