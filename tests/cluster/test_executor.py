@@ -307,34 +307,40 @@ def program(pid: int) -> str:
     return ""
 
 
-@pytest.mark.parametrize("name", ["gcs_server", "raylet"])
-def test_sweep_whose_ray_dies_ends_soon_and_can_be_resumed(
-    start: Start, tmp_path: Path, name: str
-) -> None:
+def test_sweep_whose_ray_dies_ends_soon_and_can_be_resumed(start: Start, tmp_path: Path) -> None:
     r"""Ray's own functions would wait for a minute, then end the process without a word."""
 
     (tmp_path / "small.py").write_text(SWEEP)
     sweep = start("sweep", "small.py", "--parallel=1")
-    wait_for(lambda: len([*tmp_path.glob("runs/*_*/metrics.jsonl")]) == 1, sweep)
-    processes = [*below(sweep.pid)]
-    (server,) = [pid for pid in processes if program(pid) == name]
-    os.kill(server, signal.SIGKILL)
-    since = time.monotonic()
-    _, errors = sweep.communicate(timeout=120)
 
-    assert sweep.returncode == 2, errors
-    assert time.monotonic() - since < 30
-    assert errors.rstrip().splitlines()[-1].startswith("sda-ray: Ray is gone: ")
-    assert errors.rstrip().endswith("from their last checkpoint with `sda-ray sweep small`.")
-    assert "Traceback" not in errors
+    def lines() -> int:
+        return sum(
+            len(x.read_text().splitlines()) for x in tmp_path.glob("runs/*_*/metrics.jsonl")
+        )
 
-    again = start("sweep", "small", "--parallel=1")
-    stdout = again.stdout
-    assert stdout is not None
-    wait_for(lambda: "is resumed" in stdout.readline(), again)
-    again.send_signal(signal.SIGTERM)
-    out, errors = again.communicate(timeout=120)
-    assert again.returncode == 143, out + errors
+    for name in ("gcs_server", "raylet"):
+        before = lines()
+        wait_for(lambda before=before: lines() > before, sweep)  # type: ignore[misc]
+        processes = [*below(sweep.pid)]
+        (server,) = [pid for pid in processes if program(pid) == name]
+        os.kill(server, signal.SIGKILL)
+        since = time.monotonic()
+        _, errors = sweep.communicate(timeout=120)
+
+        assert sweep.returncode == 2, errors
+        assert time.monotonic() - since < 30
+        assert errors.rstrip().splitlines()[-1].startswith("sda-ray: Ray is gone: ")
+        assert errors.rstrip().endswith("from their last checkpoint with `sda-ray sweep small`.")
+        assert "Traceback" not in errors
+
+        sweep = start("sweep", "small", "--parallel=1")
+        stdout = sweep.stdout
+        assert stdout is not None
+        wait_for(lambda stdout=stdout: "is resumed" in stdout.readline(), sweep)  # type: ignore[misc]
+
+    sweep.send_signal(signal.SIGTERM)
+    out, errors = sweep.communicate(timeout=120)
+    assert sweep.returncode == 143, out + errors
     assert "Nothing is lost" in out
 
 
