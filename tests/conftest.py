@@ -58,8 +58,9 @@ SMALL = {
 }
 
 
-# Whose tests start a Ray, and take longest: they come first, so that no process is idle at the end
-SLOW = ("sweep", "cluster", "cli", "storage")
+# Whose files take longest, as they start a Ray or compile: they come first, so that no process is
+# idle at the end
+SLOW = ("sweep", "cluster", "cli", "storage", "plan", "training", "tests")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
