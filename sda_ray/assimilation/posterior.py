@@ -2,7 +2,8 @@ r"""Assimilation: ensembles of trajectories given observations of them."""
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -137,29 +138,46 @@ def assimilate(
     posterior = type(prior)(guided, shape, prior.curve, prior.eta)
 
     # Samples
-    if chunk is None:
-        chunk = fitting_members(guided, like.expand(shape), members, _free_memory(like.device))
+    with _evaluated(prior):
+        if chunk is None:
+            chunk = fitting_members(guided, like.expand(shape), members, _free_memory(like.device))
 
-    done, total, parts = 0, members * steps, []
+        done, total, parts = 0, members * steps, []
 
-    for begin in range(0, members, chunk):
-        numbers = range(begin, min(begin + chunk, members))
-        rngs = [member_rng(seed, first + i) for i in numbers]
-        x = torch.stack([torch.randn(shape, generator=g, dtype=like.dtype) for g in rngs]).to(like)
+        for begin in range(0, members, chunk):
+            numbers = range(begin, min(begin + chunk, members))
+            rngs = [member_rng(seed, first + i) for i in numbers]
+            x = torch.stack([torch.randn(shape, generator=g, dtype=like.dtype) for g in rngs]).to(
+                like
+            )
 
-        for later in posterior.reverse(x, None, steps, corrections, tau, rngs):
-            x, done = later, done + len(x)
+            for later in posterior.reverse(x, None, steps, corrections, tau, rngs):
+                x, done = later, done + len(x)
 
-            if progress is not None:
-                progress(done, total)
+                if progress is not None:
+                    progress(done, total)
 
-            if not _finite(x).any():
-                done = (begin + len(x)) * steps
-                break
+                if not _finite(x).any():
+                    done = (begin + len(x)) * steps
+                    break
 
-        parts.append(x)
+            parts.append(x)
 
     return _checked(torch.cat(parts))
+
+
+@contextmanager
+def _evaluated(module: nn.Module) -> Iterator[None]:
+    r"""Lets nothing in a module drop out for as long as it is entered."""
+
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
 
 
 def member_rng(seed: int, member: int) -> torch.Generator:

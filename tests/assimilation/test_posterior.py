@@ -257,6 +257,18 @@ def test_lower_precision_of_the_network_stays_in_the_network(
     assert {p.dtype for p in score.parameters()} == {dtype}
 
 
+def test_network_in_training_drops_nothing_out_and_goes_on_training() -> None:
+    score = small(parametrization="v", dropout=0.5).eval()
+    expected = run(score)
+    score.train()
+    score.kernel.eval()
+    next(score.kernel.children()).train()
+    modes = [module.training for module in score.modules()]
+
+    assert run(score).equal(expected)
+    assert [module.training for module in score.modules()] == modes
+
+
 def test_progress_reaches_the_total() -> None:
     calls: list[tuple[int, int]] = []
     run(members=3, chunk=2, steps=2, progress=lambda *call: calls.append(call))
