@@ -14,6 +14,7 @@ from ..core import UserError, did_you_mean, make_console, make_table, printable,
 from ..data import TrajectoryDataset
 from ..runs import (
     QUICK,
+    QUICK_OBSERVATIONS,
     SAMPLES,
     EvaluationSettings,
     RunPath,
@@ -47,7 +48,7 @@ TEX = {"chi2": r"$\chi^2$"}
 @click.argument("run", nargs=-1, metavar="[RUN]...")
 @option("--sweep", "The best runs of this sweep.", metavar="NAME")
 @option("--top", "How many of --sweep. Default: 3.", COUNT)
-@option("--quick", "A few members of one trajectory, in few steps: a first look.", bool)
+@option("--quick", "A few members and observations of one trajectory, in few steps.", bool)
 @option("--only", "Of the panel, or samples. Default: all.", metavar="NAME,…")
 @option("--trajectories", "Of test.h5. Default: 8, or all there are.", COUNT)
 @option("--members", "Of an ensemble. Default: 16.", click.IntRange(2))
@@ -76,7 +77,7 @@ def evaluate_command(args: Args) -> None:
 
     paths, errors = _paths(args)
     settings = _settings(args)
-    observations = _observations(args.only, args.data)
+    observations = _observations(args.only, args.data, args.quick)
     file = Path(args.table).absolute() if args.table else None
 
     if file and file.suffix not in (".csv", ".tex"):
@@ -134,7 +135,7 @@ def _paths(args: Args) -> tuple[list[RunPath], dict[str, str]]:
     return list(found), errors
 
 
-def _observations(only: str | None, data: Path) -> list[str]:
+def _observations(only: str | None, data: Path, quick: bool) -> list[str]:
     r"""Returns the observations named, each by its name or by that of a group, as `subsample`."""
 
     from ..assimilation import PANEL
@@ -142,9 +143,10 @@ def _observations(only: str | None, data: Path) -> list[str]:
     known = [SAMPLES, *PANEL]
 
     if only is None:
-        fit = fitting(data)
+        wanted = [name for name in known if not quick or name in QUICK_OBSERVATIONS]
+        fit = [name for name in fitting(data) if name in wanted]
 
-        if left := [name for name in known if name not in fit]:
+        if left := [name for name in wanted if name not in fit]:
             say(f"The trajectories in {data}/test.h5 are too small for {', '.join(left)}.")
 
         return fit

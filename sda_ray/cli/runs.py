@@ -29,6 +29,7 @@ from ..runs import (
     in_full,
     prune_run,
     read_entry,
+    read_evaluation,
     refusal,
     resumable,
     row,
@@ -120,7 +121,7 @@ def show_command(args: Args) -> None:
     r"""Shows one run: its config, its curve, and where it came from."""
 
     entry, lines = in_full(_find(args, args.run))
-    labels = source(entry, args.runs)
+    labels = source(entry, args.runs) | _evaluated(entry.path)
 
     if args.json:
         differs = changed_settings(entry.config or {})
@@ -129,6 +130,23 @@ def show_command(args: Args) -> None:
     else:
         console = make_console()
         console.print(portrait(entry, lines, labels, console.width))
+
+
+def _evaluated(path: RunPath) -> dict[str, str]:
+    r"""Returns how a run was evaluated, by label, if it was."""
+
+    try:
+        evaluation = read_evaluation(path)
+    except UserError as error:
+        return {"evaluation": str(error)}
+
+    if evaluation is None:
+        return {}
+
+    most = max(map(len, evaluation.results.values()), default=0)
+    names = ", ".join(evaluation.results) or "nothing yet"
+
+    return {"evaluation": f"{names} of up to {most} trajectories, in {path.evaluation.name}"}
 
 
 @command("compare", group=runs)

@@ -4,6 +4,7 @@ from .checkpoint import CHECKPOINT_SECONDS as CHECKPOINT_SECONDS
 from .checkpoint import keep_previous as keep_previous
 from .checkpoint import read_checkpoint as read_checkpoint
 from .evaluation import QUICK as QUICK
+from .evaluation import QUICK_OBSERVATIONS as QUICK_OBSERVATIONS
 from .evaluation import SAMPLES as SAMPLES
 from .evaluation import Evaluation as Evaluation
 from .evaluation import EvaluationSettings as EvaluationSettings

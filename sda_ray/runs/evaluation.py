@@ -56,7 +56,9 @@ class EvaluationSettings:
     seed: int = 0
 
 
-QUICK = EvaluationSettings(trajectories=1, members=4, steps=16)
+# A first look. With fewer steps, ensembles that follow an observation closely fall apart.
+QUICK = EvaluationSettings(trajectories=1, members=3, steps=32)
+QUICK_OBSERVATIONS = (SAMPLES, "assim", "extrapolate", "subsample-4")
 
 
 class Evaluation(msgspec.Struct):

@@ -55,7 +55,8 @@ def _save(stem: Path, figure: "Figure", columns: dict[str, np.ndarray]) -> None:
 
     with open_atomic(stem.with_name(f"{stem.name}.csv")) as f:
         table = np.stack([x.ravel() for x in columns.values()], axis=1)
-        np.savetxt(f, table, "%.6g", ",", header=",".join(columns), comments="")
+        kinds = ["%d" if x.dtype.kind == "i" else "%.3g" for x in columns.values()]
+        np.savetxt(f, table, kinds, ",", header=",".join(columns), comments="")
 
 
 def _figure(rows: int, columns: int, width: float, height: float) -> tuple["Figure", Any]:

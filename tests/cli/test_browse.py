@@ -77,6 +77,19 @@ def test_show_prints_config_curve_and_origin(runs: Path, sda: Callable[..., Any]
     assert found["record"]["attempts"][0]["number"] == 1
 
 
+def test_show_says_whether_a_run_was_evaluated(a: RunPath, sda: Callable[..., Any]) -> None:
+    assert "evaluation" not in sda("show", "aaaaaaaa")
+
+    results: dict[str, Any] = {"samples": {"0": {}}, "circle": {"0": {}, "1": {}}}
+    kept = {"version": "1.1", "weights": "", "data": "", "settings": {}, "results": results}
+    a.evaluation.write_text(json.dumps(kept))
+    assert "samples, circle of up to 2 trajectories" in sda("show", "aaaaaaaa")
+    assert "circle" in sda("show", "aaaaaaaa", "--json")["origin"]["evaluation"]
+
+    a.evaluation.write_text("{")
+    assert "evaluation.json is damaged" in sda("show", "aaaaaaaa").replace("\n", "")
+
+
 def test_damaged_run_is_shown_by_its_path(a: RunPath, sda: Callable[..., Any]) -> None:
     a.config.unlink()
     assert "config.json" in sda("show", str(a.directory))
