@@ -27,6 +27,7 @@ from .inventory import read_entry as read_entry
 from .inventory import row as row
 from .inventory import select as select
 from .inventory import source as source
+from .metrics import MEASURED as MEASURED
 from .metrics import best as best
 from .metrics import finals as finals
 from .metrics import is_off as is_off
@@ -58,4 +59,5 @@ from .train import Interrupted as Interrupted
 from .train import OutOfMemory as OutOfMemory
 from .train import Stop as Stop
 from .train import default_device as default_device
+from .train import make_measures as make_measures
 from .train import train_run as train_run

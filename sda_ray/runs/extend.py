@@ -73,7 +73,8 @@ def describe_extension(path: RunPath, fingerprint: str, device: str) -> dict[str
 
     find_start(path)
     described = {"parent": path.id, "extends": path.id, "exact": record.get("exact", False)}
-    described |= {"rungs": record["rungs"]} if record.get("rungs") else {}  # judged as it was
+    judged = ("rungs", "objective", "measured")  # as it was
+    described |= {key: record[key] for key in judged if record.get(key)}
 
     first = (record.get("attempts") or [{}])[0]
 
@@ -139,7 +140,8 @@ def carry_over(
     for epoch, metrics in sorted(read_history(parent.metrics).items()):
         if epoch <= state.epoch:
             ended = epoch == state.epoch == load_config(parent.config)["epochs"]
-            kept = {k: x for k, x in metrics.items() if not (ended and k.startswith("sample_"))}
+            judged = ("sample_", *run.record.get("measured", ()))
+            kept = {k: x for k, x in metrics.items() if not (ended and k.startswith(judged))}
             run.log(kept | (validate() if ended else {}))
 
     state.saved = None

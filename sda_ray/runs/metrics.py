@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+MEASURED: tuple[str, ...] = (
+    "denoising",
+)  # where a run is judged, if its sweep has such an objective
 TAIL = 2**16  # bytes at the end of metrics.jsonl that surely hold its last line
 
 
@@ -45,6 +48,8 @@ class Line(msgspec.Struct):
     loss_valid: float | None = None
     loss_valid_raw: float | None = None
     loss_valid_se: float | None = None
+    denoising: float | None = None
+    denoising_se: float | None = None
     lr: float | None = None
     sample_std: float | None = None
     sample_spectrum: float | None = None
@@ -103,20 +108,18 @@ def _check(line: dict[str, Any], file: Path, where: str) -> Metrics:
     return {key: x for key, x in line.items() if x is not None} if None in line.values() else line
 
 
-def best(lines: Sequence[Metrics], judged: Collection[Any] = ()) -> Metrics | None:
-    r"""Returns the line with the lowest validation loss, or None if none is finite.
+def best(
+    lines: Sequence[Metrics], judged: Collection[Any] = (), objective: str = "loss_valid"
+) -> Metrics | None:
+    r"""Returns the line with the lowest value of an objective, or None if none is finite.
 
     Some epochs are judged by more draws than others: only those like the last one are compared.
     """
 
-    finite = [
-        line
-        for line in lines
-        if math.isfinite(line.get("loss_valid", math.nan))
-        and (line["epoch"] in judged) == (lines[-1]["epoch"] in judged)
-    ]
+    finite = [line for line in lines if math.isfinite(line.get(objective, math.nan))]
+    alike = [x for x in finite if (x["epoch"] in judged) == (finite[-1]["epoch"] in judged)]
 
-    return min(finite, key=lambda line: line["loss_valid"], default=None)
+    return min(alike, key=lambda line: line[objective], default=None)
 
 
 def is_off(sample_std: float | None) -> bool:

@@ -68,6 +68,8 @@ class Fields(msgspec.Struct):
     wandb: dict[str, Any] | None = None
     attempts: list[Attempt] | None = None
     rungs: list[int] | None = None
+    objective: str | None = None
+    measured: dict[str, int] | None = None
 
 
 def read_record(path: RunPath) -> dict[str, Any]:

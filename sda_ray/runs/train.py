@@ -5,7 +5,7 @@ import logging
 import resource
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -23,7 +23,9 @@ from ..core import (
 from ..data import DataChanged, TrajectoryDataset, has_fingerprint
 from ..nn import load_network, make_deterministic, warn_slow
 from ..training import (
+    Denoising,
     Diverged,
+    Measure,
     Metrics,
     Samples,
     TrainState,
@@ -137,13 +139,14 @@ def train_run(
 
         rungs = {*rungs, *run.record.get("rungs", ())}  # a run may be resumed without its sweep
         samples = Samples(validation, len(trainset), rungs)
+        measures = make_measures(run.record.get("measured", {}), validset, device)
 
         # Network
         state = TrainState(config, size=trainset.shape[-1], device=device)
         run.load(state)
 
         if state.saved is None and init is not None and "extends" in run.record:
-            again = functools.partial(validate, state, validation, rungs, samples)
+            again = functools.partial(validate, state, validation, rungs, samples, measures)
             carry_over(run, state, RunPath(init), again)
         elif state.saved is None and init is not None:
             state.begin(load_network(init)[0].state_dict())
@@ -172,7 +175,7 @@ def train_run(
         keep_start(run, state)  # in case the run was killed before it did
 
         try:
-            for metrics in epochs(state, trainset, validation, end_step, rungs, samples):
+            for metrics in epochs(state, trainset, validation, end_step, rungs, samples, measures):
                 run.log(metrics)
 
                 if metrics["epoch"] in saved or run.due:
@@ -195,6 +198,37 @@ def train_run(
             raise
 
         run.finish(state, samples)
+
+
+def make_measures(
+    measured: Mapping[str, int], validset: TrajectoryDataset, device: str | torch.device
+) -> dict[str, Measure]:
+    r"""Returns the measures that the record of a run names, by which runs of any window compare.
+
+    Arguments:
+        measured: The number of states that each is measured over, the same for all runs compared.
+        validset: The trajectories of `valid.h5`, with the window of the run.
+
+    Raises:
+        UserError: If there are too few states for the window.
+    """
+
+    kinds = {"denoising": Denoising}
+
+    for name, states in measured.items():
+        if name not in kinds:
+            raise UserError(
+                f"run.json names the measure '{name}', but there is {', '.join(kinds)}."
+            )
+
+        if 2 * validset.window - 1 > states:
+            raise UserError(
+                f"window is {validset.window}, but the {name} of this sweep is measured over "
+                f"{states} states, enough for windows up to {(states + 1) // 2}: its SPACE was not "
+                "seen to draw larger ones. Start another sweep whose CONFIG has the largest window."
+            )
+
+    return {name: kinds[name](validset, states, device) for name, states in measured.items()}
 
 
 @contextmanager

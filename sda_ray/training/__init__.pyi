@@ -1,7 +1,9 @@
 r"""The training loop, which knows no files."""
 
+from .denoising import Denoising as Denoising
 from .ensembles import Ensembles as Ensembles
 from .loop import Diverged as Diverged
+from .loop import Measure as Measure
 from .loop import Metrics as Metrics
 from .loop import TrainState as TrainState
 from .loop import check_compiler as check_compiler

@@ -14,9 +14,10 @@ import subprocess
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -39,6 +40,7 @@ from .validation import DRAWS, Validation
 
 __all__ = [
     "Diverged",
+    "Measure",
     "Metrics",
     "TrainState",
     "average_of",
@@ -55,6 +57,7 @@ __all__ = [
 
 M = TypeVar("M", bound=nn.Module)
 Metrics = dict[str, Any]
+Measure = Callable[[MCScoreNet, str], tuple[float, float]]  # a number, and its standard error
 
 EXPLODED = 1e3  # a network that predicts no noise at all has a loss of 1
 
@@ -253,16 +256,21 @@ def validate(
     validation: Validation,
     rungs: Collection[int] = (),
     samples: Callable[[TrainState], Metrics] | None = None,
+    measures: Mapping[str, Measure] = MappingProxyType({}),
 ) -> Metrics:
-    r"""Returns the validation losses of a state at the end of an epoch, and what its samples are
-    like, see :func:`epochs`."""
+    r"""Returns the validation losses of a state at the end of an epoch, and all else that it is
+    judged by, see :func:`epochs`."""
 
-    draws = DRAWS if state.epoch in {*rungs, state.config["epochs"]} else 1
+    judged = state.epoch in {*rungs, state.config["epochs"]}
+    draws = DRAWS if judged else 1
     losses: Metrics = {}
     losses["loss_valid"], losses["loss_valid_se"] = validation(state.result_sde, draws)
 
     if state.average is not None:
         losses["loss_valid_raw"], _ = validation(state.sde, draws)
+
+    for name, measure in measures.items() if judged else ():
+        losses[name], losses[f"{name}_se"] = measure(state.result, state.config["alpha"])
 
     return losses | (samples(state) if samples is not None else {})
 
@@ -274,6 +282,7 @@ def epochs(
     after_step: Callable[[TrainState], None] = lambda state: None,
     rungs: Collection[int] = (),
     samples: Callable[[TrainState], Metrics] | None = None,
+    measures: Mapping[str, Measure] = MappingProxyType({}),
 ) -> Iterator[Metrics]:
     r"""Trains to the end of the config's epochs and yields the metrics of each.
 
@@ -283,20 +292,28 @@ def epochs(
     Yields:
         `epoch` (from 1), `loss_train`, `loss_valid`, `loss_valid_se`, `lr` and `seconds`;
         `loss_valid_raw`, that of the weights themselves, if they are averaged; and, where the run
-        is judged, what :func:`sda_ray.training.samples.compare_samples` returns.
+        is judged, the `measures`, each with its standard error as `…_se`, and what
+        :func:`sda_ray.training.samples.compare_samples` returns.
 
     Raises:
-        Diverged: If a loss is not finite or has exploded.
+        Diverged: If a loss is not finite or has exploded, or a measure is not finite.
     """
 
     while state.epoch < state.config["epochs"]:
         start = time.monotonic()
         loss_train = train_epoch(state, trainset, after_step)
-        losses = {"loss_train": loss_train, **validate(state, validation, rungs, samples)}
+        losses = {
+            "loss_train": loss_train,
+            **validate(state, validation, rungs, samples, measures),
+        }
 
         for key in ("loss_train", "loss_valid", "loss_valid_raw"):
             if not (loss := losses.get(key, 0.0)) < EXPLODED:
                 raise Diverged(f"{key} is {loss:.3g} after epoch {state.epoch}")
+
+        for key in measures:
+            if not math.isfinite(value := losses.get(key, 0.0)):
+                raise Diverged(f"{key} is {value:.3g} after epoch {state.epoch}")
 
         yield {
             "epoch": state.epoch,

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 __all__ = [
+    "DENOISING",
     "DROPOUT",
     "ENSEMBLES",
     "INIT",
@@ -19,8 +20,8 @@ __all__ = [
     "seeded",
 ]
 
-# Streams of random numbers. 7 is that of denoising.
-INIT, ORDER, START, NOISE, VALID, SAMPLES, DROPOUT, ENSEMBLES = *range(7), 8
+# Streams of random numbers
+INIT, ORDER, START, NOISE, VALID, SAMPLES, DROPOUT, DENOISING, ENSEMBLES = range(9)
 
 
 def rng(stream: int, *key: int, device: str | torch.device = "cpu") -> torch.Generator:

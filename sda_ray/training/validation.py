@@ -10,7 +10,7 @@ from ..data import TrajectoryDataset
 from ..nn import VPSDE
 from .rng import VALID, rng
 
-__all__ = ["DRAWS", "Items", "Validation"]
+__all__ = ["DRAWS", "Items", "Validation", "variance_of_mean"]
 
 DRAWS = 4  # independent draws whose mean a run is judged by
 
@@ -101,7 +101,14 @@ class Validation:
             for chunk in chunks
         ]
         losses = (items.weights * torch.cat(errors))[items.parts.argsort()]
-        bends = losses[:-2] - 2 * losses[1:-1] + losses[2:]
-        variance = bends.square().mean() / 6 / len(losses)
 
-        return float(losses.mean()), float(variance)
+        return float(losses.mean()), variance_of_mean(losses)
+
+
+def variance_of_mean(x: Tensor) -> float:
+    r"""Returns the variance of the mean of items in the order of their parts, one in each.
+
+    It comes from second differences: the expectation may change from part to part.
+    """
+
+    return float((x[:-2] - 2 * x[1:-1] + x[2:]).square().mean() / 6 / len(x))

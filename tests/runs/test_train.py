@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import shutil
 import signal
@@ -11,12 +12,13 @@ import pytest
 
 from sda_ray.core.config import Config
 from sda_ray.core.errors import UserError
-from sda_ray.data.dataset import DataChanged, fingerprint
+from sda_ray.data.dataset import DataChanged, TrajectoryDataset, fingerprint
 from sda_ray.runs.path import RunPath
 from sda_ray.runs.run import Run
 from sda_ray.runs.tracking import Wandb
 from sda_ray.runs.train import Interrupted, Stop, train_run
-from sda_ray.training.loop import Diverged
+from sda_ray.training.loop import Diverged, TrainState, epochs
+from sda_ray.training.validation import Validation
 
 DISABLED = Wandb("disabled")
 
@@ -227,3 +229,58 @@ def test_ignored_signals_stay_ignored() -> None:
             assert stop.signal is None
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_measures_are_taken_where_a_run_is_judged_also_after_a_resume(
+    small: Config, data: Path, tmp_path: Path
+) -> None:
+    measured: dict[str, Any] = {"rungs": [2], "measured": {"denoising": 9}}
+    run = begin(tmp_path / "a", small, **measured)
+    list(train_run(run, data))
+    run.close("finished")
+
+    steps = iter(range(100))
+    part = begin(tmp_path / "b", small, "b" * 8, **measured)
+
+    with pytest.raises(Interrupted):
+        list(train_run(part, data, stop=AtEachStep(lambda: next(steps) == 4)))
+
+    part.close("interrupted")
+    part = begin(tmp_path / "b", small, "b" * 8)  # as `sda-ray train --resume`
+    list(train_run(part, data))
+    part.close("finished")
+
+    assert [line.keys() >= {"denoising", "denoising_se"} for line in history(run.path)] == [
+        False,
+        True,
+        True,
+    ]
+    assert same(run.path, part.path)
+
+    unmeasured = begin(tmp_path / "c", small | {"window": 7}, **measured)
+
+    with pytest.raises(
+        UserError, match="window is 7, but the denoising of this sweep is measured"
+    ):
+        list(train_run(unmeasured, data))
+
+    unmeasured.close("failed")
+
+
+def test_measure_that_is_no_number_is_a_divergence(small: Config, data: Path) -> None:
+    state = TrainState(small, size=16)
+    trainset = TrajectoryDataset(data / "train.h5", window=3)
+    validation = Validation(TrajectoryDataset(data / "valid.h5", window=3))
+    found = []
+
+    with pytest.raises(Diverged, match="skill is inf after epoch 2"):
+        for metrics in epochs(
+            state,
+            trainset,
+            validation,
+            rungs=[2],
+            measures={"skill": lambda score, alpha: (math.inf, 0.0)},
+        ):
+            found.append(metrics["epoch"])
+
+    assert found == [1]
