@@ -1,9 +1,10 @@
 #!/usr/bin/env python
 r"""Which learning rate, weight decay and width train the Kolmogorov score best?
 
-The window is fixed: the denoising losses of different windows are not comparable. The learning
-rate decays over all of CONFIG's epochs in every trial, so that trials are compared at equal
-epochs of one schedule; a trial that stops at a rung never sees the end of it.
+The window is fixed: the denoising losses of different windows are not comparable, for which there
+is the objective `denoising`. The learning rate decays over all of CONFIG's epochs in every trial, so
+that trials are compared at equal epochs of one schedule; a trial that stops at a rung never sees the
+end of it.
 """
 
 from sda_ray import CONFIG, Sweep, choice, loguniform, main

@@ -115,7 +115,9 @@ def _paths(args: Args) -> tuple[list[RunPath], dict[str, str]]:
         raise UserError("--top goes with --sweep NAME.")
 
     if args.sweep:
-        best = select(entries(args.runs), args.sweep, "finished", sort="loss_valid")
+        finished = select(entries(args.runs), args.sweep, "finished")
+        objective = finished[0].objective if finished else "loss_valid"
+        best = select(finished, sort=objective)
         paths = [entry.path for entry in best[: args.top or 3]]
 
         if not paths:

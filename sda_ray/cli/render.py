@@ -22,7 +22,7 @@ from ..core import (
     make_table,
     printable,
 )
-from ..runs import Entry, best, changed_settings, is_off
+from ..runs import MEASURED, Entry, best, changed_settings, is_off
 
 REMEDY = "set parametrization=v, or train for more epochs"  # of samples that are off
 
@@ -66,15 +66,17 @@ def _epochs(entry: Entry) -> str:
 def listing(entries: Iterable[Entry]) -> Table:
     r"""Returns the table of runs."""
 
-    columns = ("run", "status", "epoch", "loss_valid", "sample_std", "sweep", "size", "age")
-    right = ("epoch", "loss_valid", "sample_std", "size", "age")
-    table = make_table(*columns, right=right, fold=())
+    entries = list(entries)
+    measured = [key for key in MEASURED if any(getattr(x, key) is not None for x in entries)]
+    right = ("epoch", "loss_valid", *measured, "sample_std", "size", "age")
+    table = make_table("run", "status", *right[:-2], "sweep", *right[-2:], right=right, fold=())
     rows = [
         (
             Text(printable(entry.path.directory.name)),
             _status(entry.status),
             Text(_epochs(entry)),
             Text(format_loss(entry.loss_valid)),
+            *(Text(format_loss(getattr(entry, key))) for key in measured),
             Text(format_std(entry.sample_std)),
             Text(printable(entry.sweep or "–", 40)),
             Text(format_size(entry.size)),
@@ -94,12 +96,17 @@ def portrait(
 ) -> RenderableType:
     r"""Returns all that is known of a run: its metrics, and where it came from by label."""
 
-    top = best(lines, entry.judged)
+    objective = entry.objective
+    top = best(lines, entry.judged, objective)
     head = Text.assemble(
         (printable(entry.path.directory.name), "bold"), "  ", _status(entry.status)
     )
     head.append(f"  epoch {_epochs(entry)}  loss_valid {format_loss(entry.loss_valid)}")
-    head.append(f", best {format_loss(top['loss_valid'])} at epoch {top['epoch']}" if top else "")
+
+    if objective != "loss_valid":
+        head.append(f"  {objective} {format_loss(getattr(entry, objective, None))}")
+
+    head.append(f", best {format_loss(top[objective])} at epoch {top['epoch']}" if top else "")
     head.append(f"  sample_std {format_std(entry.sample_std)}")
     head.append(f"  {format_size(entry.size)}  {format_duration(entry.age)} old")
     faults = [Text(f"  {printable(fault, 500)}", style="red") for fault in entry.faults]

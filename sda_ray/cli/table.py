@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -26,7 +27,14 @@ from ..core import (
     read_holder,
     say,
 )
-from ..runs import RunPath, is_off, last_metrics, sweep_directory
+from ..runs import (
+    RunPath,
+    is_off,
+    last_metrics,
+    read_evaluation,
+    read_metrics,
+    sweep_directory,
+)
 from ..search import Rules, Study, TrialRecord, count_trials, importances, rank_key
 from ..sweep import read_sweep, watch
 from .options import SWEEP, Args, command
@@ -48,7 +56,7 @@ def _status(record: TrialRecord) -> str:
 
 
 def _loss(record: TrialRecord) -> str:
-    return format_loss(record.values.get(record.last))
+    return format_loss(record.value)
 
 
 def _short(value: Any) -> str:
@@ -59,11 +67,13 @@ def _rows(
     records: Sequence[TrialRecord],
     names: dict[str, str],
     width: int,
-    deviations: Mapping[str, float] | None = None,
+    objective: str,
+    more: Mapping[str, Mapping[str, str]] = MappingProxyType({}),
 ) -> list[RenderableType]:
     r"""Returns a table of runs that fits a width, and a line about the settings that do not.
 
-    For it, names are left out, then settings. The deviations are those of samples, if known.
+    For it, names are left out, then settings. There are more columns, of texts by run, after the
+    objective.
     """
 
     keys = list(dict.fromkeys(key for record in records for key in record.config))
@@ -72,11 +82,12 @@ def _rows(
         "run": [printable(f"{names.get(r.run_id, '…')}_{r.run_id}") for r in records],
         "status": [_status(r) for r in records],
         "epoch": [f"{r.last}/{r.epochs}" for r in records],
-        "loss_valid": [_loss(r) for r in records],
+        objective: [_loss(r) for r in records],
     }
 
-    if deviations:
-        columns["sample_std"] = [format_std(deviations.get(r.run_id)) for r in records]
+    for name, texts in more.items():
+        if texts:
+            columns[name] = [texts.get(r.run_id, "–") for r in records]
 
     for key in keys:
         columns[key] = [_short(r.config[key]) if key in r.config else "–" for r in records]
@@ -116,8 +127,14 @@ class LiveTable:
     r"""The live table of a sweep: a table on a terminal, a line per event elsewhere."""
 
     def __init__(
-        self, title: str, target: int, runs: Path, records: Callable[[], list[TrialRecord]]
+        self,
+        title: str,
+        target: int,
+        runs: Path,
+        records: Callable[[], list[TrialRecord]],
+        objective: str = "loss_valid",
     ) -> None:
+        self.objective = objective
         self.title = title
         self.target = target
         self.runs = runs
@@ -179,7 +196,7 @@ class LiveTable:
         say(
             f"[{time.monotonic() - self.start:6.1f} s] run {record.index} {record.run_id} "
             f"{EVENTS.get(event, event)}: epoch {record.last}/{record.epochs}, "
-            f"loss_valid {_loss(record)}, {config}"
+            f"{self.objective} {_loss(record)}, {config}"
             + (f": {record.error}" if record.error else ""),
         )
 
@@ -206,7 +223,7 @@ class LiveTable:
         parts: list[RenderableType] = [head]
 
         if records:
-            parts += _rows(shown, self.names, width)
+            parts += _rows(shown, self.names, width, self.objective)
 
         if len(records) > len(shown):
             parts.append(Text(f"and {len(records) - len(shown)} more", style="dim"))
@@ -262,16 +279,30 @@ def announce(
     say(f"estimate: {estimate(rules, wanted, parallel)}")
 
 
-def leaderboard(title: str, records: Sequence[TrialRecord], runs: Path, count: int = 10) -> None:
+def leaderboard(
+    title: str,
+    records: Sequence[TrialRecord],
+    runs: Path,
+    count: int = 10,
+    objective: str = "loss_valid",
+) -> None:
     r"""Prints the best runs of a sweep, and how far its numbers carry."""
 
     console = make_console()
-    finished = sorted((r for r in records if r.values), key=rank_key)
+    finished = sorted((r for r in records if r.value is not None), key=rank_key)
     paths = {path.id: path for path in RunPath.all(runs)}
     names = {id: path.name for id, path in paths.items()}
-    deviations = _deviations([paths[r.run_id] for r in finished[:count] if r.run_id in paths])
+    best = [r for r in finished[:count] if r.run_id in paths]
+    lines = {r.run_id: _judgement(paths[r.run_id], objective) for r in best}
+    scores = {r.run_id: _crps(paths[r.run_id]) for r in best}
+    deviations = {id: x["sample_std"] for id, x in lines.items() if "sample_std" in x}
+    more = {
+        "±": {id: f"{x[key]:.2g}" for id, x in lines.items() if (key := f"{objective}_se") in x},
+        "sample_std": {id: format_std(x) for id, x in deviations.items()},
+        "CRPS": {id: format_loss(x) for id, x in scores.items() if x is not None},
+    }
     console.print(Text(f"\nLeaderboard of {title}", style="bold"))
-    console.print(*_rows(finished[:count], names, console.width, deviations), sep="\n")
+    console.print(*_rows(finished[:count], names, console.width, objective, more), sep="\n")
 
     if len(finished) > count:
         console.print(f"and {len(finished) - count} more.")
@@ -284,22 +315,35 @@ def leaderboard(title: str, records: Sequence[TrialRecord], runs: Path, count: i
 
     if len({record.config.get("seed") for record in records}) <= 1:
         console.print(
-            f"One seed, selected as the best of {len(records)}: the winner's loss is flattered "
-            "by the selection. Train it again with other seeds before you quote it."
+            f"One seed, selected as the best of {len(records)}: the winner's {objective} is "
+            "flattered by the selection. Train it again with other seeds before you quote it."
         )
 
 
-def _deviations(paths: Sequence[RunPath]) -> dict[str, float]:
-    r"""Returns the relative standard deviations of the samples of runs, by id, where known."""
+def _judgement(path: RunPath, objective: str) -> dict[str, Any]:
+    r"""Returns the newest metrics with the objective, or nothing if they are damaged."""
 
-    found: dict[str, float] = {}
+    line: dict[str, Any] = {}
 
-    for path in paths:
-        with suppress(UserError, OSError):  # damaged, or there is none
-            if (line := last_metrics(path.metrics)) and "sample_std" in line:
-                found[path.id] = line["sample_std"]
+    with suppress(UserError, OSError):
+        line = last_metrics(path.metrics)
 
-    return found
+        if objective not in line:  # it is measured at rungs
+            lines = reversed(read_metrics(path.metrics))
+            line = next((x for x in lines if objective in x), line)
+
+    return line
+
+
+def _crps(path: RunPath) -> float | None:
+    r"""Returns the CRPS of `assim` over the trajectories that a run was evaluated on, if any."""
+
+    with suppress(UserError, OSError):
+        if evaluation := read_evaluation(path):
+            rows = evaluation.results.get("assim", {}).values()
+            return statistics.mean(row["crps"] for row in rows if "crps" in row)
+
+    return None
 
 
 def conclude(
@@ -309,10 +353,11 @@ def conclude(
     directory: Path,
     runs: Path,
     importances: Mapping[str, tuple[float, float, float]],
+    objective: str = "loss_valid",
 ) -> None:
     r"""Prints the leaderboard of a finished sweep, and the commands to try next."""
 
-    leaderboard(title, records, runs)
+    leaderboard(title, records, runs, objective=objective)
     complete = sorted((r for r in records if r.state == "complete"), key=rank_key)
 
     if not complete:
@@ -320,7 +365,7 @@ def conclude(
         return
 
     if all(record.config.keys() == {"seed"} for record in complete):
-        _conclude_repeats(complete)
+        _conclude_repeats(complete, objective)
         return
 
     best = complete[0]
@@ -361,12 +406,12 @@ def _exhausted(records: Sequence[TrialRecord], target: int) -> bool:
     return ended and count_trials(records) < target and failed <= Rules(target, 1).failures
 
 
-def _conclude_repeats(complete: Sequence[TrialRecord]) -> None:
+def _conclude_repeats(complete: Sequence[TrialRecord], objective: str) -> None:
     r"""Prints what repeats that differ in the seed alone say together."""
 
     losses = [record.values[record.last] for record in complete]
     spread = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
-    say(f"\nloss_valid over {len(losses)} seeds: {statistics.mean(losses):.4f}{spread}")
+    say(f"\n{objective} over {len(losses)} seeds: {statistics.mean(losses):.4f}{spread}")
     say("The number behind ± is the standard deviation over seeds.")
 
 
@@ -418,7 +463,8 @@ def _follow(
 ) -> None:
     r"""Shows a sweep that has been running for some seconds, until it ends."""
 
-    table = LiveTable(name, read_sweep(runs, name)["trials"], runs, study.records)
+    target, objective = read_sweep(runs, name)["trials"], study.objectives[0]
+    table = LiveTable(name, target, runs, study.records, objective)
     table.start -= seconds
 
     if not table.console.is_terminal:
@@ -450,14 +496,14 @@ def show_end(runs: Path, name: str, study: Study) -> None:
     r"""Prints the leaderboard, and the commands to try next."""
 
     records, directory = study.records(), sweep_directory(runs, name)
-    target = read_sweep(runs, name)["trials"]
+    target, objective = read_sweep(runs, name)["trials"], study.objectives[0]
     under_way = sum(record.state == "running" for record in records)
 
     if records and not under_way:
-        conclude(name, target, records, directory, runs, importances(study.study))
+        conclude(name, target, records, directory, runs, importances(study.study), objective)
         return
 
-    leaderboard(name, records, runs)
+    leaderboard(name, records, runs, objective=objective)
     say(
         f"\n{len(records)} of {target} runs so far, {under_way} of them not at their end: "
         f"`sda-ray sweep {name}` carries them on."

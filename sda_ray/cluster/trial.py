@@ -4,6 +4,7 @@ Tune receives numbers only: the run's directory, its checkpoints and its resumpt
 trial's process is kept for the next trial, so that everything ends in :meth:`Trial.close`.
 """
 
+import math
 import socket
 import time
 import traceback
@@ -31,7 +32,7 @@ class Trial(tune.Trainable):
     Its config has `runs`, `data`, `config`, `run_id`, `index`, `attempt`, `rungs`, `record`,
     `wandb`, `cpus` and `request`; and may have `gpus`, of which it takes no more memory than its
     share, `stall`, see :mod:`sda_ray.training.watchdog`, `short`, how often the run was short of
-    memory, `objectives`, if there are several, and `server`, see
+    memory, `objectives`, by default `loss_valid`, and `server`, see
     :func:`sda_ray.storage.server.serve_files`, if nodes may not see these directories: the trial finds
     out itself whether this one does, see :mod:`sda_ray.storage.client`.
 
@@ -238,7 +239,14 @@ class Trial(tune.Trainable):
             share=share,
         )
 
-        return [(epoch, line["loss_valid"]) for epoch, line in self.run.lines.items()]
+        return [self._value(line) for line in self.run.lines.values()]
+
+    def _value(self, metrics: dict[str, Any]) -> tuple[int, float]:
+        r"""Returns an epoch and its value, NaN if the objective is not measured there."""
+
+        objective, *_ = self.spec.get("objectives") or ("loss_valid",)
+
+        return metrics["epoch"], metrics.get(objective, math.nan)
 
     def _after_step(self, state: Any) -> None:
         self.watchdog.step()
@@ -252,7 +260,7 @@ class Trial(tune.Trainable):
 
         for metrics in self.training:
             epoch = metrics["epoch"]
-            values.append((epoch, metrics["loss_valid"]))
+            values.append(self._value(metrics))
             self.watchdog.phase()
 
             if epoch == self.run.config["epochs"]:

@@ -218,6 +218,7 @@ def check_space(
     size: int | None = None,
     length: int | None = None,
     pruner: str = "",
+    losses: bool = True,
 ) -> Space:
     r"""Returns a space with values in normal form, if a sweep can draw from all of it.
 
@@ -226,7 +227,8 @@ def check_space(
 
     It is a dict of keys of CONFIG, or of groups as `"hidden_channels,hidden_blocks"` whose options
     are tuples of one value for each key; or a function of an Optuna trial that returns a dict of
-    keys and values. Without `config`, combinations are not tried.
+    keys and values. Without `config`, combinations are not tried. `losses` tells whether trials are
+    compared by denoising losses, which are those of one window and one `alpha`.
 
     Raises:
         UserError: If anything is wrong. The message has one line for each error.
@@ -243,7 +245,8 @@ def check_space(
 
     checked: dict[str, Domain] = {}
     names = {",".join(split_group(str(name))): domain for name, domain in space.items()}
-    errors = list(_misplaced([key for name in space for key in split_group(str(name))], pruner))
+    keys = [key for name in space for key in split_group(str(name))]
+    errors = list(_misplaced(keys, pruner, losses))
 
     for name, domain in names.items():
         try:
@@ -260,7 +263,7 @@ def check_space(
     return checked
 
 
-def draw_values(space: Space, trial: Any, pruner: str = "") -> Config:
+def draw_values(space: Space, trial: Any, pruner: str = "", losses: bool = True) -> Config:
     r"""Returns values for keys of CONFIG, as a trial suggests them.
 
     Options that are not scalars are suggested as text, see :func:`encode_option`.
@@ -283,7 +286,7 @@ def draw_values(space: Space, trial: Any, pruner: str = "") -> Config:
             f"SPACE returned {short_repr(values)}, but must return a dict of CONFIG's keys."
         )
 
-    if errors := list(_misplaced(list(values), pruner)):
+    if errors := list(_misplaced(list(values), pruner, losses)):
         raise UserError("\n".join(errors))
 
     return decode_params(values)
@@ -321,7 +324,7 @@ def _suggest(trial: Any, name: str, domain: Domain) -> Any:
     return trial.suggest_int(name, domain.low, domain.high, step=domain.step, log=domain.log)
 
 
-def _misplaced(keys: list[Any], pruner: str) -> Iterator[str]:
+def _misplaced(keys: list[Any], pruner: str, losses: bool) -> Iterator[str]:
     r"""Yields the errors of the keys of a space, independent of their values."""
 
     for key in dict.fromkeys(keys):
@@ -329,10 +332,11 @@ def _misplaced(keys: list[Any], pruner: str) -> Iterator[str]:
             yield f"SPACE has {short_repr(key)}, which CONFIG has not.{did_you_mean(key, KEYS)}"
         elif keys.count(key) > 1:
             yield f"SPACE has {key!r} {keys.count(key)} times, but may have it once."
-        elif key in ("window", "alpha"):
+        elif losses and key in ("window", "alpha"):
             yield (
                 f"SPACE has {key!r}, but the denoising losses of different {key}s are not "
-                "comparable. Set it in CONFIG, and make a sweep for each."
+                "comparable. Take objectives=('denoising',), or set it in CONFIG, and make a sweep "
+                "for each."
             )
         elif key == "epochs" and pruner != "none":
             yield (

@@ -52,9 +52,9 @@ class Trial:
 
     @property
     def value(self) -> float | None:
-        r"""The objective at the last epoch."""
+        r"""The objective where it was last measured."""
 
-        return self.record.values.get(self.record.last)
+        return self.record.value
 
     @property
     def seconds(self) -> float:
@@ -134,9 +134,10 @@ class Findings:
         return sum(t.record.last for t in self.trials if not t.record.source)
 
     def error(self, trial: Trial) -> float | None:
-        r"""Returns the standard error of a run's objective at its last epoch, if it is known."""
+        r"""Returns the standard error of a run's objective, if it is known."""
 
-        line = trial.metrics[-1] if trial.metrics else {}
+        lines = (line for line in reversed(trial.metrics) if self.objective in line)
+        line: dict[str, Any] = next(lines, {})
         found = line.get(f"{self.objective}_se")
 
         return float(found) if isinstance(found, int | float) and math.isfinite(found) else None
@@ -163,7 +164,7 @@ class Findings:
             factors = [
                 (c.value or 0.0) / x
                 for c in self.complete
-                if (x := c.record.values.get(r.last)) and math.isfinite(x) and x > 0
+                if (x := c.record.curve.get(r.last)) and math.isfinite(x) and x > 0
             ]
 
             if factors:

@@ -16,12 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from ..core import CONFIG, STALE, Config, UserError, holder_alive, load_config, read_holder
-from .metrics import best, last_metrics, read_metrics, seconds_per_epoch
+from .metrics import MEASURED, best, last_metrics, read_metrics, seconds_per_epoch
 from .path import RESUMED, RunPath
 from .record import read_record
 
 # Files that a run of upstream lacks
 OURS = {*RESUMED, "checkpoint.decay.pth"} - {"config.json", "run.json"}
+
+
+NUMBERS = ("loss_valid", *MEASURED, "sample_std")  # of an entry
 
 
 @dataclass(frozen=True)
@@ -38,12 +41,21 @@ class Entry:
     epoch: int | None = None  # the last one in `metrics.jsonl`
     epochs: int | None = None
     loss_valid: float | None = None  # of the last epoch
-    sample_std: float | None = None  # likewise, relative to the data
+    denoising: float | None = None  # likewise, as the others where it is measured
+    sample_std: float | None = None  # relative to the data
     sweep: str | None = None
     config: Config | None = None  # if it can be read
     faults: tuple[str, ...] = ()  # one sentence each
     record: dict[str, Any] = field(default_factory=dict)  # `run.json`, empty if that is damaged
     size: int | None = None  # bytes in its directory, see :func:`measured`
+
+    @property
+    def objective(self) -> str:
+        r"""What the run is compared by with others of its sweep."""
+
+        objective = str(self.record.get("objective"))
+
+        return objective if objective in MEASURED else "loss_valid"
 
     @property
     def judged(self) -> set[int | None]:
@@ -108,6 +120,7 @@ def read_entry(path: RunPath) -> Entry | None:
         line.get("epoch"),
         config["epochs"] if config else None,
         line.get("loss_valid"),
+        line.get("denoising"),
         line.get("sample_std"),
         record.get("sweep"),
         config,
@@ -206,6 +219,7 @@ SORTS: dict[str, Any] = {
     "status": lambda entry: entry.status,
     "epoch": lambda entry: _rank(entry.epoch, -1),
     "loss_valid": lambda entry: _rank(entry.loss_valid),
+    "denoising": lambda entry: _rank(entry.denoising),
     "sweep": lambda entry: (entry.sweep is None, entry.sweep or ""),
     "size": lambda entry: _rank(entry.size, -1),
 }
@@ -249,7 +263,7 @@ def row(entry: Entry) -> dict[str, Any]:
     r"""Returns an entry as the object that JSON shows."""
 
     path = entry.path
-    keys = ("status", "epoch", "epochs", "loss_valid", "sample_std", "sweep", "size", "faults")
+    keys = ("status", "epoch", "epochs", *NUMBERS, "sweep", "size", "faults")
     shown = {"name": path.name, "id": path.id, "directory": path.directory}
     shown |= {key: getattr(entry, key) for key in (*keys, "config")}
 
@@ -322,8 +336,12 @@ def compare(runs: Sequence[Entry], lines: Sequence[list[dict[str, Any]]]) -> dic
     rows = {key: [(entry.config or {}).get(key) for entry in runs] for key in CONFIG}
     differ = {key: row for key, row in rows.items() if len({x for x in row if x is not None}) > 1}
     tops = [best(x, entry.judged) or {} for entry, x in zip(runs, lines, strict=True)]
-    keys = ("status", "epoch", "epochs", "loss_valid", "sample_std")
-    metrics = {key: [getattr(entry, key) for entry in runs] for key in keys}
+    metrics = {
+        key: row
+        for key in ("status", "epoch", "epochs", *NUMBERS)
+        if (row := [getattr(entry, key) for entry in runs]) != [None] * len(runs)
+        or key not in MEASURED
+    }
     metrics["loss_valid_best"] = [top.get("loss_valid") for top in tops]
     metrics["epoch_best"] = [top.get("epoch") for top in tops]
 
@@ -340,7 +358,10 @@ def compare(runs: Sequence[Entry], lines: Sequence[list[dict[str, Any]]]) -> dic
     notes = [f"the config of {name} cannot be read." for name in unread]
 
     if "window" in differ:
-        notes.append("the windows differ: losses of different windows are not comparable.")
+        notes.append(
+            "the windows differ: losses of different windows are not comparable, but denoising "
+            "is, within a sweep."
+        )
 
     if len(data) > 1:
         notes.append("the runs were trained and validated on different data.")

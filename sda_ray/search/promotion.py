@@ -30,7 +30,8 @@ class TrialRecord:
             as recorded.
         until: The epoch up to which the run may go.
         epochs: The full budget of the run.
-        values: The value at each epoch.
+        values: The value at each epoch, NaN at those where the objective is not measured. It is at
+            rungs and at the end.
         shown: The last epoch whose value counts for others, if not all of them do.
         attempt: The number of times the run was started.
         config: The keys of CONFIG that the sweep varies, with their values.
@@ -68,8 +69,20 @@ class TrialRecord:
         return max(self.values, default=0)
 
     @cached_property
+    def value(self) -> float | None:
+        r"""The newest value that is known."""
+
+        return _filled(self.values).get(self.last)
+
+    @cached_property
+    def curve(self) -> dict[int, float]:
+        r"""The newest value at each epoch, of those that count for others."""
+
+        return _filled(self.visible)
+
+    @cached_property
     def visible(self) -> dict[int, float]:
-        r"""The values that rungs and sampler see."""
+        r"""The values that count for others."""
 
         if self.shown is None:
             return self.values
@@ -89,6 +102,21 @@ class TrialRecord:
         r"""The state that other runs see: the end of a run with hidden values is hidden, too."""
 
         return "pruned" if self.shown is not None and self.state != "failed" else self.state
+
+
+def _filled(values: dict[int, float]) -> dict[int, float]:
+    r"""Returns the values with the newest one before in place of NaN."""
+
+    if not any(map(math.isnan, values.values())):
+        return values
+
+    filled, newest = dict[int, float](), math.nan
+
+    for epoch, x in sorted(values.items()):
+        if not math.isnan(newest := newest if math.isnan(x) else x):
+            filled[epoch] = newest
+
+    return filled
 
 
 # Whether a run that waits at a rung is stopped there, given all runs
@@ -197,7 +225,7 @@ def rank_key(record: TrialRecord) -> tuple[int, int, float, int]:
     rank = {"complete": 0, "diverged": 2, "failed": 3}.get(record.state, 1)
     progress = 0 if rank == 0 else -record.last
 
-    return (rank, progress, _finite(record.values.get(record.last)), record.index)
+    return (rank, progress, _finite(record.value), record.index)
 
 
 def _finite(value: float | None) -> float:

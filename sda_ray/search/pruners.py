@@ -116,7 +116,7 @@ def _trial(record: TrialRecord, notes: dict[str, Any], asked: bool = False) -> F
     r"""Returns a run as a pruner sees it. Hidden values are hidden from it, too."""
 
     state = TrialState.RUNNING if asked else STATES.get(record.outcome, TrialState.PRUNED)
-    curve = {} if record.outcome == "diverged" else record.visible
+    curve = {} if record.outcome == "diverged" else record.curve
     values = [curve[max(curve)]] if curve and state == TrialState.COMPLETE else None
 
     return frozen_trial(record.index - 1, state, values, notes=notes, curve=curve)

@@ -27,8 +27,8 @@ CLOSED = {"pruned": "paused", "failed": "failed", "stopped": "stopped", "diverge
 class DirectoryState:
     r"""What the directory of a run records.
 
-    `values` are those of its epochs; `finals` those of all objectives, of a finished run. The
-    `reason` says why it diverged or was stopped.
+    `values` are those of its epochs, NaN where the objective was not measured; `finals` those of
+    all objectives, of a finished run. The `reason` says why it diverged or was stopped.
     """
 
     status: str = ""
@@ -180,7 +180,7 @@ def _read_directory(
         return DirectoryState(status, attempt=attempt, reason=reason)
 
     history = read_history(path.metrics)
-    values = {e: line["loss_valid"] for e, line in history.items() if "loss_valid" in line}
+    values = {e: line.get(objectives[0], math.nan) for e, line in history.items()}
     ends: Sequence[float] = ()
 
     if status == "finished" and record.epochs in values:

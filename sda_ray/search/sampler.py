@@ -205,7 +205,7 @@ def view(
 
         running = outcome == "running" and not record.paused
         state = TrialState.RUNNING if running else TrialState.PRUNED
-        curve = {} if outcome == "diverged" or objectives > 1 else record.visible
+        curve = {} if outcome == "diverged" or objectives > 1 else record.curve
         values: Sequence[float] | None = [curve[max(curve)]] if curve and not running else None
 
         if outcome == "complete":

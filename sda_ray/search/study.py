@@ -40,7 +40,7 @@ class Study:
     r"""Creates the study of a sweep, or opens it.
 
     Without the lease of the sweep nothing is written. The objectives are minimised; the first is
-    the value of the last epoch.
+    what runs are compared by: the value of each epoch, or NaN where it is not measured.
 
     Raises:
         UserError: If the journal is damaged, or belongs to another study.

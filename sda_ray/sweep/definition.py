@@ -8,11 +8,13 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..core import (
+    Choice,
     Config,
     Space,
     UserError,
@@ -26,6 +28,7 @@ from ..core import (
     to_python,
 )
 from ..data import DataInfo
+from ..runs import MEASURED
 from ..search import FINAL, GEOMETRIC, PruneRule, Rules, TrialRecord, geometric_rungs
 
 if TYPE_CHECKING:
@@ -36,8 +39,11 @@ T = TypeVar("T")
 
 PRUNERS = ("promotion", *FINAL, "none")
 SAMPLERS = ("tpe", "random", "gp", "grid", "nsga2")
-OBJECTIVES = ("loss_valid", "parameters", "seconds", "loss_train", "loss_valid_se")
+JUDGES: tuple[str, ...] = ("loss_valid", *MEASURED)  # what runs can be compared by
+OBJECTIVES: tuple[str, ...] = (*JUDGES, "parameters", "seconds", "loss_train", "loss_valid_se")
+LOSSES = ("loss_valid", "loss_train", "loss_valid_se")  # of one window and alpha
 DRAWS = 32  # of a SPACE that is a function
+WINDOWS = 256  # draws of a SPACE that is a function, to find its largest window
 
 
 def caught(faults: list[str], call: Callable[[], T]) -> T | None:
@@ -127,18 +133,19 @@ def _method_faults(sweep: Any) -> Iterator[str]:
 
 def _objective_faults(sweep: Any) -> Iterator[str]:
     names: Any = sweep.objectives
-    accepted = ", ".join(OBJECTIVES[1:])
+    accepted = ", ".join(OBJECTIVES)
 
-    if not isinstance(names, tuple) or not names or names[0] != OBJECTIVES[0]:
+    if not isinstance(names, tuple) or not names or names[0] not in JUDGES:
+        judges = ", ".join(map(repr, JUDGES[:-1]))
         yield (
-            f"objectives is {names!r}, but must be a tuple that begins with 'loss_valid'; "
-            f"after it may come {accepted}."
+            f"objectives is {names!r}, but must be a tuple that begins with {judges} or "
+            f"{JUDGES[-1]!r}; after it may come others of {accepted}."
         )
         return
 
     for name in dict.fromkeys(names):
         if name not in OBJECTIVES:
-            yield f"objectives has {name!r}, but may have loss_valid, {accepted}."
+            yield f"objectives has {name!r}, but may have {accepted}."
         elif names.count(name) > 1:
             yield f"objectives has {name!r} twice, but may have it once."
 
@@ -193,8 +200,10 @@ class Sweep:
         rungs: The epochs of all rungs before the end. By default `min_epochs` and, above it, `epochs`
             over the powers of `eta`.
         finalists: The least number of trials that get the full number of epochs.
-        objectives: The metrics to minimise: `loss_valid` and, after it, any of `parameters`, `seconds`
-            (of training), `loss_train` and `loss_valid_se`.
+        objectives: The metrics to minimise. The first is what runs are compared by, pruned and
+            ranked: `loss_valid` or `denoising`, by which runs of any `window` and `alpha` compare,
+            see :mod:`sda_ray.training.denoising`. After it may come the other,
+            `parameters`, `seconds` (of training), `loss_train` and `loss_valid_se`.
         percentile: The share of trials, in percent, that `pruner="percentile"` lets continue.
         patience: The epochs without a new best value after which `pruner="patience"` stops a
             trial. By default three times `min_epochs`.
@@ -288,7 +297,10 @@ class Sweep:
         if isinstance(first, int) and isinstance(epochs, int | float) and first > epochs:
             faults.append(f"min_epochs is {first}, but must be at most epochs (={epochs}).")
 
-        space = caught(faults, lambda: check_space(self.space, config, **known, pruner=pruner))
+        losses = self._compares_losses
+        space = caught(
+            faults, lambda: check_space(self.space, config, **known, pruner=pruner, losses=losses)
+        )
 
         if config is None or space is None or faults:
             return self, faults
@@ -302,6 +314,15 @@ class Sweep:
 
         if callable(space):
             faults = checked._draw_faults(known, draws)
+
+        if not faults and data is not None:
+            for name, states in checked.measured.items():
+                if states > data.length:
+                    faults.append(
+                        f"objectives has {name!r}, which takes {states} states for a window of "
+                        f"{(states + 1) // 2}, but trajectories have {data.length}. Take a "
+                        "smaller window, or objectives=('loss_valid',)."
+                    )
 
         if not faults and (self.sampler == "grid" or callable(self.sampler)):
             try:
@@ -376,7 +397,49 @@ class Sweep:
     def draw(self, trial: Any) -> Config:
         r"""Returns values for the keys of SPACE, as an Optuna trial suggests them."""
 
-        return draw_values(self.space, trial, str(self.pruner))
+        return draw_values(self.space, trial, str(self.pruner), self._compares_losses)
+
+    @property
+    def _compares_losses(self) -> bool:
+        r"""Whether an objective is a denoising loss, which is one of a window and an `alpha`."""
+
+        return not isinstance(self.objectives, tuple) or bool({*self.objectives} & {*LOSSES})
+
+    @cached_property
+    def measured(self) -> dict[str, int]:
+        r"""The objectives that are measured where a run is judged, each with a number of states.
+
+        They are so many that the middle one has its full window, whatever window is drawn.
+        """
+
+        names = [name for name in MEASURED if name in self.objectives]
+
+        if not names:
+            return {}
+
+        return dict.fromkeys(names, 2 * max(self._windows()) - 1)
+
+    @property
+    def judged(self) -> dict[str, Any]:
+        r"""Entries in the records of runs, unless they are judged by losses alone."""
+
+        objective, *_ = self.objectives
+
+        return {"objective": objective, "measured": self.measured} if self.measured else {}
+
+    def _windows(self) -> list[int]:
+        r"""Returns windows that are drawn, the largest among them."""
+
+        if callable(self.space):
+            configs = [self.config, *self.configs(WINDOWS)]
+            return [config["window"] for config in configs]
+
+        for name, domain in self.space.items():
+            if "window" in (keys := split_group(name)):
+                ends = domain.options if isinstance(domain, Choice) else (domain.low, domain.high)
+                return [x if len(keys) == 1 else x[keys.index("window")] for x in ends]
+
+        return [self.config["window"]]
 
     def propose(self, records: Sequence[TrialRecord], fixed: dict[str, Any] | None = None) -> Any:
         r"""Draws a configuration that no run has, see :func:`sda_ray.search.sampler.propose`."""
@@ -482,6 +545,9 @@ class Sweep:
             summary = "\n".join(draw_summary(self.draw))
             digest = hashlib.sha256(summary.encode()).hexdigest()
             space = {"function": True, "draws": digest}
+
+        if self.measured:
+            settings["measured"] = self.measured
 
         return json.loads(json.dumps({"config": self.config, "space": space, **settings}))
 

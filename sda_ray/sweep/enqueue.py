@@ -5,6 +5,7 @@ sweep's SPACE, as an Optuna trial has them. A queued configuration may give some
 others are drawn.
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -436,7 +437,7 @@ def _restore(study: Study, sweep: Sweep, path: RunPath, run: Mapping[str, Any], 
             "complete",
             epochs,
             epochs,
-            {epoch: line["loss_valid"] for epoch, line in history.items()},
+            {epoch: line.get(study.objectives[0], math.nan) for epoch, line in history.items()},
             config=match.values,
             source=run["origin"]["path"],
             finals=tuple(finals(path, sweep.objectives)),

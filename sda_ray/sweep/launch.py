@@ -85,7 +85,12 @@ class View(Protocol):
     ) -> None: ...
 
     def LiveTable(
-        self, title: str, target: int, runs: Path, records: Callable[[], list[TrialRecord]]
+        self,
+        title: str,
+        target: int,
+        runs: Path,
+        records: Callable[[], list[TrialRecord]],
+        objective: str,
     ) -> Table: ...
 
     def show_end(self, runs: Path, name: str, study: Study) -> None: ...
@@ -214,6 +219,7 @@ def _spec(sweep: Sweep, options: Options, info: DataInfo, stop: Path) -> dict[st
             "data": info.fingerprint,
             "wandb": asdict(options.wandb),
             "rungs": list(sweep.rules.rungs),
+            **sweep.judged,
         },
         "request": str(stop),
         "stall": 60 * options.stall,
@@ -234,7 +240,9 @@ def _run(
     records, stops = study.records(), sweep.stops()
     rules = replace(sweep.rules, excused=sum(record.state == "failed" for record in records))
     stop = Path(spec["request"])
-    table = view.LiveTable(sweep.name, sweep.trials, options.runs, study.records)
+    table = view.LiveTable(
+        sweep.name, sweep.trials, options.runs, study.records, study.objectives[0]
+    )
     retention = Retention(
         options.runs,
         sweep.name,

@@ -66,7 +66,7 @@ from .record import (
 from .requests import NotRunning, ask_all
 
 if TYPE_CHECKING:
-    from ..training import Validation
+    from ..training import Measure, Validation
 
 LONGEST = 100_000  # epochs of a curve, which enters the study in one line
 FINISHED = ("finished", "adopted")
@@ -88,6 +88,7 @@ class Prior:
         fit: Its parameters in the sweep.
         lines: Its metrics.
         finals: The values of all objectives of the sweep.
+        objective: The first of these.
         notes: Remarks for the user.
     """
 
@@ -98,6 +99,7 @@ class Prior:
     fit: Fit
     lines: tuple[dict[str, Any], ...] = ()
     finals: tuple[float, ...] = ()
+    objective: str = "loss_valid"
     notes: tuple[str, ...] = ()
 
     @property
@@ -115,14 +117,19 @@ class Prior:
             "distributions": {
                 k: distribution_to_json(d) for k, d in self.fit.distributions.items()
             },
-            "values": [[line["epoch"], line["loss_valid"]] for line in self.lines],
+            "values": [
+                [line["epoch"], line[self.objective]]
+                for line in self.lines
+                if self.objective in line
+            ],
             "finals": self.finals,
         }
 
 
-def place(prior: Prior, name: str, runs: Path, digest: str) -> Path:
+def place(prior: Prior, sweep: Sweep, runs: Path, digest: str) -> Path:
     r"""Copies config and metrics of a run into a directory of a sweep, unless that exists."""
 
+    name, judged = sweep.name, sweep.judged
     file = runs / "sweeps" / name / "priors.lock"
     file.parent.mkdir(parents=True, exist_ok=True)
 
@@ -150,6 +157,7 @@ def place(prior: Prior, name: str, runs: Path, digest: str) -> Path:
                 "origin": prior.origin | {"notes": prior.notes},
                 "params": prior.fit.params,
                 "wandb": {"mode": "disabled"},
+                **judged,
             },
         )
 
@@ -185,14 +193,14 @@ def collect(
     seen: dict[str, Path] = {}
 
     @cache
-    def validation() -> Validation:
+    def validation(window: int) -> tuple[Validation, dict[str, Measure]]:
         from ..data import TrajectoryDataset
-        from ..runs import default_device
+        from ..runs import default_device, make_measures
         from ..training import Validation
 
-        validset = TrajectoryDataset(data / "valid.h5", sweep.config["window"])
+        validset, device = TrajectoryDataset(data / "valid.h5", window), default_device()
 
-        return Validation(validset, default_device())
+        return Validation(validset, device), make_measures(sweep.measured, validset, device)
 
     for source in sources:
         try:
@@ -206,14 +214,17 @@ def collect(
 
             if not prior.lines:
                 note = "its loss is that of its state.pth on this data"
-                prior = _judged(prior, [_measure(prior, validation())], sweep, note)
+                line = _measure(prior, *validation(prior.config["window"]))
+                prior = _judged(prior, [line], sweep, note)
 
             yield prior
         except (UserError, OSError) as error:
             yield Refusal(source, "; ".join(str(error).rstrip(".").split("\n")))
 
 
-def _measure(prior: Prior, validation: Validation) -> dict[str, Any]:
+def _measure(
+    prior: Prior, validation: Validation, measures: Mapping[str, Measure]
+) -> dict[str, Any]:
     r"""Returns the metrics of the last epoch of a run, by its weights.
 
     Raises:
@@ -237,9 +248,13 @@ def _measure(prior: Prior, validation: Validation) -> dict[str, Any]:
         )
 
     sde = VPSDE(kernel, shape, config["alpha"]).to(validation.device)
-    loss, error = validation(sde, DRAWS)
+    line = {"epoch": config["epochs"]}
+    line["loss_valid"], line["loss_valid_se"] = validation(sde, DRAWS)
 
-    return {"epoch": config["epochs"], "loss_valid": loss, "loss_valid_se": error}
+    for name, measure in measures.items():
+        line[name], line[f"{name}_se"] = measure(score, config["alpha"])
+
+    return line
 
 
 def _covered(path: RunPath, sweep: Sweep, runs: Path, known: Known) -> Prior:
@@ -294,16 +309,17 @@ def _with_curve(prior: Prior, sweep: Sweep, digest: str, copies: dict[str, RunPa
     record = entry.record if (entry := read_entry(path)) is not None else {}
     lines = [x for x in read_metrics(path.metrics) if math.isfinite(x.get("loss_valid", math.nan))]
     ended = bool(lines) and lines[-1]["epoch"] == prior.config["epochs"]
+    measured = record.get("measured", {})
+    alike = (measured | sweep.measured) == measured
 
-    if ended and record.get("data") == digest:
+    if ended and alike and record.get("data") == digest:
         return _judged(prior, lines, sweep)
 
     if record.get("status") == "adopted":
-        raise UserError(
-            f"it is a copy without weights, and of other data: give {prior.origin['path']}"
-        )
+        other = "of other data" if alike else "judged otherwise"
+        raise UserError(f"it is a copy without weights, and {other}: give {prior.origin['path']}")
 
-    if "data" in record and record["data"] != digest:
+    if record.get("data", digest) != digest:
         return replace(prior, notes=(*prior.notes, "it was trained on other data"))
 
     return prior
@@ -322,7 +338,13 @@ def _judged(prior: Prior, lines: Sequence[dict[str, Any]], sweep: Sweep, *notes:
 
     finals = tuple(_final(name, prior, lines) for name in sweep.objectives)
 
-    return replace(prior, lines=tuple(lines), finals=finals, notes=(*prior.notes, *notes))
+    return replace(
+        prior,
+        lines=tuple(lines),
+        finals=finals,
+        objective=sweep.objectives[0],
+        notes=(*prior.notes, *notes),
+    )
 
 
 def _final(name: str, prior: Prior, lines: Sequence[dict[str, Any]]) -> float:
@@ -463,17 +485,17 @@ def gather(
             say(f"  left out: {prior.path.name}: {prior.reason}")
             continue
 
-        name, loss = prior.path.directory.name, prior.lines[-1]["loss_valid"]
+        name, value = prior.path.directory.name, f"{prior.objective} {prior.finals[0]:.4f}"
 
         try:
-            copy = place(prior, sweep.name, runs, digest)
+            copy = place(prior, sweep, runs, digest)
         except OSError as error:
             raise UserError(
                 f"{prior.path.directory} cannot be copied to {runs}: {error}."
             ) from error
 
         notes = "".join(f"; {note}" for note in prior.notes)
-        say(f"  covered: {name}: loss_valid {loss:.4f}{notes} ({copy.name})")
+        say(f"  covered: {name}: {value}{notes} ({copy.name})")
         items.append(prior.item)
 
     return items

@@ -188,3 +188,24 @@ def test_announcement_tells_the_state_and_an_estimate(
     assert "8 trials, rungs at epochs 1, 3, 9" in (out := capsys.readouterr().out)
     assert "6 runs so far, 2 of them in progress" in out
     assert "2 trials at a time, each with CPU=1; `sda-ray plan` measures" in out
+
+
+def test_leaderboard_shows_the_objective_its_error_and_the_full_skill(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    judged = [replace(r, values={8: r.values[r.last], 9: math.nan}) for r in records(2)]
+    path = runs / "crimson-cloud-0_run00000"
+    (path / "metrics.jsonl").write_text(
+        '{"epoch": 8, "denoising": 0.5, "denoising_se": 0.0123}\n{"epoch": 9, "loss_valid": 1}\n'
+    )
+    leaderboard("demo", judged, runs, objective="denoising")
+    assert "CRPS" not in capsys.readouterr().out  # none was evaluated
+
+    results = {"assim": {"0": {"crps": 0.25}, "1": {"crps": 0.5}}}
+    evaluation = {"version": "1", "weights": "", "data": "", "settings": {}, "results": results}
+    (path / "evaluation.json").write_text(json.dumps(evaluation))
+    leaderboard("demo", judged, runs, objective="denoising")
+    lines = {x.split()[0]: x.split() for x in capsys.readouterr().out.splitlines() if x}
+
+    assert lines["#"][4:7] == ["denoising", "±", "CRPS"]
+    assert lines["1"][5:7] == ["0.012", "0.3750"] and lines["2"][5:7] == ["–", "–"]

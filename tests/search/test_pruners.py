@@ -1,5 +1,6 @@
 r"""Tests for the sda_ray.search.pruners module: final verdicts."""
 
+import math
 import os
 import random
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from optuna.pruners import HyperbandPruner, MedianPruner, PatientPruner, Percent
 from optuna.trial import TrialState
 from simulated import Crash, Sweeping, diverges, outcomes
 
-from sda_ray.search.promotion import FINAL, Rules, TrialRecord
+from sda_ray.search.promotion import FINAL, Rules, TrialRecord, best_at_rung, rank_key
 from sda_ray.search.pruners import hyperband_brackets, prune_rule
 
 STEADY = {"n_startup_trials": 5, "n_warmup_steps": 2, "interval_steps": 2}
@@ -241,3 +242,30 @@ def test_a_sweep_ends_with_a_finished_model_though_all_were_stopped(tmp_path: Pa
     assert [r.state for r in records].count("complete") == 2
     assert all(r.shown == 2 for r in records if r.state == "complete")
     assert not stops(run(1, 2.0, 1.0), [run(1, 2.0, 1.0)])
+
+
+# An objective that is measured at rungs alone
+
+
+def test_values_at_rungs_alone_are_judged_as_such() -> None:
+    nan = math.nan
+    good, bad = run(1, nan, 0.5, nan, 0.4), run(2, nan, 0.7, nan, 0.8)
+    between = run(3, nan, 0.6, nan)
+
+    assert [r.value for r in (good, bad, between)] == [0.4, 0.8, 0.6]
+    assert between.curve == {2: 0.6, 3: 0.6} and run(4, nan).curve == {}
+    assert sorted((bad, between, good), key=rank_key) == [good, bad, between]
+    assert best_at_rung(2, [good, bad, between], Rules(9, 18, 2, 3)) == [good]
+
+    # Four epochs, or two rungs, after the best one
+    stops = prune_rule(rules_of("patience"), "name", patience=4)
+    verdicts = [
+        stops(record := run(1, nan, 0.5, nan, *later), [record])
+        for later in (
+            (0.6,),
+            (0.6, nan, 0.7),
+            (0.6, nan, 0.7, nan, 0.6),
+            (0.6, nan, 0.7, nan, 0.4),
+        )
+    ]
+    assert verdicts == [False, False, True, False]

@@ -17,6 +17,7 @@ import torch
 from sda_ray.core.config import CONFIG
 from sda_ray.core.errors import UserError
 from sda_ray.core.space import choice, integer, loguniform
+from sda_ray.data.dataset import check_data
 from sda_ray.search.promotion import FINAL
 from sda_ray.sweep.definition import SETTINGS, Sweep, load_script
 
@@ -363,3 +364,60 @@ def test_error_of_a_function_is_told_with_its_line(tmp_path: Path) -> None:
 
     with pytest.raises(UserError, match=r"SPACE: KeyError: 'a' \(.*x\.py, line 3\)"):
         load_script(tmp_path / "x.py").check()
+
+
+# Objectives by which runs of any window compare
+
+
+def test_window_and_alpha_may_vary_if_no_objective_is_a_loss() -> None:
+    space = {"window": choice(3, 5), "alpha": choice("cos", "lin")}
+
+    apart: list[tuple[str, ...]] = [("denoising",), ("denoising", "parameters", "seconds")]
+    losses = [("loss_valid",), ("loss_valid", "denoising"), ("denoising", "loss_train")]
+
+    for names in apart:
+        assert sweep_of(space, objectives=names).check().space == space
+
+    for names in losses:
+        with pytest.raises(UserError) as error:
+            sweep_of(space, objectives=names).check()
+
+        for key in space:
+            assert f"SPACE has '{key}', but the denoising losses" in str(error.value)
+
+        assert "Take objectives=('denoising',)" in str(error.value)
+
+    assert sweep_of(lambda trial: {"window": 3}, objectives=("denoising",)).check().measured
+    assert sweep_of(objectives=("denoising",)).check().pruner == "promotion"
+
+
+@pytest.mark.parametrize(
+    ("space", "states"),
+    [
+        (SPACE, 9),  # CONFIG's window is 5
+        ({"window": choice(3, 9, 7)}, 17),
+        ({"window": choice(3)}, 5),
+        ({"window": integer(3, 11, step=2)}, 21),
+        ({"alpha,window": choice(("cos", 3), ("lin", 7))}, 13),
+        (lambda trial: {"window": trial.suggest_int("k", 1, 5) * 2 + 1}, 21),
+    ],
+)
+def test_segments_are_long_enough_for_the_largest_window(space: Any, states: int) -> None:
+    sweep = sweep_of(space, objectives=("denoising", "seconds")).check()
+
+    assert sweep.measured == {"denoising": states} == sweep.definition()["measured"]
+    assert sweep.judged == {"objective": "denoising", "measured": sweep.measured}
+
+
+def test_segments_longer_than_trajectories_are_refused(data: Path) -> None:
+    space = {"window": choice(3, 7)}
+
+    with pytest.raises(UserError, match=r"takes 13 states for a window of 7, but .* have 12"):
+        sweep_of(space, objectives=("denoising",)).check(check_data(data))
+
+
+def test_sweep_of_losses_is_recorded_as_before() -> None:
+    sweep = sweep_of().check()
+
+    assert sweep.measured == sweep.judged == {}
+    assert "measured" not in sweep.definition()

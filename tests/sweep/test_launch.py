@@ -1,6 +1,7 @@
 r"""Tests for sda_ray.sweep.launch: whole sweeps with Ray, resumed, extended, killed, side by side."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -15,11 +16,15 @@ import pytest
 from scene import GRID, SCRIPT, Place, lines, place
 
 from sda_ray.cli import table
+from sda_ray.cli.evaluate import _paths
 from sda_ray.cli.main import main
+from sda_ray.cli.options import Args
 from sda_ray.core.config import load_config
 from sda_ray.core.errors import UserError
 from sda_ray.core.lease import read_holder
+from sda_ray.runs.metrics import read_history
 from sda_ray.runs.path import RunPath
+from sda_ray.runs.record import read_record
 from sda_ray.search.promotion import TrialRecord
 from sda_ray.search.study import Study
 from sda_ray.sweep.definition import load_script
@@ -489,3 +494,64 @@ def test_sweep_whose_runs_are_deleted_ends_with_one_line(place: Place) -> None:
     last = out.splitlines()[-1]
     assert last.startswith(f"sda-ray: {runs}/sweeps/tiny was deleted or unmounted while"), out
     assert out.count(f"{runs}/sweeps/tiny was deleted or unmounted") == 1, out
+
+
+def test_runs_of_any_window_and_alpha_are_compared_by_denoising(place: Place) -> None:
+    script = SCRIPT.replace('"tiny"', '"apart"').replace("trials=8", 'objectives=("denoising",)')
+    script = script.replace(
+        "SPACE = {", 'SPACE = {"window": choice(3, 5), "alpha": choice("cos", "lin"),'
+    )
+    (place.root / "apart.py").write_text(script.replace('"epochs": 9', '"epochs": 18'))
+
+    def histories() -> dict[str, dict[int, Any]]:
+        return {
+            path.id: read_history(path.metrics)
+            for path in RunPath.all(place.runs)
+            if path.metrics.exists() and read_record(path).get("sweep") == "apart"
+        }
+
+    driver = place.start("apart.py", "--trials", "9", "--parallel", "1")
+    place.wait(lambda: any(len(lines) > 8 for lines in histories().values()))
+    driver.send_signal(signal.SIGINT)
+    out, _ = driver.communicate(timeout=60)
+    assert driver.returncode == 130, out
+    before = {r.run_id: r.values for r in place.records("apart")}
+
+    out = place.run("sweep", "apart")
+    records, found = check_whole(place, "apart", 9), histories()
+    rungs = (1, 2, 6, 18)
+
+    # The study has what was measured at rungs, which a resume does not change
+    for r in records:
+        values = {e: line.get("denoising", math.nan) for e, line in found[r.run_id].items()}
+        assert r.values == pytest.approx(values, nan_ok=True, rel=0, abs=0)
+        assert {e for e, x in values.items() if not math.isnan(x)} == {*rungs} & {*values}
+        assert r.last in rungs
+        known = before.get(r.run_id, {})
+        assert {e: r.values[e] for e in known} == pytest.approx(known, nan_ok=True, rel=0, abs=0)
+
+    assert len({(r.config["window"], r.config["alpha"]) for r in records}) > 1
+
+    # One in eta is promoted, by that number
+    first = sorted(records, key=lambda r: r.values[1])
+    assert all(r.last > 1 for r in first[:3])
+    assert first[-1].last == 1
+
+    board = out[out.index("Leaderboard of apart") :].splitlines()
+    best = min((r for r in records if r.state == "complete"), key=lambda r: r.values[18])
+    assert board[1].split()[4:6] == ["denoising", "±"]
+    assert best.run_id in board[2] and f"{best.values[18]:.4f}" in board[2]
+    assert place.path(best).directory.name in out[out.index("Its weights:") :]
+
+    shown = place.run("runs", "--sweep", "apart", "--sort", "denoising", "--json")
+    expected = sorted((r.value or math.inf, r.run_id) for r in records)
+    assert [(x["denoising"], x["id"]) for x in json.loads(shown[shown.index("[") :])] == expected
+    portrait = " ".join(place.run("runs", "show", best.run_id).split())
+    assert f"denoising {best.values[18]:.4f}, best" in portrait
+    top, _ = _paths(Args(sweep="apart", top=1, run=(), runs=place.runs))
+    assert [path.id for path in top] == [best.run_id]
+
+    # A window that the segments are too short for makes another sweep
+    wider = (place.root / "apart.py").read_text().replace("choice(3, 5)", "choice(3, 5, 7)")
+    (place.root / "wider.py").write_text(wider)
+    assert "takes 13 states" in place.run("sweep", "wider.py", "--name", "apart", code=2)

@@ -52,9 +52,10 @@ from sda_ray.sweep.definition import Sweep
 from sda_ray.sweep.driver import Driver
 from sda_ray.sweep.enqueue import bring_in
 from sda_ray.sweep.launch import LaunchRequests, launch_sweep
-from sda_ray.sweep.prior_runs import adopt, fork, warm_start
+from sda_ray.sweep.prior_runs import adopt, fork, place, warm_start
 from sda_ray.sweep.record import Changes, Options, compare, read_sweep, write_sweep
 from sda_ray.sweep.requests import RequestServer
+from sda_ray.training.denoising import Denoising
 from sda_ray.training.validation import DRAWS, Validation
 
 __all__ = ["elsewhere", "runs", "sweep"]  # fixtures
@@ -132,6 +133,30 @@ def test_weights_and_curve_agree(
 
     assert bare.lines[-1]["loss_valid"] == whole.lines[-1]["loss_valid"]
     assert [line["epoch"] for line in bare.lines] == [3]
+
+
+def test_objective_of_the_sweep_is_measured_unless_the_run_has_it(
+    elsewhere: Path, sweep: Sweep, runs: Path, data: Path
+) -> None:
+    space = SPACE | {"window": choice(3, 5)}
+    judged = replace(sweep, space=space, objectives=("denoising",), name="judged").check()
+    source = by_id(elsewhere, "1" * 8)
+    (prior,), _ = collected([source], judged, runs, data)
+    validset = TrajectoryDataset(data / "valid.h5", 3)
+    expected, _ = Denoising(validset, 9)(load_score(source), "cos")
+
+    assert prior.finals == (expected,) == (prior.lines[-1]["denoising"],)
+    assert prior.item["values"] == [[3, expected]]
+    assert prior.lines[-1]["loss_valid"] == read_history(source / "metrics.jsonl")[3]["loss_valid"]
+
+    # Its copy has the number, for segments of that length
+    copy = place(prior, judged, runs, fingerprint(data))
+    (again,), _ = collected([copy], replace(judged, name="again"), runs, data)
+    assert again.finals == prior.finals
+
+    wider = replace(judged, space=SPACE | {"window": choice(3, 5, 7)}, name="wider")
+    _, (refusal,) = collected([copy], wider, runs, data)
+    assert "it is a copy without weights, and judged otherwise" in refusal.reason
 
 
 def test_all_objectives_have_values_or_the_run_is_refused(

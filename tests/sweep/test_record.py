@@ -424,3 +424,15 @@ def test_links_of_the_caller_lead_to_a_record(recorded: Path, tmp_path: Path) ->
 
     with pytest.raises(UserError, match=r"others may write to .*aside"):
         load_record(tmp_path / "runs", "x")
+
+
+def test_window_that_segments_are_too_short_for_makes_another_sweep(sweep: Sweep) -> None:
+    small = replace(sweep, space={"window": choice(3, 5)}, objectives=("denoising",))
+    wider = replace(small, space={"window": choice(5, 3, 7)})
+    same = replace(small, space={"window": choice(3, 5), "alpha": choice("cos", "lin")})
+
+    assert compare(record(small), record(small)).refused == ()
+    assert compare(record(small), record(wider)).refused == (
+        'measured was {"denoising": 9} and is {"denoising": 13}',
+    )
+    assert not any("measured" in line for line in compare(record(small), record(same)).refused)
