@@ -75,8 +75,10 @@ class Ordeal(RuleBasedStateMachine):
 
             seen = self.study.records()
             again = read_directories(seen, self.sweeping.runs, self.study.objectives)
-            now = {record.run_id: record for record in seen}
-            assert all(reconcile(now[id], found) == (now[id], "") for id, found in again.items())
+            now, rungs = {record.run_id: record for record in seen}, self.sweeping.rules.rungs
+            assert all(
+                reconcile(now[id], found, rungs) == (now[id], "") for id, found in again.items()
+            )
 
             action = decide(seen, (), self.driver.rules, stops=self.driver.stops)
             assert (action.kind, action.until) == self.foreseen
@@ -89,7 +91,9 @@ class Ordeal(RuleBasedStateMachine):
         failed = sum(r.state == "failed" for r in seen)
         found = read_directories(seen, self.sweeping.runs, study.objectives)
         rules = replace(rules, excused=failed)
-        seen = [reconcile(r, found[r.run_id])[0] if r.run_id in found else r for r in seen]
+        seen = [
+            reconcile(r, found[r.run_id], rules.rungs)[0] if r.run_id in found else r for r in seen
+        ]
         action = decide(seen, (), rules, stops=self.sweeping.stops)
         self.foreseen = action.kind, action.until
 

@@ -215,7 +215,7 @@ class Sweeping:
                 raise Crash
 
         study.journal._append = count  # type: ignore[method-assign]
-        catch_up(study, self.runs)
+        catch_up(study, self.runs, self.rules.rungs)
 
         return study
 

@@ -279,7 +279,7 @@ def unhide(records: Sequence[TrialRecord], rules: Rules) -> list[TrialRecord]:
         for rung, record in _promotable(shown, rules):
             after = rules.after(rung)
 
-            if record.paused:
+            if record.paused and after not in record.values:
                 return shown
 
             if after in record.values or record.state == "diverged":
@@ -348,6 +348,6 @@ def decide(
     paused = sorted((record for record in idle if record.paused), key=rank_key)
 
     if complete + len(live) < rules.finalists and paused:
-        return Action("promote", paused[0], rules.epochs, shown=paused[0].last)
+        return Action("promote", paused[0], rules.epochs, shown=max(paused[0].visible, default=0))
 
     return Action("wait" if live else "stop")

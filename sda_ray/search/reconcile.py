@@ -19,6 +19,8 @@ from .study import Study
 
 logger = logging.getLogger(__name__)
 
+OPEN = ("running", "pruned")  # states of runs that may train on
+
 # The final status in the directory of a closed run, written here if its process died before
 CLOSED = {"pruned": "paused", "failed": "failed", "stopped": "stopped", "diverged": "diverged"}
 
@@ -38,11 +40,16 @@ class DirectoryState:
     finals: tuple[float, ...] = ()
 
 
-def reconcile(record: TrialRecord, directory: DirectoryState) -> tuple[TrialRecord, str]:
+def reconcile(
+    record: TrialRecord, directory: DirectoryState, rungs: Sequence[int] = ()
+) -> tuple[TrialRecord, str]:
     r"""Returns a run in agreement with its directory.
 
     The run must not be in flight. Beside the record that the study lacks, it returns the status to
     mark the directory with if the run's process died before it could, or an empty text.
+
+    If the journal is so old that the run is not promoted that far in it, the rungs and the end that
+    it has reached stay hidden until the rules promote the run.
     """
 
     if record.source:
@@ -51,8 +58,15 @@ def reconcile(record: TrialRecord, directory: DirectoryState) -> tuple[TrialReco
     # An attempt that the journal has lost used up its number all the same.
     after = replace(record, attempt=max(record.attempt, directory.attempt))
 
+    if record.state in OPEN:
+        reached = [x for x in rungs if x <= max(directory.values, default=0)]
+        after = _ahead(after, max([0, *(x for x in reached if x < record.epochs)]))
+
     if record.state == "running":
         after = _caught_up(after, directory)
+
+    values = {e: x for e, x in directory.values.items() if e <= after.until} | record.values
+    after = replace(after, values=dict(sorted(values.items())))
 
     status = CLOSED.get("pruned" if after.paused else after.state)
 
@@ -63,11 +77,7 @@ def reconcile(record: TrialRecord, directory: DirectoryState) -> tuple[TrialReco
 
 
 def _caught_up(record: TrialRecord, directory: DirectoryState) -> TrialRecord:
-    r"""Returns an open run with all values, and its end if it has ended.
-
-    If the journal is so old that the run is not promoted that far in it, the end stays hidden until
-    the rules promote the run.
-    """
+    r"""Returns an open run, and its end if it has ended."""
 
     known = record.values.keys() | {e for e in directory.values if e <= record.epochs}
     current = directory.attempt >= record.attempt  # written by the last attempt
@@ -84,29 +94,48 @@ def _caught_up(record: TrialRecord, directory: DirectoryState) -> TrialRecord:
         state, reason = directory.status, directory.reason
 
     if ahead and state in ("complete", "diverged"):
-        shown = record.until if record.shown is None else record.shown
-        record = replace(record, until=record.epochs, shown=shown)
+        record = _ahead(record, record.epochs)
 
-    values = {e: x for e, x in directory.values.items() if e <= record.until} | record.values
-
-    return replace(record, values=values, state=state, error=reason, finals=finals)
+    return replace(record, state=state, error=reason, finals=finals)
 
 
-def catch_up(study: Study, runs: Path) -> None:
+def _ahead(record: TrialRecord, until: int) -> TrialRecord:
+    r"""Returns a run that may go up to an epoch, of which nothing new counts for others yet."""
+
+    if until <= record.until:
+        return record
+
+    return replace(
+        record, until=until, shown=record.until if record.shown is None else record.shown
+    )
+
+
+def catch_up(study: Study, runs: Path, rungs: Sequence[int] = ()) -> list[str]:
     r"""Brings a study up to date with the directories of its runs.
 
-    It may be killed at any moment and repeated. The study's lease keeps other drivers away.
+    It may be killed at any moment and repeated. The study's lease keeps other drivers away. Returns
+    a line about values that the journal had and has lost, if there are any.
     """
 
-    records = study.records()
+    records, lost = study.records(), list[str]()
     directories = read_directories(records, runs, study.objectives)
 
     for record in records:
         if record.run_id not in directories:
             continue
 
-        after, status = reconcile(record, directories[record.run_id])
+        directory = directories[record.run_id]
+        after, status = reconcile(record, directory, rungs)
         record = study.record_attempt(record, after.attempt)
+        closed = record.trial.state.is_finished() and after.values != record.values
+        ahead = after.until > record.until or directory.status == "paused"
+
+        if closed or (ahead and after.values != record.values):
+            lost.append(str(record.index))
+
+        if closed:  # Optuna changes no finished trial
+            number, opened = record.trial.number, replace(after, state="running")
+            record = study.set_shown(study.add(opened, record.trial, number), after.shown)
 
         if after.until != record.until:
             record = study.extend(record, after.until, after.shown)
@@ -118,6 +147,11 @@ def catch_up(study: Study, runs: Path) -> None:
 
         if status and (path := RunPath.of_id(runs, record.run_id)):
             mark_run(path, status, after.attempt)
+
+    return [
+        f"{study.journal.file.name} had lost values of runs {', '.join(lost)}: they are restored "
+        "from their directories."
+    ] * bool(lost)
 
 
 def mark_run(
@@ -156,7 +190,9 @@ def read_directories(
     for record in records:
         path = paths.get(record.run_id)
 
-        if path is None or record.source or record.state == "complete":
+        whole = record.state == "complete" and len(record.values) == record.epochs
+
+        if path is None or record.source or whole:
             continue
 
         attempt = int((read_holder(path.lease) or {}).get("attempt", 0))
@@ -176,7 +212,7 @@ def _read_directory(
     content = read_record(path)
     status, reason = content.get("status", ""), str(content.get("reason", ""))
 
-    if record.state != "running":  # closed
+    if record.state not in (*OPEN, "complete"):
         return DirectoryState(status, attempt=attempt, reason=reason)
 
     history = read_history(path.metrics)

@@ -163,9 +163,11 @@ def launch_sweep(
             since = read_sweep(options.runs, sweep.name).get("created", "")
             lost = restore_runs(study, sweep, options.runs, info.fingerprint, since)
 
-        catch_up(study, options.runs)
+        values = catch_up(
+            study, options.runs, sweep.rules.rungs
+        )  # also those of the runs that were lost
 
-        for line in (*lost, *start.widened):
+        for line in (*(lost or values), *start.widened):
             say(line)
 
         if priors := _priors(sweep, options, requests):

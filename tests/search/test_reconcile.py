@@ -1,5 +1,6 @@
 r"""Tests for sda_ray.search.reconcile: the study survives crashes of driver and trials."""
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -12,19 +13,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import invariant, precondition, rule
 from ordeal import Ordeal
-from simulated import Crash, loss, outcomes
+from simulated import Crash, Sweeping, loss, outcomes
 
 from sda_ray.core.lease import Lease
 from sda_ray.runs.path import RunPath
 from sda_ray.search.promotion import Rules, TrialRecord, decide
 from sda_ray.search.reconcile import (
     DirectoryState,
+    catch_up,
     read_directories,
     reconcile,
 )
 from sda_ray.search.study import Study
 
 RULES = Rules(target=6, epochs=9, min_epochs=1, eta=3)
+VALUE = 7  # the code of an intermediate value in Optuna's journal
 FINAL = ("complete", "diverged", "stopped")
 
 
@@ -59,7 +62,7 @@ def said(status: str, last: int, attempt: int = 2, reason: str = "") -> Director
 def brief(record: TrialRecord, found: DirectoryState | None) -> list[str]:
     r"""Returns the kinds of changes, and what comes next."""
 
-    after, status = (record, "") if found is None else reconcile(record, found)
+    after, status = (record, "") if found is None else reconcile(record, found, RULES.rungs)
     changes = {
         "count": after.attempt > record.attempt,
         "extend": after.until > record.until,
@@ -101,12 +104,17 @@ def brief(record: TrialRecord, found: DirectoryState | None) -> list[str]:
         # A journal that is older than the directory
         (run(0, 1), said("finished", 9), ["extend", "report", "complete", "then stop"]),
         (run(1, 1), said("diverged", 4), ["extend", "report", "diverged", "then stop"]),
-        (run(0, 1), said("running", 4), ["count", "report", "mark", "then promote"]),
+        (run(0, 1), said("running", 4), ["count", "extend", "report", "mark", "then promote"]),
+        (run(1, 3), said("paused", 3), ["report", "then promote"]),
+        (run(1, 1), said("paused", 3), ["extend", "report", "then promote"]),
         # Closed
         (run(9, 9, "complete"), said("finished", 9), ["then stop"]),
         (run(1, 1, "pruned"), said("paused", 1), ["then promote"]),
         (run(1, 1, "pruned"), said("running", 1), ["count", "mark", "then promote"]),
         (run(1, 1, "pruned"), said("paused", 1, attempt=7), ["count", "then promote"]),
+        (run(2, 3, "pruned"), said("paused", 3), ["report", "then promote"]),
+        (run(1, 1, "pruned"), said("paused", 3), ["extend", "report", "then promote"]),
+        (run(8, 9, "complete"), said("finished", 9), ["report", "then stop"]),
         (run(1, 1, "failed"), said("running", 1), ["count", "mark", "then draw"]),
         (run(9, 9, "complete", source="elsewhere"), said("running", 2), ["then draw"]),
     ],
@@ -150,7 +158,7 @@ founds = st.builds(
 
 @given(old=records, found=founds)
 def test_reconciling_loses_nothing_and_has_an_end(old: TrialRecord, found: DirectoryState) -> None:
-    new, status = reconcile(old, found)
+    new, status = reconcile(old, found, RULES.rungs)
 
     assert (new.index, new.run_id, new.source) == (old.index, old.run_id, old.source)
     assert old.values.items() <= new.values.items()
@@ -163,7 +171,36 @@ def test_reconciling_loses_nothing_and_has_an_end(old: TrialRecord, found: Direc
 
     # Once more, as the directory is by then, there is nothing to do
     now = replace(found, status="marked", attempt=new.attempt) if status else found
-    assert reconcile(new, now) == (new, "")
+    assert reconcile(new, now, RULES.rungs) == (new, "")
+
+
+def test_values_that_a_journal_has_lost_are_restored_and_named(tmp_path: Path) -> None:
+    sweeping = Sweeping(tmp_path, RULES)
+    before = sweeping.drive()
+    paused = next(r for r in before if r.state == "pruned" and r.last > 1)
+    lines = sweeping.journal.read_bytes().splitlines(keepends=True)
+
+    def is_kept(line: bytes) -> bool:
+        record = json.loads(line)
+        last = {r.trial.number: r.last for r in before if r is paused or r.state == "complete"}
+
+        return record["op_code"] != VALUE or last.get(record["trial_id"]) != record["step"]
+
+    sweeping.journal.write_bytes(b"".join(line for line in lines if is_kept(line)))
+    lease = Lease(tmp_path / "lease.json", "the sweep")
+    study = Study(sweeping.journal, "simulated", lease)
+    lost = [r.index for r, old in zip(study.records(), before, strict=True) if r.last < old.last]
+    assert paused.index in lost and len(lost) > 1
+
+    assert catch_up(study, sweeping.runs, RULES.rungs) == [
+        f"study.journal had lost values of runs {', '.join(map(str, lost))}: they are restored "
+        "from their directories."
+    ]
+    assert list(outcomes(study.records())) == list(outcomes(before))
+    assert catch_up(study, sweeping.runs, RULES.rungs) == []
+    lease.release()
+
+    assert list(outcomes(sweeping.drive())) == list(outcomes(before))
 
 
 def test_number_of_an_attempt_outlives_a_damaged_record(tmp_path: Path) -> None:
