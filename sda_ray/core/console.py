@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 INTERVAL = 10.0  # seconds between two lines of progress where there is no terminal
+YEAR = 365.25 * 86400  # seconds
 
 
 class ProgressBar:
@@ -151,7 +152,10 @@ def format_size(count: float | None) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    r"""Returns a time span in its largest unit, as `3 h` or `1.5 d`."""
+    r"""Returns a time span in its largest unit, as `3 h`, `1.5 d` or `12 years`."""
+
+    if (years := seconds / YEAR) >= 1.1:
+        return f"{years:.2g} years" if years < 10 else f"{years:,.0f} years"
 
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
         if (count := seconds / length) >= 1:

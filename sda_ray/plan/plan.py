@@ -135,7 +135,6 @@ def plan_sweep(
         from .cost import distinct_shapes
 
         plan.shapes, plan.order = distinct_shapes(plan.sweep.configs(DRAWS), found.info, report)
-        _check_disk(plan, plan.sweep, runs)
 
         if local and slots.wanted.keys() == {"CPU"}:
             machine = Node("this machine", "", slots.most or 1, memory_limit())
@@ -146,6 +145,7 @@ def plan_sweep(
 
     if plan.sweep is not None and plan.shapes:
         _forecast(plan, plan.sweep, slots)
+        _check_disk(plan, plan.sweep, runs)
 
     return plan
 
@@ -156,9 +156,10 @@ def _probe(plan: Plan, slots: Slots, *args: Any) -> None:
     last = len(plan.shapes) - 1
     chosen = sorted({0, last // 2, last}) if plan.shapes else []
     configs = [plan.shapes[i].config for i in chosen]
+    peak = max((shape.cost.peak for shape in plan.shapes), default=0)
 
     try:
-        nodes = probe_nodes(slots, configs, plan.info, *args)
+        nodes = probe_nodes(slots, configs, peak, plan.info, *args)
     except (UserError, OSError) as error:  # the directory of runs cannot be written
         plan.faults += [str(error)] if isinstance(error, UserError) or not plan.faults else []
         return
@@ -237,12 +238,13 @@ def _times(plan: Plan, speeds: Sequence[tuple[int, Speed]]) -> tuple[list[float]
 
 
 def check_time(plan: Plan) -> None:
-    r"""Adds a warning if nobody waits for the end of a sweep."""
+    r"""Adds a warning, the first one, if nobody waits for the end of a sweep."""
 
     if plan.known and plan.pruned is not None and plan.pruned.finish > LONG:
-        plan.warnings.append(
+        plan.warnings.insert(
+            0,
             f"the sweep takes about {format_duration(plan.pruned.finish)} here. Choose a smaller "
-            "network, fewer epochs or trials, or more and faster nodes."
+            "network, fewer epochs or trials, or more and faster nodes.",
         )
 
 

@@ -48,6 +48,7 @@ MORE = 2**27  # bytes that a trial takes beside its training: W&B's client, the 
 SLACK = {False: 1.5, True: 1.1}  # bytes for each byte of tensors, at least: scratch, fragments
 LARGE = 2**28  # bytes of tensors from which on the process grows in proportion to them
 SAMPLES = 64, 8  # steps of the sampler and items, at most, at the end of a run
+NARROW = 64  # channels of the network that is measured if all of a sweep are too slow
 CHUNK = 32  # items in a forward pass of the validation
 
 
@@ -261,6 +262,7 @@ class Node:
 def probe_nodes(
     slots: Slots,
     configs: Sequence[Config],
+    peak: int,
     info: DataInfo | None,
     runs: Path,
     data: Path,
@@ -269,8 +271,8 @@ def probe_nodes(
 ) -> list[Node]:
     r"""Surveys all nodes that can hold a trial, and takes training steps on one of each kind.
 
-    Nothing is trained if there are no networks; the first of them takes the least. There are no
-    nodes yet if the cluster starts them on demand.
+    Nothing is trained if there are no networks; the first of them takes the least, and the largest
+    has a peak of that many bytes. There are no nodes yet if the cluster starts them on demand.
 
     Raises:
         UserError: If no node can ever hold a trial.
@@ -302,7 +304,7 @@ def probe_nodes(
                 known: dict[str, Any] = {"note": note}
             else:
                 report(f"measuring on {kind}")
-                known = _measure(chosen, slots, configs, data) if configs else {}
+                known = _measure(chosen, slots, configs, peak, data) if configs else {}
 
             nodes = [replace(x, **known) if x.kind == kind else x for x in nodes]
 
@@ -344,7 +346,9 @@ def _kind(model: str, resources: dict[str, float], gpu: bool) -> str:
     return f"{cpus} ({model})" if model else cpus
 
 
-def _measure(node: Node, slots: Slots, configs: Sequence[Config], data: Path) -> dict[str, Any]:
+def _measure(
+    node: Node, slots: Slots, configs: Sequence[Config], peak: int, data: Path
+) -> dict[str, Any]:
     r"""Takes training steps on a node. Returns `speed`, `memory` and `note` of nodes of its kind."""
 
     import ray
@@ -353,6 +357,7 @@ def _measure(node: Node, slots: Slots, configs: Sequence[Config], data: Path) ->
 
     cpus, gpus = (slots.wanted.get(key, 0) for key in ("CPU", "GPU"))
     copies = min(node.fit, slots.most or COPIES, COPIES)
+    copies = copies if gpus else max(1, min(copies, node.memory // max(1, peak)))
     actor = ray.remote(num_cpus=cpus, num_gpus=gpus)(_Probe)
     probes = [actor.options(**on_node(node.id)).remote() for _ in range(copies)]
 
@@ -376,7 +381,17 @@ def _measure(node: Node, slots: Slots, configs: Sequence[Config], data: Path) ->
             ray.kill(probe)
 
     if not samples:
-        return {"note": f"unknown: a few training steps take more than {LIMIT:g} s."}
+        too_slow = f"a few training steps take more than {LIMIT:g} s"
+        channels = configs[0]["hidden_channels"]
+        smaller = configs[0] | {"hidden_channels": tuple(min(NARROW, x) for x in channels)}
+
+        if configs == [smaller]:
+            return {"note": f"unknown: {too_slow}."}
+
+        known = _measure(node, slots, [smaller], 0, data)
+        note = f"times are extrapolated from a smaller network: {too_slow} here."
+
+        return known | {"note": note} if "speed" in known else known
 
     dataset = TrajectoryDataset(data / "train.h5", 1)
     sizes = {(x.which, x.batch) for _, x, _ in samples}

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from ..core import NETWORK, format_duration, format_size, format_value, make_table, plain
 from .cost import Shape, spread
-from .plan import Forecast, Plan, at_a_time, memory_of
+from .plan import LONG, Forecast, Plan, at_a_time, memory_of
 from .probe import Node, epoch_seconds
 
 FIXED = 64  # characters of a table without the keys of CONFIG
@@ -116,12 +116,12 @@ def _time(plan: Plan, forecast: Forecast) -> str:
     if hours is None:
         return f"{epochs}, time {UNKNOWN}"
 
-    end = datetime.now() + timedelta(seconds=forecast.finish)
+    span = f"{epochs}, {hours:,.3g} {plan.unit}-hours, done in {format_duration(forecast.finish)}"
 
-    return (
-        f"{epochs}, {hours:.3g} {plan.unit}-hours, done in {format_duration(forecast.finish)}, "
-        f"{end:%a %d %b %H:%M}"
-    )
+    if forecast.finish > LONG:  # a date has no year then, or there is none
+        return span
+
+    return f"{span}, {datetime.now() + timedelta(seconds=forecast.finish):%a %d %b %H:%M}"
 
 
 def plan_to_json(plan: Plan) -> dict[str, Any]:

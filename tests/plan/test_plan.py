@@ -94,16 +94,21 @@ def test_network_that_fits_no_node_is_caught(made: Plan) -> None:
     assert "has 134 MB. Choose a smaller network" in faults_of(tight)
 
 
-@pytest.mark.parametrize("days", [1, 99, 101, 10_000])
-def test_sweep_of_months_is_a_warning(made: Plan, days: float) -> None:
+@pytest.mark.parametrize(
+    ("days", "span"),
+    [(1, ""), (99, ""), (101, "101 d"), (682, "1.9 years"), (1e8, "273,785 years")],
+)
+def test_sweep_of_months_or_years_is_the_first_warning(made: Plan, days: float, span: str) -> None:
     assert made.pruned is not None
-    long = replace(made, pruned=replace(made.pruned, finish=86400.0 * days), warnings=[])
+    forecast = replace(made.pruned, finish=86400.0 * days)
+    long = replace(made, pruned=forecast, whole=forecast, warnings=["another"])
     check_time(long)
+    console = Console(file=io.StringIO(), width=160)
+    print_plan(long, console)
 
-    assert (
-        long.warnings == [] or f"takes about {days} d here. Choose a smaller" in long.warnings[0]
-    )
-    assert bool(long.warnings) == (days > 100)
+    assert len(long.warnings) == 1 + bool(span)
+    assert span == "" or f"takes about {span} here. Choose a smaller" in long.warnings[0]
+    assert span in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_memory_limits_the_trials_at_a_time(made: Plan) -> None:
