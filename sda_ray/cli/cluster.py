@@ -276,6 +276,12 @@ def doctor_command(args: Args) -> None:
       sda-ray doctor cluster.yaml       the file, and then the cluster that it has started
     """
 
+    if args.file and args.file.endswith(".py"):
+        do = f"sda-ray plan {shlex.quote(args.file)}"
+        raise UserError(
+            f"doctor checks machines. `{do}` checks a sweep, and whether it fits here."
+        )
+
     if args.file:
         findings = list(_check_file(Path(args.file)))
 

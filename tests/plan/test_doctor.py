@@ -166,6 +166,7 @@ def test_command_examines_this_machine_without_ray(cli: Cli, home: Path) -> None
     }
     assert all(x["do"] for x in found["findings"] if x["state"] != "ok")
     assert "storage" in cli("doctor").stdout
+    assert "`sda-ray plan x.py` checks a sweep" in cli("doctor", "x.py").stderr
     assert time.monotonic() - started < 60
 
 
