@@ -187,8 +187,10 @@ def _connect() -> Any:
 
     import wandb
 
-    with _reaching(), own_environment():
+    with own_environment(), _reaching():
         wandb.setup(wandb.Settings(silent=True))
+
+    with own_environment(), _reaching():  # the start of W&B's process is not the server's time
         api = wandb.Api(timeout=int(PATIENCE))
         _ = api.default_entity  # a request, to see whether the server answers
 

@@ -174,7 +174,7 @@ def test_lease_of_a_dead_process_is_taken_at_once(
     process.wait()
     start = time.monotonic()
     assert Lease(file, "run x").attempt == 2
-    assert time.monotonic() - start < 1
+    assert time.monotonic() - start < 30  # one that waits for a heartbeat takes a minute
 
 
 def test_lease_of_a_zombie_is_taken(

@@ -369,7 +369,7 @@ def test_text_of_a_domain_is_short() -> None:
 
 
 def test_a_choice_of_very_many_options_is_checked_at_once() -> None:
-    start = time.monotonic()
+    start = time.process_time()
     check_space({"seed": choice(*range(10**5))}, None)
 
-    assert time.monotonic() - start < 10  # all pairs took 80 s
+    assert time.process_time() - start < 10  # all pairs took 80 s

@@ -317,7 +317,7 @@ def test_extended_sweep_equals_one_that_was_larger_at_once(
 def test_decide_is_quick_for_thousands_of_runs() -> None:
     rng = random.Random(0)
     records = [run(i, rng.random(), state="pruned") for i in range(1, 2001)]
-    start = time.monotonic()
+    start = time.process_time()
     decide(records, (), replace(RULES, target=4000))
 
-    assert time.monotonic() - start < 0.5
+    assert time.process_time() - start < 0.5
