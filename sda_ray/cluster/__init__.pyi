@@ -1,6 +1,7 @@
 r"""Ray: nodes, and the trials on them."""
 
 from .clusterfile import check_cluster as check_cluster
+from .connect import RayGone as RayGone
 from .connect import check_ray_init as check_ray_init
 from .connect import connected as connected
 from .connect import live_nodes as live_nodes

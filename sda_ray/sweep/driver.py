@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..cluster import RayGone
 from ..core import LeaseGone, margin
 from ..search import (
     Action,
@@ -343,7 +344,7 @@ class Driver:
     def guard(self, error: Exception) -> None:
         r"""Stops the sweep gracefully because of an error of the driver itself."""
 
-        if not isinstance(error, LeaseGone):  # which ends the command, and is printed then
+        if not isinstance(error, LeaseGone | RayGone):  # these end the command, which prints them
             logger.error("the sweep stops: %s: %s", type(error).__name__, error)
 
         self.fault = self.fault or error
