@@ -19,8 +19,10 @@ from .nodes import examine as examine
 from .nodes import marker as marker
 from .nodes import memory_limit as memory_limit
 from .nodes import survey as survey
+from .ray_node import cpus_left as cpus_left
 from .ray_node import local_cpus as local_cpus
 from .ray_node import local_gpus as local_gpus
+from .ray_node import note_cpus as note_cpus
 from .slots import Slots as Slots
 from .slots import fitting as fitting
 from .slurm import job_script as job_script

@@ -9,6 +9,7 @@ one machine.
 import ctypes
 import importlib.util
 import logging
+import math
 import os
 import re
 import shutil
@@ -353,41 +354,66 @@ def private_directory(cpus: int = 0) -> Iterator[Path]:
     how many CPUs a node offers. A warning tells if this user's nodes offer more than there are.
     """
 
-    held = 0
-    parent = _parent()
-
     with ExitStack() as stack:
-        directory = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+        directory = Path(tempfile.mkdtemp(prefix=PREFIX, dir=_parent()))
         stack.callback(_remove, directory)
         lock = stack.enter_context(locked(directory / "new"))
         lock.write(str(cpus).encode())
         lock.flush()
         os.replace(directory / "new", directory / LOCK)  # never there without being locked
-
-        for other in parent.glob(f"{PREFIX}*/{LOCK}"):
-            with suppress(OSError, ValueError):  # removed by another process, or damaged
-                status = other.parent.lstat()
-
-                if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
-                    continue
-
-                try:
-                    with locked(other, wait=False):
-                        _remove(other.parent)
-                except BlockingIOError:
-                    held += int(other.read_text() or 0)
-
-        held -= cpus  # our own
+        held = sum(_others(directory))
 
         if cpus and held and cpus + held > (os.cpu_count() or 1):
             logger.warning(
                 "other commands of yours hold %d CPUs of this machine, and this one takes %d: they "
-                "slow each other down. `taskset` limits a command to some CPUs.",
+                "slow each other down. Sweeps without --parallel start fewer trials meanwhile.",
                 held,
                 cpus,
             )
 
         yield directory
+
+
+def _others(directory: Path) -> list[int]:
+    r"""Returns the CPUs of this user's other commands, and removes what those that died left."""
+
+    cpus = list[int]()
+
+    for other in directory.parent.glob(f"{PREFIX}*/{LOCK}"):
+        with suppress(OSError, ValueError):  # removed by another process, or damaged
+            status = other.parent.lstat()
+
+            if other.parent == directory or not stat.S_ISDIR(status.st_mode):
+                continue
+
+            if status.st_uid != os.getuid():
+                continue
+
+            try:
+                with locked(other, wait=False):
+                    _remove(other.parent)
+            except BlockingIOError:
+                cpus.append(int(other.read_text() or 0))
+
+    return [n for n in cpus if n]
+
+
+def cpus_left(directory: Path) -> int:
+    r"""Returns the CPUs that this user's other commands leave to the one with a private directory.
+
+    They are those that no other uses, and at least an equal share.
+    """
+
+    cpus, others = int(min(os.cpu_count() or 1, cgroup_cpus())), _others(directory)
+
+    return max(cpus // (1 + len(others)), cpus - sum(others))
+
+
+def note_cpus(directory: Path, cpus: float) -> None:
+    r"""Notes in a private directory how many CPUs its command uses now."""
+
+    with suppress(OSError), open(directory / LOCK, "r+") as lock:
+        lock.write(f"{math.ceil(cpus):<9}")  # in place: others read it at any time
 
 
 def _parent() -> Path:

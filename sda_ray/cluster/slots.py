@@ -1,5 +1,6 @@
 r"""How many trials fit at a time on the nodes of a cluster."""
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -34,6 +35,7 @@ class Slots:
         self.wanted = {key: x for key, x in {"CPU": cpus, "GPU": gpus}.items() if x > 0}
         self.most = most
         self.grows = False  # whether the cluster starts nodes for trials that wait for one
+        self.left: Callable[[], float] = lambda: math.inf  # CPUs that other commands leave
         self.avoided: Mapping[str, str] = {}  # nodes where no trial may start -> why
         self.forgive: Callable[[], bool] = lambda: False  # allows some of them again, if it can
         self._count = 0
@@ -44,7 +46,8 @@ class Slots:
         r"""Returns the number of trials that fit on the nodes of the cluster, as it is now.
 
         Nodes that are drained or avoided do not count. If the cluster grows, it is :attr:`most`:
-        trials without a node are what an autoscaler starts nodes for.
+        trials without a node are what an autoscaler starts nodes for. Unless :attr:`most` is given,
+        other commands on this machine get their share, and one trial always fits.
 
         Raises:
             UserError: If all nodes have long been avoided.
@@ -63,7 +66,20 @@ class Slots:
     def _look(self) -> int:
         gone = {*self.avoided, *draining_nodes()}
 
-        return sum(self._on(n["Resources"]) for id, n in live_nodes().items() if id not in gone)
+        return self._shared(
+            sum(self._on(n["Resources"]) for id, n in live_nodes().items() if id not in gone)
+        )
+
+    def _shared(self, count: int) -> int:
+        r"""Returns a number of trials without those whose CPUs here are for other commands."""
+
+        if self.most is not None or "GPU" in self.wanted:
+            return count
+
+        here = local_cpus()
+        fewer = self._on({"CPU": here}) - self._on({"CPU": min(here, self.left())})
+
+        return max(min(1, count), count - fewer)
 
     def _check_avoided(self, seconds: float) -> None:
         r"""Raises a UserError if there was long no room, and never will be on bad nodes."""

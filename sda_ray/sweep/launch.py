@@ -10,10 +10,11 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..cluster import Slots, announced, connected, is_requeued, ray_endpoint
+from ..cluster import Slots, announced, connected, cpus_left, is_requeued, note_cpus, ray_endpoint
 from ..core import Lease, UserError, deadline, on_signals, say, try_print
 from ..data import DataInfo
 from ..runs import sweep_directory
@@ -335,6 +336,10 @@ def _drive(
 
         slots.grows = options.parallel is not None and not alone and not options.job
         slots.check(patience=0 if alone else JOIN)
+
+        if alone:
+            slots.left = partial(cpus_left, scratch)
+
         lease = driver.study.journal.lease
         assert lease is not None
         endpoint = ray_endpoint(alone or bool(options.job))
@@ -347,6 +352,9 @@ def _drive(
                 options.replica.check()
 
             announce(driver.losses.avoided)
+
+            if alone:
+                note_cpus(scratch, len(driver.live) * options.cpus)
 
         driver.house = house
         resources = {"cpu": options.cpus, "gpu": slots.wanted.get("GPU", 0)}

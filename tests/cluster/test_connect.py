@@ -253,6 +253,15 @@ def test_trials_at_a_time_on_this_machine_are_known_before_ray_starts() -> None:
     assert Slots(0.5, 0, most=1).local() == 1
 
 
+def test_trials_leave_cpus_to_other_commands_unless_their_number_is_given() -> None:
+    slots, limited, here = Slots(1, 0), Slots(1, 0, most=9), local_cpus()
+    assert slots._shared(9) == 9
+    slots.left = limited.left = lambda: 0
+
+    assert limited._shared(9) == 9
+    assert [slots._shared(n) for n in (0, here, here + 5)] == [0, 1, 5]  # 5 where others joined
+
+
 def test_trial_that_fits_nowhere_is_refused_before_ray_starts() -> None:
     with pytest.raises(UserError, match=r"wants CPU=64, but this machine has CPU=\d+ GPU=\d+"):
         Slots(64, 0).check_local()

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from sda_ray.cluster.ray_node import private_directory, started
+from sda_ray.cluster.ray_node import cpus_left, note_cpus, private_directory, started
 from sda_ray.core.errors import UserError
 from sda_ray.core.files import locked
 
@@ -112,6 +112,21 @@ def test_cpus_that_are_taken_twice_are_told(
 
         with private_directory(10_000):
             assert "hold 1 CPUs of this machine, and this one takes 10000" in caplog.text
+
+
+def test_cpus_are_shared_with_other_commands_while_they_use_them(parent: Path) -> None:
+    with private_directory(99) as mine:
+        every = cpus_left(mine)
+        assert 1 <= every <= (os.cpu_count() or 1)
+
+        with private_directory(99) as other, private_directory():
+            assert cpus_left(mine) == cpus_left(other) == every // 2
+            note_cpus(mine, 0.5)
+            assert cpus_left(other) == max(every // 2, every - 1)
+            note_cpus(mine, 0)
+            assert (cpus_left(other), cpus_left(mine)) == (every, every // 2)
+
+        assert cpus_left(mine) == every
 
 
 def test_node_whose_raylet_is_killed_while_it_starts_is_started_again(parent: Path) -> None:
