@@ -385,7 +385,7 @@ def _measure(
         channels = configs[0]["hidden_channels"]
         smaller = configs[0] | {"hidden_channels": tuple(min(NARROW, x) for x in channels)}
 
-        if configs == [smaller]:
+        if configs[0] == smaller:
             return {"note": f"unknown: {too_slow}."}
 
         known = _measure(node, slots, [smaller], 0, data)
