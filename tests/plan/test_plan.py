@@ -37,9 +37,14 @@ def made(place: Path, data: Path) -> Plan:
         "CONFIG['compile'] = 'on'",
     )
 
-    # A process in which Ray was imported, as by other tests, cannot start one of its own
+    return apart(script, place / "runs", data)
+
+
+def apart(script: Path, runs: Path, data: Path) -> Plan:
+    r"""Plans in a new process: one in which Ray was imported cannot start one of its own."""
+
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(plan, script, place / "runs", data, gpus=0).result()
+        return pool.submit(plan, script, runs, data, gpus=0).result()
 
 
 def test_plan_of_a_good_sweep_leaves_nothing_behind(made: Plan, place: Path) -> None:
@@ -109,6 +114,15 @@ def test_sweep_of_months_or_years_is_the_first_warning(made: Plan, days: float, 
     assert len(long.warnings) == 1 + bool(span)
     assert span == "" or f"takes about {span} here. Choose a smaller" in long.warnings[0]
     assert span in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_disk_that_is_too_small_does_not_hide_the_time(tmp_path: Path, data: Path) -> None:
+    vast = apart(write(tmp_path, "MORE = {'trials': 10**9}"), tmp_path / "runs", data)
+
+    assert "GB free. Make room" in faults_of(vast)
+    assert vast.warnings[0].startswith("the sweep takes about ")
+    assert " years here" in vast.warnings[0]
+    assert not (tmp_path / "runs").exists()
 
 
 def test_memory_limits_the_trials_at_a_time(made: Plan) -> None:

@@ -80,7 +80,6 @@ MISTAKES = {
     "eta": ("MORE = {'eta': 1}", "eta is 1, but must be"),
     "sampler": ("MORE = {'sampler': 'bayes'}", "sampler is 'bayes', but must be"),
     "pruner": ("MORE = {'pruner': 'asha'}", "pruner is 'asha', but must be"),
-    "disk": ("MORE = {'trials': 10**9}", "GB free. Make room"),
 }
 
 
