@@ -52,15 +52,15 @@ def test_study_is_read_without_touching_it(tmp_path: Path) -> None:
     assert list(reader.queue().values()) == [{"seed": 2}]  # what is written later is seen
 
 
-def test_unknown_sweep_is_not_attached(cli: Cli, tmp_path: Path) -> None:
-    done = cli("attach", "tiny")
+def test_unknown_sweep_is_not_attached(cli_here: Cli, tmp_path: Path) -> None:
+    done = cli_here("attach", "tiny")
 
     assert done.returncode == 2 and "there is no sweep 'tiny'" in done.stderr
 
 
-def test_mistakes_are_reported_before_anything_is_detached(cli: Cli, tmp_path: Path) -> None:
+def test_mistakes_are_reported_before_anything_is_detached(cli_here: Cli, tmp_path: Path) -> None:
     (tmp_path / "tiny.py").write_text(SCRIPT.replace('"window": 3', '"window": 4'))
-    done = cli("sweep", "tiny.py", "--detach")
+    done = cli_here("sweep", "tiny.py", "--detach")
 
     assert done.returncode == 2 and "window" in done.stderr
     assert not (tmp_path / "runs" / "sweeps" / "tiny" / "detached.log").exists()

@@ -277,11 +277,11 @@ subprocess.run([sys.executable, "-c", {child!r}], check=True)
     assert (root / "fds").read_text() == os.devnull
 
 
-def test_json_is_alone_on_standard_output(root: Path, cli: Cli) -> None:
+def test_json_is_alone_on_standard_output(root: Path, cli_here: Cli) -> None:
     space = "def space(trial):\n    print('drawn')\n    return {}\n\nsweep"
     text = SCRIPT.replace("sweep", space, 1).replace("CONFIG, SPACE", "CONFIG, space")
     (root / "tiny.py").write_text(f"print('loaded')\n{text}")
-    done = cli("plan", "tiny.py", "--json", "epochs=0", "--fix=a=1")
+    done = cli_here("plan", "tiny.py", "--json", "epochs=0", "--fix=a=1")
 
     assert "loaded" in done.stderr and json.loads(done.stdout)["faults"], done.stderr
 

@@ -149,8 +149,8 @@ def test_job_knows_its_own_sweep_again_and_no_other(tmp_path: Path) -> None:
     assert not is_requeued(tmp_path, "7")
 
 
-def test_machine_is_told_when_there_is_nothing_to_join(cli: Any, tmp_path: Path) -> None:
-    done = cli("join", "shared")
+def test_machine_is_told_when_there_is_nothing_to_join(cli_here: Any, tmp_path: Path) -> None:
+    done = cli_here("join", "shared")
     assert done.returncode == 2 and "there is no sweep 'shared'" in done.stderr
 
     keys = ("name", "trials", "definition", "fingerprint", "options")

@@ -74,9 +74,9 @@ def asked_by(script: str) -> list[str]:
 
 
 def test_script_is_written_and_shown_but_not_submitted(
-    cli: Any, sweep: Path, settings: list[str], slurm: dict[str, str], tmp_path: Path
+    cli_here: Any, sweep: Path, settings: list[str], slurm: dict[str, str], tmp_path: Path
 ) -> None:
-    done = cli(
+    done = cli_here(
         "slurm", sweep.name, *settings, "--trials", "4", "--", "--nodes=2", "-c", "8", **slurm
     )
     assert done.returncode == 0, done.stderr
@@ -114,10 +114,10 @@ def test_job_is_submitted_on_request(
 
 
 def test_wish_of_the_user_takes_the_place_of_ours(
-    cli: Any, sweep: Path, settings: list[str], tmp_path: Path
+    cli_here: Any, sweep: Path, settings: list[str], tmp_path: Path
 ) -> None:
     given = ["-J", "mine", "--no-requeue", "--output=a b.log", "--signal=B:USR1@300", "-n4"]
-    done = cli("slurm", sweep.name, *settings, "--", *given)
+    done = cli_here("slurm", sweep.name, *settings, "--", *given)
 
     assert done.returncode == 0, done.stderr
     asked = asked_by(script_of(tmp_path))
@@ -129,10 +129,10 @@ def test_wish_of_the_user_takes_the_place_of_ours(
 
 
 def test_log_is_in_a_directory_of_any_name(
-    cli: Any, sweep: Path, settings: list[str], tmp_path: Path
+    cli_here: Any, sweep: Path, settings: list[str], tmp_path: Path
 ) -> None:
     root = tmp_path / "50%j of it"
-    done = cli("slurm", sweep.name, *settings, "--root", str(root), "--", r"--comment=a\b")
+    done = cli_here("slurm", sweep.name, *settings, "--root", str(root), "--", r"--comment=a\b")
     assert done.returncode == 0, done.stderr
 
     asked = asked_by((root / "runs/sweeps/jobs/slurm.sh").read_text())
@@ -161,9 +161,9 @@ def test_log_is_in_a_directory_of_any_name(
     ],
 )
 def test_mistake_is_told_before_a_job_waits_for_days(
-    cli: Any, sweep: Path, settings: list[str], words: list[str], said: str, tmp_path: Path
+    cli_here: Any, sweep: Path, settings: list[str], words: list[str], said: str, tmp_path: Path
 ) -> None:
-    done = cli("slurm", sweep.name, *settings, *words)
+    done = cli_here("slurm", sweep.name, *settings, *words)
 
     assert done.returncode == 2
     assert said in done.stderr
@@ -193,7 +193,7 @@ def carry_out(root: Path, env: dict[str, str], log: Path) -> "subprocess.Popen[b
 
 
 def test_job_is_requeued_when_its_time_is_up_and_done_when_the_sweep_is(
-    cli: Any,
+    cli_here: Any,
     sweep: Path,
     settings: list[str],
     slurm: dict[str, str],
@@ -201,7 +201,7 @@ def test_job_is_requeued_when_its_time_is_up_and_done_when_the_sweep_is(
     tmp_path: Path,
     short: Path,
 ) -> None:
-    done = cli(
+    done = cli_here(
         *["slurm", sweep.name, *settings, "epochs=400", "--enqueue=weight_decay=1e-3"],
         *["--", "-c1", "--time=1:00:00"],
     )
