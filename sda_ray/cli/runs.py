@@ -61,7 +61,7 @@ def runs() -> None:
 @option("--status", "Only of this status.", STATUSES)
 @option(
     "--sort",
-    "age, name, status, epoch, loss_valid, denoising, sweep, size or a setting. Default: age.",
+    "age, name, status, epoch, loss_valid, denoising, skill, sweep, size or a setting. Default: age.",
     metavar="KEY",
     default="age",
 )

@@ -335,8 +335,8 @@ def _misplaced(keys: list[Any], pruner: str, losses: bool) -> Iterator[str]:
         elif losses and key in ("window", "alpha"):
             yield (
                 f"SPACE has {key!r}, but the denoising losses of different {key}s are not "
-                "comparable. Take objectives=('denoising',), or set it in CONFIG, and make a sweep "
-                "for each."
+                "comparable. Take objectives=('denoising',) or ('skill',), or set it in CONFIG, and "
+                "make a sweep for each."
             )
         elif key == "epochs" and pruner != "none":
             yield (

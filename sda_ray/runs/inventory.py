@@ -42,6 +42,7 @@ class Entry:
     epochs: int | None = None
     loss_valid: float | None = None  # of the last epoch
     denoising: float | None = None  # likewise, as the others where it is measured
+    skill: float | None = None
     sample_std: float | None = None  # relative to the data
     sweep: str | None = None
     config: Config | None = None  # if it can be read
@@ -121,6 +122,7 @@ def read_entry(path: RunPath) -> Entry | None:
         config["epochs"] if config else None,
         line.get("loss_valid"),
         line.get("denoising"),
+        line.get("skill"),
         line.get("sample_std"),
         record.get("sweep"),
         config,
@@ -220,6 +222,7 @@ SORTS: dict[str, Any] = {
     "epoch": lambda entry: _rank(entry.epoch, -1),
     "loss_valid": lambda entry: _rank(entry.loss_valid),
     "denoising": lambda entry: _rank(entry.denoising),
+    "skill": lambda entry: _rank(entry.skill),
     "sweep": lambda entry: (entry.sweep is None, entry.sweep or ""),
     "size": lambda entry: _rank(entry.size, -1),
 }
@@ -360,7 +363,7 @@ def compare(runs: Sequence[Entry], lines: Sequence[list[dict[str, Any]]]) -> dic
     if "window" in differ:
         notes.append(
             "the windows differ: losses of different windows are not comparable, but denoising "
-            "is, within a sweep."
+            "and skill are, within a sweep."
         )
 
     if len(data) > 1:

@@ -34,9 +34,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MEASURED: tuple[str, ...] = (
-    "denoising",
-)  # where a run is judged, if its sweep has such an objective
+# Objectives that are measured where a run is judged, if its sweep has them
+MEASURED: tuple[str, ...] = ("denoising", "skill")
 TAIL = 2**16  # bytes at the end of metrics.jsonl that surely hold its last line
 
 
@@ -50,6 +49,8 @@ class Line(msgspec.Struct):
     loss_valid_se: float | None = None
     denoising: float | None = None
     denoising_se: float | None = None
+    skill: float | None = None
+    skill_se: float | None = None
     lr: float | None = None
     sample_std: float | None = None
     sample_spectrum: float | None = None

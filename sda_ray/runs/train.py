@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,6 +26,7 @@ from ..nn import load_network, make_deterministic, warn_slow
 from ..training import (
     Denoising,
     Diverged,
+    Ensembles,
     Measure,
     Metrics,
     Samples,
@@ -213,7 +215,7 @@ def make_measures(
         UserError: If there are too few states for the window.
     """
 
-    kinds = {"denoising": Denoising}
+    kinds: dict[str, Any] = {"denoising": Denoising, "skill": Ensembles}
 
     for name, states in measured.items():
         if name not in kinds:

@@ -234,7 +234,7 @@ def test_ignored_signals_stay_ignored() -> None:
 def test_measures_are_taken_where_a_run_is_judged_also_after_a_resume(
     small: Config, data: Path, tmp_path: Path
 ) -> None:
-    measured: dict[str, Any] = {"rungs": [2], "measured": {"denoising": 9}}
+    measured: dict[str, Any] = {"rungs": [2], "measured": {"denoising": 9, "skill": 9}}
     run = begin(tmp_path / "a", small, **measured)
     list(train_run(run, data))
     run.close("finished")
@@ -250,11 +250,8 @@ def test_measures_are_taken_where_a_run_is_judged_also_after_a_resume(
     list(train_run(part, data))
     part.close("finished")
 
-    assert [line.keys() >= {"denoising", "denoising_se"} for line in history(run.path)] == [
-        False,
-        True,
-        True,
-    ]
+    keys = {"denoising", "denoising_se", "skill", "skill_se"}
+    assert [keys & line.keys() for line in history(run.path)] == [set(), keys, keys]
     assert same(run.path, part.path)
 
     unmeasured = begin(tmp_path / "c", small | {"window": 7}, **measured)

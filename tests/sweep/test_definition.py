@@ -372,7 +372,7 @@ def test_error_of_a_function_is_told_with_its_line(tmp_path: Path) -> None:
 def test_window_and_alpha_may_vary_if_no_objective_is_a_loss() -> None:
     space = {"window": choice(3, 5), "alpha": choice("cos", "lin")}
 
-    apart: list[tuple[str, ...]] = [("denoising",), ("denoising", "parameters", "seconds")]
+    apart: list[tuple[str, ...]] = [("skill",), ("denoising", "skill", "parameters")]
     losses = [("loss_valid",), ("loss_valid", "denoising"), ("denoising", "loss_train")]
 
     for names in apart:
