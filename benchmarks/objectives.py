@@ -53,7 +53,7 @@ NETWORK = {
     "batch_size": 8,
     "parametrization": "v",
 }
-FULL = EvaluationSettings(trajectories=2, members=4, steps=32)
+FULL = EvaluationSettings(trajectories=2, members=3, steps=32)
 BRIEF = EvaluationSettings(trajectories=1, members=2, steps=24)
 GOAL_TAU, GOAL_COST = 0.7, 0.05
 
