@@ -28,10 +28,10 @@ class Denoising:
 
     where the denominator is the error of the best multiple of :math:`x(t)`: 1 is no better than
     that, and smaller is better. A tenth less error counts the same at every level; an arithmetic
-    mean would see the levels alone where a network is worst. Networks that denoise :math:`x(t) / \mu(t)` in the same way have
-    the same number up to rounding, whatever they see and estimate, since all get the same
-    segments, levels and noise: :math:`t` is solved for from each level. So runs of another
-    `window`, `alpha`, `parametrization` or `precision` can be compared.
+    mean would see the levels alone where a network is worst. Networks that denoise
+    :math:`x(t) / \mu(t)` in the same way have the same number up to rounding, whatever they see and
+    estimate, since all get the same segments, levels and noise: :math:`t` is solved for from each
+    level. So runs of another `window`, `alpha`, `parametrization` or `precision` can be compared.
 
     There are at least `least` items, and each trajectory is used equally often. An item has a
     level of its own, which are equidistant in :math:`\log s`, and a random start. A segment of
