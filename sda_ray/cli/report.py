@@ -3,11 +3,12 @@ r"""The command `sda-ray report`: what sweeps have found, as one file."""
 import os
 import webbrowser
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import click
 
-from ..core import UserError, say
+from ..core import Hold, LeaseLost, UserError, say
 from ..report import write_report
 from .options import Args, command, option
 
@@ -42,22 +43,27 @@ def report_command(args: Args) -> None:
         say("There is no browser here: copy the file to a machine that has one.")
 
 
-def _write(runs: Path, names: Sequence[str], file: Path | None = None) -> Path:
+def _write(
+    runs: Path, names: Sequence[str], file: Path | None = None, hold: Hold = nullcontext
+) -> Path:
     try:
-        return write_report(runs, list(names), file)
+        return write_report(runs, list(names), file, hold)
     except OSError as error:
         raise UserError(f"the report cannot be written: {error}.") from error
 
 
-def report_end(runs: Path, name: str) -> None:
-    r"""Writes the report of a sweep at its end, and says where, or why there is none.
+def report_end(runs: Path, name: str, hold: Hold) -> str:
+    r"""Writes the report of a sweep at its end, and returns where it is, or why there is none.
 
-    No fault of a figure may make a sweep fail that has ended well.
+    No fault of a figure may make a sweep fail that has ended well. A driver whose sweep was taken
+    over writes nothing.
     """
 
     try:
-        say(f"\nReport: {os.path.relpath(_write(runs, [name]))}")
+        return f"\nReport: {os.path.relpath(_write(runs, [name], hold=hold))}"
+    except LeaseLost:
+        return ""
     except UserError as error:
-        say(f"\nNo report: {error}")
+        return f"\nNo report: {error}"
     except Exception as error:
-        say(f"\nNo report: {type(error).__name__}: {error}")
+        return f"\nNo report: {type(error).__name__}: {error}"

@@ -16,6 +16,7 @@ import click
 
 from ..core import (
     Config,
+    Hold,
     UserError,
     format_value,
     parse_overrides,
@@ -200,10 +201,13 @@ def _sweep(args: Args, replica: Any = None) -> None:
     requests = LaunchRequests(
         tuple(args.enqueue), warm, args.retry_failed, args.trials is not None
     )
-    if launch_sweep(sweep, options, table, requests) and not args.no_report:
+
+    def finish(hold: Hold) -> str:
         from .report import report_end
 
-        report_end(options.runs, sweep.name)
+        return "" if args.no_report else report_end(options.runs, sweep.name, hold)
+
+    launch_sweep(sweep, options, table, requests, finish)
 
 
 def _detach(sweep: Any, options: Any, words: Sequence[str]) -> None:

@@ -7,13 +7,13 @@ import io
 import json
 import math
 import os
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from .. import __version__
-from ..core import UserError, format_duration, format_value, plain, write_atomic
+from ..core import Hold, UserError, format_duration, format_value, plain, write_atomic
 from ..runs import RunPath, timestamp
 from .figures import STATES, Figure, figures, history_of_all
 from .findings import Findings, Trial, read_findings
@@ -24,7 +24,9 @@ PLACE = Path(__file__).parent
 COLUMNS, WHY = ("#", "run", "status", "epoch"), "why it stopped there"
 
 
-def write_report(runs: Path, names: list[str], file: Path | None = None) -> Path:
+def write_report(
+    runs: Path, names: list[str], file: Path | None = None, hold: Hold = nullcontext
+) -> Path:
     r"""Writes the report of one or several sweeps and returns its file.
 
     It shows the sweeps as they stand, also while they run, and reads them only.
@@ -33,6 +35,7 @@ def write_report(runs: Path, names: list[str], file: Path | None = None) -> Path
         runs: The directory of all runs.
         names: The names of the sweeps.
         file: The file, by default `report.html` in the directory of the first sweep.
+        hold: Holds a lease during the write.
 
     Raises:
         UserError: If a sweep does not exist, has not begun, or its record is damaged.
@@ -58,7 +61,9 @@ def write_report(runs: Path, names: list[str], file: Path | None = None) -> Path
         program=PLACE.joinpath("page.js").read_text(),
         library=_library(),
     )
-    write_atomic(file, page.encode(errors="replace"), mode=0o644)
+
+    with hold():
+        write_atomic(file, page.encode(errors="replace"), mode=0o644)
 
     return file
 

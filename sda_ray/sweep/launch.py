@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..cluster import Slots, announced, connected, cpus_left, is_requeued, note_cpus, ray_endpoint
-from ..core import Lease, UserError, deadline, on_signals, say, try_print
+from ..core import Hold, Lease, UserError, deadline, on_signals, say, try_print
 from ..data import DataInfo
 from ..runs import sweep_directory
 from ..search import Rules, Study, TrialRecord, catch_up, decide
@@ -98,16 +98,21 @@ class View(Protocol):
 
 
 def launch_sweep(
-    sweep: Sweep, options: Options, view: View, requests: LaunchRequests = NOTHING
-) -> bool:
+    sweep: Sweep,
+    options: Options,
+    view: View,
+    requests: LaunchRequests = NOTHING,
+    finish: Callable[[Hold], str] = lambda hold: "",
+) -> None:
     r"""Starts, resumes or extends a sweep, as its record calls for.
 
     Everything is checked before anything is written and before Ray starts. A sweep has one driver
     at a time; the driver of a running sweep serves the requests. A Slurm job that has been
     requeued takes the sweep over from its previous execution.
 
-    Returns:
-        Whether it has ended here; a running sweep was only asked.
+    Arguments:
+        finish: What writes about a sweep that has ended here, holding its lease for each write, and
+            returns what to print at last.
 
     Raises:
         UserError: If anything is wrong.
@@ -132,7 +137,7 @@ def launch_sweep(
         with suppress(NotRunning):
             trials = sweep.trials if requests.retarget else None
             ask_all(directory, trials, requests.retry, queue, _priors(sweep, options, requests))
-            return False
+            return
 
     # Record and study
     directory.mkdir(parents=True, exist_ok=True)
@@ -188,12 +193,15 @@ def launch_sweep(
         with running(code):
             spec = _spec(sweep, options, info, directory / "stop")
             _run(sweep, study, slots, options, spec, code, view)
+
+        closing = finish(lease.hold)
     finally:
         lease.release()
 
     view.show_end(options.runs, sweep.name, study)
 
-    return True
+    if closing:
+        say(closing)
 
 
 def _priors(sweep: Sweep, options: Options, requests: LaunchRequests) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import nullcontext
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from sweeping import make_sweep
 
 from sda_ray import choice, loguniform
 from sda_ray.cli.main import main
+from sda_ray.cli.report import report_end
+from sda_ray.core.lease import Lease
 from sda_ray.report.findings import read_findings
 from sda_ray.report.page import write_report
 from sda_ray.search.promotion import rank_key
@@ -139,6 +142,21 @@ def test_one_report_compares_sweeps_and_is_written_where_it_is_wanted(
 
         assert end.value.code == 2
         assert why in capsys.readouterr().err
+
+
+def test_report_at_the_end_is_written_under_the_lease_or_not_at_all(tmp_path: Path) -> None:
+    make_sweep(tmp_path, "width", 4)
+    directory = tmp_path / "sweeps" / "width"
+    lease = Lease(directory / "lease.json", "sweep 'width'")
+    assert report_end(tmp_path, "width", lease.hold).endswith("report.html")
+    before = (directory / "report.html").stat()
+
+    lease.release()  # as another driver's takeover would
+    assert report_end(tmp_path, "width", lease.hold) == ""
+    assert (directory / "report.html").stat() == before
+
+    (directory / "study.journal").write_text("nonsense\n")
+    assert report_end(tmp_path, "width", nullcontext).startswith("\nNo report: ")
 
 
 @pytest.fixture(scope="module")
