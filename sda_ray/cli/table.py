@@ -27,14 +27,7 @@ from ..core import (
     read_holder,
     say,
 )
-from ..runs import (
-    RunPath,
-    is_off,
-    last_metrics,
-    read_evaluation,
-    read_metrics,
-    sweep_directory,
-)
+from ..runs import RunPath, is_off, last_metrics, read_metrics, sweep_directory
 from ..search import Rules, Study, TrialRecord, count_trials, importances, rank_key
 from ..sweep import read_sweep, watch
 from .options import SWEEP, Args, command
@@ -49,10 +42,6 @@ EVENTS = {
     "lost": "is lost",
     "memory": "is out of memory and is tried once more",
 }
-
-
-def _status(record: TrialRecord) -> str:
-    return "paused" if record.paused and record.state == "running" else record.state
 
 
 def _loss(record: TrialRecord) -> str:
@@ -80,7 +69,7 @@ def _rows(
     columns = {
         "#": [str(r.index) for r in records],
         "run": [printable(f"{names.get(r.run_id, '…')}_{r.run_id}") for r in records],
-        "status": [_status(r) for r in records],
+        "status": [r.status for r in records],
         "epoch": [f"{r.last}/{r.epochs}" for r in records],
         objective: [_loss(r) for r in records],
     }
@@ -202,11 +191,11 @@ class LiveTable:
 
     def _render(self) -> RenderableType:
         records = self.now
-        running = [r for r in records if _status(r) == "running"]
-        others = sorted((r for r in records if _status(r) != "running"), key=rank_key)
+        running = [r for r in records if r.status == "running"]
+        others = sorted((r for r in records if r.status != "running"), key=rank_key)
         width, height = self.console.size
         room = max(1, height - 5)
-        statuses = [_status(r) for r in records]
+        statuses = [r.status for r in records]
         counts = ", ".join(f"{statuses.count(x)} {x}" for x in STYLES if x in statuses)
         elapsed = int(time.monotonic() - self.start)
         head = Text.assemble(
@@ -246,7 +235,7 @@ def _event(before: TrialRecord | None, now: TrialRecord) -> str:
     if before is None:
         return "draw"
 
-    if _status(before) != (status := _status(now)):
+    if before.status != (status := now.status):
         return "promote" if status == "running" else status
 
     return "adopt" if now.attempt > before.attempt else ""
@@ -338,10 +327,16 @@ def _judgement(path: RunPath, objective: str) -> dict[str, Any]:
 def _crps(path: RunPath) -> float | None:
     r"""Returns the CRPS of `assim` over the trajectories that a run was evaluated on, if any."""
 
+    if not path.evaluation.exists():
+        return None
+
+    from ..runs import read_evaluation  # which loads h5py
+
     with suppress(UserError, OSError):
         if evaluation := read_evaluation(path):
-            rows = evaluation.results.get("assim", {}).values()
-            return statistics.mean(row["crps"] for row in rows if "crps" in row)
+            found = [row.get("crps") for row in evaluation.results.get("assim", {}).values()]
+            numbers = [x for x in found if isinstance(x, int | float)]
+            return statistics.mean(numbers) if numbers else None
 
     return None
 

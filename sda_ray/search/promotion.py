@@ -98,6 +98,12 @@ class TrialRecord:
         return waits or self.state == "pruned"
 
     @property
+    def status(self) -> str:
+        r"""The state as people are told it: an open run may be paused."""
+
+        return "paused" if self.paused and self.state == "running" else self.state
+
+    @property
     def outcome(self) -> str:
         r"""The state that other runs see: the end of a run with hidden values is hidden, too."""
 

@@ -201,9 +201,15 @@ def test_leaderboard_shows_the_objective_its_error_and_the_full_skill(
     leaderboard("demo", judged, runs, objective="denoising")
     assert "CRPS" not in capsys.readouterr().out  # none was evaluated
 
+    evaluation = {"version": "1", "weights": "", "data": "", "settings": {}}
+
+    for other in ({}, {"samples": {"0": {"sample_std": 1.0}}}, {"assim": {"0": {"lost": 16}}}):
+        (path / "evaluation.json").write_text(json.dumps(evaluation | {"results": other}))
+        leaderboard("demo", judged, runs, objective="denoising")
+        assert "CRPS" not in capsys.readouterr().out
+
     results = {"assim": {"0": {"crps": 0.25}, "1": {"crps": 0.5}}}
-    evaluation = {"version": "1", "weights": "", "data": "", "settings": {}, "results": results}
-    (path / "evaluation.json").write_text(json.dumps(evaluation))
+    (path / "evaluation.json").write_text(json.dumps(evaluation | {"results": results}))
     leaderboard("demo", judged, runs, objective="denoising")
     lines = {x.split()[0]: x.split() for x in capsys.readouterr().out.splitlines() if x}
 
