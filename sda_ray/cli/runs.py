@@ -29,7 +29,6 @@ from ..runs import (
     in_full,
     prune_run,
     read_entry,
-    read_evaluation,
     refusal,
     resumable,
     row,
@@ -134,6 +133,8 @@ def show_command(args: Args) -> None:
 
 def _evaluated(path: RunPath) -> dict[str, str]:
     r"""Returns how a run was evaluated, by label, if it was."""
+
+    from ..runs import read_evaluation  # which loads h5py
 
     try:
         evaluation = read_evaluation(path)

@@ -48,11 +48,9 @@ class Figure:
 def figures(findings: Findings) -> Iterator[Figure]:
     r"""Yields the figures of a sweep that can be drawn from what it has so far."""
 
-    for draw in (_history, _curves, _rungs, _importances, _coordinates, _slices, _contour):
-        if (figure := draw(findings)) is not None:
-            yield figure
+    parameters = _importances, _coordinates, _slices, _contour
 
-    for draw in (_seeds, _timeline, _cost):
+    for draw in (_history, _curves, _rungs, *parameters, _seeds, _timeline, _cost):
         if (figure := draw(findings)) is not None:
             yield figure
 
@@ -146,7 +144,7 @@ def _curves(findings: Findings) -> Figure | None:
 
     for trial in reversed(trials[:CURVES]):
         curve = {e: x for e, x in trial.record.values.items() if math.isfinite(x)}
-        group = "best" if trial is findings.best else trial.status
+        group = "best" if trial is findings.best else trial.record.status
         traces.append(
             {
                 "type": "scatter",
@@ -157,7 +155,7 @@ def _curves(findings: Findings) -> Figure | None:
                 "x": list(curve),
                 "y": [_digits(x) for x in curve.values()],
                 "line": {
-                    "color": BEST if group == "best" else STATES[trial.status],
+                    "color": BEST if group == "best" else STATES[trial.record.status],
                     "width": 3 if group == "best" else 1,
                 },
                 "hovertemplate": f"run {trial.record.index}<br>epoch %{{x}}: %{{y:.4g}}",
@@ -369,8 +367,8 @@ def _seeds(findings: Findings) -> Figure | None:
 
     for trial in findings.complete:
         others = {k: x for k, x in trial.record.config.items() if k != "seed"}
-        name = ", ".join(f"{k}={_brief(x)}" for k, x in others.items()) or "all"
-        groups.setdefault(name, []).append(trial.value or math.nan)
+        name = ", ".join(f"{k}={brief(x)}" for k, x in others.items()) or "all"
+        groups.setdefault(name, []).append(trial.record.value or math.nan)
 
     if "seed" not in {key for t in findings.complete for key in t.record.config}:
         return None
@@ -392,8 +390,10 @@ def _seeds(findings: Findings) -> Figure | None:
     return Figure("Seeds", "Complete runs that differ in the seed alone are a row.", spec)
 
 
-def _brief(x: Any) -> str:
-    return f"{x:.3g}" if isinstance(x, float) else format_value(x)
+def brief(x: Any) -> str:
+    r"""Returns a value in few digits, or a dash if there is none."""
+
+    return "–" if x is None else f"{x:.4g}" if isinstance(x, float) else format_value(x)
 
 
 def _timeline(findings: Findings) -> Figure | None:
@@ -424,8 +424,8 @@ def _timeline(findings: Findings) -> Figure | None:
     slots = sum(map(len, lanes.values()))
     traces = []
 
-    for status in dict.fromkeys(trial.status for *_, trial in bars):
-        chosen = [bar for bar in bars if bar[4].status == status]
+    for status in dict.fromkeys(trial.record.status for *_, trial in bars):
+        chosen = [bar for bar in bars if bar[4].record.status == status]
         traces.append(
             {
                 "type": "bar",
@@ -457,8 +457,8 @@ def _cost(findings: Findings) -> Figure | None:
 
     for trial in findings.trials:
         if not trial.record.source:
-            epochs[trial.status] = epochs.get(trial.status, 0) + trial.record.last
-            seconds[trial.status] = seconds.get(trial.status, 0.0) + trial.seconds
+            epochs[trial.record.status] = epochs.get(trial.record.status, 0) + trial.record.last
+            seconds[trial.record.status] = seconds.get(trial.record.status, 0.0) + trial.seconds
 
     if not any(epochs.values()):
         return None

@@ -27,7 +27,7 @@ from ..search import (
     importances,
     rank_key,
 )
-from ..sweep import read_sweep
+from ..sweep import Sweep, read_sweep
 
 EDGE = 0.05  # of a range: what lies closer to its end is at its boundary
 FEW = 10  # complete runs below which little can be said
@@ -44,17 +44,6 @@ class Trial:
     metrics: list[dict[str, Any]]
     run: dict[str, Any]  # `run.json`
     why: str  # why it stopped where it did
-
-    @property
-    def status(self) -> str:
-        r = self.record
-        return "paused" if r.paused and r.state == "running" else r.state
-
-    @property
-    def value(self) -> float | None:
-        r"""The objective where it was last measured."""
-
-        return self.record.value
 
     @property
     def seconds(self) -> float:
@@ -105,7 +94,7 @@ class Trial:
 class Findings:
     r"""A sweep as it stands.
 
-    Its rules are those of its record; `script` parts of it are never run.
+    Its rules are those of its record, whose script is never run.
     """
 
     name: str
@@ -152,7 +141,7 @@ class Findings:
 
         for trial in self.trials:
             r = trial.record
-            value = trial.value
+            value = trial.record.value
 
             if r.state in ("failed", "diverged") or value is None or not math.isfinite(value):
                 continue
@@ -162,7 +151,7 @@ class Findings:
                 continue
 
             factors = [
-                (c.value or 0.0) / x
+                (c.record.value or 0.0) / x
                 for c in self.complete
                 if (x := c.record.curve.get(r.last)) and math.isfinite(x) and x > 0
             ]
@@ -180,7 +169,11 @@ class Findings:
         times = sorted(x for trial in own for x in trial.times)
 
         return sorted(
-            (int(np.searchsorted(times, t.times[-1], side="right")), t.value or math.nan, t.name)
+            (
+                int(np.searchsorted(times, t.times[-1], side="right")),
+                t.record.value or math.nan,
+                t.name,
+            )
             for t in self.complete
             if t.times and not t.record.source
         )
@@ -212,7 +205,9 @@ class Findings:
 
         for rung in self.rules.rungs[:-1]:
             pairs = [
-                (t.record.values[rung], t.value) for t in self.complete if rung in t.record.values
+                (t.record.values[rung], t.record.value)
+                for t in self.complete
+                if rung in t.record.values
             ]
 
             if len(pairs) >= TELLING:
@@ -234,12 +229,12 @@ class Findings:
             yield "No run is complete yet."
             return
 
-        value, error = best.value or math.nan, self.error(best)
+        value, error = best.record.value or math.nan, self.error(best)
         shown = f"{value:.4g}" + ("" if error is None else f" ± {error:.1g}")
         text = f"Run {best.record.index} is the best: {self.objective} {shown}"
 
         if len(self.complete) > 1:
-            gap = (self.complete[1].value or math.nan) - value
+            gap = (self.complete[1].record.value or math.nan) - value
             errors = [self.error(t) for t in self.complete[:2]]
             text += f", {gap:.2g} below the next, run {self.complete[1].record.index}"
 
@@ -260,8 +255,8 @@ class Findings:
         r"""Yields what the sweep has cost, a sentence each."""
 
         trials, whole = count_trials([t.record for t in self.trials]), self.rules.epochs
-        hours = sum(trial.seconds for trial in self.trials if not trial.record.source)
-        text = f"{self.spent} epochs, which took {format_duration(hours)} of training"
+        seconds = sum(trial.seconds for trial in self.trials if not trial.record.source)
+        text = f"{self.spent} epochs, which took {format_duration(seconds)} of training"
 
         if trials:
             share = self.spent / (trials * whole)
@@ -336,17 +331,9 @@ def read_findings(runs: Path, name: str) -> Findings:
     if not journal.exists():
         raise UserError(f"sweep '{name}' has not begun: sda-ray sweep {name}")
 
-    first = definition.get("min_epochs") if definition["pruner"] != "none" else None
-    rungs = definition.get("rungs")
-    rules = Rules(
-        sweep["trials"],
-        definition["config"]["epochs"],
-        first,
-        definition.get("eta") or 2,
-        definition.get("finalists", 1),
-        pruner=definition["pruner"],
-        recorded=tuple(rungs) if first and rungs is not None else None,
-    )
+    keys = ("pruner", "min_epochs", "eta", "rungs", "finalists")
+    settings = {key: definition[key] for key in keys if key in definition}
+    rules = Sweep(name, definition["config"], {}, sweep["trials"], **settings).rules
     study = Study(journal, name, None, definition["objectives"])
     records = sorted(study.records(), key=rank_key)
     paths = {path.id: path for path in RunPath.all(runs)}
@@ -356,9 +343,6 @@ def read_findings(runs: Path, name: str) -> Findings:
 
 
 def _trial(record: TrialRecord, path: RunPath | None, why: str) -> Trial:
-    if path is None and record.source and Path(record.source).is_dir():
-        path = RunPath(Path(record.source))
-
     if path is not None:
         with suppress(UserError, OSError):
             metrics = [x for x in read_metrics(path.metrics) if x["epoch"] <= record.last]

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from urllib.parse import quote
 from .. import __version__
 from ..core import Hold, UserError, format_duration, format_value, plain, write_atomic
 from ..runs import RunPath, timestamp
-from .figures import STATES, Figure, figures, history_of_all
+from .figures import STATES, Figure, brief, figures, history_of_all
 from .findings import Findings, Trial, read_findings
 
 PICTURES = 3  # runs whose samples are shown
@@ -118,7 +119,7 @@ def _sweep(findings: Findings, file: Path) -> dict[str, Any]:
         "cost": list(findings.cost()),
         "doubts": list(findings.doubts()),
         "best": best and {k: format_value(x) for k, x in best.record.config.items()},
-        "value": best and _brief(best.value),
+        "value": best and brief(best.record.value),
         "count": len(findings.trials),
         "target": findings.rules.target,
         "complete": len(findings.complete),
@@ -126,9 +127,9 @@ def _sweep(findings: Findings, file: Path) -> dict[str, Any]:
         "titles": [*COLUMNS, findings.objective, "±", "sample_std", *keys, "time", WHY],
         "rows": [_row(findings, trial, keys, file) for trial in findings.trials],
         "failures": [
-            (t.record.index, t.name, t.status, plain(t.record.error))
+            (t.record.index, t.name, t.record.status, plain(t.record.error))
             for t in findings.trials
-            if t.status in ("failed", "diverged")
+            if t.record.status in ("failed", "diverged")
         ],
         "pictures": list(_pictures(findings)),
         "provenance": _provenance(findings),
@@ -144,12 +145,12 @@ def _row(findings: Findings, trial: Trial, keys: list[str], file: Path) -> dict[
     cells: list[tuple[str, Any]] = [
         (str(record.index), record.index),
         (trial.name, trial.name),
-        (trial.status, trial.status),
+        (trial.record.status, trial.record.status),
         (f"{record.last}/{record.epochs}", record.last),
-        (_brief(trial.value), trial.value),
-        (_brief(findings.error(trial)), findings.error(trial)),
-        (_brief(last.get("sample_std")), last.get("sample_std")),
-        *((_brief(record.config.get(key)), record.config.get(key)) for key in keys),
+        (brief(trial.record.value), trial.record.value),
+        (brief(findings.error(trial)), findings.error(trial)),
+        (brief(last.get("sample_std")), last.get("sample_std")),
+        *((brief(record.config.get(key)), record.config.get(key)) for key in keys),
         (format_duration(trial.seconds), trial.seconds),
         (trial.why, trial.why),
     ]
@@ -160,14 +161,10 @@ def _row(findings: Findings, trial: Trial, keys: list[str], file: Path) -> dict[
 
     return {
         "index": record.index,
-        "color": STATES[trial.status],
+        "color": STATES[trial.record.status],
         "link": link,
         "cells": [(plain(text), _key(value)) for text, value in cells],
     }
-
-
-def _brief(x: Any) -> str:
-    return "–" if x is None else f"{x:.4g}" if isinstance(x, float) else format_value(x)
 
 
 def _key(value: Any) -> str:
@@ -179,7 +176,9 @@ def _key(value: Any) -> str:
     return "" if value is None else plain(format_value(value))
 
 
-def _pictures(findings: Findings) -> Any:
+def _pictures(findings: Findings) -> Iterator[tuple[int, str, str]]:
+    r"""Yields the number, the name and the samples, as WebP in base64, of the best runs."""
+
     from PIL import Image
 
     for trial in findings.complete[:PICTURES]:

@@ -219,10 +219,7 @@ def _progress(api: Any, wandb: Wandb, id: str) -> tuple[int, int]:
 def _send_evaluation(api: Any, wandb: Wandb, path: RunPath) -> str:
     r"""Sends the means of a run's evaluation that its summary on the server lacks."""
 
-    from .evaluation import (  # which loads h5py, and torch if there is one
-        read_evaluation,
-        summarize,
-    )
+    from .evaluation import read_evaluation, summarize  # load h5py, and torch if there is one
 
     if (evaluation := read_evaluation(path)) is None:
         return ""

@@ -169,10 +169,9 @@ def launch_sweep(
             since = read_sweep(options.runs, sweep.name).get("created", "")
             lost = restore_runs(study, sweep, options.runs, info.fingerprint, since)
 
-        values = catch_up(
-            study, options.runs, sweep.rules.rungs
-        )  # also those of the runs that were lost
+        values = catch_up(study, options.runs, sweep.rules.rungs)
 
+        # Runs that were lost have lost their values, too
         for line in (*(lost or values), *start.widened):
             say(line)
 

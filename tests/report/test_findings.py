@@ -33,10 +33,15 @@ def test_trials_are_those_of_the_study_from_best_to_worst(
     records = sorted(study.records(), key=rank_key)
 
     assert [t.record.run_id for t in findings.trials] == [r.run_id for r in records]
-    assert [t.value for t in findings.trials] == [r.values[r.last] for r in records]
+    assert [t.record.value for t in findings.trials] == [r.values[r.last] for r in records]
     assert findings.spent == sum(r.last for r in records)
     assert sum(t.seconds for t in findings.trials) == pytest.approx(EPOCH * findings.spent)
-    assert {t.status for t in findings.trials} == {"complete", "pruned", "diverged", "failed"}
+    assert {t.record.status for t in findings.trials} == {
+        "complete",
+        "pruned",
+        "diverged",
+        "failed",
+    }
     assert findings.best is not None and findings.best.record.run_id == records[0].run_id
     assert list(findings.shares) == []  # too few are complete
 
@@ -74,7 +79,7 @@ def test_epochs_are_placed_into_the_attempts_that_trained_them(findings: Finding
 
 def test_history_has_each_complete_run_when_it_was_complete(findings: Findings) -> None:
     assert sorted(y for _, y, _ in findings.history) == sorted(
-        t.value or 0 for t in findings.complete
+        t.record.value or 0 for t in findings.complete
     )
 
     for spent, _, name in findings.history:
@@ -101,11 +106,13 @@ def test_paused_runs_are_expected_to_improve_as_complete_ones_did(findings: Find
         record, found = trial.record, findings.expected.get(trial.record.run_id)
 
         if record.state == "complete":
-            assert found == trial.value
+            assert found == trial.record.value
         elif record.state in ("failed", "diverged"):
             assert found is None
         else:
-            factors = [(t.value or 0) / t.record.values[record.last] for t in findings.complete]
+            factors = [
+                (t.record.value or 0) / t.record.values[record.last] for t in findings.complete
+            ]
             assert found == pytest.approx(record.values[record.last] * statistics.median(factors))
 
 
@@ -125,13 +132,13 @@ def test_best_at_the_boundary_of_its_range_is_doubted(findings: Findings) -> Non
 def test_a_sweep_without_directories_or_results_has_a_report(
     tmp_path: Path, study: Study, findings: Findings
 ) -> None:
-    before = [trial.value for trial in findings.trials]
+    before = [trial.record.value for trial in findings.trials]
 
     for path in list(RunPath.all(tmp_path)):
         shutil.rmtree(path.directory)
 
     bare = read_findings(tmp_path, "width")
-    assert [trial.value for trial in bare.trials] == before
+    assert [trial.record.value for trial in bare.trials] == before
     assert any(f"directories of {len(before)} runs are gone" in text for text in bare.doubts())
     assert bare.history == [] and bare.correlations() == []
 

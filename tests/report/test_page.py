@@ -84,7 +84,7 @@ def test_numbers_are_those_of_the_study(runs: Path, page: Path) -> None:
     figures = {spec["title"]: spec for spec in specs(page)[0]}
     assert {*FIGURES} <= {*figures}
     steps, points, _ = figures["History"]["data"]
-    assert sorted(points["y"]) == sorted(t.value or 0 for t in findings.complete)
+    assert sorted(points["y"]) == sorted(t.record.value or 0 for t in findings.complete)
     assert steps["y"][-1] == records[0].values[30]
     curves = figures["Learning curves"]["data"]
     assert len(curves) == sum(r.state != "diverged" for r in records)
