@@ -27,13 +27,14 @@ from ..core import (
     split_group,
     to_python,
 )
-from ..data import DataInfo
 from ..runs import MEASURED
 from ..search import FINAL, GEOMETRIC, PruneRule, Rules, TrialRecord, geometric_rungs
 
 if TYPE_CHECKING:
     from optuna.pruners import BasePruner
     from optuna.samplers import BaseSampler
+
+    from ..data import DataInfo  # which loads h5py
 
 T = TypeVar("T")
 
@@ -262,7 +263,7 @@ class Sweep:
         if file and os.path.isfile(file):
             object.__setattr__(self, "module", Path(file).resolve())
 
-    def check(self, data: DataInfo | None = None) -> "Sweep":
+    def check(self, data: "DataInfo | None" = None) -> "Sweep":
         r"""Returns the sweep in its normal form.
 
         Raises:
@@ -278,7 +279,7 @@ class Sweep:
         return checked
 
     def examine(
-        self, data: DataInfo | None = None, draws: int = DRAWS
+        self, data: "DataInfo | None" = None, draws: int = DRAWS
     ) -> tuple["Sweep", list[str]]:
         r"""Returns the sweep in its normal form, and everything that is wrong with it.
 
@@ -478,7 +479,7 @@ class Sweep:
 
         return prune_rule(self.rules, self.name, self.percentile, self.patience, pruner)
 
-    def warnings(self, data: DataInfo | None = None) -> list[str]:
+    def warnings(self, data: "DataInfo | None" = None) -> list[str]:
         r"""Returns what is allowed and probably not intended."""
 
         texts = list(data.warnings) if data else []
