@@ -22,6 +22,8 @@ TOKEN = ".ray/auth_token"
 MAKE_TOKEN = "(umask 077; ray get-auth-token --generate)"  # Ray's own file is open to others
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PIN = re.compile(r"\bray(?:\[[^\]]*\])?==(\d+(?:\.\w+)*)")
+PORT = re.compile(r"--[\w-]+-port[= ](\d+)")
+OUTGOING = range(32768, 61000)  # the ports that Linux gives to outgoing connections, by default
 IMAGE = re.compile(r"\brayproject/[\w-]+:(\d+\.\d+\.\d+)")
 
 
@@ -131,6 +133,13 @@ def _access(config: dict[str, Any]) -> Iterator[str]:
 
             if "SDA_RAY_ROOT=" not in before:
                 yield f"{key} must export SDA_RAY_ROOT before `ray start`."
+
+            for port in PORT.findall(command):
+                if int(port) in OUTGOING:
+                    yield (
+                        f"{key} names port {port}, which an outgoing connection may hold: a node "
+                        f"would fail to start now and then. Choose one below {OUTGOING.start}."
+                    )
 
             host = re.search(r"--dashboard-host[= ][\"']?([^\s\"']+)", command)
 

@@ -90,6 +90,10 @@ CASES = {
     ),
     "root": ({"SDA_RAY_ROOT": "SDA_ROOT"}, ["must export SDA_RAY_ROOT before `ray start`"]),
     "dashboard": ({"host=127.0.0.1": "host=0.0.0.0"}, ["opens the dashboard to 0.0.0.0"]),
+    "port": (
+        {"--runtime-env-agent-port=8273": "--runtime-env-agent-port 52368"},
+        ["head_start_ray_commands names port 52368", "Choose one below 32768"],
+    ),
     "ssh": ({"      SecurityGroupIds:": "      # "}, ["no SecurityGroupIds", "SSH"]),
     "version": ({"'.[cluster]'": "'ray[default]==2.9.3'"}, ["get Ray 2.9.3 by the file itself"]),
     "unpinned": ({"-c constraints.txt": ""}, ["no version of Ray is pinned"]),

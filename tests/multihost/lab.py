@@ -198,7 +198,7 @@ class Lab:
             "client", "test -e ~/.ray/auth_token || (umask 077; ray get-auth-token --generate)"
         )
         self.run("client", f"cd {CHECKOUT} && ray up -y --no-config-cache ~/cluster.yaml", 300)
-        self.wait_for(self.workers)
+        self.wait_for(self.workers, seconds=480)  # a worker that failed to start is tried again
 
     def nodes(self) -> dict[str, Any]:
         r"""Returns whether each node that was seen last at an address lives, by host."""
@@ -227,7 +227,8 @@ class Lab:
                 every=2,  # to look takes a second of a core
             )
         except TimeoutError as error:
-            raise TimeoutError(f"{error}\n{self.monitor()}")
+            logs = [self.node_log(name) for name in names if alive and name != "head"]
+            raise TimeoutError("\n".join((str(error), self.monitor(), *logs)))
 
     def monitor(self) -> str:
         r"""Returns the end of what Ray says of starting nodes."""
@@ -237,9 +238,11 @@ class Lab:
         return self.run("head", f"tail -n 40 {logs}/monitor.log {logs}/monitor.out", 60, None)
 
     def node_log(self, host: str) -> str:
-        r"""Returns the end of the log of the raylet on a host."""
+        r"""Returns the ends of the logs of the raylet and its agents on a host."""
 
-        return self.run(host, "tail -n 40 /tmp/ray/session_latest/logs/raylet.out", 60, None)
+        logs = "raylet.out raylet.err dashboard_agent.log runtime_env_agent.log"
+
+        return self.run(host, f"cd /tmp/ray/session_latest/logs; tail -n 20 {logs}", 60, None)
 
     def data(self, host: str = "head", root: str = ROOT) -> None:
         r"""Makes tiny data in the root on a host: 20, 4 and 4 trajectories of 12 states."""
