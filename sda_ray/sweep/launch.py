@@ -34,10 +34,12 @@ from .requests import (
     is_driven,
     retry_failed,
     serving,
+    wait_for_driver,
 )
 from .retention import Retention
 
 JOIN = 60.0  # seconds in which nodes of a cluster that was just started may join
+OVERLAP = 120.0  # seconds that a job waits for another driver of its sweep to end
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,9 @@ def launch_sweep(
             trials = sweep.trials if requests.retarget else None
             ask_all(directory, trials, requests.retry, queue, _priors(sweep, options, requests))
             return
+
+    if options.job and not requeued:
+        wait_for_driver(directory, sweep.name, OVERLAP)
 
     # Record and study
     directory.mkdir(parents=True, exist_ok=True)

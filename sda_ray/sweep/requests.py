@@ -167,6 +167,27 @@ def watch(file: Path, holder: dict[str, Any]) -> Callable[[], bool]:
     return alive
 
 
+def wait_for_driver(directory: Path, name: str, seconds: float) -> None:
+    r"""Waits until a sweep has no driver, some seconds at most."""
+
+    file, until = directory / "lease.json", time.monotonic() + seconds
+    holder = read_holder(file)
+
+    if holder is None or holder["pid"] is None:
+        return
+
+    alive = watch(file, holder)
+
+    if alive():
+        say(
+            f"sweep '{name}' is driven by process {holder['pid']} on {holder['host']}: waiting "
+            f"up to {seconds:.0f} s for it to end."
+        )
+
+    while alive() and time.monotonic() < until:
+        time.sleep(0.5)
+
+
 def ask(directory: Path, kind: str, **content: Any) -> str:
     r"""Posts a request to the driver of a sweep, prints its answer and returns it.
 

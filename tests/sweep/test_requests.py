@@ -31,6 +31,7 @@ from sda_ray.sweep.requests import (
     ask,
     serving,
     stop_sweep,
+    wait_for_driver,
 )
 
 
@@ -76,6 +77,25 @@ def test_wait_ends_with_the_driver_or_the_timeout(tmp_path: Path) -> None:
     assert Mailbox(tmp_path).wait(id, alive=lambda: False) is None
     assert Mailbox(tmp_path).wait(id, alive=lambda: True, patience=0.3) is None
     assert time.monotonic() - start < PATIENCE / 2
+
+
+def test_job_waits_for_another_driver_to_end_some_time_at_most(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lease = Lease(tmp_path / "lease.json", "sweep 'a'")
+    start = time.monotonic()
+    wait_for_driver(tmp_path, "a", 0.2)
+
+    assert time.monotonic() - start >= 0.2
+    assert f"driven by process {os.getpid()}" in capsys.readouterr().out
+
+    timer = threading.Timer(0.3, lease.release)
+    timer.start()
+    wait_for_driver(tmp_path, "a", 600)
+    timer.join()
+    wait_for_driver(tmp_path, "a", 600)  # nobody drives it
+
+    assert not is_alive(tmp_path / "lease.json")
 
 
 def test_answer_written_just_before_the_death_of_the_driver_is_read(tmp_path: Path) -> None:
