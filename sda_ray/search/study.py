@@ -71,6 +71,13 @@ class Study:
                 f"{file} is damaged: the record of a run lacks {error}. Restore a copy of the file."
             ) from error
 
+        # Later lines name trials by number: without the first line of one, they mean another
+        if any(t.user_attrs.get("number", t.number) != t.number for t in self._trials):
+            raise UserError(
+                f"{file} is damaged: it lacks the start of a run. Restore a copy of the file, or "
+                "remove it: what it held is then restored from the directories of the runs."
+            )
+
     def records(self) -> list[TrialRecord]:
         r"""Returns the newest record of each run, in the order of the runs."""
 
@@ -103,6 +110,7 @@ class Study:
         complete = record.state == "complete"
         attrs = {
             "run": record.index,
+            "number": len(self.study.get_trials(deepcopy=False)),
             "run_id": record.run_id,
             "until": record.until,
             "epochs": record.epochs,

@@ -15,6 +15,7 @@ from simulated import Crash, Sweeping, diverges, draw, outcomes
 from studies import add, lease, no_sync, study
 
 from sda_ray.core.config import CONFIG
+from sda_ray.core.errors import UserError
 from sda_ray.core.lease import Lease
 from sda_ray.core.space import choice
 from sda_ray.search.promotion import Rules, TrialRecord
@@ -44,6 +45,24 @@ def test_opening_a_study_again_writes_nothing(tmp_path: Path, lease: Lease, stud
 
     assert [r.run_id for r in records] == ["run00001"]
     assert (tmp_path / "study.journal").read_bytes() == before
+
+
+def test_journal_that_lacks_the_start_of_a_run_is_damaged(
+    tmp_path: Path, lease: Lease, study: Study
+) -> None:
+    journal = tmp_path / "study.journal"
+    first, second = add(study), add(study)
+    study.report(study.report(second, {1: 0.2}), {2: 0.1})
+    lines = journal.read_text().splitlines(True)
+    start = next(i for i, line in enumerate(lines) if f'"{first.run_id}"' in line)
+    journal.write_text("".join(lines[:start] + lines[start + 1 :]))
+
+    with pytest.raises(UserError, match="lacks the start of a run"):
+        Study(journal, "test", None)
+
+    journal.write_text("".join(lines[: start + 1]))  # an older copy
+
+    assert Study(journal, "test", None).records()[0].run_id == first.run_id
 
 
 # Records
