@@ -34,6 +34,8 @@ COMMANDS = {
     "adopt": ("sweep", "Bring finished runs into a sweep."),
     "runs": ("runs", "List, show, compare and prune runs."),
     "evaluate": ("evaluate", "Say how well finished runs sample and assimilate."),
+    "export": ("export", "Write a finished run as a directory to share, with a model card."),
+    "reproduce": ("export", "Train the first epochs of a run again, and compare the bits."),
     "sync": ("runs", "Upload runs to W&B."),
     "slurm": ("cluster", "Write the script of a Slurm job for a sweep."),
     "join": ("cluster", "Add this machine to a running sweep."),

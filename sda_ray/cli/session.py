@@ -33,6 +33,7 @@ from ..runs import (
     Stop,
     Wandb,
     check_extension,
+    cpu_model,
     default_device,
     describe_extension,
     is_off,
@@ -76,7 +77,7 @@ def start_run(
         record["extends"] = parent.id
 
     config = check_config(config, size=info.size, length=info.length)
-    device = _check_device(device, config)
+    device = check_device(device, config)
 
     if parent and init:
         _check_init(parent, config, info.size)
@@ -124,7 +125,7 @@ def resume_run(
 
     config = load_config(path.config, info.size, info.length)
     parent = RunPath.of_id(runs, record["parent"]) if record.get("parent") else None
-    device = _check_device(device, config)
+    device = check_device(device, config)
     run = Run(
         path.directory.parent,
         config,
@@ -219,7 +220,7 @@ def _check_init(parent: RunPath, config: Config, size: int) -> None:
         )
 
 
-def _check_device(device: str | None, config: Config) -> str:
+def check_device(device: str | None, config: Config) -> str:
     name = device or default_device()
 
     try:
@@ -233,6 +234,17 @@ def _check_device(device: str | None, config: Config) -> str:
     check_compiler(config["compile"], torch.device(name))
 
     return name
+
+
+def find_device(hardware: str | None) -> str:
+    r"""Returns the device of this machine with the name of a run's hardware, else the default."""
+
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+
+    if hardware in names:
+        return f"cuda:{names.index(hardware)}"
+
+    return "cpu" if hardware == cpu_model() else default_device()
 
 
 def _follow(run: Run, data: Path, device: str, parent: RunPath | None) -> None:

@@ -272,7 +272,8 @@ def load_score(run_directory: Path | str, device: str | torch.device = "cpu") ->
     `runs/` of $SDA_RAY_ROOT or of the current directory.
 
     Nothing in its `config.json` and `state.pth` is executed, and no weight is taken before all of
-    them are known to fit the config.
+    them are known to fit the config. An export of a run loads too, from `model.safetensors` if it
+    has no `state.pth`.
 
     Raises:
         UserError: If the run is not finished or its files do not belong together.
@@ -304,6 +305,9 @@ def load_network(
         raise UserError(f"{run} is not a directory. Give the directory of a run.")
 
     config, file = load_config(run / "config.json"), run / "state.pth"
+
+    if not file.exists() and (exported := run / "model.safetensors").exists():
+        file = exported
 
     if not file.exists():
         raise UserError(
@@ -400,6 +404,11 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
 
     with os.fdopen(open_regular(file), "rb") as f:
         try:
+            if file.suffix == ".safetensors":
+                from safetensors.torch import load_file
+
+                return load_file(file)
+
             check_archive(f)
 
             # Mapped rather than read, so that a file is never in memory twice.

@@ -13,6 +13,7 @@ from .evaluation import evaluate_runs as evaluate_runs
 from .evaluation import fitting as fitting
 from .evaluation import read_evaluation as read_evaluation
 from .evaluation import summarize as summarize
+from .export import export_run as export_run
 from .extend import check_extension as check_extension
 from .extend import describe_extension as describe_extension
 from .figures import draw_evaluation as draw_evaluation
@@ -52,6 +53,8 @@ from .record import digests as digests
 from .record import origin as origin
 from .record import read_record as read_record
 from .record import timestamp as timestamp
+from .reproduce import first_attempt as first_attempt
+from .reproduce import reproduce_run as reproduce_run
 from .run import Run as Run
 from .sync import sync_runs as sync_runs
 from .tracking import Wandb as Wandb

@@ -1,5 +1,7 @@
-r"""Figures of evaluations: each as PNG and as PDF, with the numbers behind it as CSV."""
+r"""Figures of runs. Those of evaluations are PNG and PDF, with the numbers behind them as CSV."""
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +13,8 @@ from .path import RunPath
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from ..training import Metrics
 
 SHOWN = 3  # states, members
 STRIP = 8  # states in a strip
@@ -44,6 +48,29 @@ def draw_evaluation(path: RunPath, name: str, fields: dict[str, np.ndarray]) -> 
 
     if "y" in fields:
         _save(directory / f"{name}-ranks", *_ranks(rank_histogram(members, truth).numpy()))
+
+
+def draw_curve(file: Path, lines: Sequence["Metrics"]) -> None:
+    r"""Draws the losses of a run over its epochs as PNG. Those that are not finite are left out."""
+
+    figure, ((ax,),) = _figure(1, 1, 5, 3)
+    values = []
+
+    for key in ("loss_train", "loss_valid"):
+        points = [(x["epoch"], x[key]) for x in lines if math.isfinite(x.get(key, math.nan))]
+        epochs, losses = np.reshape(points, (-1, 2)).T
+        ax.plot(epochs, losses, marker=".", markersize=3, label=key)
+        values += [*losses]
+
+    if values and 0 < 10 * min(values) < max(values):
+        ax.set_yscale("log")
+
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.set_xlabel("epoch")
+    ax.legend(fontsize=8)
+
+    with open_atomic(file) as f:
+        figure.savefig(f, format="png", dpi=150, bbox_inches="tight")
 
 
 def _save(stem: Path, figure: "Figure", columns: dict[str, np.ndarray]) -> None:
