@@ -95,6 +95,9 @@ KEYS: dict[str, Key] = {
     "weight_decay": Key(1e-3, "weight decay, on all parameters", float, 0, 100),
     "scheduler": Key("linear", "decay of the learning rate", str, options=SCHEDULERS),
     "seed": Key(0, "seed of weights, batches and noise", int, 0, 2**63 - 1, ours=True),
+    "valid_seed": Key(
+        0, "seed of the windows, times and noise to validate on", int, 0, 2**63 - 1, ours=True
+    ),
     "alpha": Key(
         "cos", "decay of the signal in the noise", str, options=ALPHAS, ours=True, network=True
     ),

@@ -338,6 +338,11 @@ def _misplaced(keys: list[Any], pruner: str, losses: bool) -> Iterator[str]:
                 "comparable. Take objectives=('denoising',) or ('skill',), or set it in CONFIG, and "
                 "make a sweep for each."
             )
+        elif key == "valid_seed":
+            yield (
+                "SPACE has 'valid_seed', but runs are compared on the same windows, times and "
+                "noise. Set it in CONFIG."
+            )
         elif key == "epochs" and pruner != "none":
             yield (
                 "SPACE has 'epochs', but pruned trials are compared at equal epochs. Set it in "

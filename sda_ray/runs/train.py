@@ -137,11 +137,12 @@ def train_run(
             free, total = torch.cuda.mem_get_info(device)
             trainset.move(device, limit=int(RESIDENT * min(free, share * total)))
 
-        validation = Validation(validset, device)
+        validation = Validation(validset, device, seed=config["valid_seed"])
 
         rungs = {*rungs, *run.record.get("rungs", ())}  # a run may be resumed without its sweep
         samples = Samples(validation, len(trainset), rungs)
-        measures = make_measures(run.record.get("measured", {}), validset, device)
+        measured, seed = run.record.get("measured", {}), config["valid_seed"]
+        measures = make_measures(measured, validset, device, seed)
 
         # Network
         state = TrainState(config, size=trainset.shape[-1], device=device)
@@ -203,13 +204,17 @@ def train_run(
 
 
 def make_measures(
-    measured: Mapping[str, int], validset: TrajectoryDataset, device: str | torch.device
+    measured: Mapping[str, int],
+    validset: TrajectoryDataset,
+    device: str | torch.device,
+    seed: int = 0,
 ) -> dict[str, Measure]:
     r"""Returns the measures that the record of a run names, by which runs of any window compare.
 
     Arguments:
         measured: The number of states that each is measured over, the same for all runs compared.
         validset: The trajectories of `valid.h5`, with the window of the run.
+        seed: The seed of what they draw.
 
     Raises:
         UserError: If there are too few states for the window.
@@ -230,7 +235,9 @@ def make_measures(
                 "seen to draw larger ones. Start another sweep whose CONFIG has the largest window."
             )
 
-    return {name: kinds[name](validset, states, device) for name, states in measured.items()}
+    return {
+        name: kinds[name](validset, states, device, seed=seed) for name, states in measured.items()
+    }
 
 
 @contextmanager

@@ -200,7 +200,10 @@ def collect(
 
         validset, device = TrajectoryDataset(data / "valid.h5", window), default_device()
 
-        return Validation(validset, device), make_measures(sweep.measured, validset, device)
+        seed = sweep.config["valid_seed"]
+        measures = make_measures(sweep.measured, validset, device, seed)
+
+        return Validation(validset, device, seed=seed), measures
 
     for source in sources:
         try:

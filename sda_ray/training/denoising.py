@@ -43,6 +43,7 @@ class Denoising:
             its full window, or more.
         device: The device of the networks.
         least: The least number of items, 3 or more.
+        seed: The seed of starts, levels and noise.
 
     Raises:
         UserError: If trajectories are shorter.
@@ -54,11 +55,12 @@ class Denoising:
         states: int,
         device: str | torch.device = "cpu",
         least: int = 32,
+        seed: int = 0,
     ) -> None:
         segments = TrajectoryDataset(validset.file, window=states)
         repeats = math.ceil(least / len(segments))
         items = repeats * len(segments)
-        generator = rng(DENOISING)
+        generator = rng(DENOISING, 0, 0, seed)
 
         indices = torch.arange(len(segments)).repeat(repeats)
         starts = torch.randint(segments.starts, (items,), generator=generator)
@@ -66,7 +68,8 @@ class Denoising:
         self.device = torch.device(device)
         self.x = segments.windows(indices, starts).unflatten(1, (states, -1))
         noise = [
-            torch.randn(x.shape, generator=rng(DENOISING, i + 1)) for i, x in enumerate(self.x)
+            torch.randn(x.shape, generator=rng(DENOISING, i + 1, 0, seed))
+            for i, x in enumerate(self.x)
         ]
         self.noise = torch.stack(noise)
 

@@ -37,6 +37,7 @@ class Ensembles:
         states: The length :math:`L` of segments: :math:`2 w - 1`, so that one state at least has
             its full window, or more.
         device: The device of the networks.
+        seed: The seed of segments, observations and noise.
 
     Raises:
         UserError: If trajectories are shorter.
@@ -47,18 +48,21 @@ class Ensembles:
         validset: TrajectoryDataset,
         states: int,
         device: str | torch.device = "cpu",
+        seed: int = 0,
     ) -> None:
         segments = TrajectoryDataset(validset.file, window=states)
-        generator = rng(ENSEMBLES)
+        generator = rng(ENSEMBLES, 0, 0, seed)
         order = torch.randperm(len(segments), generator=generator)
         indices = order[torch.arange(ITEMS) % len(order)]
         starts = torch.randint(segments.starts, (ITEMS,), generator=generator)
 
-        self.device = torch.device(device)
+        self.device, self.seed = torch.device(device), seed
         self.x = segments.windows(indices, starts).unflatten(1, (states, -1)).to(self.device)
         self.A = parse(f"every(4) coarsen({math.gcd(8, max(1, self.x.shape[-1] // 4))})")
         clean = self.A(self.x)
-        noise = [torch.randn(y.shape, generator=rng(ENSEMBLES, 1, i)) for i, y in enumerate(clean)]
+        noise = [
+            torch.randn(y.shape, generator=rng(ENSEMBLES, 1, i, seed)) for i, y in enumerate(clean)
+        ]
         self.y = clean + STD * torch.stack(noise).to(self.device)
 
     def __call__(self, score: MCScoreNet, alpha: str) -> tuple[float, float]:
@@ -85,7 +89,7 @@ class Ensembles:
         r"""Returns members by their numbers, of which each segment has the next few."""
 
         guided = GaussianScore(self.y[numbers // MEMBERS], self.A, STD, sde, detach=True)
-        rngs = [rng(ENSEMBLES, 2, int(i)) for i in numbers]
+        rngs = [rng(ENSEMBLES, 2, int(i), self.seed) for i in numbers]
 
         return VPSDE(guided, sde.shape).sample(numbers.shape, steps=STEPS, generator=rngs)
 

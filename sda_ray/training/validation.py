@@ -28,7 +28,8 @@ class Items(NamedTuple):
 class Validation:
     r"""Creates the validation loss: common random numbers, placed where the variance is.
 
-    All runs on the same data see the same windows, times and noise, whatever their config. Each
+    All runs on the same data with the same `valid_seed` see the same windows, times and noise,
+    whatever else is in their config. Each
     of the :math:`M` items has a time drawn uniformly in a part of :math:`[0, 1]` of its own, the
     :math:`j`-th from :math:`(j / M)^2` to :math:`((j + 1) / M)^2`, and weighs as much as the part
     is long. That leaves the expectation over uniform times unchanged,
@@ -41,7 +42,7 @@ class Validation:
     of an untrained network, would have the variance of the weights.
 
     Each trajectory is used equally often, so that there are at least `least` items, 3 or more. The
-    random numbers are those of the first of several draws, `draw`.
+    random numbers are those of the first of several draws, `draw`, of a seed.
     """
 
     chunk = 32  # items at a time: a matter of memory, but a convolution's last bits depend on it
@@ -52,16 +53,18 @@ class Validation:
         device: str | torch.device = "cpu",
         least: int = 32,
         draw: int = 0,
+        seed: int = 0,
     ) -> None:
         self.validset = validset
         self.device = torch.device(device)
         self.repeats = math.ceil(least / len(validset))
         self.draw = draw
+        self.seed = seed
         self.first = self.drawn(draw)
 
     def drawn(self, draw: int) -> Items:
         items = self.repeats * len(self.validset)
-        generator = rng(VALID, draw)
+        generator = rng(VALID, draw, 0, self.seed)
 
         indices = torch.arange(len(self.validset)).repeat(self.repeats)
         starts = torch.randint(self.validset.starts, (items,), generator=generator)
@@ -69,7 +72,10 @@ class Validation:
         widths = 2 * parts + 1
         t = (parts.square() + widths * torch.rand(items, generator=generator)) / items**2
         x = self.validset.windows(indices, starts)
-        noise = [torch.randn(y.shape, generator=rng(VALID, draw, i + 1)) for i, y in enumerate(x)]
+        noise = [
+            torch.randn(y.shape, generator=rng(VALID, draw, i + 1, self.seed))
+            for i, y in enumerate(x)
+        ]
 
         return Items(x, t, torch.stack(noise), widths.double() / items, parts)
 

@@ -57,6 +57,7 @@ BAD: list[tuple[Any, str]] = [
     ({"hidden_channels,blocks": choice(((8,), (1,)))}, "SPACE has 'blocks', which CONFIG has not"),
     ({"window": choice(3, 5)}, "different windows are not comparable"),
     ({"epochs": integer(8, 16)}, "SPACE has 'epochs', but pruned trials"),
+    ({"valid_seed": choice(0, 1)}, "SPACE has 'valid_seed', but runs are compared on the same"),
     ({"kernel_size": [3, 5]}, "SPACE['kernel_size'] is [3, 5], but must be choice"),
     ({"kernel_size": 3}, "SPACE['kernel_size'] is 3, but must be choice"),
     ({"kernel_size": choice()}, "SPACE['kernel_size']: the choice is empty"),

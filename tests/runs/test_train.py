@@ -82,6 +82,19 @@ def test_run_stopped_after_every_step_equals_uninterrupted(
     assert same(run.path, whole)
 
 
+def test_other_seed_of_validation_changes_losses_and_no_weight(
+    tmp_path: Path, small: Config, data: Path, whole: RunPath
+) -> None:
+    run = begin(tmp_path / "runs", small | {"valid_seed": 1})
+    list(train_run(run, data))
+    run.close("finished")
+    pairs = list(zip(history(run.path), history(whole), strict=True))
+
+    assert run.path.state.read_bytes() == whole.state.read_bytes()
+    assert all(a["loss_train"] == b["loss_train"] for a, b in pairs)
+    assert all(a["loss_valid"] != b["loss_valid"] for a, b in pairs)
+
+
 def test_run_closed_after_every_epoch_equals_uninterrupted(
     tmp_path: Path, small: Config, data: Path, whole: RunPath
 ) -> None:

@@ -143,6 +143,16 @@ def test_levels_are_fixed_and_stratified(
     assert ((t > 0) & (t < 1)).all()
 
 
+def test_another_seed_takes_other_segments_levels_and_noise(
+    validset: TrajectoryDataset, measure: Denoising
+) -> None:
+    same, other = (Denoising(validset, 9, seed=seed) for seed in (0, 1))
+
+    for name in ("x", "levels", "noise"):
+        assert getattr(measure, name).equal(getattr(same, name))
+        assert not getattr(measure, name).equal(getattr(other, name))
+
+
 def test_it_is_deterministic_and_leaves_the_global_generator_alone(
     validset: TrajectoryDataset, states: list[TrainState]
 ) -> None:

@@ -173,3 +173,15 @@ def test_it_takes_as_many_evaluations_as_it_says(measure: Ensembles) -> None:
 def test_trajectories_must_be_long_enough(data: Path) -> None:
     with pytest.raises(UserError, match="trajectories of 12 snapshots"):
         Ensembles(TrajectoryDataset(data / "valid.h5", window=3), 13)
+
+
+def test_another_seed_takes_other_segments_observations_and_noise(
+    data: Path, measure: Ensembles
+) -> None:
+    validset = TrajectoryDataset(data / "valid.h5", window=3)
+    same, other = (Ensembles(validset, STATES, seed=seed) for seed in (0, 1))
+
+    assert measure.x.equal(same.x) and not measure.x.equal(other.x)
+    assert measure.y.equal(same.y) and not (measure.y - measure.A(measure.x)).equal(
+        other.y - other.A(other.x)
+    )
