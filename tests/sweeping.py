@@ -2,6 +2,7 @@ r"""A sweep on disk whose trials were not trained: their losses follow a formula
 
 import json
 import math
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -42,11 +43,26 @@ def make_sweep(
     """
 
     config = CONFIG | {"epochs": epochs}
-    sweep = Sweep(name, config, space or SPACE, trials=count, sampler="random", **settings).check()
-    directory, ends = runs / "sweeps" / name, ends or {}
+    settings = {"sampler": "random"} | settings
+
+    return play_sweep(runs, Sweep(name, config, space or SPACE, trials=count, **settings), ends)
+
+
+def play_sweep(
+    runs: Path,
+    sweep: Sweep,
+    ends: dict[int, str] | None = None,
+    loss: Callable[[dict[str, Any], int], float] = loss,
+    **record: Any,
+) -> Study:
+    r"""Plays a sweep to its end, as its rules decide; `record` adds to its own."""
+
+    sweep, name, ends = sweep.check(), sweep.name, ends or {}
+    config, epochs = sweep.config, sweep.config["epochs"]
+    directory = runs / "sweeps" / name
     directory.mkdir(parents=True)
-    record = {"name": name, "trials": count, "definition": sweep.definition()}
-    write_sweep(directory, record | {"fingerprint": 64 * "f", "options": {}}, None)
+    record |= {"name": name, "trials": sweep.trials, "definition": sweep.definition()}
+    write_sweep(directory, {"fingerprint": 64 * "f", "options": {}} | record, None)
     lease = Lease(directory / "lease.json", f"sweep '{name}'")
     study = Study(directory / "study.journal", name, lease)
     attempts: dict[str, list[dict[str, Any]]] = {}
@@ -59,7 +75,9 @@ def make_sweep(
             assert action.record is not None
             trial = study.start(action.record, action.until, action.shown)
 
-        assert trial is not None
+        if trial is None:  # nothing is left to draw
+            break
+
         first = trial.last + 1
         values = {e: loss(config | trial.config, e) for e in range(first, trial.until + 1)}
         trial = study.report(trial, values)
@@ -85,8 +103,8 @@ def make_sweep(
         (path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
         (path / "config.json").write_text(json.dumps(config | trial.config))
         state = {"complete": "finished", "pruned": "paused"}.get(trial.state, trial.state)
-        record = {"status": state, "attempts": attempts[trial.run_id], "sweep": name}
-        (path / "run.json").write_text(json.dumps(record))
+        own = {"status": state, "attempts": attempts[trial.run_id], "sweep": name}
+        (path / "run.json").write_text(json.dumps(own))
 
     return study
 

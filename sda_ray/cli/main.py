@@ -58,7 +58,7 @@ def main(sweep: Any = None, argv: Sequence[str] | None = None) -> None:
         sys.exit(2)
     except UserError as error:
         if started and isinstance(error, OtherCode):
-            say(error)
+            say(error, file=sys.stderr if "--json" in argv else None)
             program = sweep and getattr(sys.modules["__main__"], "__file__", None)
 
             if program:

@@ -28,6 +28,7 @@ COMMANDS = {
     "train": ("train", "Train one network."),
     "plan": ("sweep", "Say what a sweep would cost, and what is wrong with it."),
     "sweep": ("sweep", "Search for good settings."),
+    "confirm": ("confirm", "Train the best of a sweep again: is its winner luck?"),
     "attach": ("table", "Show the live table of a running sweep."),
     "report": ("report", "Write what a sweep has found as one HTML file."),
     "stop": ("sweep", "Stop a running sweep, or one trial."),

@@ -338,7 +338,6 @@ def adopt_command(args: Args) -> None:
 def chosen_sweep(args: Args, options: Any) -> tuple[Any, Any]:
     r"""Returns the sweep that the arguments name, and its options: those given, then recorded ones."""
 
-    from ..runs import Wandb
     from ..sweep import load_record, load_script
 
     if args.script_sweep is not None or args.sweep.endswith(".py"):
@@ -354,8 +353,18 @@ def chosen_sweep(args: Args, options: Any) -> tuple[Any, Any]:
         )
 
     sweep, before = load_record(args.runs, args.sweep)
+
+    return _adjusted(sweep, args), recorded_options(args, options, before)
+
+
+def recorded_options(args: Args, options: Any, before: Mapping[str, Any]) -> Any:
+    r"""Returns options of which those that are not given are the recorded ones."""
+
+    from ..runs import Wandb
+
     logged = Wandb(**before["wandb"] | {"tags": tuple(before["wandb"]["tags"])})
-    options = replace(
+
+    return replace(
         options,
         data=args.data if args.data_given else args.root / before["data"],
         cpus=before["cpus"] if args.cpus_per_trial is None else options.cpus,
@@ -365,8 +374,6 @@ def chosen_sweep(args: Args, options: Any) -> tuple[Any, Any]:
         keep=before.get("keep"),
         limit=before.get("limit"),
     )
-
-    return _adjusted(sweep, args), options
 
 
 def _adjusted(sweep: Any, args: Args) -> Any:

@@ -48,7 +48,7 @@ def _loss(record: TrialRecord) -> str:
     return format_loss(record.value)
 
 
-def _short(value: Any) -> str:
+def short_value(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else format_value(value)
 
 
@@ -79,7 +79,7 @@ def _rows(
             columns[name] = [texts.get(r.run_id, "–") for r in records]
 
     for key in keys:
-        columns[key] = [_short(r.config[key]) if key in r.config else "–" for r in records]
+        columns[key] = [short_value(r.config[key]) if key in r.config else "–" for r in records]
 
     def fits() -> bool:
         widths = (max(map(len, (name, *texts))) for name, texts in columns.items())
@@ -181,7 +181,7 @@ class LiveTable:
                     self._print(event, record)
 
     def _print(self, event: str, record: TrialRecord) -> None:
-        config = " ".join(f"{key}={_short(x)}" for key, x in record.config.items())
+        config = " ".join(f"{key}={short_value(x)}" for key, x in record.config.items())
         say(
             f"[{time.monotonic() - self.start:6.1f} s] run {record.index} {record.run_id} "
             f"{EVENTS.get(event, event)}: epoch {record.last}/{record.epochs}, "
@@ -305,7 +305,7 @@ def leaderboard(
     if len({record.config.get("seed") for record in records}) <= 1:
         console.print(
             f"One seed, selected as the best of {len(records)}: the winner's {objective} is "
-            "flattered by the selection. Train it again with other seeds before you quote it."
+            "flattered by the selection. `sda-ray confirm` trains the best with other seeds."
         )
 
 
@@ -377,7 +377,7 @@ def conclude(
         say(f"Its directory, of run {best.run_id}, is gone.")
         return
 
-    run, here = shlex.quote(path.directory.name), os.path.relpath(path.directory)
+    here = os.path.relpath(path.directory)
     journal = shlex.quote(os.path.relpath(directory / "study.journal"))
     code = f"from sda_ray import load_score; print(load_score({json.dumps(here)}))"
     say(f"Its weights:        {here}/state.pth\n")
@@ -387,7 +387,7 @@ def conclude(
         more = 2 * max(target, count_trials(records))
         say(f"  sda-ray sweep {title} --trials {more}   # go on searching")
 
-    say(f"  sda-ray train --config {run} --replicas 3   # other seeds")
+    say(f"  sda-ray confirm {title}   # other seeds: is the winner luck?")
     say(f"  optuna-dashboard {journal}   # curves")
     say(f"  python -c {shlex.quote(code)}")
 
@@ -491,8 +491,15 @@ def show_end(runs: Path, name: str, study: Study) -> None:
     r"""Prints the leaderboard, and the commands to try next."""
 
     records, directory = study.records(), sweep_directory(runs, name)
-    target, objective = read_sweep(runs, name)["trials"], study.objectives[0]
+    sweep, objective = read_sweep(runs, name), study.objectives[0]
+    target = sweep["trials"]
     under_way = sum(record.state == "running" for record in records)
+
+    if "confirms" in sweep and len(records) >= target and not under_way:
+        from .confirm import show_confirmation
+
+        show_confirmation(runs, name)
+        return
 
     if records and not under_way:
         conclude(name, target, records, directory, runs, importances(study.study), objective)

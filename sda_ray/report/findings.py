@@ -281,8 +281,8 @@ class Findings:
 
         if len({trial.record.config.get("seed") for trial in self.trials}) <= 1:
             yield (
-                f"One seed: the first of {len(self.trials)} is flattered by the selection. Train "
-                "it again with other seeds before you quote it."
+                f"One seed: the first of {len(self.trials)} is flattered by the selection. "
+                f"`sda-ray confirm {self.name}` trains the best with other seeds."
             )
 
         if is_off((best.metrics[-1] if best.metrics else {}).get("sample_std")):

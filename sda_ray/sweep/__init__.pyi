@@ -4,6 +4,11 @@ from .code import OtherCode as OtherCode
 from .code import check_code as check_code
 from .code import execute as execute
 from .code import recorded_code as recorded_code
+from .confirm import Configuration as Configuration
+from .confirm import Confirmation as Confirmation
+from .confirm import make_confirmation as make_confirmation
+from .confirm import read_confirmation as read_confirmation
+from .confirm import resume_confirmation as resume_confirmation
 from .definition import Sweep as Sweep
 from .definition import hand_over as hand_over
 from .definition import load_script as load_script

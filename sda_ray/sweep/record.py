@@ -62,6 +62,7 @@ class Options:
         code: `recorded`, or `current` to resume the sweep with other code than recorded.
         bucket: The bucket with a copy of the runs, `s3://bucket/prefix`, if any.
         replica: Keeps that copy, see :mod:`sda_ray.storage.bucket`.
+        confirms: What a new sweep confirms, see :mod:`sda_ray.sweep.confirm`.
     """
 
     root: Path
@@ -81,6 +82,7 @@ class Options:
     code: str = "recorded"
     bucket: str | None = None
     replica: Any = None
+    confirms: dict[str, Any] | None = None
 
     def slots(self) -> Slots:
         r"""Returns the count of the trials that fit at a time."""
@@ -93,7 +95,9 @@ class Options:
 def record_of(sweep: Sweep, options: Options, info: DataInfo) -> dict[str, Any]:
     r"""Returns the record of a sweep and of the options of its start, see :func:`write_sweep`."""
 
-    return {
+    confirms = {"confirms": options.confirms} if options.confirms else {}
+
+    return confirms | {
         "name": sweep.name,
         "trials": sweep.trials,
         "definition": sweep.definition(),
@@ -126,7 +130,7 @@ def write_sweep(directory: Path, content: dict[str, Any], script: Path | None) -
     before = read_json(file) if file.exists() else {"created": timestamp()}
     same = before.get("definition") == content["definition"]
 
-    kept = {key: before[key] for key in ("code", "created", "beside") if key in before}
+    kept = {key: before[key] for key in ("code", "created", "beside", "confirms") if key in before}
 
     if script is not None and script.resolve() != copy.resolve():
         kept["beside"] = os.path.relpath(script.resolve().parent, directory.resolve())

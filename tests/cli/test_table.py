@@ -149,7 +149,7 @@ def test_conclusion_names_commands_that_exist(
     assert "PED-ANOVA over 1 complete runs, 90 % intervals\n" in out
     assert "crimson-cloud-2_run00002/state.pth" in out
     assert "sda-ray sweep demo --trials 10 " in out
-    assert "sda-ray train --config crimson-cloud-2_run00002 --replicas 3 " in out
+    assert "sda-ray confirm demo " in out
     assert "optuna-dashboard sweeps/demo/study.journal " in out
 
 
@@ -161,7 +161,7 @@ def test_more_trials_are_not_recommended_where_there_is_no_more_to_try(
     for target, more in {3: True, 4: False}.items():
         conclude("demo", target, ended, runs, runs, {})
         assert (f"--trials {2 * target} " in (out := capsys.readouterr().out)) == more
-        assert "What next?" in out and "--replicas 3" in out
+        assert "What next?" in out and "sda-ray confirm demo" in out
 
     conclude("demo", 2, records(10), runs, runs, {})  # resumed with a smaller number
     assert f"--trials {2 * count_trials(records(10))} " in capsys.readouterr().out

@@ -295,6 +295,30 @@ def test_replicas_differ_in_the_seed_alone(place: Place) -> None:
     assert len(place.records("replicas-1")) == 3 and len(place.records("replicas-2")) == 1
 
 
+def test_killed_confirmation_ends_with_fresh_seeds_and_the_same_table(place: Place) -> None:
+    place.run("sweep", "tiny.py", "--name=pair", "--trials=2", "--finalists=2", "epochs=3")
+    words = ("confirm", "pair", "--seeds=2", "epochs=4", "--parallel=1")
+    driver = place.start(*words)
+    study = place.runs / "sweeps" / "pair-confirm" / "study.journal"
+    place.wait(lambda: study.exists() and len(place.records("pair-confirm")) == 2)
+    driver.kill()
+    driver.communicate()
+
+    out = place.run(*words)
+    tables = [x.partition("Confirmation of pair")[2] for x in (out, place.run(*words))]
+    records = place.records("pair-confirm")
+    configs = [load_config(place.path(r).config) for r in records]
+
+    assert "The winner of the sweep is " in out and tables[0] == tables[1]
+    assert {r.state for r in records} == {"complete"} and len(records) == 4
+    assert sorted(c["seed"] for c in configs) == [1, 1, 2, 2]
+    assert {(c["valid_seed"], c["epochs"]) for c in configs} == {(1, 4)}
+    assert place.same_as_alone(records[1])
+    assert "Confirmation of pair" in place.run("sweep", "pair-confirm")
+    out = place.run(*words, "--json")
+    assert json.loads(out[out.index("\n{\n") :])["seeds"] == [1, 2]
+
+
 def test_killed_worker_and_stopped_driver_cost_no_bit(place: Place) -> None:
     words = ["tiny.py", "--name", "long", "--trials", "1", "epochs=150", "--parallel", "1"]
     start = time.monotonic()

@@ -1,0 +1,84 @@
+r"""Tests for sda_ray.cli.confirm: the table of a confirmation, and what is refused."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Cli
+from sweeping import loss, play_sweep
+
+from sda_ray import CONFIG, Sweep, choice
+from sda_ray.runs.tracking import Wandb
+from sda_ray.sweep.confirm import make_confirmation
+
+RATES = (1e-4, 1e-3, 1e-2)
+
+
+def lucky(config: dict[str, Any], epoch: int) -> float:
+    luck = 0.5 if (config["seed"], config["learning_rate"]) == (0, 1e-2) else 0.0
+
+    return loss(config, epoch) - luck + 0.01 * config["seed"]
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    r"""A finished sweep whose winner is luck."""
+
+    runs, space = tmp_path / "runs", {"learning_rate": choice(*RATES)}
+    config = CONFIG | {"epochs": 4}
+    sweep = Sweep("w", config, space, 3, sampler="grid", pruner="none")
+    options = {"data": "data", "cpus": 1, "gpus": 0, "wandb": asdict(Wandb("disabled"))}
+    play_sweep(runs, sweep, loss=lucky, options=options)
+
+    return runs
+
+
+def confirm(runs: Path, seeds: int = 2, **more: Any) -> None:
+    sweep, confirms = make_confirmation(runs, "w", "w-confirm", 3, seeds, more.pop("epochs", None))
+    play_sweep(runs, sweep, loss=lucky, confirms=confirms, **more)
+
+
+def test_table_says_that_the_winner_was_luck(runs: Path, cli_here: Cli) -> None:
+    confirm(runs)
+    out = cli_here("attach", "w-confirm").stdout
+    rows = [x.split() for x in out.splitlines() if "learning_rate=" in x]
+
+    assert [row[0] for row in rows] == ["1", "2", "3"]
+    assert rows[0][-1] == "learning_rate=0.001"
+    assert "The winner of the sweep is now number " in out
+    assert "The winner was flattered by 0.5150 ± 0.0050: it had -0.1750 in the sweep" in out
+    assert "sda-ray evaluate crimson-cloud-" in out
+    assert "sda-ray confirm w --seeds 4 " in out
+
+
+def test_one_seed_other_epochs_and_diverged_runs_are_named(runs: Path, cli_here: Cli) -> None:
+    confirm(runs, 1, epochs=2, ends={1: "diverged", 2: "failed"})
+    out = cli_here("attach", "w-confirm").stdout
+
+    assert "One seed has no standard error: --seeds 3 adds two." in out
+    assert "its values do not compare" in out and "flattered" not in out
+    assert "! Of number " in out and "1 runs diverged: it ranks last." in out
+    assert "! 1 runs are missing" in out
+    assert "nan" not in out and "inf" not in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("v", "there is no sweep 'v'"),
+        ("w batch_size=3", "batch_size is that of the sweep. Only epochs may differ."),
+        ("w epochs=0", "epochs is 0, but must be an integer"),
+        ("w --name w", "sweep 'w' exists, and was not started with SWEEP w. Give --name"),
+        ("w --top 0", "0 is not in the range x>=1"),
+        ("w", "has other data than sweep 'w'. Give its --data."),
+    ],
+)
+def test_what_cannot_be_confirmed_is_refused(
+    runs: Path, cli_here: Cli, words: str, message: str
+) -> None:
+    before = sorted(runs.rglob("*"))
+    refused = cli_here("confirm", *words.split())
+
+    assert refused.returncode == 2 and message in refused.stderr
+    assert sorted(runs.rglob("*")) == before
