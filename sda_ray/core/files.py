@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from .errors import UserError
+from .keys import did_you_mean
 
 # Bytes; files of others must not exhaust the memory
 MAX_LINES = 64 * 2**20
@@ -399,4 +400,5 @@ def find_run(runs: Path, run: str) -> Path:
         some = ", ".join(path.name for path in matches[:5])
         raise UserError(f"'{run}' could be any of {len(matches)} runs: {some}. Give its id.")
 
-    raise UserError(f"there is no run '{run}' in {runs}, which holds {len(names)} runs.")
+    hint = did_you_mean(run, (x for known in names.values() for x in known))
+    raise UserError(f"there is no run '{run}' in {runs}, which holds {len(names)} runs.{hint}")

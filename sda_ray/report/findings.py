@@ -27,7 +27,7 @@ from ..search import (
     importances,
     rank_key,
 )
-from ..sweep import Sweep, read_sweep
+from ..sweep import read_sweep, recorded_rules
 
 EDGE = 0.05  # of a range: what lies closer to its end is at its boundary
 FEW = 10  # complete runs below which little can be said
@@ -331,9 +331,7 @@ def read_findings(runs: Path, name: str) -> Findings:
     if not journal.exists():
         raise UserError(f"sweep '{name}' has not begun: sda-ray sweep {name}")
 
-    keys = ("pruner", "min_epochs", "eta", "rungs", "finalists")
-    settings = {key: definition[key] for key in keys if key in definition}
-    rules = Sweep(name, definition["config"], {}, sweep["trials"], **settings).rules
+    rules = recorded_rules(runs, name)
     study = Study(journal, name, None, definition["objectives"])
     records = sorted(study.records(), key=rank_key)
     paths = {path.id: path for path in RunPath.all(runs)}

@@ -43,6 +43,7 @@ from .path import RunPath as RunPath
 from .path import new_id as new_id
 from .path import new_name as new_name
 from .path import sweep_directory as sweep_directory
+from .path import sweep_names as sweep_names
 from .prune import prune_run as prune_run
 from .prune import refusal as refusal
 from .prune import resumable as resumable

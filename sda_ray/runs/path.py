@@ -99,6 +99,12 @@ def sweep_directory(runs: Path, name: str) -> Path:
     return runs / "sweeps" / name
 
 
+def sweep_names(runs: Path) -> list[str]:
+    r"""Returns the names of the sweeps that have a record."""
+
+    return sorted(file.parent.name for file in runs.glob("sweeps/*/sweep.json"))
+
+
 def new_id() -> str:
     r"""Returns a random run id: 8 characters of a-z and 0-9."""
 

@@ -26,6 +26,7 @@ from .record import Options as Options
 from .record import compare as compare
 from .record import load_record as load_record
 from .record import read_sweep as read_sweep
+from .record import recorded_rules as recorded_rules
 from .requests import NotRunning as NotRunning
 from .requests import ask_all as ask_all
 from .requests import stop_sweep as stop_sweep

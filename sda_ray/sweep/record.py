@@ -10,7 +10,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import msgspec
 
 from ..cluster import Slots, local_gpus
 from ..core import (
@@ -19,6 +21,7 @@ from ..core import (
     UserError,
     check_config,
     covers,
+    did_you_mean,
     domain_from_json,
     is_alive,
     read_json,
@@ -27,17 +30,44 @@ from ..core import (
     write_atomic,
     write_json,
 )
-from ..data import DataInfo
-from ..runs import Wandb, sweep_directory, timestamp
-from ..search import GEOMETRIC, TrialRecord
+from ..runs import Wandb, sweep_directory, sweep_names, timestamp
+from ..search import GEOMETRIC, Rules, TrialRecord
 from .code import unsafe
 from .definition import PRUNERS, SAMPLERS, SETTINGS, Sweep, look_beside, run_script
+
+if TYPE_CHECKING:
+    from ..data import DataInfo  # which loads h5py
 
 # The settings that older records lack
 LATER: dict[str, Any] = {"objectives": ["loss_valid"], "percentile": 25.0, "patience": None}
 
 
 OFFLINE = Wandb()
+
+NAMES = Annotated[list[str], msgspec.Meta(min_length=1)]
+COUNT = Annotated[int, msgspec.Meta(ge=1)]
+
+
+class Epochs(msgspec.Struct):
+    epochs: COUNT
+
+
+class Definition(msgspec.Struct):
+    config: Epochs
+    space: dict[str, Any]
+    objectives: NAMES | None = None
+    min_epochs: COUNT | None = None
+    eta: COUNT | None = None
+
+
+class Fields(msgspec.Struct):
+    r"""The keys of `sweep.json` that are checked. It may have more."""
+
+    name: str
+    trials: COUNT
+    definition: Definition
+    fingerprint: str
+    options: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -92,7 +122,7 @@ class Options:
         return Slots(self.cpus, gpus, self.parallel)
 
 
-def record_of(sweep: Sweep, options: Options, info: DataInfo) -> dict[str, Any]:
+def record_of(sweep: Sweep, options: Options, info: "DataInfo") -> dict[str, Any]:
     r"""Returns the record of a sweep and of the options of its start, see :func:`write_sweep`."""
 
     confirms = {"confirms": options.confirms} if options.confirms else {}
@@ -151,17 +181,19 @@ def read_sweep(runs: Path, name: str) -> dict[str, Any]:
     file = sweep_directory(runs, name) / "sweep.json"
 
     if "/" in name or not file.is_file():
-        known = sorted(f.parent.name for f in runs.glob("sweeps/*/sweep.json"))
+        known = sweep_names(runs)
         raise UserError(
             f"there is no sweep '{name}' in {runs / 'sweeps'}, which has "
-            f"{', '.join(known) or 'none'}. Give a script, such as sweeps/demo.py, to start one."
+            f"{', '.join(known) or 'none'}.{did_you_mean(name, known)} Give a script, such as "
+            "sweeps/demo.py, to start one."
         )
 
     content = read_json(file)
-    keys = {"name", "trials", "definition", "fingerprint", "options"}
 
-    if not isinstance(content, dict) or not keys <= content.keys():
-        raise UserError(f"{file} is damaged: it must be an object with {', '.join(sorted(keys))}.")
+    try:
+        msgspec.convert(content, Fields)
+    except msgspec.ValidationError as error:
+        raise UserError(f"{file} is damaged: {error}.") from error
 
     return content | {"definition": _earlier_rungs(LATER | content["definition"])}
 
@@ -177,6 +209,17 @@ def _earlier_rungs(definition: dict[str, Any]) -> dict[str, Any]:
     rungs = [first * definition["eta"] ** k for k in range(64)]
 
     return definition | {"rungs": [x for x in rungs if x < epochs]}
+
+
+def recorded_rules(runs: Path, name: str) -> Rules:
+    r"""Returns the rules of a sweep by its record. Its script is not run."""
+
+    content = read_sweep(runs, name)
+    definition = content["definition"]
+    keys = ("pruner", "min_epochs", "eta", "rungs", "finalists")
+    settings = {key: definition[key] for key in keys if key in definition}
+
+    return Sweep(name, definition["config"], {}, content["trials"], **settings).rules
 
 
 def with_recorded_rungs(sweep: Sweep, runs: Path) -> Sweep:
