@@ -27,7 +27,7 @@ from ..runs import (
     select,
     summarize,
 )
-from .options import ADDRESS, COUNT, JSON, Args, command, option
+from .options import ADDRESS, COUNT, JSON, RUNS_GIVEN, Args, command, option
 
 # The columns of the table, with their titles
 METRICS = {
@@ -45,7 +45,7 @@ TEX = {"chi2": r"$\chi^2$"}
 
 
 @command("evaluate")
-@click.argument("run", nargs=-1, metavar="[RUN]...")
+@RUNS_GIVEN
 @option("--sweep", "The best runs of this sweep.", metavar="NAME")
 @option("--top", "How many of --sweep. Default: 3.", COUNT)
 @option("--quick", "A few members and observations of one trajectory, in few steps.", bool)

@@ -8,12 +8,12 @@ import click
 
 from ..core import UserError, load_config, say
 from ..runs import RunPath, entries, select, sweep_directory
-from .options import COUNT, Args, command, option
+from .options import COUNT, RUN, Args, command, option
 from .train import THREADS
 
 
 @command("export")
-@click.argument("run", metavar="RUN")
+@RUN
 @click.argument("directory", metavar="DIR")
 @option("--force", "Replace an earlier export.", bool)
 def export_command(args: Args) -> None:
@@ -35,7 +35,7 @@ def export_command(args: Args) -> None:
 
 
 @command("reproduce")
-@click.argument("run", metavar="RUN")
+@RUN
 @option("--epochs", "How many, from the first. Default: 1.", COUNT, default=1)
 @option("--device", "cpu, cuda, … Default: that of the run, if it is here.")
 @option("--threads", "CPU threads. Default: those of the run.", THREADS)

@@ -15,7 +15,7 @@ import click
 
 from ..core import ALIASES, KEYS, LeaseGone, UserError, did_you_mean, log_warnings, say
 from ..sweep import OtherCode, execute, hand_over, look_beside
-from .options import sda_ray
+from .options import COMPLETE, sda_ray
 
 
 def main(sweep: Any = None, argv: Sequence[str] | None = None) -> None:
@@ -110,6 +110,9 @@ def _open_streams() -> None:
 
 def _run(argv: list[str], sweep: Any) -> None:
     r"""Parses a command and runs it. Words after `--` are those of sbatch, for `slurm`."""
+
+    if os.environ.get(COMPLETE):  # a shell asks what may come next
+        sda_ray.main(prog_name="sda-ray", complete_var=COMPLETE)
 
     split = argv.index("--") if argv[:1] == ["slurm"] and "--" in argv else len(argv)
     words, sbatch = argv[:split], argv[split + 1 :]

@@ -9,16 +9,18 @@ import inspect
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from textwrap import indent
 from types import SimpleNamespace
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem, get_completion_class
 
 from .. import __version__
-from ..core import UserError, default_root, did_you_mean, say
+from ..core import UserError, default_root, did_you_mean, run_directories, say
+from ..runs import sweep_names
 
 Function = Callable[..., Any]
 
@@ -29,8 +31,12 @@ COMMANDS = {
     "plan": ("sweep", "Say what a sweep would cost, and what is wrong with it."),
     "sweep": ("sweep", "Search for good settings."),
     "confirm": ("confirm", "Train the best of a sweep again: is its winner luck?"),
+    "sweeps": ("status", "List sweeps."),
+    "status": ("status", "Show a sweep as it stands."),
+    "best": ("status", "Name the best runs of a sweep."),
     "attach": ("table", "Show the live table of a running sweep."),
     "report": ("report", "Write what a sweep has found as one HTML file."),
+    "dashboard": ("status", "Open Optuna's dashboard on a sweep."),
     "stop": ("sweep", "Stop a running sweep, or one trial."),
     "adopt": ("sweep", "Bring finished runs into a sweep."),
     "runs": ("runs", "List, show, compare and prune runs."),
@@ -42,7 +48,9 @@ COMMANDS = {
     "join": ("cluster", "Add this machine to a running sweep."),
     "cluster": ("cluster", "Show the nodes of a cluster and their trials."),
     "doctor": ("cluster", "Check whether this machine, or a cluster, is fit for sweeps."),
+    "completion": ("options", "Print what makes a shell complete commands, sweeps and runs."),
 }
+COMPLETE = "_SDA_RAY_COMPLETE"  # the variable by which a shell asks what may come next
 LISTING = ("list", "show", "compare")  # the commands that look at runs, of a bucket too
 
 
@@ -56,6 +64,7 @@ class Args(SimpleNamespace):
     runs: Any = None
     bucket: Any = None
     settings: Any = ()
+    config: Any = None  # a run, or whether to print that of one
     fix: Any = ()
     fork: Any = False
     json: Any = False
@@ -73,7 +82,9 @@ class Group(click.Group):
     r"""A group of commands, which suggests a name for one that does not exist."""
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        if self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
+        known = self.get_command(ctx, args[0]) or ctx.resilient_parsing  # a shell completes it
+
+        if not known and not args[0].startswith("-"):
             hint = did_you_mean(args[0], self.list_commands(ctx))
             raise UserError(f"there is no command '{args[0]}'.{hint} `sda-ray --help` lists all.")
 
@@ -96,6 +107,12 @@ class Commands(Group):
         with formatter.section("Commands"):
             formatter.write_dl([(name, about) for name, (_, about) in COMMANDS.items()])
 
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        items = [CompletionItem(name, help=about) for name, (_, about) in COMMANDS.items()]
+        commands = [item for item in items if item.value.startswith(incomplete)]
+
+        return commands + click.Command.shell_complete(self, ctx, incomplete)
+
 
 class Actions(Group):
     r"""Commands of which the first is meant where none is named, wherever options stand."""
@@ -109,10 +126,17 @@ class Actions(Group):
         if named:
             args.remove(named[0])
 
-        if named or not {"-h", "--help"} & {*args}:
+        asked = not args if ctx.resilient_parsing else {"-h", "--help"} & {*args}
+
+        if named or not asked:
             args = [*(named or [next(iter(self.commands))]), *args]
 
         return super().parse_args(ctx, args)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        first = next(iter(self.commands.values()))
+
+        return super().shell_complete(ctx, incomplete) + first.shell_complete(ctx, incomplete)
 
 
 @click.group(
@@ -124,6 +148,20 @@ class Actions(Group):
 @click.version_option(__version__, message="sda-ray %(version)s")
 def sda_ray() -> None:
     pass
+
+
+@sda_ray.command("completion", cls=Command)
+@click.argument("shell", type=click.Choice(("bash", "zsh", "fish")))
+def completion_command(shell: str) -> None:
+    r"""Prints the script with which a shell completes commands, options, sweeps and runs.
+
+    echo 'eval "$(sda-ray completion bash)"' >> ~/.bashrc     and likewise zsh in ~/.zshrc
+    sda-ray completion fish > ~/.config/fish/completions/sda-ray.fish
+    """
+
+    kind = get_completion_class(shell)
+    assert kind is not None
+    print(kind(sda_ray, {}, "sda-ray", COMPLETE).source())
 
 
 class Amount(click.FloatRange):
@@ -142,6 +180,40 @@ class Amount(click.FloatRange):
 COUNT = click.IntRange(1)
 
 
+def _completer(names: Callable[[Path], Iterable[str]], files: bool) -> Function:
+    r"""Returns what completes names of a directory of runs, or files if none begins so."""
+
+    def complete(ctx: click.Context, param: click.Parameter, begin: str) -> list[CompletionItem]:
+        args = Args(**ctx.params)
+        _locate(args)
+        known = (x for x in names(args.runs) if x.startswith(begin) and x.isprintable())
+
+        return [CompletionItem(begin, type="file")] * files + [*map(CompletionItem, known)]
+
+    return complete
+
+
+def _run_names(runs: Path) -> Iterator[str]:
+    return (directory.name for directory in run_directories(runs))
+
+
+# By what an option or argument is to be
+COMPLETERS = {
+    "RUN": _completer(_run_names, files=True),
+    "SCRIPT": _completer(sweep_names, files=True),
+    "SWEEP": _completer(sweep_names, files=False),
+    "NAME": _completer(sweep_names, files=False),
+}
+
+
+def argument(name: str, metavar: str, **more: Any) -> Any:
+    r"""Returns an argument that names a sweep, or runs."""
+
+    kind = metavar.strip("[].")
+
+    return click.argument(name, metavar=metavar, shell_complete=COMPLETERS[kind], **more)
+
+
 def option(name: str, about: str, kind: Any = str, metavar: str | None = None, **more: Any) -> Any:
     r"""Returns an option: a text, a number N, a flag if its kind is bool, or one of several."""
 
@@ -151,6 +223,8 @@ def option(name: str, about: str, kind: Any = str, metavar: str | None = None, *
     kind = click.Choice(kind) if isinstance(kind, tuple) else kind
     number = kind is int or isinstance(kind, click.IntRange | click.FloatRange)
     metavar = metavar or ("N" if number else None)
+
+    more = {"shell_complete": COMPLETERS.get(metavar or "")} | more
 
     return click.option(name, type=kind, metavar=metavar, help=about, **more)
 
@@ -231,7 +305,7 @@ def _begin(args: Args) -> None:
 
     places = f"data {args.data}" + ("" if args.command == "simulate" else f", runs {args.runs}")
     places += f", a copy of which is in {args.bucket}" if args.bucket else ""
-    out = sys.stderr if args.json else sys.stdout
+    out = sys.stderr if args.json or args.config is True else sys.stdout
     say(f"sda-ray {__version__}: root {args.root}, {places}", file=out)
 
     for place in (args.root, args.data, args.runs):
@@ -256,7 +330,9 @@ def _begin(args: Args) -> None:
 
 
 SETTINGS = click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
-SWEEP = click.argument("sweep", metavar="SWEEP")
+SWEEP = argument("sweep", "SWEEP")
+RUN = argument("run", "RUN")
+RUNS_GIVEN = argument("run", "[RUN]...", nargs=-1)
 JSON = option("--json", "For programs.", bool)
 NAME = option("--name", "Another name than the script's.")
 ADDRESS = option("--address", "A Ray cluster. Default: this machine alone.")
@@ -280,7 +356,7 @@ WANDB = _all(
 )
 
 DEFINITION = _all(
-    SWEEP,
+    click.argument("sweep", metavar="SWEEP", shell_complete=COMPLETERS["SCRIPT"]),
     SETTINGS,
     NAME,
     option("--trials", "The number of trials wanted.", int),

@@ -6,15 +6,12 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-import click
-
 from ..core import Hold, LeaseLost, UserError, say
-from ..report import write_report
-from .options import Args, command, option
+from .options import Args, argument, command, option
 
 
 @command("report")
-@click.argument("sweeps", nargs=-1, required=True, metavar="SWEEP...")
+@argument("sweeps", "SWEEP...", nargs=-1, required=True)
 @option("--output", "Default: report.html in the directory of the sweep.", metavar="FILE.html")
 @option("--open", "Open it in the browser.", bool)
 def report_command(args: Args) -> None:
@@ -46,6 +43,8 @@ def report_command(args: Args) -> None:
 def _write(
     runs: Path, names: Sequence[str], file: Path | None = None, hold: Hold = nullcontext
 ) -> Path:
+    from ..report import write_report  # which loads optuna
+
     try:
         return write_report(runs, list(names), file, hold)
     except OSError as error:

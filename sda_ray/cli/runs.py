@@ -36,7 +36,19 @@ from ..runs import (
     source,
     sync_runs,
 )
-from .options import COUNT, JSON, SETTINGS, Actions, Args, command, option, sda_ray
+from .options import (
+    COUNT,
+    JSON,
+    RUN,
+    RUNS_GIVEN,
+    SETTINGS,
+    Actions,
+    Args,
+    argument,
+    command,
+    option,
+    sda_ray,
+)
 from .render import comparison, listing, portrait
 
 STATUSES = (
@@ -114,7 +126,7 @@ def _find(args: Args, run: str) -> Entry:
 
 
 @command("show", group=runs)
-@click.argument("run", metavar="RUN")
+@RUN
 @JSON
 def show_command(args: Args) -> None:
     r"""Shows one run: its config, its curve, and where it came from."""
@@ -151,8 +163,8 @@ def _evaluated(path: RunPath) -> dict[str, str]:
 
 
 @command("compare", group=runs)
-@click.argument("run", metavar="RUN")
-@click.argument("others", nargs=-1, required=True, metavar="RUN...")
+@RUN
+@argument("others", "RUN...", nargs=-1, required=True)
 @JSON
 def compare_command(args: Args) -> None:
     r"""Compares runs: the settings that differ, beside their metrics."""
@@ -172,7 +184,7 @@ def compare_command(args: Args) -> None:
 
 
 @command("prune", group=runs)
-@click.argument("run", nargs=-1, metavar="[RUN]...")
+@RUNS_GIVEN
 @option("--yes", "Do it without asking.", bool)
 @JSON
 def prune_command(args: Args) -> None:
@@ -257,7 +269,7 @@ def _show_prunable(files: dict[str, dict[Path, int]], spared: dict[str, str]) ->
 
 
 @command("sync")
-@click.argument("run", nargs=-1, metavar="[RUN]...")
+@RUNS_GIVEN
 @option("--all", "All runs that have ended, and the paused ones of sweeps that do not run.", bool)
 @option("--sweep", "All runs of this sweep.", metavar="NAME")
 def sync_command(args: Args) -> None:

@@ -282,7 +282,7 @@ def leaderboard(
     paths = {path.id: path for path in RunPath.all(runs)}
     names = {id: path.name for id, path in paths.items()}
     best = [r for r in finished[:count] if r.run_id in paths]
-    lines = {r.run_id: _judgement(paths[r.run_id], objective) for r in best}
+    lines = {r.run_id: judgement(paths[r.run_id], objective) for r in best}
     scores = {r.run_id: _crps(paths[r.run_id]) for r in best}
     deviations = {id: x["sample_std"] for id, x in lines.items() if "sample_std" in x}
     more = {
@@ -309,7 +309,7 @@ def leaderboard(
         )
 
 
-def _judgement(path: RunPath, objective: str) -> dict[str, Any]:
+def judgement(path: RunPath, objective: str) -> dict[str, Any]:
     r"""Returns the newest metrics with the objective, or nothing if they are damaged."""
 
     line: dict[str, Any] = {}
@@ -345,7 +345,6 @@ def conclude(
     title: str,
     target: int,
     records: Sequence[TrialRecord],
-    directory: Path,
     runs: Path,
     importances: Mapping[str, tuple[float, float, float]],
     objective: str = "loss_valid",
@@ -378,21 +377,20 @@ def conclude(
         return
 
     here = os.path.relpath(path.directory)
-    journal = shlex.quote(os.path.relpath(directory / "study.journal"))
     code = f"from sda_ray import load_score; print(load_score({json.dumps(here)}))"
     say(f"Its weights:        {here}/state.pth\n")
     say("What next?")
 
-    if not _exhausted(records, target):
+    if not exhausted(records, target):
         more = 2 * max(target, count_trials(records))
         say(f"  sda-ray sweep {title} --trials {more}   # go on searching")
 
     say(f"  sda-ray confirm {title}   # other seeds: is the winner luck?")
-    say(f"  optuna-dashboard {journal}   # curves")
+    say(f"  sda-ray dashboard {title}   # curves")
     say(f"  python -c {shlex.quote(code)}")
 
 
-def _exhausted(records: Sequence[TrialRecord], target: int) -> bool:
+def exhausted(records: Sequence[TrialRecord], target: int) -> bool:
     r"""Tells whether a sweep has ended with fewer runs than wanted, though few of them failed."""
 
     ended = all(record.state != "running" for record in records)
@@ -490,7 +488,7 @@ def _seconds(holder: dict[str, Any]) -> float:
 def show_end(runs: Path, name: str, study: Study) -> None:
     r"""Prints the leaderboard, and the commands to try next."""
 
-    records, directory = study.records(), sweep_directory(runs, name)
+    records = study.records()
     sweep, objective = read_sweep(runs, name), study.objectives[0]
     target = sweep["trials"]
     under_way = sum(record.state == "running" for record in records)
@@ -502,7 +500,7 @@ def show_end(runs: Path, name: str, study: Study) -> None:
         return
 
     if records and not under_way:
-        conclude(name, target, records, directory, runs, importances(study.study), objective)
+        conclude(name, target, records, runs, importances(study.study), objective)
         return
 
     leaderboard(name, records, runs, objective=objective)

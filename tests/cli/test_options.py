@@ -1,6 +1,8 @@
 r"""Tests for sda_ray.cli.options: what words a command takes, and where its files are."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -168,3 +170,79 @@ def test_runs_are_listed_where_no_action_is_named(
     for words in (["--sort", "epoch", "window=5"], ["list"], ["--json"]):
         main(argv=["runs", *words])
         assert "run" in capsys.readouterr().out or words == ["--json"]
+
+
+@pytest.mark.parametrize(
+    ("words", "completed"),
+    [
+        (["da"], ["dashboard"]),
+        (["st"], ["status", "stop"]),
+        (["attach", ""], ["depth", "width"]),
+        (["status", "w"], ["width"]),
+        (["sweep", "d"], ["depth"]),
+        (["sweep", "depth", "--warm-start", ""], ["depth", "width"]),
+        (["report", "width", "de"], ["depth"]),
+        (["attach", "--root", "/nowhere", ""], []),
+        (["runs", ""], ["list", "show", "compare", "prune"]),
+        (["runs", "--sor"], ["--sort"]),
+        (["runs", "--sweep", "w"], ["width"]),
+        (["runs", "show", "crimson"], ["crimson-cloud-1_abcdefgh"]),
+        (["train", "--resume", "c"], ["crimson-cloud-1_abcdefgh"]),
+        (["evaluate", "c"], ["crimson-cloud-1_abcdefgh"]),
+        (["nonsense", "--h"], ["--help"]),
+    ],
+)
+def test_shell_completes_commands_options_sweeps_and_runs(
+    tmp_path: Path, env: dict[str, str], words: list[str], completed: list[str]
+) -> None:
+    for name in ("depth", "width"):
+        (tmp_path / "runs" / "sweeps" / name).mkdir(parents=True)
+        (tmp_path / "runs" / "sweeps" / name / "sweep.json").touch()
+
+    (tmp_path / "runs" / "crimson-cloud-1_abcdefgh").mkdir()
+    program = tmp_path / "sda-ray"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m sda_ray "$@"\n')
+    program.chmod(0o755)
+    script = """
+        compopt() { :; }  # works where a key was pressed
+        eval "$(sda-ray completion bash)"
+        COMP_WORDS=(sda-ray "$@"); COMP_CWORD=$#
+        _sda_ray_completion sda-ray
+        printf '%s\\n' "${COMPREPLY[@]}"
+    """
+    done = subprocess.run(
+        ["bash", "-c", script, "bash", *words],
+        cwd=tmp_path,
+        env={**env, "PATH": f"{tmp_path}:{env['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+    assert done.stdout.split() == completed and not done.stderr
+
+
+def test_completion_loads_nothing_heavy(tmp_path: Path, env: dict[str, str]) -> None:
+    program = """if True:
+        import atexit, sys
+        heavy = {"torch", "h5py", "ray", "optuna", "wandb"}
+        atexit.register(lambda: print(heavy & {*sys.modules}, file=sys.stderr))
+        from sda_ray.cli.main import main
+        main()
+    """
+
+    for words in ("", "sweep ", "best ", "report "):
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=tmp_path,
+            env=env
+            | {
+                "_SDA_RAY_COMPLETE": "bash_complete",
+                "COMP_WORDS": f"sda-ray {words}",
+                "COMP_CWORD": str(len(words.split()) + 1),
+            },
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 0 and done.stderr.strip() == "set()", done.stderr

@@ -127,7 +127,7 @@ def test_conclusion_of_repeats_is_their_mean_and_spread(
         TrialRecord(i, f"run{i:05}", "complete", 9, 9, {9: float(i)}, config={"seed": i})
         for i in (1, 2, 3)
     ]
-    conclude("demo", 3, repeats, runs, runs, {})
+    conclude("demo", 3, repeats, runs, {})
     out = capsys.readouterr().out
 
     assert "loss_valid over 3 seeds: 2.0000 ± 1.0000" in out
@@ -141,7 +141,7 @@ def test_conclusion_names_commands_that_exist(
     runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(runs)
-    conclude("demo", 5, records(5), runs / "sweeps" / "demo", runs, MATTER)
+    conclude("demo", 5, records(5), runs, MATTER)
     out = capsys.readouterr().out
 
     assert "learning_rate=0.00123456 hidden_channels=64,128,256 activation=SiLU" in out
@@ -150,7 +150,7 @@ def test_conclusion_names_commands_that_exist(
     assert "crimson-cloud-2_run00002/state.pth" in out
     assert "sda-ray sweep demo --trials 10 " in out
     assert "sda-ray confirm demo " in out
-    assert "optuna-dashboard sweeps/demo/study.journal " in out
+    assert "sda-ray dashboard demo " in out
 
 
 def test_more_trials_are_not_recommended_where_there_is_no_more_to_try(
@@ -159,24 +159,24 @@ def test_more_trials_are_not_recommended_where_there_is_no_more_to_try(
     ended = [r for r in records(5) if r.state != "running"]  # one of them has failed
 
     for target, more in {3: True, 4: False}.items():
-        conclude("demo", target, ended, runs, runs, {})
+        conclude("demo", target, ended, runs, {})
         assert (f"--trials {2 * target} " in (out := capsys.readouterr().out)) == more
         assert "What next?" in out and "sda-ray confirm demo" in out
 
-    conclude("demo", 2, records(10), runs, runs, {})  # resumed with a smaller number
+    conclude("demo", 2, records(10), runs, {})  # resumed with a smaller number
     assert f"--trials {2 * count_trials(records(10))} " in capsys.readouterr().out
 
 
 def test_conclusion_survives_lost_directories_and_sweeps_without_results(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    conclude("demo", 5, records(5), tmp_path, tmp_path, {})
+    conclude("demo", 5, records(5), tmp_path, {})
     assert "Its directory, of run run00002, is gone." in capsys.readouterr().out
 
-    conclude("demo", 5, records(2)[1:], tmp_path, tmp_path, {})
+    conclude("demo", 5, records(2)[1:], tmp_path, {})
     assert "No run is complete" in capsys.readouterr().out
 
-    conclude("demo", 5, [], tmp_path, tmp_path, {})
+    conclude("demo", 5, [], tmp_path, {})
 
 
 def test_announcement_tells_the_state_and_an_estimate(

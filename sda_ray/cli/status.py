@@ -1,0 +1,485 @@
+r"""The commands about sweeps as they stand: `sda-ray sweeps | status | best | dashboard`.
+
+They read the study and the run directories, beside a driver or without one, and write nothing there.
+Names and texts come from files: they are shown as plain text.
+"""
+
+import functools
+import shlex
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext, suppress
+from datetime import datetime
+from pathlib import Path
+from socketserver import ThreadingMixIn
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+
+import click
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from ..core import (
+    STALE,
+    LeaseLost,
+    UserError,
+    format_duration,
+    format_value,
+    holder_alive,
+    last_heartbeat,
+    load_config,
+    make_console,
+    make_table,
+    printable,
+    read_holder,
+    say,
+)
+from ..runs import RunPath, as_json, read_metrics, sweep_directory, sweep_names
+from .options import COUNT, JSON, SWEEP, Args, argument, command, option
+from .render import STYLES, format_loss
+
+if TYPE_CHECKING:
+    from ..search import TrialRecord  # which loads optuna
+
+Row = dict[str, Any]  # a sweep or a run, as programs get it
+
+LOOK = 2.0  # seconds between two looks at the files of a sweep
+PAUSE = 60.0  # seconds between two blocks of `--watch` where no terminal is
+FEW = 5  # failures that are shown
+
+
+def _read(runs: Path, name: str) -> tuple[Row, list["TrialRecord"]]:
+    r"""Returns what the study of a sweep says about it, and its runs from best to worst.
+
+    Raises:
+        UserError: If there is no such sweep, or it is damaged.
+    """
+
+    from ..search import Study, count_trials, rank_key
+    from ..sweep import read_sweep
+    from .table import exhausted
+
+    sweep, directory = read_sweep(runs, name), sweep_directory(runs, name)
+    objectives, target = sweep["definition"]["objectives"], sweep["trials"]
+    driver, records = _driver(directory), list["TrialRecord"]()
+
+    with suppress(LeaseLost):  # there is no study yet
+        records = Study(directory / "study.journal", name, None, objectives).records()
+
+    records.sort(key=rank_key)
+    running = driver is not None and driver["alive"]
+    closed = bool(records) and all(r.state != "running" for r in records)
+    done = closed and (count_trials(records) >= target or exhausted(records, target))
+    own = [record for record in records if not record.source]
+    statuses = [r.status if running or r.status != "running" else "interrupted" for r in own]
+    complete = [record for record in records if record.state == "complete"]
+    row = {
+        "name": name,
+        "state": "running" if running else "finished" if done else "stopped",
+        "trials": count_trials(records),
+        "target": target,
+        "runs": Counter(status for status in STYLES for _ in range(statuses.count(status))),
+        "objectives": objectives,
+        "best": complete[0].value if complete else None,
+        "epochs": sum(record.last for record in own),
+        "age": _age(directory),
+        "driver": driver,
+    }
+
+    return row, records
+
+
+def _age(directory: Path) -> float:
+    changes = (last_heartbeat(directory / name) for name in ("study.journal", "sweep.json"))
+
+    return max(0.0, time.time() - max(changes) / 1e9)
+
+
+def _driver(directory: Path) -> Row | None:
+    r"""Returns the driver of a sweep, unless it has ended gracefully, and whether it is alive.
+
+    From another host the age of its heartbeat decides, by the clocks of both.
+    """
+
+    holder = read_holder(file := directory / "lease.json")
+
+    if holder is None or holder["pid"] is None:
+        return None
+
+    if (alive := holder_alive(holder)) is None:
+        alive = time.time() - last_heartbeat(file) / 1e9 < STALE
+
+    return {key: holder[key] for key in ("host", "pid", "since")} | {"alive": alive}
+
+
+def _list(runs: Path) -> list[Row]:
+    r"""Returns all sweeps, the last changed one first. Damaged ones have a fault."""
+
+    rows: list[Row] = []
+
+    for name in sweep_names(runs):
+        try:
+            rows.append(_read(runs, name)[0])
+        except (UserError, OSError) as error:
+            directory = sweep_directory(runs, name)
+            row = {"age": _age(directory), "driver": _driver(directory), "fault": str(error)}
+            rows.append({"name": name, "state": "damaged"} | row)
+
+    return sorted(rows, key=lambda row: row["age"])
+
+
+@command("sweeps")
+@JSON
+def sweeps_command(args: Args) -> None:
+    r"""Lists all sweeps, the last changed one first: state, runs, best run, epochs trained, driver.
+
+    A sweep is `running` if it has a driver, `stopped` if it can be resumed, `finished` if nothing is
+    left to train, and `damaged` if its files cannot be read.
+
+      sda-ray sweeps
+      sda-ray sweeps --json | jq -r '.[] | select(.state == "running").name'
+    """
+
+    rows = _list(args.runs)
+
+    if args.json:
+        print(as_json(rows))
+    elif rows:
+        cells = [_cells(row) for row in rows]
+        right = ("trials", "complete", "failed", "best", "epochs", "age")
+        table = make_table(*cells[0], right=right, fold=("sweep", "driver"))
+
+        for texts in cells:
+            table.add_row(*(Text(printable(x), STYLES.get(x, "")) for x in texts.values()))
+
+        faults = (printable(row["fault"], 400) for row in rows if "fault" in row)
+        make_console().print(table, *faults, sep="\n")
+    else:
+        say(f"There are no sweeps in {args.runs} yet. `sda-ray sweep SCRIPT` starts one.")
+
+
+def _cells(row: Row) -> dict[str, str]:
+    sound, driver, counts = "fault" not in row, row["driver"], row.get("runs", Counter())
+    objective = row["objectives"][0] if sound and row["objectives"][0] != "loss_valid" else ""
+
+    return {
+        "sweep": row["name"],
+        "state": row["state"],
+        "trials": f"{row['trials']}/{row['target']}" if sound else "–",
+        "complete": str(counts["complete"]),
+        "failed": str(counts["failed"] + counts["diverged"]),
+        "best": f"{objective} {format_loss(row.get('best'))}".strip(),
+        "epochs": f"{row['epochs']:,}" if sound else "–",
+        "age": format_duration(row["age"]),
+        "driver": f"{driver['host']}:{driver['pid']}" if driver and driver["alive"] else "–",
+    }
+
+
+def _counted(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{n} {status}" for status, n in counts.items()) or "–"
+
+
+@command("status")
+@argument("sweep", "[SWEEP]", required=False)
+@option("--watch", "Show it anew every 2 s, until the sweep ends or Ctrl-C.", bool)
+@JSON
+def status_command(args: Args) -> None:
+    r"""Shows a sweep as it stands: progress, best run, cost and failures.
+
+    Without SWEEP it shows those that run, else the last changed one. Epochs are compared with what
+    the sweep is forecast to take, as by `sda-ray plan`, and with all epochs of all trials. Where no
+    terminal is, --watch prints every 60 s.
+
+      sda-ray status
+      sda-ray status width --watch
+    """
+
+    if args.watch and args.json:
+        raise UserError("--watch is for people, and goes without --json.")
+
+    rows = [] if args.sweep else _list(args.runs)
+    running = [row["name"] for row in rows if row["state"] == "running"]
+    names = [args.sweep] if args.sweep else running or [row["name"] for row in rows[:1]]
+
+    def look() -> list[Row]:
+        return [_details(args.runs, name) for name in names]
+
+    if args.json:
+        print(as_json(look()[0] if args.sweep else look()))
+    elif not names:
+        say(f"There are no sweeps in {args.runs} yet. `sda-ray sweep SCRIPT` starts one.")
+    elif args.watch:
+        _watch(look)
+    else:
+        make_console().print(*map(_block, look()))
+
+
+def _watch(look: Callable[[], list[Row]]) -> None:
+    from rich.live import Live
+
+    console = make_console()
+    live = Live(console=console, auto_refresh=False) if console.is_terminal else None
+
+    with suppress(KeyboardInterrupt), live or nullcontext():
+        while True:
+            rows = look()
+            shown = Group(*map(_block, rows))
+            live.update(shown, refresh=True) if live else console.print(shown)
+
+            if all(row["state"] != "running" for row in rows):
+                return
+
+            time.sleep(LOOK if live else PAUSE)
+
+
+def _details(runs: Path, name: str) -> Row:
+    r"""Returns a sweep with its best run, its cost and its failures."""
+
+    from ..plan import forecast
+    from ..sweep import recorded_rules
+
+    row, records = _read(runs, name)
+    rules, paths = recorded_rules(runs, name), {path.id: path for path in RunPath.all(runs)}
+    own = [record for record in records if not record.source]
+    seconds = sum(_seconds(paths.get(record.run_id), record.last) for record in own)
+    started = [record.epochs for record in own if record.state != "failed"]
+    most = sum(started) + max(0, rules.target - len(started)) * rules.epochs
+    expected = min(most, round(forecast(rules, 1, [1.0], quick=True).epochs))
+    left, busy = expected - row["epochs"], row["runs"]["running"]
+    pace = busy * row["epochs"] / seconds if seconds else 0.0  # epochs a second
+
+    return row | {
+        "best": next((_run(r, paths) for r in records if r.state == "complete"), None),
+        "expected": expected,
+        "most": most,
+        "seconds": seconds,
+        "saved": sum(record.epochs - record.last for record in own if record.paused),
+        "failures": [_run(r, paths) for r in own if r.state in ("failed", "diverged")],
+        "left": left / pace if left > 0 and pace > 0 else None,
+    }
+
+
+@functools.cache
+def _seconds(path: RunPath | None, last: int) -> float:
+    r"""Returns the time that the epochs of a run took, as far as its directory can be read."""
+
+    with suppress(UserError, OSError):
+        lines = read_metrics(path.metrics) if path else []
+        return sum(line.get("seconds", 0.0) for line in lines if line["epoch"] <= last)
+
+    return 0.0
+
+
+def _run(record: "TrialRecord", paths: Mapping[str, RunPath]) -> Row:
+    path, ended = paths.get(record.run_id), record.trial.datetime_complete
+
+    return {
+        "index": record.index,
+        "run": path.directory.name if path else record.run_id,
+        "state": record.state,
+        "epochs": record.last,
+        "value": record.value,
+        "config": record.config,
+        "ended": ended.astimezone().isoformat(timespec="seconds") if ended else None,
+        "error": record.error,
+    }
+
+
+def _block(row: Row) -> RenderableType:
+    r"""Returns the details of a sweep for a terminal."""
+
+    grid = Table.grid(padding=(0, 1))
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
+
+    for label, text in (("state", _state(row)), *_lines(row)):
+        grid.add_row(f"  {label}", Text(printable(text, 1000), STYLES.get(label, "")))
+
+    return Group(Text(printable(f"sweep {row['name']}"), "bold"), grid)
+
+
+def _state(row: Row) -> str:
+    driver, age = row["driver"], format_duration(row["age"])
+    process = driver and f"process {driver['pid']} on {driver['host']}"
+
+    if row["state"] == "running":
+        return f"running for {_since(driver['since'])}, driven by {process}"
+
+    if row["state"] == "finished":
+        return f"finished {age} ago"
+
+    died = f"; its driver, {process}, died" if driver else ""
+
+    return f"stopped {age} ago{died}. To resume: sda-ray sweep {shlex.quote(row['name'])}"
+
+
+def _since(time: str) -> str:
+    with suppress(ValueError):  # of a file that somebody has edited
+        then = datetime.fromisoformat(time)
+        return format_duration(max(0.0, (datetime.now(then.tzinfo) - then).total_seconds()))
+
+    return "–"
+
+
+def _lines(row: Row) -> Iterator[tuple[str, str]]:
+    r"""Yields labels and texts about a sweep."""
+
+    saved = f"; pausing saved {row['saved']:,} epochs" if row["saved"] else ""
+    forecast = f"about {row['expected']:,} (a forecast), or "
+    forecast = "" if row["expected"] == row["most"] else forecast
+    yield "runs", f"{row['trials']}/{row['target']}: {_counted(row['runs'])}"
+    yield "epochs", f"{row['epochs']:,} of {forecast}{row['most']:,} if all runs train to the end"
+
+    if best := row["best"]:
+        found = f", found {_since(best['ended'])} ago" if best["ended"] else ""
+        yield "best", f"{row['objectives'][0]} {format_loss(best['value'])}, {best['run']}{found}"
+        yield "", _settings(best["config"])
+    else:
+        yield "best", "no run is complete yet"
+
+    yield "training", f"{format_duration(row['seconds'])}{saved}"
+
+    for run in row["failures"][:FEW]:
+        reason = next(iter(run["error"].splitlines()), "no reason is recorded")
+        yield run["state"], f"{run['run']}: {reason}"
+
+    if (more := len(row["failures"]) - FEW) > 0:
+        yield "", f"and {more} more"
+
+    if row["left"] is not None:
+        yield "time left", f"about {format_duration(row['left'])}, if the forecast holds"
+
+
+def _settings(config: Mapping[str, Any]) -> str:
+    texts = {k: f"{x:.4g}" if isinstance(x, float) else format_value(x) for k, x in config.items()}
+
+    return " ".join(f"{key}={text}" for key, text in texts.items())
+
+
+@command("best")
+@SWEEP
+@option("--top", "How many runs. Default: 1.", COUNT, default=1)
+@option("--config", "Print config.json of the best run alone.", bool)
+@JSON
+def best_command(args: Args) -> None:
+    r"""Shows the best complete runs of a sweep: objective, standard error, and settings that vary.
+
+    The numbers are those of the study. Of several objectives, the first decides.
+
+      sda-ray best width --top 5
+      sda-ray best width --config > best.json && sda-ray train --config best.json epochs=512
+    """
+
+    from .table import judgement
+
+    row, records = _read(args.runs, args.sweep)
+    best = [record for record in records if record.state == "complete"][: args.top]
+    paths, objectives = {path.id: path for path in RunPath.all(args.runs)}, row["objectives"]
+
+    if not best:
+        raise UserError(
+            f"sweep '{args.sweep}' has no complete run yet. Its runs: sda-ray status {args.sweep}"
+        )
+
+    if args.config:
+        if (path := paths.get(best[0].run_id)) is None:
+            raise UserError(f"the directory of run {best[0].index} ({best[0].run_id}) is gone.")
+
+        print(as_json(load_config(path.config)))
+        return
+
+    rows = [_run(record, paths) for record in best]
+
+    for run, record in zip(rows, best, strict=True):
+        path, values = paths.get(record.run_id), record.finals or (record.value,)
+        run["se"] = judgement(path, objectives[0]).get(f"{objectives[0]}_se") if path else None
+        run["values"] = dict(zip(objectives, values, strict=False))
+
+    if args.json:
+        print(as_json(rows))
+        return
+
+    table = make_table("run", *objectives, "epochs", "settings", right=(*objectives, "epochs"))
+
+    for run in rows:
+        first, *others = (format_loss(x) for x in run["values"].values())
+        first += "" if run["se"] is None else f" ± {run['se']:.2g}"
+        cells = (run["run"], first, *others, run["epochs"], _settings(run["config"]))
+        table.add_row(*(Text(printable(x, 1000)) for x in cells))
+
+    make_console().print(table)
+    name = shlex.quote(rows[0]["run"])
+    say(f"\n  sda-ray confirm {shlex.quote(args.sweep)}   # other seeds: is the winner luck?")
+    say(f"  sda-ray train --config {name} --replicas 3   # its seeds alone")
+    say(f"  sda-ray evaluate {name}   # how well it samples and assimilates")
+
+
+@command("dashboard")
+@SWEEP
+@option("--port", "Default: 8080, or a free one.", click.IntRange(1, 65535))
+def dashboard_command(args: Args) -> None:
+    r"""Opens Optuna's dashboard on a sweep, on this machine alone, until Ctrl-C.
+
+    The dashboard shows a copy of the study that follows it every 2 s, so the sweep may run, and what
+    you write in the dashboard ends with it. All users of this machine can see it.
+
+      sda-ray dashboard width
+      ssh -L 8080:localhost:8080 HOST sda-ray dashboard width --port 8080   from another machine
+    """
+
+    from optuna_dashboard import wsgi
+
+    _read(args.runs, args.sweep)
+    journal = sweep_directory(args.runs, args.sweep) / "study.journal"
+
+    with suppress(KeyboardInterrupt), TemporaryDirectory(prefix="sda-ray-") as directory:
+        copy = Path(directory) / journal.name
+        size = follow(journal, copy, 0)
+
+        with _serve(wsgi(str(copy)), args.port) as server:
+            say(f"http://127.0.0.1:{server.server_port}/ shows '{args.sweep}'. Ctrl-C ends it.")
+            server.timeout = LOOK
+
+            while True:
+                server.handle_request()
+                size = follow(journal, copy, size)
+
+
+def follow(journal: Path, copy: Path, size: int) -> int:
+    r"""Appends whole lines of a journal, from a size on, to its copy, and returns the new size.
+
+    Raises:
+        UserError: If the journal has been replaced or removed.
+    """
+
+    try:
+        if journal.stat().st_size < size:
+            raise UserError(f"{journal} was replaced. The same command shows the new one.")
+
+        with open(journal, "rb") as f, open(copy, "ab") as g:
+            f.seek(size)
+            lines, end, _ = f.read().rpartition(b"\n")
+
+            return size + g.write(lines + end)
+    except OSError as error:
+        raise UserError(f"{journal} cannot be copied: {error}.") from error
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+
+
+class _Quiet(WSGIRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+def _serve(app: Any, wanted: int | None) -> WSGIServer:
+    for port in (wanted,) if wanted else (8080, 0):
+        with suppress(OSError):
+            return make_server("127.0.0.1", port, app, _Server, _Quiet)
+
+    raise UserError(f"port {wanted} is in use. Give another one, or none for a free one.")
