@@ -21,6 +21,8 @@ from .nn import load_score as load_score
 from .nn import load_sde as load_sde
 from .nn import make_score as make_score
 from .nn import network_settings as network_settings
+from .report import load_runs as load_runs
+from .report import load_sweep as load_sweep
 from .sweep import Sweep as Sweep
 from .training import plot as plot
 

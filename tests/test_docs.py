@@ -1,5 +1,7 @@
 r"""Tests that what the documents show can be run: the use of a finished run, and the examples."""
 
+import doctest
+import importlib
 import re
 import runpy
 from pathlib import Path
@@ -9,10 +11,21 @@ import h5py
 import pytest
 import torch
 from networks import SMALL, small
+from sweeping import make_sweep
 
+from sda_ray import load_sweep
 from sda_ray.core.config import save_config
 
 TOP = Path(__file__).parents[1]
+
+# Docstrings with examples that need no run
+EXAMPLES = [
+    f"sda_ray.{name}"
+    for name in (
+        *("core.keys", "core.space", "core.files", "search.promotion", "search.sampler"),
+        *("assimilation.operators", "assimilation.skill"),
+    )
+]
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +80,26 @@ def test_skill_is_measured_as_documented() -> None:
     assert "spread_skill(x, truth)" in code and "steps=2" in code
 
     exec(code, {})
+
+
+def test_sweep_opens_as_documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_sweep(tmp_path / "runs", "width", 6, epochs=4)
+    sweep = load_sweep("width")
+    directory = sweep.best["directory"]
+    save_config(SMALL, directory / "config.json")
+    torch.save(small(64).state_dict(), directory / "state.pth")
+
+    exec(blocks("docs/use.md", "## Sweeps and runs as tables", "\0"), {})
+
+    assert Path("slices.html").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("module", EXAMPLES)
+def test_example_in_docstrings_is_true(module: str) -> None:
+    failed, tried = doctest.testmod(importlib.import_module(module))
+
+    assert tried and not failed
 
 
 def test_example_paints_the_assimilation(capsys: pytest.CaptureFixture[str]) -> None:
