@@ -37,7 +37,7 @@ def export_command(args: Args) -> None:
 @command("reproduce")
 @RUN
 @option("--epochs", "How many, from the first. Default: 1.", COUNT, default=1)
-@option("--device", "cpu, cuda, … Default: that of the run, if it is here.")
+@option("--device", "cpu, cuda, … Default: cpu if the run was on one of this kind, else as train.")
 @option("--threads", "CPU threads. Default: those of the run.", THREADS)
 def reproduce_command(args: Args) -> None:
     r"""Trains the first epochs of a run again and says whether their losses have the same bits.
@@ -53,18 +53,19 @@ def reproduce_command(args: Args) -> None:
     import torch
 
     from ..data import check_data
-    from ..runs import OutOfMemory, first_attempt, reproduce_run
-    from .session import check_device, find_device
+    from ..runs import OutOfMemory, cpu_model, default_device, first_attempt, reproduce_run
+    from .session import check_device
 
     path = _find(args)
     name, first = path.directory.name, first_attempt(path)
     info = check_data(args.data)
     config = load_config(path.config, info.size, info.length)
-    device = check_device(args.device or find_device(first.get("device")), config)
+    device = "cpu" if first.get("device") == cpu_model() else default_device()
+    device = check_device(args.device or device, config)
     threads = THREADS.convert(args.threads or first.get("threads") or 1, None, None)
     torch.set_num_threads(threads)
     epochs = f"{args.epochs} epoch{'s' * (args.epochs > 1)}"
-    say(f"{name}: {epochs} of {config['epochs']} on {device}, threads: {threads}")
+    say(f"{name}: {epochs} on {device}, threads: {threads}")
 
     try:
         fault, causes = reproduce_run(path, config, args.data, args.epochs, device)

@@ -33,7 +33,6 @@ from ..runs import (
     Stop,
     Wandb,
     check_extension,
-    cpu_model,
     default_device,
     describe_extension,
     is_off,
@@ -234,17 +233,6 @@ def check_device(device: str | None, config: Config) -> str:
     check_compiler(config["compile"], torch.device(name))
 
     return name
-
-
-def find_device(hardware: str | None) -> str:
-    r"""Returns the device of this machine with the name of a run's hardware, else the default."""
-
-    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-
-    if hardware in names:
-        return f"cuda:{names.index(hardware)}"
-
-    return "cpu" if hardware == cpu_model() else default_device()
 
 
 def _follow(run: Run, data: Path, device: str, parent: RunPath | None) -> None:

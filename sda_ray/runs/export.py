@@ -69,9 +69,12 @@ def export_run(path: RunPath, target: Path, force: bool = False) -> None:
         UserError: If the run is not finished or is damaged, or the directory has something else.
     """
 
-    entry = _finished(path)
+    target, entry = target.resolve(), read_entry(path)
+
+    if entry is None or entry.faults:
+        raise UserError("\n".join(entry.faults if entry else [f"{path.directory} has no run."]))
+
     score, config = load_network(path.directory)
-    target = target.resolve()
     _check_target(target, force)
     aside, old = (target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp") for _ in "12")
 
@@ -80,12 +83,12 @@ def export_run(path: RunPath, target: Path, force: bool = False) -> None:
         aside.mkdir()
         _write(aside, entry, score, config)
 
-        if target.exists():
+        if force and target.exists():
             target.rename(old)
 
-        aside.rename(target)
-    except (PermissionError, NotADirectoryError) as error:
-        raise UserError(f"{target} cannot be written: {error.strerror}.") from error
+        aside.rename(target)  # over an empty directory at most
+    except OSError as error:
+        raise UserError(f"{target} cannot be written: {error}.") from error
     finally:
         if old.exists() and not target.exists():
             old.rename(target)
@@ -94,25 +97,10 @@ def export_run(path: RunPath, target: Path, force: bool = False) -> None:
             shutil.rmtree(left, ignore_errors=True)
 
 
-def _finished(path: RunPath) -> Entry:
-    r"""Returns a run that has its final weights."""
-
-    entry, name = read_entry(path), path.directory.name
-
-    if entry is None or entry.faults:
-        raise UserError("\n".join(entry.faults if entry else [f"{path.directory} has no run."]))
-
-    if path.state.is_file():
-        return entry
-
-    command = f"sweep {entry.sweep}" if entry.sweep else f"train --resume {path.id}"
-    ended = entry.status in ("adopted", "diverged", "failed")
-    hint = "Export another run." if ended else f"Finish it with `sda-ray {command}`."
-
-    raise UserError(f"{name} is {entry.status}: it has no weights yet, no state.pth. {hint}")
-
-
 def _check_target(target: Path, force: bool) -> None:
+    if target == Path.cwd():  # it would be another directory afterwards
+        raise UserError(f"{target} is the current directory. Give another one.")
+
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
 
@@ -146,7 +134,7 @@ def _write(directory: Path, entry: Entry, score: MCScoreNet, config: Config) -> 
     if lines:
         draw_curve(directory / "curve.png", lines)
 
-    for file in (path.state, path.samples, *path.directory.glob("evaluation/*.png")):
+    for file in (path.state, path.samples, *_figures(path)):
         if file.is_file():
             copy = directory / file.relative_to(path.directory)
             copy.parent.mkdir(exist_ok=True)
@@ -157,6 +145,15 @@ def _write(directory: Path, entry: Entry, score: MCScoreNet, config: Config) -> 
     figures = sorted(file.relative_to(directory).as_posix() for file in directory.rglob("*.png"))
     card = _card(entry, score, config, lines, evaluation, figures)
     write_atomic(directory / CARD, card.encode())
+
+
+def _figures(path: RunPath) -> list[Path]:
+    r"""Returns the figures of an evaluation by us. Others may have odd names, or be elsewhere."""
+
+    directory = path.evaluation.with_suffix("")
+    files = [] if directory.is_symlink() else directory.glob("*.png")
+
+    return [file for file in files if re.fullmatch(r"[\w-]+\.png", file.name)]
 
 
 # The model card

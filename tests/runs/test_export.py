@@ -168,6 +168,19 @@ def test_failed_export_leaves_nothing_and_the_earlier_one(finished: Run, tmp_pat
     assert (tmp_path / "out" / "a" / "README.md").read_bytes() == before
 
 
+@pytest.mark.parametrize("place", ["/proc/x", "file/x", "file"])
+def test_place_that_cannot_be_written_is_an_error(
+    finished: Run, tmp_path: Path, place: str
+) -> None:
+    (tmp_path / "file").touch()
+
+    with pytest.raises(UserError, match=r"cannot be written|not an empty directory"):
+        export_run(finished.path, tmp_path / place)
+
+    with pytest.raises(UserError, match="is the current directory"):
+        export_run(finished.path, Path())
+
+
 def test_force_replaces_exports_alone(finished: Run, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
@@ -194,28 +207,28 @@ def test_force_replaces_exports_alone(finished: Run, tmp_path: Path) -> None:
         export_run(finished.path, other, force=True)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"status": "interrupted"}, "is interrupted: it has no weights yet.*train --resume"),
-        (
-            {"status": "paused", "sweep": "width"},
-            "is paused: .*Finish it with `sda-ray sweep width`",
-        ),
-        ({"status": "diverged"}, "is diverged: .*Export another run"),
-    ],
-)
-def test_run_without_final_weights_is_refused(
-    runs: Path, tmp_path: Path, small: Config, changes: Config, message: str
-) -> None:
+def test_run_without_final_weights_is_refused(runs: Path, tmp_path: Path, small: Config) -> None:
     run = Run(runs, small, wandb=DISABLED)
     run.close("interrupted")
-    edit(run.path, **changes)
 
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=r"not finished. Resume it with `sda-ray train --resume"):
         export_run(run.path, tmp_path / "out")
 
     assert not (tmp_path / "out").exists()
+
+
+def test_figures_of_strangers_are_left_out(finished: Run, tmp_path: Path) -> None:
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "me.png").touch()
+    (finished.path.directory / "evaluation").symlink_to(tmp_path / "private")
+    export_run(finished.path, tmp_path / "a")
+    assert not (tmp_path / "a" / "evaluation").exists()
+
+    (finished.path.directory / "evaluation").unlink()
+    (finished.path.directory / "evaluation").mkdir()
+    (finished.path.directory / "evaluation" / "x](http:y) [.png").touch()
+    export_run(finished.path, tmp_path / "b")
+    assert "http:y" not in card_of(tmp_path / "b")[1]
 
 
 def test_damaged_weights_are_not_exported(finished: Run, tmp_path: Path) -> None:
