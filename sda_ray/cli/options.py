@@ -30,7 +30,7 @@ COMMANDS = {
     "train": ("train", "Train one network."),
     "plan": ("sweep", "Say what a sweep would cost, and what is wrong with it."),
     "sweep": ("sweep", "Search for good settings."),
-    "confirm": ("confirm", "Train the best of a sweep again: is its winner luck?"),
+    "confirm": ("sweep", "Train the best of a sweep again: is its winner luck?"),
     "sweeps": ("status", "List sweeps."),
     "status": ("status", "Show a sweep as it stands."),
     "best": ("status", "Name the best runs of a sweep."),

@@ -49,6 +49,10 @@ def format_loss(x: float | None) -> str:
     return "–" if x is None else f"{x:.4f}" if 1e-3 <= abs(x) < 1e4 else f"{x:.3g}"
 
 
+def short_value(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else format_value(value)
+
+
 def format_std(x: float | None) -> str:
     r"""Returns the relative standard deviation of samples, marked if it is off."""
 

@@ -1,4 +1,4 @@
-r"""The commands about sweeps: `sda-ray plan | sweep | stop | adopt`."""
+r"""The commands about sweeps: `sda-ray plan | sweep | confirm | stop | adopt`."""
 
 import functools
 import json
@@ -25,11 +25,13 @@ from ..core import (
     say,
 )
 from .options import (
+    COUNT,
     DEFINITION,
     JSON,
     LAUNCH,
     NAME,
     RESOURCES,
+    SETTINGS,
     SWEEP,
     WANDB,
     Args,
@@ -40,6 +42,7 @@ from .options import (
 LOOK = 0.2  # seconds between two looks at whether a detached sweep runs
 PATIENCE = 180.0  # seconds for that
 LINES = 20  # of what it printed, if it ends at once
+TOP, SEEDS = 5, 3  # of a confirmation
 
 
 def wandb_options(args: Args) -> Any:
@@ -253,6 +256,78 @@ def _detach(sweep: Any, options: Any, words: Sequence[str]) -> None:
         f"  sda-ray attach {name}   # its live table\n"
         f"  sda-ray stop {name}     # every trial saves a checkpoint first"
     )
+
+
+@command("confirm")
+@SWEEP
+@SETTINGS
+@option("--top", f"How many of the best configurations. Default: {TOP}.", COUNT)
+@option("--seeds", f"How many seeds for each. Default: {SEEDS}.", COUNT)
+@option("--name", "Default: SWEEP-confirm.")
+@JSON
+@RESOURCES
+@WANDB
+def confirm_command(args: Args) -> None:
+    r"""Trains the best of a sweep again: is its winner real, or luck?
+
+    The first of a leaderboard is the best of many numbers with noise, so its own is too good. Here
+    the best configurations are trained again: all with the same seeds, which SWEEP has not used,
+    and validated on other windows, times and noise. A table then has means and standard errors, and
+    says whether the order survives, by how much the winner was flattered, and which configuration
+    to use. Nothing is pruned: it takes as many whole trainings as --top times --seeds.
+
+    The same command resumes it, as does `sda-ray sweep SWEEP-confirm`; with more --seeds it trains
+    these too. Once it has ended, it prints the table again.
+
+      sda-ray confirm width
+      sda-ray confirm width --top 3 --seeds 5 epochs=1024
+    """
+
+    from ..sweep import read_confirmation
+
+    name = args.name or f"{args.sweep}-confirm"
+
+    with redirect_stdout(sys.stderr) if args.json else nullcontext():
+        _confirm(args, args.sweep, name)
+
+    if args.json:
+        print(json.dumps(read_confirmation(args.runs, name).as_json(), indent=2))
+
+
+def _confirm(args: Args, parent: str, name: str) -> None:
+    from ..data import fingerprint
+    from ..runs import sweep_directory
+    from ..sweep import launch_sweep, make_confirmation, read_sweep, resume_confirmation
+    from . import table
+    from .report import report_end
+
+    settings, confirms = parse_overrides(args.settings), None
+    epochs = settings.pop("epochs", None)
+
+    if settings:
+        raise UserError(f"{next(iter(settings))} is that of the sweep. Only epochs may differ.")
+
+    if (sweep_directory(args.runs, name) / "sweep.json").exists():
+        sweep = resume_confirmation(args.runs, parent, name, args.top, args.seeds, epochs)
+        record = read_sweep(args.runs, name)
+    else:
+        top, seeds = args.top or TOP, args.seeds or SEEDS
+        sweep, confirms = make_confirmation(args.runs, parent, name, top, seeds, epochs)
+        record = read_sweep(args.runs, parent)
+
+        if (count := len(confirms["runs"])) < top:
+            say(
+                f"Note: sweep '{parent}' has {count} complete configurations, all of which are "
+                f"confirmed. `sda-ray sweep {parent} --finalists {top}` completes more."
+            )
+
+    options = recorded_options(args, launch_options(args), record["options"])
+    options = replace(options, confirms=confirms, job_type="confirmation")
+
+    if fingerprint(options.data) != record["fingerprint"]:
+        raise UserError(f"{options.data} has other data than sweep '{parent}'. Give its --data.")
+
+    launch_sweep(sweep, options, table, finish=lambda hold: report_end(args.runs, name, hold))
 
 
 @command("stop")

@@ -31,7 +31,7 @@ from ..runs import RunPath, is_off, last_metrics, read_metrics, sweep_directory
 from ..search import Rules, Study, TrialRecord, count_trials, importances, rank_key
 from ..sweep import read_sweep, watch
 from .options import SWEEP, Args, command
-from .render import REMEDY, STYLES, format_loss, format_std
+from .render import REMEDY, STYLES, format_loss, format_std, short_value
 
 REFRESH = 4  # times a second
 LOOK = 1.0  # seconds between two looks at the files of a sweep
@@ -46,10 +46,6 @@ EVENTS = {
 
 def _loss(record: TrialRecord) -> str:
     return format_loss(record.value)
-
-
-def short_value(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else format_value(value)
 
 
 def _rows(
