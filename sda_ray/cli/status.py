@@ -8,7 +8,7 @@ import functools
 import shlex
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
@@ -178,10 +178,6 @@ def _cells(row: Row) -> dict[str, str]:
     }
 
 
-def _counted(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{n} {status}" for status, n in counts.items()) or "–"
-
-
 @command("status")
 @argument("sweep", "[SWEEP]", required=False)
 @option("--watch", "Show it anew every 2 s, until the sweep ends or Ctrl-C.", bool)
@@ -197,6 +193,8 @@ def status_command(args: Args) -> None:
       sda-ray status width --watch
     """
 
+    from rich.live import Live
+
     if args.watch and args.json:
         raise UserError("--watch is for people, and goes without --json.")
 
@@ -204,32 +202,27 @@ def status_command(args: Args) -> None:
     running = [row["name"] for row in rows if row["state"] == "running"]
     names = [args.sweep] if args.sweep else running or [row["name"] for row in rows[:1]]
 
-    def look() -> list[Row]:
-        return [_details(args.runs, name) for name in names]
-
-    if args.json:
-        print(as_json(look()[0] if args.sweep else look()))
-    elif not names:
+    if not names and not args.json:
         say(f"There are no sweeps in {args.runs} yet. `sda-ray sweep SCRIPT` starts one.")
-    elif args.watch:
-        _watch(look)
-    else:
-        make_console().print(*map(_block, look()))
-
-
-def _watch(look: Callable[[], list[Row]]) -> None:
-    from rich.live import Live
+        return
 
     console = make_console()
-    live = Live(console=console, auto_refresh=False) if console.is_terminal else None
+    live = (
+        Live(console=console, auto_refresh=False) if console.is_terminal and args.watch else None
+    )
 
     with suppress(KeyboardInterrupt), live or nullcontext():
         while True:
-            rows = look()
-            shown = Group(*map(_block, rows))
-            live.update(shown, refresh=True) if live else console.print(shown)
+            rows = [_details(args.runs, name) for name in names]
 
-            if all(row["state"] != "running" for row in rows):
+            if args.json:
+                print(as_json(rows[0] if args.sweep else rows))
+            elif live:
+                live.update(Group(*map(_block, rows)), refresh=True)
+            else:
+                console.print(*map(_block, rows))
+
+            if not args.watch or all(row["state"] != "running" for row in rows):
                 return
 
             time.sleep(LOOK if live else PAUSE)
@@ -282,6 +275,7 @@ def _run(record: "TrialRecord", paths: Mapping[str, RunPath]) -> Row:
         "state": record.state,
         "epochs": record.last,
         "value": record.value,
+        "finals": record.finals,
         "config": record.config,
         "ended": ended.astimezone().isoformat(timespec="seconds") if ended else None,
         "error": record.error,
@@ -330,7 +324,8 @@ def _lines(row: Row) -> Iterator[tuple[str, str]]:
     saved = f"; pausing saved {row['saved']:,} epochs" if row["saved"] else ""
     forecast = f"about {row['expected']:,} (a forecast), or "
     forecast = "" if row["expected"] == row["most"] else forecast
-    yield "runs", f"{row['trials']}/{row['target']}: {_counted(row['runs'])}"
+    counts = ", ".join(f"{n} {status}" for status, n in row["runs"].items())
+    yield "runs", f"{row['trials']}/{row['target']}: {counts or 'none has started'}"
     yield "epochs", f"{row['epochs']:,} of {forecast}{row['most']:,} if all runs train to the end"
 
     if best := row["best"]:
@@ -367,54 +362,38 @@ def _settings(config: Mapping[str, Any]) -> str:
 def best_command(args: Args) -> None:
     r"""Shows the best complete runs of a sweep: objective, standard error, and settings that vary.
 
-    The numbers are those of the study. Of several objectives, the first decides.
+    The numbers are those of the study, in full with --json. Of several objectives, the first decides.
 
       sda-ray best width --top 5
       sda-ray best width --config > best.json && sda-ray train --config best.json epochs=512
     """
 
-    from .table import judgement
+    from .table import judgement, leaderboard
 
     row, records = _read(args.runs, args.sweep)
     best = [record for record in records if record.state == "complete"][: args.top]
-    paths, objectives = {path.id: path for path in RunPath.all(args.runs)}, row["objectives"]
+    paths, objective = {path.id: path for path in RunPath.all(args.runs)}, row["objectives"][0]
 
     if not best:
         raise UserError(
             f"sweep '{args.sweep}' has no complete run yet. Its runs: sda-ray status {args.sweep}"
         )
 
+    if (path := paths.get(best[0].run_id)) is None:
+        raise UserError(f"the directory of run {best[0].index} ({best[0].run_id}) is gone.")
+
     if args.config:
-        if (path := paths.get(best[0].run_id)) is None:
-            raise UserError(f"the directory of run {best[0].index} ({best[0].run_id}) is gone.")
-
         print(as_json(load_config(path.config)))
-        return
-
-    rows = [_run(record, paths) for record in best]
-
-    for run, record in zip(rows, best, strict=True):
-        path, values = paths.get(record.run_id), record.finals or (record.value,)
-        run["se"] = judgement(path, objectives[0]).get(f"{objectives[0]}_se") if path else None
-        run["values"] = dict(zip(objectives, values, strict=False))
-
-    if args.json:
-        print(as_json(rows))
-        return
-
-    table = make_table("run", *objectives, "epochs", "settings", right=(*objectives, "epochs"))
-
-    for run in rows:
-        first, *others = (format_loss(x) for x in run["values"].values())
-        first += "" if run["se"] is None else f" ± {run['se']:.2g}"
-        cells = (run["run"], first, *others, run["epochs"], _settings(run["config"]))
-        table.add_row(*(Text(printable(x, 1000)) for x in cells))
-
-    make_console().print(table)
-    name = shlex.quote(rows[0]["run"])
-    say(f"\n  sda-ray confirm {shlex.quote(args.sweep)}   # other seeds: is the winner luck?")
-    say(f"  sda-ray train --config {name} --replicas 3   # its seeds alone")
-    say(f"  sda-ray evaluate {name}   # how well it samples and assimilates")
+    elif args.json:
+        lines = [judgement(paths[r.run_id], objective) if r.run_id in paths else {} for r in best]
+        errors = [{"se": line.get(f"{objective}_se")} for line in lines]
+        print(as_json([_run(r, paths) | x for r, x in zip(best, errors, strict=True)]))
+    else:
+        leaderboard(args.sweep, records, args.runs, len(best), objective)
+        run, sweep = shlex.quote(path.directory.name), shlex.quote(args.sweep)
+        say(f"\n  sda-ray confirm {sweep}   # other seeds: is the winner luck?")
+        say(f"  sda-ray train --config {run} --replicas 3   # this run alone, with other seeds")
+        say(f"  sda-ray evaluate {run}   # how well it samples and assimilates")
 
 
 @command("dashboard")

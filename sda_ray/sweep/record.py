@@ -44,27 +44,22 @@ LATER: dict[str, Any] = {"objectives": ["loss_valid"], "percentile": 25.0, "pati
 
 OFFLINE = Wandb()
 
-NAMES = Annotated[list[str], msgspec.Meta(min_length=1)]
-COUNT = Annotated[int, msgspec.Meta(ge=1)]
-
 
 class Epochs(msgspec.Struct):
-    epochs: COUNT
+    epochs: Annotated[int, msgspec.Meta(ge=1)]
 
 
 class Definition(msgspec.Struct):
     config: Epochs
     space: dict[str, Any]
-    objectives: NAMES | None = None
-    min_epochs: COUNT | None = None
-    eta: COUNT | None = None
+    objectives: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)] = ("loss_valid",)
 
 
 class Fields(msgspec.Struct):
     r"""The keys of `sweep.json` that are checked. It may have more."""
 
     name: str
-    trials: COUNT
+    trials: Annotated[int, msgspec.Meta(ge=1)]
     definition: Definition
     fingerprint: str
     options: dict[str, Any]

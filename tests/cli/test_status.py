@@ -55,7 +55,7 @@ def test_numbers_are_those_of_the_study(study: Study, told: Callable[..., Any]) 
     assert [(x["value"], x["config"], x["epochs"]) for x in best] == [
         (r.value, r.config, r.last) for r in complete
     ]
-    assert [x["values"]["loss_valid"] for x in best] == [r.trial.value for r in complete]
+    assert [x["finals"] for x in best] == [[r.trial.value] for r in complete]
     assert {x["se"] for x in best} == {0.01}
     assert row["best"] == status["best"]["value"] == complete[0].value
     assert row["epochs"] == status["epochs"] == epochs
@@ -74,7 +74,12 @@ def test_texts_say_the_same(study: Study, told: Callable[..., Any]) -> None:
     assert listing[:3] == ["width", "finished", "12/12"] and f"{row['best']:.4f}" in listing
     assert f"{row['epochs']} of about " in text and f"loss_valid {row['best']:.4f}" in text
     assert "it failed & <ended>" in text and "pausing saved " in text
-    assert f"{row['best']:.4f} ± 0.01" in told("best", "width")
+
+    best = told("best", "width").splitlines()
+    assert " ".join(["complete", "30/30", f"{row['best']:.4f}", "0.01"]) in " ".join(
+        best[4].split()
+    )
+    assert any("sda-ray confirm width" in line for line in best)
 
 
 def test_state_of_a_sweep_is_that_of_its_driver_and_runs(
