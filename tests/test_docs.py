@@ -2,8 +2,10 @@ r"""Tests that what the documents show can be run: the use of a finished run, an
 
 import doctest
 import importlib
+import json
 import re
 import runpy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -82,17 +84,40 @@ def test_skill_is_measured_as_documented() -> None:
     exec(code, {})
 
 
-def test_sweep_opens_as_documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    make_sweep(tmp_path / "runs", "width", 6, epochs=4)
-    sweep = load_sweep("width")
-    directory = sweep.best["directory"]
-    save_config(SMALL, directory / "config.json")
-    torch.save(small(64).state_dict(), directory / "state.pth")
+@pytest.fixture
+def sweep(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    r"""Returns a function that makes a sweep, whose best run has a network, in a root of its own."""
 
+    def make(name: str) -> None:
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "data").symlink_to(root / "data")
+        make_sweep(tmp_path / "runs", name, 6, epochs=4)
+        directory = load_sweep(name).best["directory"]
+        save_config(SMALL, directory / "config.json")
+        torch.save(small(64).state_dict(), directory / "state.pth")
+
+    return make
+
+
+def test_sweep_opens_as_documented(sweep: Callable[[str], None]) -> None:
+    sweep("width")
     exec(blocks("docs/use.md", "## Sweeps and runs as tables", "\0"), {})
 
     assert Path("slices.html").stat().st_size > 10_000
+
+
+def test_notebook_runs(sweep: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    sweep("demo")
+    cells = json.loads((TOP / "examples" / "tour.ipynb").read_text())["cells"]
+    names: dict[str, Any] = {}
+
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec(re.sub(r"steps=\d+", "steps=2", "".join(cell["source"])), names)
+
+    assert names["x"].shape == (4, 8, 2, 64, 64)
+    assert names["sweep"].study.best_value == names["best"]["loss_valid"]
 
 
 @pytest.mark.parametrize("module", EXAMPLES)
