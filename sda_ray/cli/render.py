@@ -7,6 +7,7 @@ control characters.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
+from types import MappingProxyType
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -23,6 +24,7 @@ from ..core import (
     printable,
 )
 from ..runs import MEASURED, Entry, best, changed_settings, is_off
+from ..search import TrialRecord
 
 REMEDY = "set parametrization=v, or train for more epochs"  # of samples that are off
 
@@ -39,6 +41,7 @@ STYLES = {
     "failed": "bold red",
     "damaged": "bold red",
 }
+BARS, ASCII_BARS, CELLS = "▁▂▃▄▅▆▇█", "_.,-~=*#", 8  # of sparklines
 HUGE = 1e200  # plotext overflows beyond
 CURVES = {"loss_train": "gray", "loss_valid": "cyan"}
 
@@ -93,6 +96,85 @@ def listing(entries: Iterable[Entry]) -> Table:
     table.add_row(*(Text("\n").join(column) for column in zip(*rows, strict=True)))
 
     return table
+
+
+def sparkline(values: Iterable[float], plain: bool = False) -> str:
+    r"""Returns a curve in at most 8 characters, on a logarithmic scale if all values are positive.
+
+    Arguments:
+        values: The values, of which those that are not finite are left out.
+        plain: Whether the characters are those of ASCII.
+    """
+
+    finite = [x for x in values if math.isfinite(x)]
+    count = min(CELLS, len(finite))
+    picked = [finite[(len(finite) - 1) * i // max(1, count - 1)] for i in range(count)]
+
+    if not picked:
+        return ""
+
+    heights = [math.log(x) for x in picked] if min(picked) > 0 else picked
+    low, bars = min(heights), ASCII_BARS if plain else BARS
+    scale = (len(bars) - 1) / ((max(heights) - low) or 1)
+
+    return "".join(bars[round((x - low) * scale)] for x in heights)
+
+
+def run_table(
+    records: Sequence[TrialRecord],
+    names: Mapping[str, str],
+    width: int,
+    objective: str,
+    more: Mapping[str, Mapping[str, str]] = MappingProxyType({}),
+) -> list[RenderableType]:
+    r"""Returns a table of a sweep's runs that fits a width, and a line about columns that do not.
+
+    For it, names are left out, then columns after the objective, from the right. The columns are
+    `more`, of texts by run, and the settings that the sweep varies.
+    """
+
+    columns = {
+        "#": [str(r.index) for r in records],
+        "run": [printable(f"{names.get(r.run_id, '…')}_{r.run_id}") for r in records],
+        "status": [r.status for r in records],
+        "epoch": [f"{r.last}/{r.epochs}" for r in records],
+        objective: [format_loss(r.value) for r in records],
+    }
+    fixed = len(columns)
+
+    for name, texts in more.items():
+        if texts:
+            columns[name] = [texts.get(r.run_id, "–") for r in records]
+
+    for key in dict.fromkeys(key for record in records for key in record.config):
+        columns[key] = [short_value(r.config[key]) if key in r.config else "–" for r in records]
+
+    def fits() -> bool:
+        widths = (max(map(len, (name, *texts))) for name, texts in columns.items())
+        return sum(widths) + 2 * len(columns) - 2 <= width
+
+    if not fits():
+        columns["run"] = [printable(r.run_id) for r in records]
+
+    hidden: list[str] = []
+
+    while len(columns) > fixed and not fits():
+        hidden.insert(0, columns.popitem()[0])
+
+    right = [name for name in columns if name not in ("run", "status", "curve")]
+    table = make_table(*columns, right=right, fold=())
+
+    if records:  # a column is one cell, see listing
+        styled = ([Text(x, style=STYLES.get(x, "")) for x in texts] for texts in columns.values())
+        table.add_row(*(Text("\n").join(texts) for texts in styled))
+
+    if not hidden:
+        return [table]
+
+    plural = "s" * (len(hidden) > 1)
+    note = f"too narrow for {len(hidden)} column{plural}: {', '.join(hidden)}"
+
+    return [table, Text(note, style="dim", no_wrap=True, overflow="ellipsis")]
 
 
 def portrait(

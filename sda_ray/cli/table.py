@@ -1,4 +1,4 @@
-r"""The live table of a sweep, its leaderboard, and what to do next."""
+r"""How a sweep is announced and followed, its leaderboard, and what to do next."""
 
 import json
 import os
@@ -9,232 +9,18 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
-from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
-from ..core import (
-    UserError,
-    format_size,
-    format_value,
-    make_console,
-    plain,
-    printable,
-    read_holder,
-    say,
-)
+from ..core import UserError, format_value, make_console, read_holder, say
 from ..runs import RunPath, is_off, last_metrics, read_metrics, sweep_directory
 from ..search import Rules, Study, TrialRecord, count_trials, importances, rank_key
-from ..sweep import read_sweep, watch
+from ..sweep import read_sweep, recorded_rules, watch
+from .live import LOOK
+from .live import LiveTable as LiveTable
 from .options import SWEEP, Args, command
-from .render import REMEDY, STYLES, format_loss, format_std, short_value
-
-REFRESH = 4  # times a second
-LOOK = 1.0  # seconds between two looks at the files of a sweep
-EVENTS = {
-    "draw": "starts",
-    "adopt": "is resumed",
-    "promote": "is promoted",
-    "lost": "is lost",
-    "memory": "is out of memory and is tried once more",
-}
-
-
-def _loss(record: TrialRecord) -> str:
-    return format_loss(record.value)
-
-
-def _rows(
-    records: Sequence[TrialRecord],
-    names: dict[str, str],
-    width: int,
-    objective: str,
-    more: Mapping[str, Mapping[str, str]] = MappingProxyType({}),
-) -> list[RenderableType]:
-    r"""Returns a table of runs that fits a width, and a line about the settings that do not.
-
-    For it, names are left out, then settings. There are more columns, of texts by run, after the
-    objective.
-    """
-
-    keys = list(dict.fromkeys(key for record in records for key in record.config))
-    columns = {
-        "#": [str(r.index) for r in records],
-        "run": [printable(f"{names.get(r.run_id, '…')}_{r.run_id}") for r in records],
-        "status": [r.status for r in records],
-        "epoch": [f"{r.last}/{r.epochs}" for r in records],
-        objective: [_loss(r) for r in records],
-    }
-
-    for name, texts in more.items():
-        if texts:
-            columns[name] = [texts.get(r.run_id, "–") for r in records]
-
-    for key in keys:
-        columns[key] = [short_value(r.config[key]) if key in r.config else "–" for r in records]
-
-    def fits() -> bool:
-        widths = (max(map(len, (name, *texts))) for name, texts in columns.items())
-        return sum(widths) + 2 * len(columns) - 2 <= width
-
-    if not fits():
-        columns["run"] = [printable(r.run_id) for r in records]
-
-    hidden: list[str] = []
-
-    while keys and not fits():
-        hidden.insert(0, keys.pop())
-        del columns[hidden[0]]
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-
-    for column in columns:
-        side: Any = "left" if column in ("run", "status") else "right"
-        table.add_column(column, justify=side, no_wrap=True)
-
-    for row in zip(*columns.values(), strict=True):
-        table.add_row(*(Text(cell, style=STYLES.get(cell, "")) for cell in row))
-
-    if not hidden:
-        return [table]
-
-    plural = "s" * (len(hidden) > 1)
-    note = f"too narrow for {len(hidden)} setting{plural}: {', '.join(hidden)}"
-
-    return [table, Text(note, style="dim", no_wrap=True, overflow="ellipsis")]
-
-
-class LiveTable:
-    r"""The live table of a sweep: a table on a terminal, a line per event elsewhere."""
-
-    def __init__(
-        self,
-        title: str,
-        target: int,
-        runs: Path,
-        records: Callable[[], list[TrialRecord]],
-        objective: str = "loss_valid",
-    ) -> None:
-        self.objective = objective
-        self.title = title
-        self.target = target
-        self.runs = runs
-        self.records = records
-        self.start = time.monotonic()
-        self.console = Console()
-        self.names: dict[str, str] = {}
-        self.named = float("-inf")  # when names were last read
-        self.size: Callable[[], int] = int  # bytes of all checkpoints
-        self.now = records()
-        self.live: Live | None = None
-
-    def __enter__(self) -> "LiveTable":
-        if self.console.is_terminal:
-            self.live = Live(
-                console=self.console,
-                get_renderable=self._render,  # by itself: time passes without events, too
-                refresh_per_second=REFRESH,
-                transient=True,
-                vertical_overflow="crop",
-            )
-            self.live.start()
-
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.live is not None:
-            self.live.stop()
-
-    def say(self, text: str) -> None:
-        r"""Prints a line, above the table if there is one."""
-
-        if self.live is not None:
-            self.console.print(plain(text), highlight=False, markup=False)
-        else:
-            say(text)
-
-    def notify(self, event: str, record: TrialRecord) -> None:
-        r"""Shows that something happened to a run."""
-
-        if self.live is not None:
-            self.now = self.records()
-        elif event != "running":
-            self._print(event, record)
-
-    def look(self) -> None:
-        r"""Reads the study again and shows what has changed, for views outside the driver."""
-
-        before = {record.run_id: record for record in self.now}
-        self.now = self.records()
-
-        if self.live is None:
-            for record in self.now:
-                if event := _event(before.get(record.run_id), record):
-                    self._print(event, record)
-
-    def _print(self, event: str, record: TrialRecord) -> None:
-        config = " ".join(f"{key}={short_value(x)}" for key, x in record.config.items())
-        say(
-            f"[{time.monotonic() - self.start:6.1f} s] run {record.index} {record.run_id} "
-            f"{EVENTS.get(event, event)}: epoch {record.last}/{record.epochs}, "
-            f"{self.objective} {_loss(record)}, {config}"
-            + (f": {record.error}" if record.error else ""),
-        )
-
-    def _render(self) -> RenderableType:
-        records = self.now
-        running = [r for r in records if r.status == "running"]
-        others = sorted((r for r in records if r.status != "running"), key=rank_key)
-        width, height = self.console.size
-        room = max(1, height - 5)
-        statuses = [r.status for r in records]
-        counts = ", ".join(f"{statuses.count(x)} {x}" for x in STYLES if x in statuses)
-        elapsed = int(time.monotonic() - self.start)
-        head = Text.assemble(
-            ("sweep ", "bold"),
-            (self.title, "bold cyan"),
-            f"  {elapsed // 60}:{elapsed % 60:02}  {len(records)}/{self.target} runs started: "
-            f"{counts or 'starting Ray'}",
-            f", checkpoints {format_size(self.size())}" if self.size() else "",
-            overflow="ellipsis",
-            no_wrap=True,
-        )
-        shown = (running + others)[:room]
-        self._name(shown)
-        parts: list[RenderableType] = [head]
-
-        if records:
-            parts += _rows(shown, self.names, width, self.objective)
-
-        if len(records) > len(shown):
-            parts.append(Text(f"and {len(records) - len(shown)} more", style="dim"))
-
-        return Group(*parts)
-
-    def _name(self, records: Sequence[TrialRecord]) -> None:
-        r"""Reads the names of new runs. A run has its name from its first start."""
-
-        missing = any(record.run_id not in self.names for record in records)
-
-        if missing and time.monotonic() - self.named > LOOK:
-            self.named = time.monotonic()
-            self.names |= {path.id: path.name for path in RunPath.all(self.runs)}
-
-
-def _event(before: TrialRecord | None, now: TrialRecord) -> str:
-    r"""Returns the event between two records of a run, or nothing."""
-
-    if before is None:
-        return "draw"
-
-    if before.status != (status := now.status):
-        return "promote" if status == "running" else status
-
-    return "adopt" if now.attempt > before.attempt else ""
+from .render import REMEDY, format_loss, format_std, run_table
 
 
 def announce(
@@ -287,7 +73,7 @@ def leaderboard(
         "CRPS": {id: format_loss(x) for id, x in scores.items() if x is not None},
     }
     console.print(Text(f"\nLeaderboard of {title}", style="bold"))
-    console.print(*_rows(finished[:count], names, console.width, objective, more), sep="\n")
+    console.print(*run_table(finished[:count], names, console.width, objective, more), sep="\n")
 
     if len(finished) > count:
         console.print(f"and {len(finished) - count} more.")
@@ -407,7 +193,7 @@ def _conclude_repeats(complete: Sequence[TrialRecord], objective: str) -> None:
 @command("attach")
 @SWEEP
 def attach_command(args: Args) -> None:
-    r"""Shows the live table of a sweep that runs elsewhere.
+    r"""Shows the live view of a sweep that runs elsewhere.
 
     In the background, in a job, or on another machine that sees the directory of runs. Ctrl-C leaves
     the sweep running. When the sweep ends, its leaderboard is shown.
@@ -452,16 +238,16 @@ def _follow(
 ) -> None:
     r"""Shows a sweep that has been running for some seconds, until it ends."""
 
-    target, objective = read_sweep(runs, name)["trials"], study.objectives[0]
-    table = LiveTable(name, target, runs, study.records, objective)
+    rules = recorded_rules(runs, name)
+    table = LiveTable(name, rules, runs, study.records, study.objectives[0])
     table.start -= seconds
 
-    if not table.console.is_terminal:
-        table.console.print(table._render())
+    if not table.full:
+        say(table.state())
 
     with table:
         while True:
-            table.target = read_sweep(runs, name)["trials"]
+            table.rules = recorded_rules(runs, name)
             ended = not alive()
             table.look()
 

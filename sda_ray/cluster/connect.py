@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..core import UserError, uncollected
+from ..core import UserError, leave_screens, uncollected
 from .ray_node import (
     ENVIRONMENT,
     answers,
@@ -252,12 +252,11 @@ def _attachment(
         if leaving.is_set() and left.wait(SHUTDOWN):
             return
 
-        cursor = "\x1b[?25h" if os.isatty(2) else ""  # a live table hides it
-
-        with suppress(OSError):
-            os.write(2, f"{cursor}\nsda-ray: Ray is gone: its head is dead. {hint}.\n".encode())
-
-        os._exit(2)
+        try:
+            leave_screens()
+            os.write(2, f"\nsda-ray: Ray is gone: its head is dead. {hint}.\n".encode())
+        finally:
+            os._exit(2)
 
     threading.Thread(target=watch, name="ray", daemon=True).start()
 

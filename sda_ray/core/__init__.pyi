@@ -9,8 +9,10 @@ from .config import load_config as load_config
 from .config import parse_overrides as parse_overrides
 from .config import save_config as save_config
 from .console import ProgressBar as ProgressBar
+from .console import Screen as Screen
 from .console import format_duration as format_duration
 from .console import format_size as format_size
+from .console import leave_screens as leave_screens
 from .console import log_warnings as log_warnings
 from .console import make_console as make_console
 from .console import make_table as make_table

@@ -7,11 +7,16 @@ control characters.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TextIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO, cast
+
+from .system import try_print
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,6 +24,9 @@ if TYPE_CHECKING:
 
 INTERVAL = 10.0  # seconds between two lines of progress where there is no terminal
 YEAR = 365.25 * 86400  # seconds
+NORMAL = "\x1b[?1049l\x1b[?25h"  # leaves the alternate screen, and shows the cursor
+
+_screens: list[Screen] = []  # those that hold the terminal
 
 
 class ProgressBar:
@@ -113,6 +121,93 @@ def say(value: Any, file: TextIO | None = None) -> None:
     r"""Prints a value at once as plain text, see :func:`plain`."""
 
     print(plain(value), file=file, flush=True)
+
+
+class Screen:
+    r"""Takes the terminal for a view that fills it, until :meth:`leave`.
+
+    What this process prints meanwhile is kept as `lines`, and printed when the terminal is left.
+
+    Arguments:
+        last: Returns the last line to print, such as the final state of what was viewed.
+        log: A file for what libraries write to the terminal themselves, such as those in C++.
+    """
+
+    def __init__(self, last: Callable[[], str], log: Path | None = None) -> None:
+        self.last, self.log = last, log
+        self.lines: list[str] = []
+        encoding = sys.stdout.encoding
+        self.file = open(os.dup(1), "w", encoding=encoding, errors="replace")  # noqa: SIM115
+        self._streams = sys.stdout, sys.stderr
+        self._kept: dict[int, int] = {}  # a stream of the terminal -> its duplicate
+
+        for number, stream in enumerate(self._streams, start=1):
+            if os.isatty(number):
+                stream.flush()
+                self._kept[number] = os.dup(number)
+
+        with open(log or os.devnull, "wb") as file:
+            for number in self._kept if log else ():
+                os.dup2(file.fileno(), number)
+
+        sys.stdout, sys.stderr = (
+            cast("TextIO", _Lines(stream, self.lines)) if number in self._kept else stream
+            for number, stream in enumerate(self._streams, start=1)
+        )
+        _screens.append(self)
+
+    def leave(self, failed: bool = False) -> None:
+        r"""Returns the terminal and prints what was kept, after an error also where the log is."""
+
+        if self not in _screens:
+            return
+
+        _screens.remove(self)
+
+        with suppress(OSError):  # a closed terminal
+            self.file.write(NORMAL)
+            self.file.flush()
+
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+        lines = [*self.lines, self.last()]
+        sys.stdout, sys.stderr = self._streams
+
+        for number, kept in self._kept.items():
+            os.dup2(kept, number)
+            os.close(kept)
+
+        if self.log is not None and self.log.stat().st_size == 0:
+            self.log.unlink()
+        elif self.log is not None and failed:
+            lines.append(f"What libraries such as Ray wrote to the terminal is in {self.log}.")
+
+        try_print(plain("\n".join(lines)))
+
+
+class _Lines:
+    r"""A stream that keeps what is printed as lines."""
+
+    def __init__(self, stream: TextIO, lines: list[str]) -> None:
+        self._stream, self._lines, self._rest = stream, lines, ""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        *whole, self._rest = (self._rest + text).split("\n")
+        self._lines += [line for line in whole if line.strip()]
+
+        return len(text)
+
+    def flush(self) -> None:
+        pass
+
+
+def leave_screens() -> None:
+    r"""Returns the terminal before this process ends at once, see :class:`Screen`."""
+
+    for screen in [*_screens]:
+        screen.leave(failed=True)
 
 
 class _Plain(logging.Formatter):

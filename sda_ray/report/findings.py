@@ -26,6 +26,7 @@ from ..search import (
     count_trials,
     importances,
     rank_key,
+    standing,
 )
 from ..sweep import read_sweep, recorded_rules
 
@@ -365,11 +366,7 @@ def why_stopped(record: TrialRecord, records: Sequence[TrialRecord], rules: Rule
     elif rules.pruner in FINAL:
         return f"stopped at epoch {rung} by the pruner '{rules.pruner}'"
 
-    value = record.values[rung]
-    others = [r.values[rung] for r in records if rung in r.values]
-    rank = 1 + sum(x < value for x in others)
+    rank, count = standing(record, rung, records)
     room = len(best_at_rung(rung, records, rules))
 
-    return (
-        f"rank {rank} of {len(others)} at epoch {rung}: {room or 'none'} go{'es' * (room == 1)} on"
-    )
+    return f"rank {rank} of {count} at epoch {rung}: {room or 'none'} go{'es' * (room == 1)} on"

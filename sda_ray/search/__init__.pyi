@@ -11,6 +11,7 @@ from .promotion import count_trials as count_trials
 from .promotion import decide as decide
 from .promotion import geometric_rungs as geometric_rungs
 from .promotion import rank_key as rank_key
+from .promotion import standing as standing
 from .promotion import unhide as unhide
 from .pruners import hyperband_brackets as hyperband_brackets
 from .pruners import prune_rule as prune_rule

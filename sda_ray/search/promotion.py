@@ -258,6 +258,14 @@ def best_at_rung(rung: int, records: Sequence[TrialRecord], rules: Rules) -> lis
     return [record for x, _, record in best if x < math.inf]
 
 
+def standing(record: TrialRecord, rung: int, records: Sequence[TrialRecord]) -> tuple[int, int]:
+    r"""Returns the rank of a run at a rung that it has reached, and the number of runs there."""
+
+    values = [r.values[rung] for r in records if rung in r.values]
+
+    return 1 + sum(x < record.values[rung] for x in values), len(values)
+
+
 def _promotable(records: Sequence[TrialRecord], rules: Rules) -> Iterator[tuple[int, TrialRecord]]:
     r"""Yields rungs and the runs to promote from there, in the order of promotion."""
 

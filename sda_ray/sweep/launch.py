@@ -63,15 +63,15 @@ NOTHING = LaunchRequests()
 
 
 class Table(Protocol):
-    r"""A live table, see :class:`sda_ray.cli.table.LiveTable`."""
+    r"""A live view, see :class:`sda_ray.cli.live.LiveTable`."""
 
-    target: int
+    rules: Rules
     size: Callable[[], int]
 
     def __enter__(self) -> object: ...
     def __exit__(self, *_: object) -> None: ...
-    def say(self, text: str) -> None: ...
     def notify(self, event: str, record: TrialRecord) -> None: ...
+    def remind(self) -> None: ...
 
 
 class View(Protocol):
@@ -90,10 +90,12 @@ class View(Protocol):
     def LiveTable(
         self,
         title: str,
-        target: int,
+        rules: Rules,
         runs: Path,
         records: Callable[[], list[TrialRecord]],
         objective: str,
+        parallel: int | None,
+        log: Path,
     ) -> Table: ...
 
     def show_end(self, runs: Path, name: str, study: Study) -> None: ...
@@ -256,7 +258,13 @@ def _run(
     rules = replace(sweep.rules, excused=sum(record.state == "failed" for record in records))
     stop = Path(spec["request"])
     table = view.LiveTable(
-        sweep.name, sweep.trials, options.runs, study.records, study.objectives[0]
+        sweep.name,
+        rules,
+        options.runs,
+        study.records,
+        study.objectives[0],
+        slots.local() if options.address is None else slots.most,
+        stop.with_name("ray.log"),
     )
     retention = Retention(
         options.runs,
@@ -264,13 +272,17 @@ def _run(
         study.records,
         options.keep,
         options.limit,
-        table.say,
+        say,
         final=stops is not None,
     )
     table.size = lambda: retention.size
 
+    def keep() -> None:
+        retention()
+        table.remind()
+
     def retarget(target: int) -> None:
-        table.target = target
+        table.rules = replace(rules, target=target)
         write_sweep(stop.parent, read_sweep(options.runs, sweep.name) | {"trials": target}, None)
 
     limits = {
@@ -305,7 +317,7 @@ def _run(
                 raise KeyboardInterrupt
 
             with suppress(KeyboardInterrupt), on_signals(interrupt), table:
-                _drive(driver, slots, options, retention, code, command)
+                _drive(driver, slots, options, keep, code, command)
 
             _end(driver, command, next((why for why, x in limits.items() if x == end), ""))
 
@@ -318,7 +330,7 @@ def _drive(
     driver: Driver,
     slots: Slots,
     options: Options,
-    retention: Retention,
+    keep: Callable[[], None],
     code: Code,
     command: str,
 ) -> None:
@@ -358,7 +370,7 @@ def _drive(
         announce = stack.enter_context(announced(driver.request.parent, lease, *endpoint))
 
         def house() -> None:
-            retention()
+            keep()
 
             if options.replica is not None:
                 options.replica.check()

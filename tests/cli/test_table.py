@@ -6,9 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
-from sda_ray.cli.table import LiveTable, announce, conclude, leaderboard
+from sda_ray.cli.table import announce, conclude, leaderboard
 from sda_ray.search.promotion import Rules, TrialRecord, count_trials
 
 CONFIG = {"learning_rate": 1.23456e-3, "hidden_channels": [64, 128, 256], "activation": "SiLU"}
@@ -31,45 +30,6 @@ def runs(tmp_path: Path) -> Path:
         (tmp_path / f"crimson-cloud-{i}_run{i:05}").mkdir()
 
     return tmp_path
-
-
-@pytest.mark.parametrize("width", [40, 80, 200])
-@pytest.mark.parametrize("height", [10, 24, 60])
-def test_live_table_fits_the_terminal(runs: Path, width: int, height: int) -> None:
-    table = LiveTable("demo", 40, runs, lambda: records(40))
-    table.console = Console(width=width, height=height, force_terminal=True, record=True)
-    table.now = [r for r in records(40) if r.state != "running"] + records(1)
-    table.console.print(table._render())
-    lines = table.console.export_text().splitlines()
-
-    assert len(lines) < height
-    assert all(len(line) <= width for line in lines)
-    assert lines[0].startswith("sweep demo  0:00  33/40 runs started: 1 running"[: width - 1])
-    assert "run00000" in lines[2]  # those in flight come first
-    assert lines[-1].startswith("and ") == (height < 40)
-    assert ("crimson-cloud-0_run00000" in lines[2]) == (width == 200)
-    assert ("1.23e-03" in lines[2] or "0.00123" in lines[2]) == (width >= 80)
-    assert "…" not in lines[2] or width == 40  # columns are whole, or left out
-    hidden = {
-        40: "too narrow for 3 settings: ",
-        80: "too narrow for 1 setting: activation",
-    }
-    assert any(hidden.get(width, "") in line for line in lines)
-
-
-def test_without_a_terminal_there_is_a_line_per_event(
-    runs: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    record = records(3)[2]
-
-    with LiveTable("demo", 40, runs, list) as table:
-        table.notify("draw", TrialRecord(1, "run00000", "running", 9, 9, config=CONFIG))
-        table.notify("running", record)
-        table.notify("complete", record)
-
-    started, complete = capsys.readouterr().out.splitlines()
-    assert "run 1 run00000 starts: epoch 0/9, loss_valid –, learning_rate=0.00123" in started
-    assert "run 3 run00002 complete: epoch 9/9, loss_valid 2.2500" in complete
 
 
 def test_leaderboard_has_the_best_first_and_says_how_far_it_carries(
@@ -111,13 +71,8 @@ def test_samples_that_are_off_are_marked_with_what_to_do(
 def test_text_of_others_is_shown_plainly(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (runs / "crimson-cloud-2_run00002").rename(runs / "x\x1b[2J[bold]_run00002")
     leaderboard("demo", records(5), runs)
-    record = replace(records(5)[4], error="a\x1b]0;title\x07")
-
-    with LiveTable("demo", 40, runs, list) as table:
-        table.notify("failed", record)
-
     out = capsys.readouterr().out
-    assert "x�[2J[bold]_run00002" in out and "a�]0;title�" in out and "\x1b" not in out
+    assert "x�[2J[bold]_run00002" in out and "\x1b" not in out
 
 
 def test_conclusion_of_repeats_is_their_mean_and_spread(

@@ -1,0 +1,443 @@
+r"""The live view of a sweep: the whole screen of a terminal, and plain lines elsewhere."""
+
+import math
+import os
+import statistics
+import sys
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.text import Text
+
+from ..core import (
+    Screen,
+    UserError,
+    format_duration,
+    format_size,
+    plain,
+    printable,
+    read_holder,
+    say,
+)
+from ..runs import RunPath, last_metrics
+from ..search import FINAL, Rules, TrialRecord, count_trials, rank_key, standing
+from .render import STYLES, format_loss, short_value, run_table, sparkline
+
+REFRESH = 1  # frames a second
+LOOK = 1.0  # seconds between two looks at the files of a sweep
+STATUS = 300.0  # seconds between two lines about the state, where there is no terminal
+MESSAGES = 4  # lines of the screen for the newest messages
+BAR = 20  # characters of the progress bar
+STRETCHES = 8  # parts of the time so far whose paces tell the spread of the time left
+SPREAD = 1.28  # standard deviations from the middle to an end of an interval of 80 %
+EVENTS = {
+    "draw": "starts",
+    "adopt": "is resumed",
+    "promote": "is promoted",
+    "lost": "is lost",
+    "memory": "is out of memory and is tried once more",
+}
+TROUBLE = ("lost", "memory", "diverged", "failed")  # events that are messages on the screen, too
+
+
+@dataclass
+class Pace:
+    r"""The epochs that a sweep has done over the time that it was watched."""
+
+    times: list[float] = field(default_factory=list)  # seconds
+    epochs: list[int] = field(default_factory=list)
+
+    def add(self, now: float, epochs: int) -> None:
+        if not self.epochs or epochs != self.epochs[-1]:
+            self.times.append(now)
+            self.epochs.append(epochs)
+
+    def left(self, epochs: float, now: float) -> tuple[float, float, float] | None:
+        r"""Returns the seconds that more epochs take and the ends of their 80 % interval.
+
+        The pace is the mean since the first change. Its paces over 8 stretches of that time tell
+        how far the mean is off, and how far the rest deviates from it. It is None before there are
+        as many changes.
+        """
+
+        if len(self.times) < STRETCHES + 2:  # what came before the first change is not known
+            return None
+
+        start, length = self.times[1], (now - self.times[1]) / STRETCHES
+        ends = [start + i * length for i in range(STRETCHES + 1)]
+        done = [self.epochs[bisect_right(self.times, end) - 1] for end in ends]
+        paces = [(b - a) / length for a, b in pairwise(done)]
+
+        if (mean := statistics.fmean(paces)) <= 0:
+            return None
+
+        seconds = epochs / mean
+        share = 1 / STRETCHES + (length / seconds if seconds else 0.0)
+        off = SPREAD * statistics.stdev(paces) / mean * math.sqrt(share)
+
+        return seconds, seconds / (1 + off), seconds * (1 + off)
+
+
+@dataclass(frozen=True)
+class Totals:
+    r"""The numbers above the table."""
+
+    epochs: int  # that the sweep's own runs have done
+    expected: float  # epochs in the end
+    trained: float  # seconds
+    saved: float  # seconds that the runs which are paused now would train to their ends
+    best: TrialRecord | None
+    since: float  # seconds since 1970
+
+
+@lru_cache
+def _expected(rules: Rules, parallel: int) -> float:
+    r"""Returns the epochs that a sweep takes by its rules; the most, if verdicts are final."""
+
+    from ..plan import forecast
+
+    if rules.pruner in FINAL:
+        return rules.target * rules.epochs
+
+    return forecast(rules, parallel, [1.0], quick=True).epochs
+
+
+class LiveTable:
+    r"""The live view of a sweep: the whole screen of a terminal, a line per event elsewhere.
+
+    Messages that are printed meanwhile are shown below the table, and printed at the end.
+
+    Arguments:
+        title: The name of the sweep.
+        rules: Its rules. They may be replaced.
+        runs: The directory of runs.
+        records: Returns the runs of the sweep.
+        objective: The name of their values.
+        parallel: The number of trials at a time, if it is known.
+        log: A file for what Ray writes to the terminal, see :class:`sda_ray.core.console.Screen`.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        rules: Rules,
+        runs: Path,
+        records: Callable[[], list[TrialRecord]],
+        objective: str = "loss_valid",
+        parallel: int | None = None,
+        log: Path | None = None,
+    ) -> None:
+        self.title = title
+        self.rules = rules
+        self.runs = runs
+        self.records = records
+        self.objective = objective
+        self.parallel = parallel or 1
+        self.log = log
+        self.start = self.told = time.monotonic()
+        self.console = Console()
+        self.size: Callable[[], int] = int  # bytes of all checkpoints
+        self.pace = Pace()
+        self.paths: dict[str, RunPath] = {}
+        self.listed = float("-inf")  # when paths were last read
+        self.took: dict[str, tuple[int, float]] = {}  # epochs of each run, and their seconds
+        self.hosts: dict[tuple[str, int], str] = {}  # by run and attempt
+        self.best = "", 0.0  # the id of the best run, and since when it is
+        self.now = records()
+        self.measured: tuple[list[TrialRecord], Totals] | None = None
+        self.screen: Screen | None = None
+        self.live: Live | None = None
+
+    @property
+    def full(self) -> bool:
+        r"""Whether there is a terminal that can show a whole screen."""
+
+        return sys.stdout.isatty() and os.environ.get("TERM", "") not in ("", "dumb", "unknown")
+
+    def __enter__(self) -> "LiveTable":
+        if self.full:
+            self.screen = Screen(self.state, self.log)
+            self.console = Console(
+                file=self.screen.file, force_terminal=True, force_interactive=True
+            )
+            self.live = Live(
+                console=self.console,
+                screen=True,
+                get_renderable=self._render,  # by itself: time passes without events, too
+                refresh_per_second=REFRESH,
+                redirect_stdout=False,
+                redirect_stderr=False,
+            )
+            self.live.start(refresh=True)
+
+        return self
+
+    def __exit__(self, kind: object = None, *_: object) -> None:
+        if self.live is not None and self.screen is not None:
+            with suppress(OSError):  # the terminal is closed
+                self.live.stop()
+
+            self.screen.leave(failed=kind not in (None, KeyboardInterrupt))
+            self.live = None
+
+    def notify(self, event: str, record: TrialRecord) -> None:
+        r"""Shows that something happened to a run."""
+
+        self.now = self.records()
+
+        if event in TROUBLE or (self.live is None and event != "running"):
+            self._print(event, record)
+
+    def look(self) -> None:
+        r"""Reads the study again and shows what has changed, for views outside the driver."""
+
+        before = {record.run_id: record for record in self.now}
+        self.now = self.records()
+
+        for record in self.now:
+            event = _event(before.get(record.run_id), record)
+
+            if event in TROUBLE or (self.live is None and event):
+                self._print(event, record)
+
+        self.remind()
+
+    def remind(self) -> None:
+        r"""Prints the state every 5 minutes where there is no terminal. To be called often."""
+
+        totals = self._totals()
+
+        if self.live is None and time.monotonic() - self.told > STATUS and totals.epochs:
+            self.told = time.monotonic()
+            say(f"{self._clock()} {self.state()}")
+
+    def state(self) -> str:
+        r"""Returns a line about the state of the sweep."""
+
+        texts = (self._progress(), self._left(), self._best(), self._counts())
+
+        return f"sweep '{self.title}': " + "; ".join(text for text in texts if text)
+
+    def _clock(self) -> str:
+        return f"[{time.monotonic() - self.start:6.1f} s]"
+
+    def _print(self, event: str, record: TrialRecord) -> None:
+        config = " ".join(f"{key}={short_value(x)}" for key, x in record.config.items())
+        say(
+            f"{self._clock()} run {record.index} {record.run_id} "
+            f"{EVENTS.get(event, event)}: epoch {record.last}/{record.epochs}, "
+            f"{self.objective} {format_loss(record.value)}"
+            + (f", {config}" if self.live is None else "")  # the table has it
+            + (f": {record.error}" if record.error else ""),
+        )
+
+    # Numbers
+
+    def _totals(self) -> Totals:
+        r"""Returns the totals of the records as they are now, once for each change of these."""
+
+        records = self.now
+
+        if self.measured is not None and self.measured[0] is records:
+            return self.measured[1]
+
+        self._list(records)
+        own = [r for r in records if not r.source]
+        epochs = sum(r.last for r in own)
+        sure = sum(max(0, r.until - r.last) for r in own if r.status == "running")
+        sure += max(0, self.rules.target - count_trials(records)) * self.rules.rungs[0]
+        seconds = {r.run_id: self._seconds(r) for r in own}
+        saved = sum(
+            seconds[r.run_id] * (r.epochs / r.last - 1) for r in own if r.paused and r.last
+        )
+        ranked = sorted(
+            (r for r in records if r.state not in ("diverged", "failed")), key=rank_key
+        )
+        best = next((r for r in ranked if r.value is not None and math.isfinite(r.value)), None)
+        self._follow_best(best)
+        self.pace.add(time.monotonic(), epochs)
+        expected = max(_expected(self.rules, self.parallel), epochs + sure)
+        totals = Totals(epochs, expected, sum(seconds.values()), saved, best, self.best[1])
+        self.measured = records, totals
+
+        return totals
+
+    def _list(self, records: Sequence[TrialRecord]) -> None:
+        r"""Finds the directories of new runs. A run has one from its first start."""
+
+        missing = any(record.run_id not in self.paths for record in records)
+
+        if missing and time.monotonic() - self.listed > LOOK:
+            self.listed = time.monotonic()
+            self.paths |= {path.id: path for path in RunPath.all(self.runs)}
+
+    def _seconds(self, record: TrialRecord) -> float:
+        r"""Returns how long a run has trained. New epochs count as long as the newest one."""
+
+        last, seconds = self.took.get(record.run_id, (0, 0.0))
+
+        if record.last > last and (path := self.paths.get(record.run_id)):
+            with suppress(UserError, OSError):
+                seconds += (record.last - last) * last_metrics(path.metrics).get("seconds", 0.0)
+                self.took[record.run_id] = record.last, seconds
+
+        return seconds
+
+    def _follow_best(self, best: TrialRecord | None) -> None:
+        r"""Notes since when a run is the best one: the time of its newest metrics."""
+
+        if best is not None and best.run_id != self.best[0]:
+            since, path = time.time(), self.paths.get(best.run_id)
+
+            with suppress(OSError):
+                since = path.metrics.stat().st_mtime if path else since
+
+            self.best = best.run_id, since
+
+    def _host(self, record: TrialRecord) -> str:
+        r"""Returns the node where a run is, from the lease of its directory."""
+
+        key = record.run_id, record.attempt
+
+        if key not in self.hosts and record.status == "running" and record.run_id in self.paths:
+            holder = read_holder(self.paths[record.run_id].lease)
+
+            if holder is not None and holder["pid"] is not None:
+                self.hosts[key] = printable(holder["host"], 20)
+
+        return self.hosts.get(key, "–")
+
+    # Texts
+
+    def _progress(self) -> str:
+        totals = self._totals()
+        about = "at most" if self.rules.pruner in FINAL else "about"
+        share = math.floor(100 * totals.epochs / totals.expected)
+
+        return f"{totals.epochs:,} of {about} {totals.expected:,.0f} epochs ({share} %)"
+
+    def _left(self) -> str:
+        rest = self._totals().expected - self._totals().epochs
+        left = self.pace.left(rest, time.monotonic())
+
+        if left is None or not rest:
+            return ""
+
+        seconds, low, high = map(format_duration, left)
+
+        return f"about {seconds} left ({low} to {high})"
+
+    def _best(self) -> str:
+        if (best := self._totals().best) is None:
+            return ""
+
+        path = self.paths.get(best.run_id)
+        name = printable(path.name if path else best.run_id)
+        age = format_duration(max(0.0, time.time() - self._totals().since))
+
+        return (
+            f"best {self.objective} {format_loss(best.value)}: run {best.index} {name}, "
+            f"epoch {best.last}/{best.epochs}, for {age}"
+        )
+
+    def _counts(self) -> str:
+        statuses = [record.status for record in self.now]
+        counts = ", ".join(f"{statuses.count(x)} {x}" for x in STYLES if x in statuses)
+
+        return f"{len(statuses)}/{self.rules.target} runs started: {counts or 'starting Ray'}"
+
+    def _cost(self) -> str:
+        totals, size = self._totals(), self.size()
+        texts = [
+            f"{format_duration(totals.trained)} of training" if totals.trained else "",
+            f"{format_duration(totals.saved)} saved by pausing" if totals.saved else "",
+            f"checkpoints {format_size(size)}" if size else "",
+        ]
+
+        return ", ".join(text for text in texts if text)
+
+    # The screen
+
+    def _head(self) -> list[Text]:
+        totals = self._totals()
+        elapsed = int(time.monotonic() - self.start)
+        done = math.floor(BAR * min(1.0, totals.epochs / totals.expected))
+        full, empty = "#-" if self.console.options.ascii_only else "━━"
+        lines = [
+            Text.assemble(
+                (f"sweep {self.title}", "bold cyan"),
+                f"  {elapsed // 3600}:{elapsed // 60 % 60:02}:{elapsed % 60:02}  ",
+                (full * done, "green"),
+                (empty * (BAR - done), "bright_black"),
+                f"  {self._progress()}",
+            ),
+            Text("; ".join(text for text in (self._left(), self._counts()) if text)),
+        ]
+
+        if totals.best is not None:
+            config = (f"{key}={short_value(x)}" for key, x in totals.best.config.items())
+            lines.append(Text(self._best(), style="green"))
+            lines.append(Text("     " + " ".join(config), style="green"))
+
+        return [*lines, Text(cost)] if (cost := self._cost()) else lines
+
+    def _render(self) -> RenderableType:
+        if self.screen is not None:
+            with suppress(OSError):  # its streams may be redirected, so rich does not know it
+                width, height = os.get_terminal_size(self.screen.file.fileno())
+                self.console.size = width or 80, height or 24
+
+        width, height = self.console.size
+        head = self._head()
+        lines = [] if self.screen is None else self.screen.lines
+        messages = lines[-min(MESSAGES, height // 6) :]
+        ranked = sorted(self.now, key=lambda r: (r.status != "running", rank_key(r)))
+        shown = ranked[: max(1, height - len(head) - len(messages) - 4)]
+        parts = self._rows(shown, width) if shown else []
+
+        if len(ranked) > len(shown):
+            parts.append(Text(f"and {len(ranked) - len(shown)} more", style="dim"))
+
+        for line in (*head, *(bottom := [Text(plain(x), style="yellow") for x in messages])):
+            line.no_wrap, line.overflow = True, "ellipsis"
+
+        return Group(*head, *([Text()] if height > 15 else []), *parts, *bottom)
+
+    def _rows(self, records: Sequence[TrialRecord], width: int) -> list[RenderableType]:
+        ascii_only = self.console.options.ascii_only
+        hosts = {r.run_id: self._host(r) for r in records}
+        more = {
+            "curve": {r.run_id: sparkline(r.curve.values(), ascii_only) for r in records},
+            "rank": {r.run_id: rank for r in records if (rank := self._rank(r))},
+            "node": hosts if len({*self.hosts.values()}) > 1 else {},
+        }
+        names = {id: path.name for id, path in self.paths.items()}
+
+        return run_table(records, names, width, self.objective, more)
+
+    def _rank(self, record: TrialRecord) -> str:
+        r"""Returns the rank of a run at the newest rung that it has reached."""
+
+        reached = [rung for rung in self.rules.rungs if rung in record.values]
+
+        return "{}/{}".format(*standing(record, reached[-1], self.now)) if reached else ""
+
+
+def _event(before: TrialRecord | None, now: TrialRecord) -> str:
+    r"""Returns the event between two records of a run, or nothing."""
+
+    if before is None:
+        return "draw"
+
+    if before.status != (status := now.status):
+        return "promote" if status == "running" else status
+
+    return "adopt" if now.attempt > before.attempt else ""
