@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
+from operator import itemgetter
 from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
@@ -110,38 +111,27 @@ def _expected(rules: Rules, parallel: int) -> float:
     return forecast(rules, parallel, [1.0], quick=True).epochs
 
 
+@dataclass(eq=False)
 class LiveTable:
     r"""The live view of a sweep: the whole screen of a terminal, a line per event elsewhere.
 
     Messages that are printed meanwhile are shown below the table, and printed at the end.
 
     Arguments:
-        title: The name of the sweep.
-        rules: Its rules. They may be replaced.
-        runs: The directory of runs.
-        records: Returns the runs of the sweep.
-        objective: The name of their values.
+        rules: The rules of the sweep, which may be replaced.
         parallel: The number of trials at a time, if it is known.
         log: A file for what Ray writes to the terminal, see :class:`sda_ray.core.console.Screen`.
     """
 
-    def __init__(
-        self,
-        title: str,
-        rules: Rules,
-        runs: Path,
-        records: Callable[[], list[TrialRecord]],
-        objective: str = "loss_valid",
-        parallel: int | None = None,
-        log: Path | None = None,
-    ) -> None:
-        self.title = title
-        self.rules = rules
-        self.runs = runs
-        self.records = records
-        self.objective = objective
-        self.parallel = parallel or 1
-        self.log = log
+    title: str
+    rules: Rules
+    runs: Path
+    records: Callable[[], list[TrialRecord]]
+    objective: str = "loss_valid"
+    parallel: int | None = None
+    log: Path | None = None
+
+    def __post_init__(self) -> None:
         self.start = self.told = time.monotonic()
         self.console = Console()
         self.size: Callable[[], int] = int  # bytes of all checkpoints
@@ -151,7 +141,7 @@ class LiveTable:
         self.took: dict[str, tuple[int, float]] = {}  # epochs of each run, and their seconds
         self.hosts: dict[tuple[str, int], str] = {}  # by run and attempt
         self.best = "", 0.0  # the id of the best run, and since when it is
-        self.now = records()
+        self.now = self.records()
         self.measured: tuple[list[TrialRecord], Totals] | None = None
         self.screen: Screen | None = None
         self.live: Live | None = None
@@ -165,25 +155,30 @@ class LiveTable:
     def __enter__(self) -> "LiveTable":
         if self.full:
             self.screen = Screen(self.state, self.log)
-            self.console = Console(
-                file=self.screen.file, force_terminal=True, force_interactive=True
-            )
-            self.live = Live(
-                console=self.console,
-                screen=True,
-                get_renderable=self._render,  # by itself: time passes without events, too
-                refresh_per_second=REFRESH,
-                redirect_stdout=False,
-                redirect_stderr=False,
-            )
-            self.live.start(refresh=True)
+            terminal = self.screen.file
+            self.console = Console(file=terminal, force_terminal=True, force_interactive=True)
+
+            try:
+                self.live = Live(
+                    console=self.console,
+                    screen=True,
+                    get_renderable=self._render,  # by itself: time passes without events, too
+                    refresh_per_second=REFRESH,
+                    redirect_stdout=False,
+                    redirect_stderr=False,
+                )
+                self.live.start(refresh=True)
+            except BaseException as error:
+                self.__exit__(type(error))
+                raise
 
         return self
 
     def __exit__(self, kind: object = None, *_: object) -> None:
-        if self.live is not None and self.screen is not None:
+        if self.screen is not None:
             with suppress(OSError):  # the terminal is closed
-                self.live.stop()
+                if self.live is not None:
+                    self.live.stop()
 
             self.screen.leave(failed=kind not in (None, KeyboardInterrupt))
             self.live = None
@@ -217,7 +212,7 @@ class LiveTable:
 
         if self.live is None and time.monotonic() - self.told > STATUS and totals.epochs:
             self.told = time.monotonic()
-            say(f"{self._clock()} {self.state()}")
+            self._say(self.state())
 
     def state(self) -> str:
         r"""Returns a line about the state of the sweep."""
@@ -226,16 +221,19 @@ class LiveTable:
 
         return f"sweep '{self.title}': " + "; ".join(text for text in texts if text)
 
-    def _clock(self) -> str:
-        return f"[{time.monotonic() - self.start:6.1f} s]"
+    def _say(self, text: str) -> None:
+        say(f"[{time.monotonic() - self.start:6.1f} s] {text}")
 
     def _print(self, event: str, record: TrialRecord) -> None:
+        if self.live is not None and event not in TROUBLE:  # the table shows it
+            return
+
         config = " ".join(f"{key}={short_value(x)}" for key, x in record.config.items())
-        say(
-            f"{self._clock()} run {record.index} {record.run_id} "
+        self._say(
+            f"run {record.index} {record.run_id} "
             f"{EVENTS.get(event, event)}: epoch {record.last}/{record.epochs}, "
             f"{self.objective} {format_loss(record.value)}"
-            + (f", {config}" if self.live is None else "")  # the table has it
+            + (f", {config}" if self.live is None else "")
             + (f": {record.error}" if record.error else ""),
         )
 
@@ -258,13 +256,9 @@ class LiveTable:
         saved = sum(
             seconds[r.run_id] * (r.epochs / r.last - 1) for r in own if r.paused and r.last
         )
-        ranked = sorted(
-            (r for r in records if r.state not in ("diverged", "failed")), key=rank_key
-        )
-        best = next((r for r in ranked if r.value is not None and math.isfinite(r.value)), None)
-        self._follow_best(best)
+        best = self._find_best(records)
         self.pace.add(time.monotonic(), epochs)
-        expected = max(_expected(self.rules, self.parallel), epochs + sure)
+        expected = max(_expected(self.rules, self.parallel or 1), epochs + sure)
         totals = Totals(epochs, expected, sum(seconds.values()), saved, best, self.best[1])
         self.measured = records, totals
 
@@ -291,8 +285,12 @@ class LiveTable:
 
         return seconds
 
-    def _follow_best(self, best: TrialRecord | None) -> None:
-        r"""Notes since when a run is the best one: the time of its newest metrics."""
+    def _find_best(self, records: Sequence[TrialRecord]) -> TrialRecord | None:
+        r"""Returns the run with the least value, and notes since when: its newest metrics."""
+
+        sound = (r for r in records if r.state not in ("diverged", "failed"))
+        finite = [(x, r) for r in sound if (x := r.value) is not None and math.isfinite(x)]
+        best = min(finite, key=itemgetter(0))[1] if finite else None
 
         if best is not None and best.run_id != self.best[0]:
             since, path = time.time(), self.paths.get(best.run_id)
@@ -301,6 +299,8 @@ class LiveTable:
                 since = path.metrics.stat().st_mtime if path else since
 
             self.best = best.run_id, since
+
+        return best
 
     def _host(self, record: TrialRecord) -> str:
         r"""Returns the node where a run is, from the lease of its directory."""
@@ -333,7 +333,7 @@ class LiveTable:
 
         seconds, low, high = map(format_duration, left)
 
-        return f"about {seconds} left ({low} to {high})"
+        return f"{seconds} left ({low} to {high})"
 
     def _best(self) -> str:
         if (best := self._totals().best) is None:
@@ -352,7 +352,7 @@ class LiveTable:
         statuses = [record.status for record in self.now]
         counts = ", ".join(f"{statuses.count(x)} {x}" for x in STYLES if x in statuses)
 
-        return f"{len(statuses)}/{self.rules.target} runs started: {counts or 'starting Ray'}"
+        return f"{len(statuses)}/{self.rules.target} runs: {counts or 'starting Ray'}"
 
     def _cost(self) -> str:
         totals, size = self._totals(), self.size()

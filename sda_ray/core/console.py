@@ -169,19 +169,21 @@ class Screen:
             self.file.flush()
 
         os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
-        lines = [*self.lines, self.last()]
         sys.stdout, sys.stderr = self._streams
 
         for number, kept in self._kept.items():
             os.dup2(kept, number)
             os.close(kept)
 
-        if self.log is not None and self.log.stat().st_size == 0:
-            self.log.unlink()
-        elif self.log is not None and failed:
-            lines.append(f"What libraries such as Ray wrote to the terminal is in {self.log}.")
+        try:
+            self.lines.append(self.last())
 
-        try_print(plain("\n".join(lines)))
+            if self.log is not None and self.log.stat().st_size == 0:
+                self.log.unlink()
+            elif self.log is not None and failed:
+                self.lines.append(f"What libraries such as Ray wrote is in {self.log}.")
+        finally:
+            try_print(plain("\n".join(self.lines)))
 
 
 class _Lines:

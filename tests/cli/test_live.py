@@ -78,8 +78,8 @@ def test_view_fits_the_terminal(runs: Path, width: int, height: int) -> None:
     assert len(lines) <= height
     assert all(len(line) <= width for line in lines)
     assert lines[0].startswith("sweep demo  0:00:00  ━━━")
-    assert lines[1].startswith("33/40 runs started: 1 running"[: width - 1])
-    assert lines[2].startswith("best loss_valid 2.2500: run 3 crimson-cloud-2"[: width - 1])
+    assert lines[1].startswith("33/40 runs: 1 running"[: width - 1])
+    assert lines[2].startswith("best loss_valid 0.2500: run 1 crimson-cloud-0"[: width - 1])
     assert "run00000" in lines[first]  # those in flight come first
     assert lines[-1].startswith("and ") == (height < 40)
     assert ("crimson-cloud-0_run00000" in lines[first]) == (width == 200)
@@ -170,7 +170,7 @@ def test_without_a_terminal_there_is_a_line_about_the_state_from_time_to_time(
 
     (line,) = capsys.readouterr().out.splitlines()
     assert "sweep 'demo': 54 of about " in line and "2 running" in line
-    assert "best loss_valid 2.2500: run 3 crimson-cloud-2, epoch 9/9, for " in line
+    assert "best loss_valid 0.2500: run 1 crimson-cloud-0, epoch 9/9, for " in line
 
 
 def test_text_of_others_is_shown_plainly(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
