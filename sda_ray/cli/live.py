@@ -96,7 +96,6 @@ class Totals:
     trained: float  # seconds
     saved: float  # seconds that the runs which are paused now would train to their ends
     best: TrialRecord | None
-    since: float  # seconds since 1970
 
 
 @lru_cache
@@ -188,7 +187,7 @@ class LiveTable:
 
         self.now = self.records()
 
-        if event in TROUBLE or (self.live is None and event != "running"):
+        if event != "running":
             self._print(event, record)
 
     def look(self) -> None:
@@ -198,9 +197,7 @@ class LiveTable:
         self.now = self.records()
 
         for record in self.now:
-            event = _event(before.get(record.run_id), record)
-
-            if event in TROUBLE or (self.live is None and event):
+            if event := _event(before.get(record.run_id), record):
                 self._print(event, record)
 
         self.remind()
@@ -247,7 +244,7 @@ class LiveTable:
         if self.measured is not None and self.measured[0] is records:
             return self.measured[1]
 
-        self._list(records)
+        self._list()
         own = [r for r in records if not r.source]
         epochs = sum(r.last for r in own)
         sure = sum(max(0, r.until - r.last) for r in own if r.status == "running")
@@ -256,18 +253,18 @@ class LiveTable:
         saved = sum(
             seconds[r.run_id] * (r.epochs / r.last - 1) for r in own if r.paused and r.last
         )
-        best = self._find_best(records)
-        self.pace.add(time.monotonic(), epochs)
         expected = max(_expected(self.rules, self.parallel or 1), epochs + sure)
-        totals = Totals(epochs, expected, sum(seconds.values()), saved, best, self.best[1])
+        best = self._find_best(records)
+        totals = Totals(epochs, expected, sum(seconds.values()), saved, best)
+        self.pace.add(time.monotonic(), epochs)
         self.measured = records, totals
 
         return totals
 
-    def _list(self, records: Sequence[TrialRecord]) -> None:
+    def _list(self) -> None:
         r"""Finds the directories of new runs. A run has one from its first start."""
 
-        missing = any(record.run_id not in self.paths for record in records)
+        missing = any(record.run_id not in self.paths for record in self.now)
 
         if missing and time.monotonic() - self.listed > LOOK:
             self.listed = time.monotonic()
@@ -341,7 +338,7 @@ class LiveTable:
 
         path = self.paths.get(best.run_id)
         name = printable(path.name if path else best.run_id)
-        age = format_duration(max(0.0, time.time() - self._totals().since))
+        age = format_duration(max(0.0, time.time() - self.best[1]))
 
         return (
             f"best {self.objective} {format_loss(best.value)}: run {best.index} {name}, "
@@ -395,6 +392,7 @@ class LiveTable:
                 width, height = os.get_terminal_size(self.screen.file.fileno())
                 self.console.size = width or 80, height or 24
 
+        self._list()
         width, height = self.console.size
         head = self._head()
         lines = [] if self.screen is None else self.screen.lines
