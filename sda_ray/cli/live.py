@@ -30,7 +30,7 @@ from ..core import (
 )
 from ..runs import RunPath, last_metrics
 from ..search import FINAL, Rules, TrialRecord, count_trials, rank_key, standing
-from .render import STYLES, format_loss, short_value, run_table, sparkline
+from .render import STYLES, format_loss, run_table, short_value, sparkline
 
 REFRESH = 1  # frames a second
 LOOK = 1.0  # seconds between two looks at the files of a sweep
