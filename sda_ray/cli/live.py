@@ -98,6 +98,16 @@ class Totals:
     best: TrialRecord | None
 
 
+def expected_epochs(rules: Rules, records: Sequence[TrialRecord], parallel: int = 1) -> float:
+    r"""Returns the epochs of a sweep in the end: by its rules, and at least those that are sure."""
+
+    done = sum(r.last for r in records if not r.source)
+    sure = sum(max(0, r.until - r.last) for r in records if r.status == "running")
+    sure += max(0, rules.target - count_trials(records)) * rules.rungs[0]
+
+    return max(_expected(rules, parallel), done + sure)
+
+
 @lru_cache
 def _expected(rules: Rules, parallel: int) -> float:
     r"""Returns the epochs that a sweep takes by its rules; the most, if verdicts are final."""
@@ -247,13 +257,11 @@ class LiveTable:
         self._list()
         own = [r for r in records if not r.source]
         epochs = sum(r.last for r in own)
-        sure = sum(max(0, r.until - r.last) for r in own if r.status == "running")
-        sure += max(0, self.rules.target - count_trials(records)) * self.rules.rungs[0]
         seconds = {r.run_id: self._seconds(r) for r in own}
         saved = sum(
             seconds[r.run_id] * (r.epochs / r.last - 1) for r in own if r.paused and r.last
         )
-        expected = max(_expected(self.rules, self.parallel or 1), epochs + sure)
+        expected = expected_epochs(self.rules, records, self.parallel or 1)
         best = self._find_best(records)
         totals = Totals(epochs, expected, sum(seconds.values()), saved, best)
         self.pace.add(time.monotonic(), epochs)

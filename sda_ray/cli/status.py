@@ -10,7 +10,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext, suppress
-from datetime import datetime
 from pathlib import Path
 from socketserver import ThreadingMixIn
 from tempfile import TemporaryDirectory
@@ -112,7 +111,11 @@ def _driver(directory: Path) -> Row | None:
     if (alive := holder_alive(holder)) is None:
         alive = time.time() - last_heartbeat(file) / 1e9 < STALE
 
-    return {key: holder[key] for key in ("host", "pid", "since")} | {"alive": alive}
+    from .table import seconds_held
+
+    driver = {key: holder[key] for key in ("host", "pid", "since")}
+
+    return driver | {"alive": alive, "seconds": seconds_held(holder)}
 
 
 def _list(runs: Path) -> list[Row]:
@@ -185,9 +188,9 @@ def _cells(row: Row) -> dict[str, str]:
 def status_command(args: Args) -> None:
     r"""Shows a sweep as it stands: progress, best run, cost and failures.
 
-    Without SWEEP it shows those that run, else the last changed one. Epochs are compared with what
-    the sweep is forecast to take, as by `sda-ray plan`, and with all epochs of all trials. Where no
-    terminal is, --watch prints every 60 s.
+    Without SWEEP it shows those that run, else the last changed one. Epochs are compared with those
+    that the sweep is expected to take, and with all of all trials. Where no terminal is, --watch
+    prints every 60 s.
 
       sda-ray status
       sda-ray status width --watch
@@ -231,8 +234,8 @@ def status_command(args: Args) -> None:
 def _details(runs: Path, name: str) -> Row:
     r"""Returns a sweep with its best run, its cost and its failures."""
 
-    from ..plan import forecast
     from ..sweep import recorded_rules
+    from .live import expected_epochs
 
     row, records = _read(runs, name)
     rules, paths = recorded_rules(runs, name), {path.id: path for path in RunPath.all(runs)}
@@ -240,7 +243,7 @@ def _details(runs: Path, name: str) -> Row:
     seconds = sum(_seconds(paths.get(record.run_id), record.last) for record in own)
     started = [record.epochs for record in own if record.state != "failed"]
     most = sum(started) + max(0, rules.target - len(started)) * rules.epochs
-    expected = min(most, round(forecast(rules, 1, [1.0], quick=True).epochs))
+    expected = min(most, round(expected_epochs(rules, records)))
     left, busy = expected - row["epochs"], row["runs"]["running"]
     pace = busy * row["epochs"] / seconds if seconds else 0.0  # epochs a second
 
@@ -277,7 +280,7 @@ def _run(record: "TrialRecord", paths: Mapping[str, RunPath]) -> Row:
         "value": record.value,
         "finals": record.finals,
         "config": record.config,
-        "ended": ended.astimezone().isoformat(timespec="seconds") if ended else None,
+        "age": time.time() - ended.timestamp() if ended else None,  # since its end
         "error": record.error,
     }
 
@@ -300,7 +303,7 @@ def _state(row: Row) -> str:
     process = driver and f"process {driver['pid']} on {driver['host']}"
 
     if row["state"] == "running":
-        return f"running for {_since(driver['since'])}, driven by {process}"
+        return f"running for {format_duration(driver['seconds'])}, driven by {process}"
 
     if row["state"] == "finished":
         return f"finished {age} ago"
@@ -310,27 +313,19 @@ def _state(row: Row) -> str:
     return f"stopped {age} ago{died}. To resume: sda-ray sweep {shlex.quote(row['name'])}"
 
 
-def _since(time: str) -> str:
-    with suppress(ValueError):  # of a file that somebody has edited
-        then = datetime.fromisoformat(time)
-        return format_duration(max(0.0, (datetime.now(then.tzinfo) - then).total_seconds()))
-
-    return "–"
-
-
 def _lines(row: Row) -> Iterator[tuple[str, str]]:
     r"""Yields labels and texts about a sweep."""
 
     saved = f"; pausing saved {row['saved']:,} epochs" if row["saved"] else ""
-    forecast = f"about {row['expected']:,} (a forecast), or "
-    forecast = "" if row["expected"] == row["most"] else forecast
+    running = row["state"] != "finished" and row["expected"] < row["most"]
+    forecast = f" of about {row['expected']:,}" if running else ""
     counts = ", ".join(f"{n} {status}" for status, n in row["runs"].items())
     yield "runs", f"{row['trials']}/{row['target']}: {counts or 'none has started'}"
-    yield "epochs", f"{row['epochs']:,} of {forecast}{row['most']:,} if all runs train to the end"
+    yield "epochs", f"{row['epochs']:,}{forecast}; {row['most']:,} if all runs train to the end"
 
     if best := row["best"]:
-        found = f", found {_since(best['ended'])} ago" if best["ended"] else ""
-        yield "best", f"{row['objectives'][0]} {format_loss(best['value'])}, {best['run']}{found}"
+        value = f"{row['objectives'][0]} {format_loss(best['value'])}"
+        yield "best", f"{value}, {best['run']}, found {format_duration(best['age'])} ago"
         yield "", _settings(best["config"])
     else:
         yield "best", "no run is complete yet"
@@ -345,7 +340,7 @@ def _lines(row: Row) -> Iterator[tuple[str, str]]:
         yield "", f"and {more} more"
 
     if row["left"] is not None:
-        yield "time left", f"about {format_duration(row['left'])}, if the forecast holds"
+        yield "time left", f"about {format_duration(row['left'])}"
 
 
 def _settings(config: Mapping[str, Any]) -> str:

@@ -223,7 +223,7 @@ def attach_command(args: Args) -> None:
                 f"sweep '{name}' is driven by process {holder['pid']} on {holder['host']}. Ctrl-C "
                 f"leaves it running; `sda-ray stop {name}` stops it.",
             )
-            _follow(runs, name, study, alive, _seconds(holder))
+            _follow(runs, name, study, alive, seconds_held(holder))
         else:
             say(f"sweep '{name}' does not run. This is how it stands:")
     except KeyboardInterrupt:
@@ -257,7 +257,7 @@ def _follow(
             time.sleep(LOOK)
 
 
-def _seconds(holder: dict[str, Any]) -> float:
+def seconds_held(holder: dict[str, Any]) -> float:
     r"""Returns for how long a lease has been held, as far as clocks agree."""
 
     try:

@@ -2,6 +2,7 @@ r"""Reproduction of a run: its first epochs are trained again, elsewhere, and co
 
 import itertools
 import math
+import shlex
 import tempfile
 from contextlib import closing
 from pathlib import Path
@@ -24,16 +25,18 @@ def first_attempt(path: RunPath) -> dict[str, Any]:
     r"""Returns the provenance of the first epochs of a run.
 
     Raises:
-        UserError: If it is not recorded, or belongs to a run that is gone.
+        UserError: If it is not recorded.
     """
 
-    if not (attempts := _start(path)[0].get("attempts")):
+    record = read_record(path)
+
+    if not record.get("attempts"):
         raise UserError(
             f"{path.directory.name} cannot be reproduced: no run.json says where it was trained, "
             "as for runs of SDA's own code, exports and adopted runs."
         )
 
-    return attempts[0]
+    return record["attempts"][0]
 
 
 def reproduce_run(
@@ -41,7 +44,7 @@ def reproduce_run(
 ) -> tuple[str, list[str]]:
     r"""Trains the first epochs of a run again, in a temporary directory, and compares the losses.
 
-    The run itself is only read. A longer version of another is trained from that one's start.
+    The run itself is only read. One that extends another is trained from scratch.
 
     Returns:
         Where the bits differ, or an empty text; and what else does, one sentence each.
@@ -54,12 +57,10 @@ def reproduce_run(
 
     record, before = read_record(path), read_history(path.metrics)
 
-    if missing := {*range(1, epochs + 1)} - before.keys():
-        raise UserError(
-            f"--epochs is {epochs}, but {path.directory.name} has no epoch {min(missing)}."
-        )
+    if not epochs <= (last := max(before, default=0)):
+        raise UserError(f"--epochs is {epochs}, but {path.directory.name} has {last} epochs.")
 
-    if "data" in record and not has_fingerprint(data, record["data"]):
+    if not has_fingerprint(data, record.get("data", "")) and "data" in record:
         raise UserError(
             f"{path.directory.name} was trained on other data than {data}. Give the directory of "
             "its data with --data."
@@ -67,7 +68,7 @@ def reproduce_run(
 
     keys: tuple[str, ...] = ("data", "rungs")
     kept = {key: record[key] for key in keys if key in record}
-    fault, init = "", _start(path)[1]
+    fault, init = "", _parent(path, record)
 
     with tempfile.TemporaryDirectory(prefix="sda-ray-") as directory:
         wandb = Wandb("disabled")
@@ -83,7 +84,7 @@ def reproduce_run(
                 for metrics in itertools.islice(training, epochs):
                     bar.update(metrics["epoch"], f"loss_valid {metrics['loss_valid']:.4f}")
 
-                    if fault := _compare(before[metrics["epoch"]], metrics):
+                    if fault := _compare(before.get(metrics["epoch"], {}), metrics):
                         break
         except Diverged as error:
             fault = f"it diverged, which the run did not: {error}"
@@ -98,36 +99,31 @@ def reproduce_run(
     return fault, causes
 
 
-def _start(path: RunPath) -> tuple[dict[str, Any], Path | None]:
-    r"""Returns the record of the run that trained the first epochs of a run, of which that may be
-    a longer version, and the run with whose weights it started, if not from scratch."""
+def _parent(path: RunPath, record: dict[str, Any]) -> Path | None:
+    r"""Returns the run from whose weights a run started, if it did not start from scratch."""
 
-    record = read_record(path)
+    if "parent" not in record or "extends" in record:
+        return None
 
-    while "parent" in record:
-        if (parent := RunPath.of_id(path.directory.parent, record["parent"])) is None:
-            raise UserError(
-                f"{path.directory.name} started from run '{record['parent']}', which is not in "
-                f"{path.directory.parent}. Put that run back."
-            )
+    if (parent := RunPath.of_id(path.directory.parent, record["parent"])) is None:
+        raise UserError(
+            f"{path.directory.name} started with the weights of run '{record['parent']}', which "
+            f"is not in {path.directory.parent}. Put that run back, or train from scratch with "
+            f"`sda-ray train --config {shlex.quote(str(path.config))}`."
+        )
 
-        if "extends" not in record:
-            return record, parent.directory
-
-        record = read_record(parent)
-
-    return record, None
+    return parent.directory
 
 
 def _compare(before: Metrics, now: Metrics) -> str:
     r"""Says how the losses of an epoch differ from those recorded, or nothing."""
 
-    differ = [key for key in LOSSES if before.get(key) != now[key]]
-    texts = [f"{key} {before.get(key)!r} then, {now[key]!r} now" for key in differ]
+    differ = [key for key in LOSSES if key in before and before[key] != now[key]]
+    texts = [f"{key} {before[key]!r} then, {now[key]!r} now" for key in differ]
     error = before.get("loss_valid_se", 0.0)
 
     if differ and error > 0:
-        share = max(abs(now[key] - before.get(key, math.nan)) for key in differ) / error
+        share = max(abs(now[key] - before[key]) for key in differ) / error
         texts.append(f"at most {share:.2g} times the standard error of loss_valid")
 
     return f"epoch {now['epoch']} differs: {'; '.join(texts)}" if differ else ""

@@ -72,7 +72,7 @@ def test_texts_say_the_same(study: Study, told: Callable[..., Any]) -> None:
     listing = told("sweeps").splitlines()[-1].split()
 
     assert listing[:3] == ["width", "finished", "12/12"] and f"{row['best']:.4f}" in listing
-    assert f"{row['epochs']} of about " in text and f"loss_valid {row['best']:.4f}" in text
+    assert f"{row['epochs']}; " in text and f"loss_valid {row['best']:.4f}" in text
     assert "it failed & <ended>" in text and "pausing saved " in text
 
     best = told("best", "width").splitlines()
