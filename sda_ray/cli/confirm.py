@@ -4,6 +4,7 @@ import math
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean
 
 from rich.text import Text
 
@@ -32,7 +33,7 @@ def show_confirmation(runs: Path, name: str) -> None:
         cells = (i, x.rank, x.run, format_loss(x.value), _pm(*x.mean), behind, seeds, settings)
         table.add_row(*(Text(printable(cell)) for cell in cells))
 
-    console.print(Text(f"\nConfirmation of {found.sweep}", style="bold"))
+    console.print(Text(f"\nConfirmation of {printable(found.sweep)}", style="bold"))
     console.print(table)
 
     for line in _sentences(found):
@@ -49,8 +50,10 @@ def show_confirmation(runs: Path, name: str) -> None:
 def _sentences(found: Confirmation) -> Iterator[str]:
     r"""Yields what a confirmation says about the sweep, a sentence each."""
 
-    winner, order, (flattery, error) = found.configurations[0], found.order, found.flattery
+    (winner, *others), order = found.configurations, found.order
     difference, spread = found.behind(winner)
+    flattery, error = found.flattery(winner)
+    along = [found.flattery(x)[0] for x in others if x.values]
 
     if len(order) > 1:
         place = f"now number {order.index(winner) + 1}, {_pm(difference, spread)} behind the first"
@@ -67,6 +70,7 @@ def _sentences(found: Confirmation) -> Iterator[str]:
             f"The winner was flattered by {_pm(flattery, error)}: it had {format_loss(winner.value)} "
             f"in the sweep, and has {_pm(*winner.mean)} over fresh seeds"
             f"{', within one standard error' if abs(flattery) <= error else ''}."
+            + (f" The others were by {fmean(along):.4f} on average." if along else "")
         )
 
     if len(found.seeds) == 1:
@@ -74,7 +78,10 @@ def _sentences(found: Confirmation) -> Iterator[str]:
 
     for x in order:
         if x.diverged:
-            yield f"! Of number {x.rank} of the sweep, {len(x.diverged)} runs diverged: it ranks last."
+            yield (
+                f"! Of number {x.rank} of the sweep, {len(x.diverged)} runs diverged: it ranks "
+                "behind all with fewer."
+            )
 
     if lacking := sum(len(found.seeds) - len(x.values) - len(x.diverged) for x in order):
         yield f"! {lacking} runs are missing, since they failed or were stopped."

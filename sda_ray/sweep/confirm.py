@@ -113,13 +113,13 @@ class Confirmation:
 
         return kendall([x.rank for x in self.order])
 
-    @property
-    def flattery(self) -> tuple[float, float]:
-        r"""By how much the winner's mean exceeds its value in the sweep, and the standard error."""
+    def flattery(self, x: Configuration) -> tuple[float, float]:
+        r"""Returns by how much a mean exceeds the value in the sweep, and the standard error.
 
-        winner = self.configurations[0]
+        What the seed and the validation of the sweep did to all of its runs is a part of it.
+        """
 
-        return winner.mean[0] - winner.value, winner.mean[1]
+        return (x.mean[0] - x.value, x.mean[1]) if self.comparable else estimate([])
 
     def behind(self, x: Configuration) -> tuple[float, float]:
         r"""Returns the mean difference to the first, seed by seed, and its standard error."""
@@ -139,13 +139,12 @@ class Confirmation:
         return winner if close else first
 
     def as_json(self) -> dict[str, Any]:
-        rows = [vars(x) | {"mean": x.mean, "behind": self.behind(x)} for x in self.configurations]
+        rows = [
+            vars(x) | {"mean": x.mean, "behind": self.behind(x), "flattery": self.flattery(x)}
+            for x in self.configurations
+        ]
         content = vars(self) | {"configurations": rows, "order": [x.rank for x in self.order]}
-        content |= {
-            "tau": self.tau,
-            "flattery": self.flattery,
-            "recommended": self.recommended.rank,
-        }
+        content |= {"tau": self.tau, "recommended": self.recommended.rank}
 
         return json.loads(json.dumps(content), parse_constant=lambda text: None)  # as NaN
 

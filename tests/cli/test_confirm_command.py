@@ -48,6 +48,7 @@ def test_table_says_that_the_winner_was_luck(runs: Path, cli_here: Cli) -> None:
     assert rows[0][-1] == "learning_rate=0.001"
     assert "The winner of the sweep is now number " in out
     assert "The winner was flattered by 0.5150 ± 0.0050: it had -0.1750 in the sweep" in out
+    assert " The others were by 0.0150 on average." in out
     assert "sda-ray evaluate crimson-cloud-" in out
     assert "sda-ray confirm w --seeds 4 " in out
 
@@ -58,7 +59,7 @@ def test_one_seed_other_epochs_and_diverged_runs_are_named(runs: Path, cli_here:
 
     assert "One seed has no standard error: --seeds 3 adds two." in out
     assert "its values do not compare" in out and "flattered" not in out
-    assert "! Of number " in out and "1 runs diverged: it ranks last." in out
+    assert "! Of number " in out and "1 runs diverged: it ranks behind all with fewer." in out
     assert "! 1 runs are missing" in out
     assert "nan" not in out and "inf" not in out
 

@@ -37,6 +37,7 @@ UPSTREAM = {
 
 OURS = {
     "seed": 0,
+    "valid_seed": 0,
     "alpha": "cos",
     "parametrization": "eps",
     "dropout": 0.0,

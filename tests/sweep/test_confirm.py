@@ -90,8 +90,8 @@ def test_winner_by_luck_is_found_out(tmp_path: Path) -> None:
 
     assert winner.config["learning_rate"] == 1e-2
     assert winner.mean[0] == pytest.approx(loss(winner.config, 4) + 0.001)
-    assert found.flattery[0] == pytest.approx(-LUCK + 0.001)
-    assert found.flattery[1] == pytest.approx(0.001 / math.sqrt(3))
+    assert found.flattery(winner)[0] == pytest.approx(-LUCK + 0.001)
+    assert found.flattery(winner)[1] == pytest.approx(0.001 / math.sqrt(3))
     assert found.recommended.config["learning_rate"] == 1e-3
     assert found.order[-1] is not found.configurations[-1] and found.tau < 1
     assert all(len(x.values) == len(x.runs) == 3 for x in found.order)
@@ -139,7 +139,10 @@ def test_values_after_other_epochs_do_not_compare(tmp_path: Path) -> None:
     make_parent(tmp_path)
     confirm(tmp_path, epochs=2)
 
-    assert not read_confirmation(tmp_path, "w-confirm").comparable
+    found = read_confirmation(tmp_path, "w-confirm")
+
+    assert not found.comparable
+    assert {tuple(x["flattery"]) for x in found.as_json()["configurations"]} == {(None, None)}
 
 
 def test_more_seeds_extend_a_confirmation_and_nothing_else_may_change(tmp_path: Path) -> None:
