@@ -3,6 +3,7 @@
 # make test-oldest    the demo and the main guarantees on the oldest versions in pyproject.toml
 # make test-cluster   those: hosts on this machine, which needs root
 # make cluster-check  what is wrong with a cluster file (FILE=cluster.yaml)
+# make docs    build the documentation site into site/
 # make bench   measure what we claim about speed, into benchmarks/results/
 # make check   lint, types and tests, as before a commit
 # make clean   removes .venv and caches; runs/ and data/ are never touched
@@ -17,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PIP_NO_INPUT = 1
 export PIP_REQUIRE_VIRTUALENV = 0
 
-.PHONY: help demo bench test test-oldest test-cluster cluster-check lint types check format clean
+.PHONY: help demo docs bench test test-oldest test-cluster cluster-check lint types check format clean
 .DELETE_ON_ERROR:
 
 help:
@@ -28,6 +29,11 @@ demo: export SDA_RAY_ROOT = $(CURDIR)
 demo: .venv/installed
 	$(BIN)/sda-ray simulate --preset demo
 	$(BIN)/sda-ray sweep sweeps/demo.py
+
+# A warning, such as of a broken link, is an error. The theme's note about its own future is none.
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: .venv/installed-dev
+	$(BIN)/python -m mkdocs build --quiet --strict
 
 bench: .venv/installed-dev
 	$(BIN)/python benchmarks/bench.py $(ARGS)
@@ -70,7 +76,7 @@ format: .venv/installed-dev
 	$(BIN)/ruff format
 
 clean:
-	rm -rf .venv .venv-oldest build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-oldest build site *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find sda_ray sweeps tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is made after everything is installed: an interrupted installation is done again.

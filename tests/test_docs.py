@@ -9,13 +9,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import h5py
 import pytest
 import torch
 from networks import SMALL, small
 from sweeping import make_sweep
 
+import sda_ray
 from sda_ray import load_sweep
+from sda_ray.cli.options import COMMANDS
+from sda_ray.cli.options import sda_ray as commands
 from sda_ray.core.config import save_config
 
 TOP = Path(__file__).parents[1]
@@ -28,6 +32,58 @@ EXAMPLES = [
         *("assimilation.operators", "assimilation.skill"),
     )
 ]
+
+PAGES = [TOP / "README.md", *sorted((TOP / "docs").glob("*.md"))]
+
+# Options of other programs that the documents name by themselves
+FOREIGN = {"--detach", "--no-kill", "--signal=B:USR1@300"}
+
+
+def options(words: list[str], command: click.Command = commands) -> set[str]:
+    r"""Returns the options of the command that words begin with. Raises if there is none."""
+
+    known = {option for param in command.params for option in param.opts}
+
+    if not isinstance(command, click.Group):
+        return known | {"--help"}
+
+    context, names = click.Context(command), command.list_commands(click.Context(command))
+    action = words[0] if words and words[0] in names else names[0] if command != commands else None
+    assert action is not None, f"there is no command '{' '.join(words)}'"
+    found = command.get_command(context, action)
+    assert found is not None
+
+    return known | options(words[1:], found)
+
+
+def spans(text: str) -> list[str]:
+    r"""Returns the code of a document: lines of blocks without comments, and spans in lines."""
+
+    fenced = re.findall(r"```.*\n([\s\S]*?)```", text)
+    inline = re.findall(r"`([^`]+)`", re.sub(r"```.*\n[\s\S]*?```", "", text))
+
+    return [re.sub(r"(^|\s)#.*", "", x) for x in "\n".join(fenced).split("\n")] + inline
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_in_documents_exist(page: Path) -> None:
+    every = set().union(*(options([name]) for name in COMMANDS))
+
+    for code in spans(page.read_text()):
+        named = re.findall(r"--[a-z][a-z-]*", code.partition(" -- ")[0])
+
+        if match := re.search(r"sda-ray +((?:[a-z]+ ?)*)([^'\"]*)", code):
+            named = re.findall(r"--[a-z][a-z-]*", match[2].partition(" -- ")[0])
+            assert {*named} <= options(match[1].split()), f"{page.name}: `{code}`"
+        elif code.startswith("--") and code not in FOREIGN:
+            assert {*named} <= every, f"{page.name}: `{code}`"
+
+
+def test_reference_has_all_public_names() -> None:
+    text = (TOP / "docs" / "reference.md").read_text()
+    names = {*re.findall(r"^::: sda_ray\.(\w+)$", text, re.M), "CONFIG"}
+
+    assert names == {*dir(sda_ray)} - {"__version__"}
 
 
 @pytest.fixture(scope="module")
