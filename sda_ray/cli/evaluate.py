@@ -26,6 +26,7 @@ from ..runs import (
     fitting,
     select,
     summarize,
+    sweep_names,
 )
 from .options import ADDRESS, COUNT, JSON, RUNS_GIVEN, Args, command, option
 
@@ -121,7 +122,8 @@ def _paths(args: Args) -> tuple[list[RunPath], dict[str, str]]:
         paths = [entry.path for entry in best[: args.top or 3]]
 
         if not paths:
-            raise UserError(f"no run of sweep '{args.sweep}' in {args.runs} is finished.")
+            hint = did_you_mean(args.sweep, sweep_names(args.runs))
+            raise UserError(f"no run of sweep '{args.sweep}' in {args.runs} is finished.{hint}")
 
         return paths, {}
 

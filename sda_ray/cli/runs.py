@@ -34,6 +34,7 @@ from ..runs import (
     row,
     select,
     source,
+    sweep_names,
     sync_runs,
 )
 from .options import (
@@ -109,7 +110,8 @@ def list_command(args: Args) -> None:
         total = format_size(sum(entry.size or 0 for entry in chosen))
         make_console().print(listing(chosen), f"\n{len(chosen)} of {len(every)} runs, {total}")
     elif every:
-        print(f"None of {len(every)} runs is like this.")
+        hint = did_you_mean(args.sweep, sweep_names(args.runs)) if args.sweep else ""
+        print(f"None of {len(every)} runs is like this.{hint}")
     else:
         print(f"There are no runs in {args.runs} yet. `sda-ray train` makes one.")
 

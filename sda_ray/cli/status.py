@@ -71,13 +71,15 @@ def _read(runs: Path, name: str) -> tuple[Row, list["TrialRecord"]]:
     records.sort(key=rank_key)
     running = driver is not None and driver["alive"]
     closed = bool(records) and all(r.state != "running" for r in records)
-    done = closed and (count_trials(records) >= target or exhausted(records, target))
+    domains = [x for record in records for x in record.trial.distributions.values()]
+    endless = any(getattr(domain, "step", 1) is None for domain in domains)  # a range of floats
+    ended = count_trials(records) >= target or (exhausted(records, target) and not endless)
     own = [record for record in records if not record.source]
     statuses = [r.status if running or r.status != "running" else "interrupted" for r in own]
     complete = [record for record in records if record.state == "complete"]
     row = {
         "name": name,
-        "state": "running" if running else "finished" if done else "stopped",
+        "state": "running" if running else "finished" if closed and ended else "stopped",
         "trials": count_trials(records),
         "target": target,
         "runs": Counter(status for status in STYLES for _ in range(statuses.count(status))),

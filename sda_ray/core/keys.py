@@ -129,13 +129,15 @@ NETWORK: tuple[str, ...] = tuple(name for name, key in KEYS.items() if key.netwo
 
 
 def did_you_mean(word: Any, words: Iterable[str]) -> str:
-    r"""Returns ` Did you mean 'x'?` for the word that is closest, else nothing."""
+    r"""Returns ` Did you mean 'x'?` for the word that is closest, nothing if there is none, or the word
+    itself is one of them.
+    """
 
     lower, text = {w.lower(): w for w in words}, str(word).lower()[:64]
     alias = ALIASES.get(text.strip("-"))
     close = [alias] if alias in lower else difflib.get_close_matches(text, lower, n=1)
 
-    return f" Did you mean '{lower[close[0]]}'?" if close else ""
+    return f" Did you mean '{lower[close[0]]}'?" if close and lower[close[0]] != word else ""
 
 
 def check_value(name: str, value: Any) -> Any:

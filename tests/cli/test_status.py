@@ -15,6 +15,7 @@ import pytest
 from conftest import Cli, Start
 from sweeping import EPOCH, make_sweep
 
+from sda_ray import choice
 from sda_ray.cli.status import follow
 from sda_ray.core.config import load_config
 from sda_ray.core.errors import UserError
@@ -30,6 +31,11 @@ def study(tmp_path: Path) -> Study:
     r"""A finished sweep of 12 trials, two of which fail or diverge."""
 
     return make_sweep(tmp_path / "runs", "width", 12, ends=ENDS)
+
+
+def retarget(runs: Path, name: str, trials: int) -> None:
+    file = runs / "sweeps" / name / "sweep.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"trials": trials}))
 
 
 @pytest.fixture
@@ -94,16 +100,43 @@ def test_state_of_a_sweep_is_that_of_its_driver_and_runs(
         assert f"{status['driver']['host']}:{os.getpid()}" in told("sweeps")
         assert f"driven by process {os.getpid()} on" in told("status")
 
-        study.journal.lease = lease
-        study.add(replaced := study.records()[0], replaced.trial)  # a run that has not ended
+        held = json.loads((directory / "lease.json").read_text())
     finally:
         lease.release()
 
-    record = json.loads((directory / "sweep.json").read_text())
-    (directory / "sweep.json").write_text(json.dumps(record | {"trials": 99}))
-
+    retarget(tmp_path / "runs", "width", 99)
     assert told("sweeps", "--json")[0]["state"] == "stopped"
-    assert "To resume: sda-ray sweep width" in told("status")
+    assert "To resume: sda-ray sweep width" in told("status") and "died" not in told("status")
+
+    (directory / "lease.json").write_text(json.dumps(held | {"pid": 2**22 + 1}))
+    assert f"its driver, process {2**22 + 1} on {held['host']}, died" in told("status")
+
+
+def test_sweep_that_has_tried_all_options_is_finished(
+    tmp_path: Path, told: Callable[..., Any]
+) -> None:
+    make_sweep(tmp_path / "runs", "few", 2, space={"activation": choice("SiLU", "GELU")})
+    retarget(tmp_path / "runs", "few", 99)
+
+    assert told("status", "few", "--json")["state"] == "finished"
+
+
+def test_run_without_a_driver_is_interrupted(
+    tmp_path: Path, study: Study, told: Callable[..., Any]
+) -> None:
+    lease = Lease(tmp_path / "runs" / "sweeps" / "width" / "lease.json", "sweep 'width'")
+
+    try:
+        study.journal.lease = lease
+        record = next(r for r in study.records() if r.state == "pruned")
+        study.start(record, 30, None)
+        assert told("status", "width", "--json")["runs"]["running"] == 1
+        assert told("status", "width", "--json")["left"] > 0
+    finally:
+        lease.release()
+
+    row = told("status", "width", "--json")
+    assert row["state"] == "stopped" and row["runs"]["interrupted"] == 1 and row["left"] is None
 
 
 def test_running_sweeps_are_shown_by_default_else_the_newest(
@@ -170,6 +203,14 @@ def test_unknown_run_is_met_with_the_closest(tmp_path: Path, study: Study, cli_h
     done = cli_here("runs", "show", "crimsn-cloud-7")
 
     assert done.returncode == 2 and "Did you mean 'crimson-cloud-7'?" in done.stderr
+
+
+def test_filter_by_an_unknown_sweep_suggests_the_closest(
+    study: Study, cli_here: Cli, told: Callable[..., Any]
+) -> None:
+    assert "Did you mean 'width'?" in cli_here("evaluate", "--sweep", "widht").stderr
+    assert "Did you mean 'width'?" in told("runs", "--sweep", "widht")
+    assert "Did you mean" not in told("runs", "--sweep", "width", "--status", "running")
 
 
 def test_config_of_the_best_run_can_be_trained(
