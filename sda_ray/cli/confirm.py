@@ -70,7 +70,7 @@ def _sentences(found: Confirmation) -> Iterator[str]:
             f"The winner was flattered by {_pm(flattery, error)}: it had {format_loss(winner.value)} "
             f"in the sweep, and has {_pm(*winner.mean)} over fresh seeds"
             f"{', within one standard error' if abs(flattery) <= error else ''}."
-            + (f" The others were by {fmean(along):.4f} on average." if along else "")
+            + (f" The others were, by {fmean(along):.4f} on average." if along else "")
         )
 
     if len(found.seeds) == 1:
@@ -96,6 +96,9 @@ def _pm(mean: float, error: float, sign: str = "") -> str:
     if not error > 0:
         return f"{mean:{sign}.4g}"
 
-    places = min(9, max(0, 1 - math.floor(math.log10(error))))
+    places = max(0, 1 - math.floor(math.log10(error)))
+
+    if places > 6:
+        return f"{mean:{sign}.2g} ± {error:.2g}"
 
     return f"{mean:{sign}.{places}f} ± {error:.{places}f}"

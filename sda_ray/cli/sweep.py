@@ -316,9 +316,11 @@ def _confirm(args: Args, parent: str, name: str) -> None:
         record = read_sweep(args.runs, parent)
 
         if (count := len(confirms["runs"])) < top:
+            more = f" `sda-ray sweep {parent} --finalists {top}` completes more."
+            paused = record["definition"]["pruner"] == "promotion"
             say(
                 f"Note: sweep '{parent}' has {count} complete configurations, all of which are "
-                f"confirmed. `sda-ray sweep {parent} --finalists {top}` completes more."
+                f"confirmed.{more * paused}"
             )
 
     options = recorded_options(args, launch_options(args), record["options"])

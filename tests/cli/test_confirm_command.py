@@ -1,5 +1,6 @@
 r"""Tests for sda_ray.cli.confirm: the table of a confirmation, and what is refused."""
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from conftest import Cli
 from sweeping import loss, play_sweep
 
 from sda_ray import CONFIG, Sweep, choice
+from sda_ray.cli.confirm import _pm
 from sda_ray.runs.tracking import Wandb
 from sda_ray.sweep.confirm import make_confirmation
 
@@ -48,7 +50,7 @@ def test_table_says_that_the_winner_was_luck(runs: Path, cli_here: Cli) -> None:
     assert rows[0][-1] == "learning_rate=0.001"
     assert "The winner of the sweep is now number " in out
     assert "The winner was flattered by 0.5150 ± 0.0050: it had -0.1750 in the sweep" in out
-    assert " The others were by 0.0150 on average." in out
+    assert " The others were, by 0.0150 on average." in out
     assert "sda-ray evaluate crimson-cloud-" in out
     assert "sda-ray confirm w --seeds 4 " in out
 
@@ -83,3 +85,18 @@ def test_what_cannot_be_confirmed_is_refused(
 
     assert refused.returncode == 2 and message in refused.stderr
     assert sorted(runs.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("mean", "error", "text"),
+    [
+        (0.29170, 0.0012, "0.2917 ± 0.0012"),
+        (5e-9, 6e-9, "5e-09 ± 6e-09"),
+        (123.4, 56.0, "123 ± 56"),
+        (0.25, math.nan, "0.25"),
+        (0.25, 0.0, "0.25"),
+        (math.nan, math.nan, "–"),
+    ],
+)
+def test_mean_has_the_digits_of_its_error(mean: float, error: float, text: str) -> None:
+    assert _pm(mean, error) == text
