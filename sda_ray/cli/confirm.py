@@ -84,7 +84,7 @@ def _sentences(found: Confirmation) -> Iterator[str]:
             )
 
     if lacking := sum(len(found.seeds) - len(x.values) - len(x.diverged) for x in order):
-        yield f"! {lacking} runs are missing, since they failed or were stopped."
+        yield f"! {lacking} runs are missing: they failed, were stopped, or have not begun."
 
 
 def _pm(mean: float, error: float, sign: str = "") -> str:

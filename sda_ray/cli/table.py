@@ -275,7 +275,7 @@ def show_end(runs: Path, name: str, study: Study) -> None:
     target = sweep["trials"]
     under_way = sum(record.state == "running" for record in records)
 
-    if "confirms" in sweep and len(records) >= target and not under_way:
+    if "confirms" in sweep and records and not under_way:
         from .confirm import show_confirmation
 
         show_confirmation(runs, name)

@@ -1,5 +1,6 @@
 r"""Tests for sda_ray.cli.confirm: the table of a confirmation, and what is refused."""
 
+import json
 import math
 from dataclasses import asdict
 from pathlib import Path
@@ -100,3 +101,16 @@ def test_what_cannot_be_confirmed_is_refused(
 )
 def test_mean_has_the_digits_of_its_error(mean: float, error: float, text: str) -> None:
     assert _pm(mean, error) == text
+
+
+def test_a_confirmation_with_more_seeds_to_come_is_shown_as_far_as_it_is(
+    runs: Path, cli_here: Cli
+) -> None:
+    confirm(runs)
+    file = runs / "sweeps" / "w-confirm" / "sweep.json"
+    record = json.loads(file.read_text())
+    record["definition"]["space"]["seed"]["choice"] = [1, 2, 3]
+    file.write_text(json.dumps(record | {"trials": 9}))
+    out = cli_here("attach", "w-confirm").stdout
+
+    assert out.count(" 2/3 ") == 3 and "! 3 runs are missing: " in out
