@@ -9,7 +9,6 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import pairwise
 from operator import itemgetter
 from pathlib import Path
@@ -20,7 +19,6 @@ from rich.text import Text
 
 from ..core import (
     Screen,
-    UserError,
     format_duration,
     format_size,
     plain,
@@ -28,8 +26,8 @@ from ..core import (
     read_holder,
     say,
 )
-from ..runs import RunPath, last_metrics
-from ..search import FINAL, Rules, TrialRecord, count_trials, rank_key, standing
+from ..runs import RunPath, seconds_of
+from ..search import FINAL, Rules, TrialRecord, rank_key, standing
 from .render import STYLES, format_loss, run_table, short_value, sparkline
 
 REFRESH = 1  # frames a second
@@ -92,32 +90,10 @@ class Totals:
     r"""The numbers above the table."""
 
     epochs: int  # that the sweep's own runs have done
-    expected: float  # epochs in the end
+    expected: int  # epochs in the end
     trained: float  # seconds
     saved: float  # seconds that the runs which are paused now would train to their ends
     best: TrialRecord | None
-
-
-def expected_epochs(rules: Rules, records: Sequence[TrialRecord], parallel: int = 1) -> float:
-    r"""Returns the epochs of a sweep in the end: by its rules, and at least those that are sure."""
-
-    done = sum(r.last for r in records if not r.source)
-    sure = sum(max(0, r.until - r.last) for r in records if r.status == "running")
-    sure += max(0, rules.target - count_trials(records)) * rules.rungs[0]
-
-    return max(_expected(rules, parallel), done + sure)
-
-
-@lru_cache
-def _expected(rules: Rules, parallel: int) -> float:
-    r"""Returns the epochs that a sweep takes by its rules; the most, if verdicts are final."""
-
-    from ..plan import forecast
-
-    if rules.pruner in FINAL:
-        return rules.target * rules.epochs
-
-    return forecast(rules, parallel, [1.0], quick=True).epochs
 
 
 @dataclass(eq=False)
@@ -147,7 +123,6 @@ class LiveTable:
         self.pace = Pace()
         self.paths: dict[str, RunPath] = {}
         self.listed = float("-inf")  # when paths were last read
-        self.took: dict[str, tuple[int, float]] = {}  # epochs of each run, and their seconds
         self.hosts: dict[tuple[str, int], str] = {}  # by run and attempt
         self.best = "", 0.0  # the id of the best run, and since when it is
         self.now = self.records()
@@ -235,19 +210,21 @@ class LiveTable:
         if self.live is not None and event not in TROUBLE:  # the table shows it
             return
 
-        config = " ".join(f"{key}={short_value(x)}" for key, x in record.config.items())
-        self._say(
-            f"run {record.index} {record.run_id} "
-            f"{EVENTS.get(event, event)}: epoch {record.last}/{record.epochs}, "
-            f"{self.objective} {format_loss(record.value)}"
-            + (f", {config}" if self.live is None else "")
-            + (f": {record.error}" if record.error else ""),
-        )
+        text = f"run {record.index} {record.run_id} {EVENTS.get(event, event)}"
+
+        if self.live is None:
+            config = " ".join(f"{key}={short_value(x)}" for key, x in record.config.items())
+            value = f"{self.objective} {format_loss(record.value)}"
+            text += f": epoch {record.last}/{record.epochs}, {value}, {config}"
+
+        self._say(text + (f": {record.error}" if record.error else ""))
 
     # Numbers
 
     def _totals(self) -> Totals:
         r"""Returns the totals of the records as they are now, once for each change of these."""
+
+        from ..plan import expect
 
         records = self.now
 
@@ -257,11 +234,11 @@ class LiveTable:
         self._list()
         own = [r for r in records if not r.source]
         epochs = sum(r.last for r in own)
-        seconds = {r.run_id: self._seconds(r) for r in own}
+        expected, _ = expect(self.rules, records, self.parallel or 1)
+        seconds = {r.run_id: seconds_of(self.paths.get(r.run_id), r.last) for r in own}
         saved = sum(
             seconds[r.run_id] * (r.epochs / r.last - 1) for r in own if r.paused and r.last
         )
-        expected = expected_epochs(self.rules, records, self.parallel or 1)
         best = self._find_best(records)
         totals = Totals(epochs, expected, sum(seconds.values()), saved, best)
         self.pace.add(time.monotonic(), epochs)
@@ -277,18 +254,6 @@ class LiveTable:
         if missing and time.monotonic() - self.listed > LOOK:
             self.listed = time.monotonic()
             self.paths |= {path.id: path for path in RunPath.all(self.runs)}
-
-    def _seconds(self, record: TrialRecord) -> float:
-        r"""Returns how long a run has trained. New epochs count as long as the newest one."""
-
-        last, seconds = self.took.get(record.run_id, (0, 0.0))
-
-        if record.last > last and (path := self.paths.get(record.run_id)):
-            with suppress(UserError, OSError):
-                seconds += (record.last - last) * last_metrics(path.metrics).get("seconds", 0.0)
-                self.took[record.run_id] = record.last, seconds
-
-        return seconds
 
     def _find_best(self, records: Sequence[TrialRecord]) -> TrialRecord | None:
         r"""Returns the run with the least value, and notes since when: its newest metrics."""
@@ -327,7 +292,7 @@ class LiveTable:
         about = "at most" if self.rules.pruner in FINAL else "about"
         share = math.floor(100 * totals.epochs / totals.expected)
 
-        return f"{totals.epochs:,} of {about} {totals.expected:,.0f} epochs ({share} %)"
+        return f"{totals.epochs:,} of {about} {totals.expected:,} epochs ({share} %)"
 
     def _left(self) -> str:
         rest = self._totals().expected - self._totals().epochs

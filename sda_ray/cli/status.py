@@ -4,7 +4,6 @@ They read the study and the run directories, beside a driver or without one, and
 Names and texts come from files: they are shown as plain text.
 """
 
-import functools
 import shlex
 import time
 from collections import Counter
@@ -36,7 +35,7 @@ from ..core import (
     read_holder,
     say,
 )
-from ..runs import RunPath, as_json, read_metrics, sweep_directory, sweep_names
+from ..runs import RunPath, as_json, seconds_of, sweep_directory, sweep_names
 from .options import COUNT, JSON, SWEEP, Args, argument, command, option
 from .render import STYLES, format_loss
 
@@ -236,16 +235,14 @@ def status_command(args: Args) -> None:
 def _details(runs: Path, name: str) -> Row:
     r"""Returns a sweep with its best run, its cost and its failures."""
 
+    from ..plan import expect
     from ..sweep import recorded_rules
-    from .live import expected_epochs
 
     row, records = _read(runs, name)
     rules, paths = recorded_rules(runs, name), {path.id: path for path in RunPath.all(runs)}
     own = [record for record in records if not record.source]
-    seconds = sum(_seconds(paths.get(record.run_id), record.last) for record in own)
-    started = [record.epochs for record in own if record.state != "failed"]
-    most = sum(started) + max(0, rules.target - len(started)) * rules.epochs
-    expected = min(most, round(expected_epochs(rules, records)))
+    seconds = sum(seconds_of(paths.get(record.run_id), record.last) for record in own)
+    expected, most = expect(rules, records)
     left, busy = expected - row["epochs"], row["runs"]["running"]
     pace = busy * row["epochs"] / seconds if seconds else 0.0  # epochs a second
 
@@ -258,17 +255,6 @@ def _details(runs: Path, name: str) -> Row:
         "failures": [_run(r, paths) for r in own if r.state in ("failed", "diverged")],
         "left": left / pace if left > 0 and pace > 0 else None,
     }
-
-
-@functools.cache
-def _seconds(path: RunPath | None, last: int) -> float:
-    r"""Returns the time that the epochs of a run took, as far as its directory can be read."""
-
-    with suppress(UserError, OSError):
-        lines = read_metrics(path.metrics) if path else []
-        return sum(line.get("seconds", 0.0) for line in lines if line["epoch"] <= last)
-
-    return 0.0
 
 
 def _run(record: "TrialRecord", paths: Mapping[str, RunPath]) -> Row:

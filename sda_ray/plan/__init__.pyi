@@ -3,7 +3,7 @@ r"""What a sweep will take, and whether a machine is fit for it."""
 from .doctor import Finding as Finding
 from .doctor import diagnose as diagnose
 from .plan import estimate as estimate
-from .plan import forecast as forecast
+from .plan import expect as expect
 from .plan import plan_sweep as plan_sweep
 from .report import plan_to_json as plan_to_json
 from .report import print_plan as print_plan

@@ -23,13 +23,14 @@ import random
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..cluster import Slots, memory_limit
 from ..core import UserError, format_duration, format_size
 from ..data import DataInfo
-from ..search import PruneRule, Rules, TrialRecord, decide
+from ..search import FINAL, PruneRule, Rules, TrialRecord, decide
 from ..sweep import Options, Sweep, find_faults, free_disk, load_script
 from .probe import Node, Speed, epoch_seconds, probe_nodes
 
@@ -335,6 +336,28 @@ def forecast(
     epochs, busy, finish = (sum(values) / sweeps for values in zip(*sums, strict=True))
 
     return Forecast(share * epochs, share * busy, finish * share * few / slots)
+
+
+def expect(rules: Rules, records: Sequence[TrialRecord], slots: int = 1) -> tuple[int, int]:
+    r"""Returns the epochs that a sweep is expected to take in all, and the most that it may.
+
+    They are those of a :func:`forecast`, or the most if a pruner has the last word; and at least
+    those that are done, that runs in progress are bound for, and that new runs begin with.
+    """
+
+    own = [record for record in records if not record.source]
+    epochs = [record.epochs for record in own if record.state != "failed"]
+    new = max(0, rules.target - len(epochs))
+    most = sum(epochs) + new * rules.epochs
+    bound = sum(max(r.last, r.until if r.status == "running" else 0) for r in own)
+    likely = most if rules.pruner in FINAL else _likely(rules, slots)
+
+    return max(bound + new * rules.rungs[0], min(most, likely)), most
+
+
+@lru_cache
+def _likely(rules: Rules, slots: int) -> int:
+    return round(forecast(rules, slots, [1.0], quick=True).epochs)
 
 
 def estimate(rules: Rules, wanted: dict[str, float], parallel: int | None) -> str:

@@ -35,6 +35,7 @@ from .metrics import is_off as is_off
 from .metrics import last_metrics as last_metrics
 from .metrics import read_history as read_history
 from .metrics import read_metrics as read_metrics
+from .metrics import seconds_of as seconds_of
 from .path import COPIED as COPIED
 from .path import LOCAL as LOCAL
 from .path import RECORDS as RECORDS

@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Collection, Sequence
 from contextlib import nullcontext, suppress
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -127,6 +128,17 @@ def is_off(sample_std: float | None) -> bool:
     r"""Tells whether samples, if there are any, are off the data by more than a factor of two."""
 
     return sample_std is not None and not 0.5 <= sample_std <= 2
+
+
+@cache
+def seconds_of(path: RunPath | None, last: int) -> float:
+    r"""Returns the time that the epochs of a run took, as far as its directory can be read."""
+
+    with suppress(UserError, OSError):
+        lines = read_metrics(path.metrics) if path else []
+        return sum(line.get("seconds", 0.0) for line in lines if line["epoch"] <= last)
+
+    return 0.0
 
 
 def seconds_per_epoch(lines: Sequence[Metrics]) -> float | None:

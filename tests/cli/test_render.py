@@ -1,11 +1,12 @@
 r"""Tests for sda_ray.cli.render: the curves of runs, drawn in characters."""
 
+import math
 from typing import Any
 
 import numpy as np
 import pytest
 
-from sda_ray.cli.render import chart
+from sda_ray.cli.render import chart, sparkline
 
 
 def lines(values: list[float]) -> list[dict[str, Any]]:
@@ -36,3 +37,13 @@ def test_curve_falls_from_corner_to_corner() -> None:
 def test_scale_is_logarithmic_beyond_a_factor_of_ten() -> None:
     assert "linear" in chart(lines([1.0, 0.1]), {"loss_valid": ""}).plain
     assert "logarithmic" in chart(lines([1.0, 0.09]), {"loss_valid": ""}).plain
+
+
+def test_sparkline_falls_where_the_loss_falls() -> None:
+    curve = [1 / epoch for epoch in range(1, 100)]
+    heights = ["▁▂▃▄▅▆▇█".index(x) for x in sparkline(curve)]
+
+    assert heights == sorted(heights, reverse=True) and heights[::7] == [7, 0]
+    assert sparkline([1.0, math.nan, 0.1, math.inf, 0.01]) == "█▅▁"
+    assert sparkline([-1.0, 1.0]) == "▁█" and sparkline([]) == "" and len(sparkline([2.0])) == 1
+    assert sparkline(curve, plain=True).isascii()

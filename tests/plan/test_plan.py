@@ -16,8 +16,17 @@ from rich.console import Console
 from sda_ray.cluster.nodes import check_files, memory_limit
 from sda_ray.cluster.ray_node import local_cpus
 from sda_ray.data.dataset import check_data
-from sda_ray.plan.plan import Plan, at_a_time, check_memory, check_time, estimate, memory_of
+from sda_ray.plan.plan import (
+    Plan,
+    at_a_time,
+    check_memory,
+    check_time,
+    estimate,
+    expect,
+    memory_of,
+)
 from sda_ray.plan.report import plan_to_json, print_plan
+from sda_ray.search.promotion import Rules, TrialRecord
 
 __all__ = ["script"]  # fixtures
 
@@ -88,6 +97,28 @@ def test_estimate_of_a_sweep_measures_nothing(made: Plan) -> None:
 
     code = "import sys, sda_ray.plan.plan; assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_sweep_is_expected_to_take_what_its_runs_are_bound_for() -> None:
+    rules = Rules(8, 9, 1, 3)
+    expected, most = expect(rules, [])
+
+    assert 8 < expected < most == 8 * 9
+
+    runs = [TrialRecord(i, str(i), "running", 9, 9, {1: 0.5}) for i in range(1, 9)]
+    assert expect(rules, runs) == (most, most)  # all have been promoted to the end
+
+    paused = [replace(run, until=1) for run in runs]
+    assert expect(rules, paused) == (expected, most)
+
+    failed = [replace(runs[0], state="failed"), *paused[1:]]
+    assert expect(rules, failed) == (expected, most)  # another run takes its place
+
+    brought = [replace(run, source="elsewhere") for run in runs]
+    assert expect(rules, brought) == (expected, most)
+
+    final = replace(rules, pruner="median")
+    assert expect(final, []) == (most, most)
 
 
 def test_network_that_fits_no_node_is_caught(made: Plan) -> None:
