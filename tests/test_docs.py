@@ -1,5 +1,6 @@
 r"""Tests that what the documents show can be run: the use of a finished run, and the examples."""
 
+import ast
 import doctest
 import importlib
 import json
@@ -21,6 +22,7 @@ from sda_ray import load_sweep
 from sda_ray.cli.options import COMMANDS
 from sda_ray.cli.options import sda_ray as commands
 from sda_ray.core.config import save_config
+from sda_ray.data.dataset import check_data
 
 TOP = Path(__file__).parents[1]
 
@@ -36,7 +38,7 @@ EXAMPLES = [
 PAGES = [TOP / "README.md", *sorted((TOP / "docs").glob("*.md"))]
 
 # Options of other programs that the documents name by themselves
-FOREIGN = {"--detach", "--no-kill", "--signal=B:USR1@300"}
+FOREIGN = {"--multirun", "--no-kill", "--signal", "--time"}
 
 
 def options(words: list[str], command: click.Command = commands) -> set[str]:
@@ -75,7 +77,7 @@ def test_commands_in_documents_exist(page: Path) -> None:
         if match := re.search(r"sda-ray +((?:[a-z]+ ?)*)([^'\"]*)", code):
             named = re.findall(r"--[a-z][a-z-]*", match[2].partition(" -- ")[0])
             assert {*named} <= options(match[1].split()), f"{page.name}: `{code}`"
-        elif code.startswith("--") and code not in FOREIGN:
+        elif code.startswith("--") and not FOREIGN & {*named}:
             assert {*named} <= every, f"{page.name}: `{code}`"
 
 
@@ -194,3 +196,35 @@ def test_example_paints_the_assimilation(capsys: pytest.CaptureFixture[str]) -> 
         main(["--help"])
 
     assert "--guidance {gaussian,dps,mmps}" in capsys.readouterr().out
+
+
+RECIPES = re.findall(r"```python\n([\s\S]*?)```", (TOP / "docs" / "cookbook.md").read_text())
+
+
+@pytest.mark.parametrize("code", [code for code in RECIPES if "Sweep(" in code])
+def test_recipe_is_a_sweep(code: str) -> None:
+    scope: dict[str, Any] = {"__name__": "recipe"}
+    exec(code, scope)
+
+    scope["sweep"].check()
+
+
+def test_recipe_makes_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("own").mkdir()
+
+    exec(next(code for code in RECIPES if "h5py" in code), {})
+
+    assert check_data(Path("own")).length == 16
+
+
+def test_messages_that_are_explained_exist() -> None:
+    trees = [ast.parse(path.read_text()) for path in (TOP / "sda_ray").rglob("*.py")]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    source = [x.value for x in nodes if isinstance(x, ast.Constant) and isinstance(x.value, str)]
+    texts = [re.sub(r"%[sd.0-9]*[sdfr]", "…", x) for x in source]
+    rows = re.findall(r"^\| `([^`]*)` \|", (TOP / "docs" / "troubleshooting.md").read_text(), re.M)
+
+    for row in rows:
+        for part in filter(None, row.split("…")):
+            assert any(part in piece for text in texts for piece in text.split("…")), part
