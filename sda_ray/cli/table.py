@@ -65,12 +65,17 @@ def leaderboard(
     names = {id: path.name for id, path in paths.items()}
     best = [r for r in finished[:count] if r.run_id in paths]
     lines = {r.run_id: judgement(paths[r.run_id], objective) for r in best}
-    scores = {r.run_id: _crps(paths[r.run_id]) for r in best}
+    scores = {r.run_id: x for r in best if (x := _crps(paths[r.run_id])) is not None}
+    brief = all(
+        quick for quick, _ in scores.values()
+    )  # else they are left out: they do not compare
     deviations = {id: x["sample_std"] for id, x in lines.items() if "sample_std" in x}
     more = {
         "±": {id: f"{x[key]:.2g}" for id, x in lines.items() if (key := f"{objective}_se") in x},
         "sample_std": {id: format_std(x) for id, x in deviations.items()},
-        "CRPS": {id: format_loss(x) for id, x in scores.items() if x is not None},
+        "CRPS (quick)" if brief else "CRPS": {
+            id: format_loss(x) for id, (quick, x) in scores.items() if quick == brief
+        },
     }
     console.print(Text(f"\nLeaderboard of {title}", style="bold"))
     console.print(*run_table(finished[:count], names, console.width, objective, more), sep="\n")
@@ -106,19 +111,20 @@ def judgement(path: RunPath, objective: str) -> dict[str, Any]:
     return line
 
 
-def _crps(path: RunPath) -> float | None:
-    r"""Returns the CRPS of `assim` over the trajectories that a run was evaluated on, if any."""
+def _crps(path: RunPath) -> tuple[bool, float] | None:
+    r"""Returns whether a run was evaluated by `--quick`, and its mean CRPS of `assim`, if any."""
 
     if not path.evaluation.exists():
         return None
 
-    from ..runs import read_evaluation  # which loads h5py
+    from ..runs import QUICK, read_evaluation  # which loads h5py
 
     with suppress(UserError, OSError):
         if evaluation := read_evaluation(path):
             found = [row.get("crps") for row in evaluation.results.get("assim", {}).values()]
             numbers = [x for x in found if isinstance(x, int | float)]
-            return statistics.mean(numbers) if numbers else None
+            quick = evaluation.settings.get("steps") == QUICK.steps
+            return (quick, statistics.mean(numbers)) if numbers else None
 
     return None
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from sda_ray.cli.table import announce, conclude, leaderboard
+from sda_ray.runs.evaluation import QUICK
 from sda_ray.search.promotion import Rules, TrialRecord, count_trials
 
 CONFIG = {"learning_rate": 1.23456e-3, "hidden_channels": [64, 128, 256], "activation": "SiLU"}
@@ -170,3 +171,14 @@ def test_leaderboard_shows_the_objective_its_error_and_the_full_skill(
 
     assert lines["#"][4:7] == ["denoising", "±", "CRPS"]
     assert lines["1"][5:7] == ["0.012", "0.3750"] and lines["2"][5:7] == ["–", "–"]
+
+    # One of --quick does not compare with it
+    quick = {"settings": {"steps": QUICK.steps}, "results": {"assim": {"0": {"crps": 0.125}}}}
+    second = runs / "crimson-cloud-1_run00001"
+    (second / "evaluation.json").write_text(json.dumps(evaluation | quick))
+    leaderboard("demo", judged, runs, objective="denoising")
+    assert "0.1250" not in capsys.readouterr().out
+
+    (path / "evaluation.json").unlink()
+    leaderboard("demo", judged, runs, objective="denoising")
+    assert "CRPS (quick)" in (out := capsys.readouterr().out) and "0.1250" in out
