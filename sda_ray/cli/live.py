@@ -190,9 +190,10 @@ class LiveTable:
     def remind(self) -> None:
         r"""Prints the state every 5 minutes where there is no terminal. To be called often."""
 
-        totals = self._totals()
+        if self.live is not None:  # whose thread has the numbers
+            return
 
-        if self.live is None and time.monotonic() - self.told > STATUS and totals.epochs:
+        if self._totals().epochs and time.monotonic() - self.told > STATUS:
             self.told = time.monotonic()
             self._say(self.state())
 

@@ -253,7 +253,7 @@ def _detach(sweep: Any, options: Any, words: Sequence[str]) -> None:
     print(
         f"sweep '{name}' runs in the background, as process {process.pid}; its output goes to "
         f"{file}.\n"
-        f"  sda-ray attach {name}   # its live table\n"
+        f"  sda-ray attach {name}   # its live view\n"
         f"  sda-ray stop {name}     # every trial saves a checkpoint first"
     )
 

@@ -54,7 +54,7 @@ class Study:
         objectives: Sequence[str] = ("loss_valid",),
     ) -> None:
         self.objectives = tuple(objectives)
-        self._lock = threading.Lock()  # the live table reads in its own thread
+        self._lock = threading.Lock()  # the live view reads in its own thread
         self._newest: dict[str, TrialRecord] = {}  # by run, and what the records were made from
         self._trials: list[FrozenTrial] = []
         self._known_attrs: dict[str, Any] | None = None
