@@ -34,6 +34,8 @@ demo: .venv/installed
 docs: export NO_MKDOCS_2_WARNING = 1
 docs: .venv/installed-dev
 	$(BIN)/python -m mkdocs build --quiet --strict
+	@! grep -rlE '<(script|img|link)[^>]* (src|href)="?https?:' --include='*.html' site || { \
+	    echo 'These pages load something from the internet.'; exit 1; }
 
 bench: .venv/installed-dev
 	$(BIN)/python benchmarks/bench.py $(ARGS)

@@ -25,11 +25,14 @@ class Docstrings(Extension):
 
 
 def to_markdown(text: str) -> str:
-    r"""Returns the Markdown of a docstring. Its sections stay in Google's style."""
+    r"""Returns the Markdown of a docstring. Its sections stay in Google's style.
+
+    A line that began with the formula itself would be a paragraph of its own.
+    """
 
     block = r"^( *)\.\. math::((?:.*\n?)(?:\1 +.*\n?|\n(?=\1 ))*)"
     text = re.sub(block, lambda m: f"{m[1]}{_mathml(m[2], 'block')}\n", text, flags=re.M)
-    text = re.sub(r":math:`([^`]*)`", lambda m: _mathml(m[1], "inline"), text)
+    text = re.sub(r":math:`([^`]*)`", lambda m: f"<span>{_mathml(m[1], 'inline')}</span>", text)
     text = re.sub(r":[a-z]+:`~?([^`]*)`", r"`\1`", text)
     text = re.sub(r"^( *)\| (http.*)$", r"\1<\2>", text, flags=re.M)
     text = re.sub(r"^( *)\| (.*)$", r"\1\2  ", text, flags=re.M)
