@@ -8,6 +8,7 @@ import importlib
 import inspect
 import math
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -186,7 +187,7 @@ def _completer(names: Callable[[Path], Iterable[str]], files: bool) -> Function:
     def complete(ctx: click.Context, param: click.Parameter, begin: str) -> list[CompletionItem]:
         args = Args(**ctx.params)
         _locate(args)
-        known = (x for x in names(args.runs) if x.startswith(begin) and x.isprintable())
+        known = (x for x in names(args.runs) if x.startswith(begin) and shlex.quote(x) == x)
 
         return [CompletionItem(begin, type="file")] * files + [*map(CompletionItem, known)]
 

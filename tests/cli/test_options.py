@@ -200,6 +200,7 @@ def test_shell_completes_commands_options_sweeps_and_runs(
         (tmp_path / "runs" / "sweeps" / name / "sweep.json").touch()
 
     (tmp_path / "runs" / "crimson-cloud-1_abcdefgh").mkdir()
+    (tmp_path / "runs" / "crimson$(id)_abcdefgh").mkdir()  # a shell would run it
     program = tmp_path / "sda-ray"
     program.write_text(f'#!/bin/sh\nexec {sys.executable} -m sda_ray "$@"\n')
     program.chmod(0o755)
