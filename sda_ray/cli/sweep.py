@@ -262,7 +262,7 @@ def _detach(sweep: Any, options: Any, words: Sequence[str]) -> None:
 @SWEEP
 @SETTINGS
 @option("--top", f"How many of the best configurations. Default: {TOP}.", COUNT)
-@option("--seeds", f"How many seeds for each. Default: {SEEDS}.", COUNT)
+@option("--seeds", f"How many seeds for each. Default: {SEEDS}.", click.IntRange(1, 1000))
 @option("--name", "Default: SWEEP-confirm.")
 @JSON
 @RESOURCES

@@ -75,6 +75,7 @@ def test_one_seed_other_epochs_and_diverged_runs_are_named(runs: Path, cli_here:
         ("w epochs=0", "epochs is 0, but must be an integer"),
         ("w --name w", "sweep 'w' exists, and was not started with SWEEP w. Give --name"),
         ("w --top 0", "0 is not in the range x>=1"),
+        ("w --seeds 1001", "1001 is not in the range 1<=x<=1000"),
         ("w", "has other data than sweep 'w'. Give its --data."),
     ],
 )
