@@ -53,7 +53,7 @@ def format_loss(x: float | None) -> str:
 
 
 def short_value(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else format_value(value)
+    return f"{value:.3g}" if isinstance(value, float) else printable(format_value(value))
 
 
 def format_std(x: float | None) -> str:
@@ -133,6 +133,7 @@ def run_table(
     `more`, of texts by run, and the settings that the sweep varies.
     """
 
+    objective = printable(objective)
     columns = {
         "#": [str(r.index) for r in records],
         "run": [printable(f"{names.get(r.run_id, '…')}_{r.run_id}") for r in records],
@@ -147,7 +148,9 @@ def run_table(
             columns[name] = [texts.get(r.run_id, "–") for r in records]
 
     for key in dict.fromkeys(key for record in records for key in record.config):
-        columns[key] = [short_value(r.config[key]) if key in r.config else "–" for r in records]
+        columns[printable(key)] = [
+            short_value(r.config[key]) if key in r.config else "–" for r in records
+        ]
 
     def fits() -> bool:
         widths = (max(map(len, (name, *texts))) for name, texts in columns.items())

@@ -6,7 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sda_ray.cli.render import chart, sparkline
+from sda_ray.cli.render import chart, run_table, sparkline
+from sda_ray.core.console import make_console
+from sda_ray.search.promotion import TrialRecord
 
 
 def lines(values: list[float]) -> list[dict[str, Any]]:
@@ -47,3 +49,11 @@ def test_sparkline_falls_where_the_loss_falls() -> None:
     assert sparkline([1.0, math.nan, 0.1, math.inf, 0.01]) == "█▅▁"
     assert sparkline([-1.0, 1.0]) == "▁█" and sparkline([]) == "" and len(sparkline([2.0])) == 1
     assert sparkline(curve, plain=True).isascii()
+
+
+def test_table_of_runs_shows_texts_of_others_plainly(capsys: pytest.CaptureFixture[str]) -> None:
+    odd = "\x1b[2J"
+    record = TrialRecord(1, "abcdefgh", "complete", 1, 1, {1: 0.5}, config={f"{odd}key": odd})
+    make_console().print(*run_table([record], {}, 160, odd))
+
+    assert capsys.readouterr().out.count("�[2J") == 3
