@@ -254,7 +254,7 @@ class LiveTable:
 
         if missing and time.monotonic() - self.listed > LOOK:
             self.listed = time.monotonic()
-            self.paths |= {path.id: path for path in RunPath.all(self.runs)}
+            self.paths = self.paths | {path.id: path for path in RunPath.all(self.runs)}
 
     def _find_best(self, records: Sequence[TrialRecord]) -> TrialRecord | None:
         r"""Returns the run with the least value, and notes since when: its newest metrics."""
