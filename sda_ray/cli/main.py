@@ -37,6 +37,10 @@ def main(sweep: Any = None, argv: Sequence[str] | None = None) -> None:
     _open_streams()
     log_warnings()
     signal.signal(signal.SIGTERM, _terminate)
+
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # not under nohup
+        signal.signal(signal.SIGHUP, _terminate)
+
     started = argv is None
 
     if started and isinstance(sys.stdout, TextIOWrapper):

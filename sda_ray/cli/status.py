@@ -373,7 +373,7 @@ def best_command(args: Args) -> None:
         print(as_json([_run(r, paths) | x for r, x in zip(best, errors, strict=True)]))
     else:
         leaderboard(args.sweep, records, args.runs, len(best), objective)
-        run, sweep = shlex.quote(path.directory.name), shlex.quote(args.sweep)
+        run, sweep = shlex.quote(printable(path.directory.name)), shlex.quote(args.sweep)
         say(f"\n  sda-ray confirm {sweep}   # other seeds: is the winner luck?")
         say(f"  sda-ray train --config {run} --replicas 3   # this run alone, with other seeds")
         say(f"  sda-ray evaluate {run}   # how well it samples and assimilates")

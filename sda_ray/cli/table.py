@@ -219,7 +219,7 @@ def attach_command(args: Args) -> None:
         while alive() and not journal.exists():
             time.sleep(LOOK)
 
-        if not journal.exists():
+        if not journal.exists() or not journal.stat().st_size:
             raise UserError(f"sweep '{name}' has not begun: sda-ray sweep {name}")
 
         study = Study(journal, name, None, objectives)

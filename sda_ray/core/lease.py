@@ -416,8 +416,12 @@ def this_host() -> dict[str, str]:
 def last_heartbeat(file: Path) -> int:
     r"""Returns when a lease file was last written or touched, 0 if it is gone."""
 
+    def pipe_too(path: str, flags: int) -> int:
+        return os.open(path, flags | os.O_NONBLOCK)
+
     try:
-        with open(file) as f:  # NFS looks at the server again when a file is opened
+        # NFS looks at the server again when a file is opened
+        with open(file, opener=pipe_too) as f:
             return os.fstat(f.fileno()).st_mtime_ns
     except OSError:
         return 0

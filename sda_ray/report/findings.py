@@ -329,7 +329,7 @@ def read_findings(runs: Path, name: str) -> Findings:
     sweep, directory = read_sweep(runs, name), sweep_directory(runs, name)
     definition, journal = sweep["definition"], directory / "study.journal"
 
-    if not journal.exists():
+    if not journal.exists() or not journal.stat().st_size:
         raise UserError(f"sweep '{name}' has not begun: sda-ray sweep {name}")
 
     rules = recorded_rules(runs, name)

@@ -14,6 +14,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
@@ -65,10 +66,12 @@ class Study:
             self.id = self.storage.get_study_id_from_name(name)
 
         try:
-            self.records()
-        except (KeyError, TypeError) as error:
+            for record in self.records():
+                msgspec.convert(vars(record), TrialRecord)
+        except (KeyError, TypeError, ValueError) as error:
+            what = f"lacks {error}" if isinstance(error, KeyError) else f"is wrong: {error}"
             raise UserError(
-                f"{file} is damaged: the record of a run lacks {error}. Restore a copy of the file."
+                f"{file} is damaged: the record of a run {what}. Restore a copy of the file."
             ) from error
 
         # Later lines name trials by number: without the first line of one, they mean another

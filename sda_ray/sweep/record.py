@@ -53,6 +53,11 @@ class Definition(msgspec.Struct):
     config: Epochs
     space: dict[str, Any]
     objectives: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)] = ("loss_valid",)
+    pruner: str = ""
+    min_epochs: int | None = None
+    eta: int | None = None
+    rungs: tuple[int, ...] | None = None
+    finalists: int = 1
 
 
 class Fields(msgspec.Struct):

@@ -2,6 +2,7 @@ r"""Tests for sda_ray.cli.status: what is told of sweeps, while they run and lat
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,6 +25,9 @@ from sda_ray.search.promotion import rank_key
 from sda_ray.search.study import Study
 
 ENDS = {2: "failed", 3: "diverged"}
+ODD = {"name": "width", "trials": 12, "fingerprint": "f", "options": {}} | {
+    "definition": {"config": {"epochs": 1}, "space": {}, "finalists": []}
+}
 
 
 @pytest.fixture
@@ -159,6 +163,7 @@ def test_running_sweeps_are_shown_by_default_else_the_newest(
         ("sweep.json", ""),
         ("sweep.json", "[1]"),
         ("sweep.json", '{"name": "width", "trials": 12, "definition": [], "options": {}}'),
+        ("sweep.json", json.dumps(ODD)),
         ("study.journal", "nonsense\n"),
         ("study.journal", ""),
         ("study.journal", '{"op_code": 0, "study_name": "other", "directions": [1]}\n'),
@@ -178,6 +183,30 @@ def test_damaged_sweep_has_a_row_and_hides_no_other(
     for command in ("status", "best", "dashboard") if not empty else ():
         done = cli_here(command, "width")
         assert done.returncode == 2 and "Traceback" not in done.stderr
+
+    for command in ("attach", "report") if empty else ():
+        done = cli_here(command, "width")
+        assert done.returncode == 2 and "sweep 'width' has not begun" in done.stderr
+
+
+def test_journal_with_an_epoch_that_is_no_number_is_damaged(
+    tmp_path: Path, study: Study, told: Callable[..., Any]
+) -> None:
+    file = tmp_path / "runs" / "sweeps" / "width" / "study.journal"
+    file.write_text(re.sub(r'"step":\d+', '"step":null', file.read_text(), count=1))
+
+    assert told("sweeps", "--json")[0]["state"] == "damaged"
+
+
+def test_pipe_in_place_of_a_file_is_not_waited_for(
+    tmp_path: Path, study: Study, told: Callable[..., Any]
+) -> None:
+    for name in ("sweep.json", "study.journal", "lease.json"):
+        file = tmp_path / "runs" / "sweeps" / "width" / name
+        file.unlink()
+        os.mkfifo(file)
+
+    assert told("sweeps", "--json")[0]["state"] == "damaged"
 
 
 def test_text_of_others_is_shown_plainly(
@@ -319,6 +348,16 @@ def test_dashboard_follows_the_study_and_leaves_nothing(
 
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=30) == 0
+    assert not list(home.glob("sda-ray-*"))
+
+
+def test_dashboard_leaves_nothing_when_its_terminal_is_closed(
+    dashboard: tuple[Any, str], home: Path
+) -> None:
+    process, _ = dashboard
+    process.send_signal(signal.SIGHUP)
+
+    assert process.wait(timeout=30) == 129
     assert not list(home.glob("sda-ray-*"))
 
 
