@@ -7,7 +7,7 @@ others are drawn.
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -350,7 +350,14 @@ def bring_in(study: Study, item: Mapping[str, Any]) -> bool:
     return new
 
 
-def restore_runs(study: Study, sweep: Sweep, runs: Path, data: str, since: str) -> list[str]:
+def restore_runs(
+    study: Study,
+    sweep: Sweep,
+    runs: Path,
+    data: str,
+    since: str,
+    pending: Container[str] = (),
+) -> list[str]:
     r"""Adds the runs of a sweep that its study has lost, and returns lines about it.
 
     The journal may be gone, or an older copy. Settings and parameters are in the directories of the
@@ -363,6 +370,7 @@ def restore_runs(study: Study, sweep: Sweep, runs: Path, data: str, since: str) 
         runs: The directory of all runs.
         data: The fingerprint of its data.
         since: The time of its first start: runs before it are those of another sweep of the name.
+        pending: The ids of runs that are about to be brought in.
 
     Raises:
         UserError: If the study is empty, and none of its runs can be restored.
@@ -374,7 +382,7 @@ def restore_runs(study: Study, sweep: Sweep, runs: Path, data: str, since: str) 
     restored, refused = 0, []
 
     for path in RunPath.all(runs):
-        if path.id not in known:
+        if path.id not in known and path.id not in pending:
             with suppress(UserError, OSError):
                 run = read_record(path)
 

@@ -407,9 +407,9 @@ def adopt(words: Sequence[str], sweep: Sweep, options: Options) -> None:
         study = Study(directory / "study.journal", sweep.name, lease, sweep.objectives)
 
         if before is not None:
-            since = before.get("created", "")
+            since, pending = before.get("created", ""), {str(item["run_id"]) for item in items}
 
-            for line in restore_runs(study, sweep, runs, info.fingerprint, since):
+            for line in restore_runs(study, sweep, runs, info.fingerprint, since, pending):
                 say(line)
 
         say(f"{bring_all(study, items)}.")

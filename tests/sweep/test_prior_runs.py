@@ -614,6 +614,16 @@ def test_second_adoption_changes_nothing(
     assert {path.directory: bytes_of(path.directory) for path in RunPath.all(runs)} == before
 
 
+def test_later_adoption_is_not_taken_for_a_loss(
+    elsewhere: Path, sweep: Sweep, runs: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adopt([str(by_id(elsewhere, "1" * 8))], sweep, options_of(runs, data))
+    adopt([str(by_id(elsewhere, "2" * 8))], sweep, options_of(runs, data))
+    out = " ".join(capsys.readouterr().out.split())
+
+    assert out.count("1 run brought in") == 2 and "had lost" not in out
+
+
 def test_runs_of_the_same_directory_are_brought_in(
     elsewhere: Path, sweep: Sweep, data: Path, tmp_path: Path
 ) -> None:
