@@ -167,6 +167,9 @@ def open_study(
                 "there, or move the file away: runs are restored from their directories."
             ) from None
 
+        if journal.line and lease is None:
+            raise UserError(f"{file} is damaged: it has no study.") from None
+
     directions = [StudyDirection.MINIMIZE] * len(objectives)
     study = optuna.create_study(storage=storage, study_name=name, directions=directions)
 

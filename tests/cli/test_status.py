@@ -165,6 +165,7 @@ def test_running_sweeps_are_shown_by_default_else_the_newest(
         ("sweep.json", '{"name": "width", "trials": 12, "definition": [], "options": {}}'),
         ("sweep.json", json.dumps(ODD)),
         ("study.journal", "nonsense\n"),
+        ("study.journal", "null\n"),
         ("study.journal", ""),
         ("study.journal", '{"op_code": 0, "study_name": "other", "directions": [1]}\n'),
     ],
