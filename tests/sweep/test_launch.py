@@ -21,7 +21,7 @@ from sda_ray.cli.main import main
 from sda_ray.cli.options import Args
 from sda_ray.core.config import load_config
 from sda_ray.core.errors import UserError
-from sda_ray.core.lease import read_holder
+from sda_ray.core.lease import is_alive, read_holder
 from sda_ray.runs.metrics import read_history
 from sda_ray.runs.path import RunPath
 from sda_ray.runs.record import read_record
@@ -64,7 +64,7 @@ def check_whole(place: Place, name: str, trials: int) -> list[TrialRecord]:
         assert load_config(path.config)["learning_rate"] == r.config["learning_rate"]
         assert path.state.exists() == (r.state == "complete")
         assert record["status"] == {"complete": "finished", "pruned": "paused"}[r.state]
-        assert (read_holder(path.lease) or {}).get("pid") is None
+        assert not is_alive(path.lease)
 
     return records
 
