@@ -197,7 +197,7 @@ def check_code(directory: Path, choice: str = "recorded") -> None:
     if choice != "current":
         raise OtherCode(
             f"sweep '{name}' resumes with its recorded code. {changes} "
-            "(--code current resumes with those)",
+            f"(`sda-ray sweep {name} --code current` resumes with those)",
             code.place,
         )
 

@@ -204,7 +204,7 @@ def test_files_that_differ_are_named(sweep: Path, capsys: pytest.CaptureFixture[
     with pytest.raises(OtherCode, match=r"with its recorded code.*: [\w/]+\.py, ") as e:
         check_code(sweep)
 
-    assert e.value.place == code.place and ", … (--code current" in str(e.value)
+    assert e.value.place == code.place and ", … (`sda-ray sweep" in str(e.value)
 
     check_code(sweep, "current")
 
