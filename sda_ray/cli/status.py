@@ -49,8 +49,8 @@ PAUSE = 60.0  # seconds between two blocks of `--watch` where no terminal is
 FEW = 5  # failures that are shown
 
 
-def _read(runs: Path, name: str) -> tuple[Row, list["TrialRecord"]]:
-    r"""Returns what the study of a sweep says about it, and its runs from best to worst.
+def _read(runs: Path, name: str) -> tuple[Row, list["TrialRecord"], Row]:
+    r"""Returns what the study of a sweep says about it, its runs from best to worst, and its record.
 
     Raises:
         UserError: If there is no such sweep, or it is damaged.
@@ -89,13 +89,17 @@ def _read(runs: Path, name: str) -> tuple[Row, list["TrialRecord"]]:
         "driver": driver,
     }
 
-    return row, records
+    return row, records, sweep
 
 
 def _age(directory: Path) -> float:
-    changes = (last_heartbeat(directory / name) for name in ("study.journal", "sweep.json"))
+    changes = [0.0]
 
-    return max(0.0, time.time() - max(changes) / 1e9)
+    for name in ("study.journal", "sweep.json"):
+        with suppress(OSError):
+            changes.append((directory / name).stat().st_mtime)
+
+    return max(0.0, time.time() - max(changes))
 
 
 def _driver(directory: Path) -> Row | None:
@@ -238,8 +242,8 @@ def _details(runs: Path, name: str) -> Row:
     from ..plan import expect
     from ..sweep import recorded_rules
 
-    row, records = _read(runs, name)
-    rules, paths = recorded_rules(runs, name), {path.id: path for path in RunPath.all(runs)}
+    row, records, sweep = _read(runs, name)
+    rules, paths = recorded_rules(sweep), {path.id: path for path in RunPath.all(runs)}
     own = [record for record in records if not record.source]
     seconds = sum(seconds_of(paths.get(record.run_id), record.last) for record in own)
     expected, most = expect(rules, records)
@@ -353,7 +357,7 @@ def best_command(args: Args) -> None:
 
     from .table import judgement, leaderboard
 
-    row, records = _read(args.runs, args.sweep)
+    row, records, _ = _read(args.runs, args.sweep)
     best = [record for record in records if record.state == "complete"][: args.top]
     paths, objective = {path.id: path for path in RunPath.all(args.runs)}, row["objectives"][0]
 

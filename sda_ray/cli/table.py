@@ -16,7 +16,7 @@ from rich.text import Text
 from ..core import UserError, format_value, make_console, read_holder, say
 from ..runs import RunPath, is_off, last_metrics, read_metrics, sweep_directory
 from ..search import Rules, Study, TrialRecord, count_trials, importances, rank_key
-from ..sweep import read_sweep, recorded_rules, watch
+from ..sweep import read_study, read_sweep, recorded_rules, watch
 from .live import LOOK
 from .live import LiveTable as LiveTable
 from .options import SWEEP, Args, command
@@ -66,9 +66,7 @@ def leaderboard(
     best = [r for r in finished[:count] if r.run_id in paths]
     lines = {r.run_id: judgement(paths[r.run_id], objective) for r in best}
     scores = {r.run_id: x for r in best if (x := _crps(paths[r.run_id])) is not None}
-    brief = all(
-        quick for quick, _ in scores.values()
-    )  # else they are left out: they do not compare
+    brief = all(quick for quick, _ in scores.values())  # quick ones compare with no others
     deviations = {id: x["sample_std"] for id, x in lines.items() if "sample_std" in x}
     more = {
         "±": {id: f"{x[key]:.2g}" for id, x in lines.items() if (key := f"{objective}_se") in x},
@@ -208,7 +206,7 @@ def attach_command(args: Args) -> None:
     """
 
     runs, name = args.runs, args.sweep
-    objectives = read_sweep(runs, name)["definition"]["objectives"]
+    read_sweep(runs, name)  # or there is none
     directory = sweep_directory(runs, name)
     file, journal = directory / "lease.json", directory / "study.journal"
     holder = read_holder(file)
@@ -216,13 +214,10 @@ def attach_command(args: Args) -> None:
     alive = watch(file, holder) if holder is not None and driven else lambda: False
 
     try:
-        while alive() and not journal.exists():
+        while alive() and not (journal.exists() and journal.stat().st_size):
             time.sleep(LOOK)
 
-        if not journal.exists() or not journal.stat().st_size:
-            raise UserError(f"sweep '{name}' has not begun: sda-ray sweep {name}")
-
-        study = Study(journal, name, None, objectives)
+        study = read_study(runs, name)
 
         if holder is not None and alive():
             say(
@@ -244,7 +239,7 @@ def _follow(
 ) -> None:
     r"""Shows a sweep that has been running for some seconds, until it ends."""
 
-    rules = recorded_rules(runs, name)
+    rules = recorded_rules(read_sweep(runs, name))
     table = LiveTable(name, rules, runs, study.records, study.objectives[0])
     table.start -= seconds
 
@@ -253,7 +248,7 @@ def _follow(
 
     with table:
         while True:
-            table.rules = recorded_rules(runs, name)
+            table.rules = recorded_rules(read_sweep(runs, name))
             ended = not alive()
             table.look()
 

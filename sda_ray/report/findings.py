@@ -20,7 +20,6 @@ from ..runs import RunPath, is_off, read_metrics, read_record, sweep_directory
 from ..search import (
     FINAL,
     Rules,
-    Study,
     TrialRecord,
     best_at_rung,
     count_trials,
@@ -28,7 +27,7 @@ from ..search import (
     rank_key,
     standing,
 )
-from ..sweep import read_sweep, recorded_rules
+from ..sweep import read_study, read_sweep, recorded_rules
 
 EDGE = 0.05  # of a range: what lies closer to its end is at its boundary
 FEW = 10  # complete runs below which little can be said
@@ -326,19 +325,15 @@ def read_findings(runs: Path, name: str) -> Findings:
         UserError: If there is no such sweep, it has not begun, or its record is damaged.
     """
 
-    sweep, directory = read_sweep(runs, name), sweep_directory(runs, name)
-    definition, journal = sweep["definition"], directory / "study.journal"
-
-    if not journal.exists() or not journal.stat().st_size:
-        raise UserError(f"sweep '{name}' has not begun: sda-ray sweep {name}")
-
-    rules = recorded_rules(runs, name)
-    study = Study(journal, name, None, definition["objectives"])
+    sweep, study = read_sweep(runs, name), read_study(runs, name)
+    rules = recorded_rules(sweep)
     records = sorted(study.records(), key=rank_key)
     paths = {path.id: path for path in RunPath.all(runs)}
     trials = [_trial(r, paths.get(r.run_id), why_stopped(r, records, rules)) for r in records]
 
-    return Findings(name, directory, sweep, rules, trials, importances(study.study))
+    return Findings(
+        name, sweep_directory(runs, name), sweep, rules, trials, importances(study.study)
+    )
 
 
 def _trial(record: TrialRecord, path: RunPath | None, why: str) -> Trial:

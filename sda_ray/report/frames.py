@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core import UserError, default_root
-from ..runs import entries, row, sweep_directory
-from ..search import Study
-from ..sweep import read_sweep
-from .findings import Findings, read_findings
+from ..runs import entries, row
+from ..sweep import read_study
+from .findings import Findings, Trial, read_findings
 from .page import write_report
 
 if TYPE_CHECKING:
@@ -44,23 +43,24 @@ class LoadedSweep:
 
         findings = read_findings(self.runs, self.name)
 
-        return pd.DataFrame([_row(findings, i) for i in range(len(findings.trials))])
+        return pd.DataFrame([_row(findings, trial) for trial in findings.trials])
 
     @property
     def best(self) -> pd.Series[Any]:
-        r"""The row of its best complete run.
+        r"""Its best complete run, as a row of :attr:`trials`.
 
         Raises:
             UserError: If no run is complete.
         """
 
-        trials = self.trials
-        complete = trials[trials["status"] == "complete"] if len(trials) else trials
+        import pandas as pd
 
-        if not len(complete):
+        findings = read_findings(self.runs, self.name)
+
+        if findings.best is None:
             raise UserError(f"no run of sweep '{self.name}' is complete yet.")
 
-        return complete.iloc[0]
+        return pd.Series(_row(findings, findings.best))
 
     @property
     def study(self) -> optuna.Study:
@@ -69,10 +69,7 @@ class LoadedSweep:
         A run that was resumed after its record was closed has several trials there.
         """
 
-        objectives = read_sweep(self.runs, self.name)["definition"]["objectives"]
-        journal = sweep_directory(self.runs, self.name) / "study.journal"
-
-        return Study(journal, self.name, None, objectives).study
+        return read_study(self.runs, self.name).study
 
     def curves(self) -> pd.DataFrame:
         r"""Returns the metrics of all epochs: a row for each epoch of each run, by its number."""
@@ -108,7 +105,7 @@ def load_sweep(name: str, runs: Path | str | None = None) -> LoadedSweep:
     """
 
     sweep = LoadedSweep(name, _runs(runs))
-    read_findings(sweep.runs, name)
+    read_study(sweep.runs, name)
 
     return sweep
 
@@ -134,8 +131,7 @@ def _runs(runs: Path | str | None) -> Path:
     return Path(runs or default_root() / "runs").expanduser().absolute()
 
 
-def _row(findings: Findings, rank: int) -> dict[str, Any]:
-    trial = findings.trials[rank]
+def _row(findings: Findings, trial: Trial) -> dict[str, Any]:
     record = trial.record
 
     return {

@@ -25,6 +25,7 @@ from .prior_runs import fork as fork
 from .record import Options as Options
 from .record import compare as compare
 from .record import load_record as load_record
+from .record import read_study as read_study
 from .record import read_sweep as read_sweep
 from .record import recorded_rules as recorded_rules
 from .requests import NotRunning as NotRunning

@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from ..core import CONFIG, Config, UserError, check_config, choice
-from ..runs import sweep_directory
-from ..search import Study, rank_key
+from ..search import rank_key
 from .definition import Sweep
-from .record import load_record, read_sweep
+from .record import load_record, read_study, read_sweep
 
 SEEDS = ("seed", "valid_seed")  # the keys by which a confirmation differs from its sweep
 
@@ -157,13 +156,11 @@ def make_confirmation(
     Its trials are the configurations of the best complete runs, each with all seeds.
 
     Raises:
-        UserError: If there is no such sweep, or no complete run in it.
+        UserError: If there is no such sweep, it has not begun, or no run in it is complete.
     """
 
-    record = read_sweep(runs, parent)
-    definition, journal = record["definition"], sweep_directory(runs, parent) / "study.journal"
-    objectives = definition["objectives"]
-    records = Study(journal, parent, None, objectives).records() if journal.exists() else []
+    record, records = read_sweep(runs, parent), read_study(runs, parent).records()
+    definition = record["definition"]
     base, more = CONFIG | definition["config"], {} if epochs is None else {"epochs": epochs}
     best: list[dict[str, Any]] = []
 
@@ -191,7 +188,7 @@ def make_confirmation(
         len(best) * repeats,
         sampler="grid",
         pruner="none",
-        objectives=objectives,
+        objectives=definition["objectives"],
     )
     confirms = {"sweep": parent, "fingerprint": record["fingerprint"], "top": top, "runs": best}
 
@@ -233,9 +230,8 @@ def resume_confirmation(
 def read_confirmation(runs: Path, name: str) -> Confirmation:
     r"""Returns the outcome of a confirmation, as its study has it now."""
 
-    record, journal = read_sweep(runs, name), sweep_directory(runs, name) / "study.journal"
+    record, records = read_sweep(runs, name), read_study(runs, name).records()
     confirms, definition = record["confirms"], record["definition"]
-    records = Study(journal, name, None, definition["objectives"]).records()
     base, found = CONFIG | definition["config"], []
 
     for rank, best in enumerate(confirms["runs"], 1):

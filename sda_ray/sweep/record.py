@@ -37,6 +37,7 @@ from .definition import PRUNERS, SAMPLERS, SETTINGS, Sweep, look_beside, run_scr
 
 if TYPE_CHECKING:
     from ..data import DataInfo  # which loads h5py
+    from ..search import Study  # which loads optuna
 
 # The settings that older records lack
 LATER: dict[str, Any] = {"objectives": ["loss_valid"], "percentile": 25.0, "patience": None}
@@ -45,12 +46,12 @@ LATER: dict[str, Any] = {"objectives": ["loss_valid"], "percentile": 25.0, "pati
 OFFLINE = Wandb()
 
 
-class Epochs(msgspec.Struct):
+class _Config(msgspec.Struct):
     epochs: Annotated[int, msgspec.Meta(ge=1)]
 
 
-class Definition(msgspec.Struct):
-    config: Epochs
+class _Definition(msgspec.Struct):
+    config: _Config
     space: dict[str, Any]
     objectives: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)] = ("loss_valid",)
     pruner: str = ""
@@ -60,12 +61,12 @@ class Definition(msgspec.Struct):
     finalists: int = 1
 
 
-class Fields(msgspec.Struct):
-    r"""The keys of `sweep.json` that are checked. It may have more."""
+class _Record(msgspec.Struct):
+    r"""The keys of `sweep.json` that are checked as it is read. It and its parts may have more."""
 
     name: str
     trials: Annotated[int, msgspec.Meta(ge=1)]
-    definition: Definition
+    definition: _Definition
     fingerprint: str
     options: dict[str, Any]
 
@@ -191,7 +192,7 @@ def read_sweep(runs: Path, name: str) -> dict[str, Any]:
     content = read_json(file)
 
     try:
-        msgspec.convert(content, Fields)
+        msgspec.convert(content, _Record)
     except msgspec.ValidationError as error:
         raise UserError(f"{file} is damaged: {error}.") from error
 
@@ -211,15 +212,32 @@ def _earlier_rungs(definition: dict[str, Any]) -> dict[str, Any]:
     return definition | {"rungs": [x for x in rungs if x < epochs]}
 
 
-def recorded_rules(runs: Path, name: str) -> Rules:
-    r"""Returns the rules of a sweep by its record. Its script is not run."""
+def recorded_rules(record: Mapping[str, Any]) -> Rules:
+    r"""Returns the rules of a sweep by its record, see :func:`read_sweep`. Its script is not run."""
 
-    content = read_sweep(runs, name)
-    definition = content["definition"]
+    definition = record["definition"]
     keys = ("pruner", "min_epochs", "eta", "rungs", "finalists")
     settings = {key: definition[key] for key in keys if key in definition}
 
-    return Sweep(name, definition["config"], {}, content["trials"], **settings).rules
+    return Sweep(record["name"], definition["config"], {}, record["trials"], **settings).rules
+
+
+def read_study(runs: Path, name: str) -> "Study":
+    r"""Opens the study of a sweep, of which nothing can be changed. It shows what a driver appends.
+
+    Raises:
+        UserError: If there is no such sweep, it has not begun, or it is damaged.
+    """
+
+    objectives = read_sweep(runs, name)["definition"]["objectives"]
+    journal = sweep_directory(runs, name) / "study.journal"
+
+    if not journal.exists() or not journal.stat().st_size:
+        raise UserError(f"sweep '{name}' has not begun: sda-ray sweep {name}")
+
+    from ..search import Study  # which loads optuna
+
+    return Study(journal, name, None, objectives)
 
 
 def with_recorded_rungs(sweep: Sweep, runs: Path) -> Sweep:
