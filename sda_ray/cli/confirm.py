@@ -11,7 +11,7 @@ from rich.text import Text
 from ..core import make_console, make_table, printable, say
 from ..runs import RunPath
 from ..sweep import Confirmation, read_confirmation
-from .render import format_loss, short_value
+from .render import format_loss, short_settings
 
 
 def show_confirmation(runs: Path, name: str) -> None:
@@ -29,7 +29,7 @@ def show_confirmation(runs: Path, name: str) -> None:
     for i, x in enumerate(order, 1):
         behind = "–" if x is order[0] else _pm(*found.behind(x), sign="+")
         seeds = f"{len(x.values)}/{len(found.seeds)}"
-        settings = " ".join(f"{key}={short_value(x.config[key])}" for key in vary)
+        settings = short_settings({key: x.config[key] for key in vary})
         cells = (i, x.rank, x.run, format_loss(x.value), _pm(*x.mean), behind, seeds, settings)
         table.add_row(*(Text(printable(cell)) for cell in cells))
 
@@ -43,7 +43,10 @@ def show_confirmation(runs: Path, name: str) -> None:
     sweep, other = shlex.quote(found.sweep), "" if name == f"{found.sweep}-confirm" else name
     words = f"{sweep} --name {shlex.quote(other)}" if other else sweep
     say(f"\nUse the configuration of {printable(names.get(best.run, best.run))}. What next?")
-    say(f"  sda-ray evaluate {own}   # its networks, one for each seed" if own else "")
+
+    if own:
+        say(f"  sda-ray evaluate {own}   # its networks, one for each seed")
+
     say(f"  sda-ray confirm {words} --seeds {2 * len(found.seeds)}   # smaller errors")
 
 

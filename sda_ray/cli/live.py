@@ -28,7 +28,7 @@ from ..core import (
 )
 from ..runs import RunPath, seconds_of
 from ..search import FINAL, Rules, TrialRecord, rank_key, standing
-from .render import STYLES, format_loss, run_table, short_value, sparkline
+from .render import STYLES, format_loss, run_table, short_settings, sparkline
 
 REFRESH = 1  # frames a second
 LOOK = 1.0  # seconds between two looks at the files of a sweep
@@ -214,9 +214,9 @@ class LiveTable:
         text = f"run {record.index} {record.run_id} {EVENTS.get(event, event)}"
 
         if self.live is None:
-            config = " ".join(f"{key}={short_value(x)}" for key, x in record.config.items())
             value = f"{self.objective} {format_loss(record.value)}"
-            text += f": epoch {record.last}/{record.epochs}, {value}, {config}"
+            settings = short_settings(record.config)
+            text += f": epoch {record.last}/{record.epochs}, {value}, {settings}"
 
         self._say(text + (f": {record.error}" if record.error else ""))
 
@@ -354,9 +354,8 @@ class LiveTable:
         ]
 
         if totals.best is not None:
-            config = (f"{key}={short_value(x)}" for key, x in totals.best.config.items())
             lines.append(Text(self._best(), style="green"))
-            lines.append(Text("     " + " ".join(config), style="green"))
+            lines.append(Text("     " + short_settings(totals.best.config), style="green"))
 
         return [*lines, Text(cost)] if (cost := self._cost()) else lines
 

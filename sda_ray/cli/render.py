@@ -56,6 +56,12 @@ def short_value(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else printable(format_value(value))
 
 
+def short_settings(config: Mapping[str, Any]) -> str:
+    r"""Returns settings in few digits, as `key=value key=value`."""
+
+    return " ".join(f"{key}={short_value(x)}" for key, x in config.items())
+
+
 def format_std(x: float | None) -> str:
     r"""Returns the relative standard deviation of samples, marked if it is off."""
 
