@@ -220,6 +220,12 @@ def _check_init(parent: RunPath, config: Config, size: int) -> None:
 
 
 def check_device(device: str | None, config: Config) -> str:
+    r"""Returns the name of a device, the default one if none is given.
+
+    Raises:
+        UserError: If it cannot be used, or a config that is compiled cannot be compiled for it.
+    """
+
     name = device or default_device()
 
     try:

@@ -57,10 +57,10 @@ def reproduce_run(
 
     record, before = read_record(path), read_history(path.metrics)
 
-    if not epochs <= (last := max(before, default=0)):
+    if epochs > (last := max(before, default=0)):
         raise UserError(f"--epochs is {epochs}, but {path.directory.name} has {last} epochs.")
 
-    if not has_fingerprint(data, record.get("data", "")) and "data" in record:
+    if "data" in record and not has_fingerprint(data, record["data"]):
         raise UserError(
             f"{path.directory.name} was trained on other data than {data}. Give the directory of "
             "its data with --data."

@@ -137,12 +137,12 @@ def train_run(
             free, total = torch.cuda.mem_get_info(device)
             trainset.move(device, limit=int(RESIDENT * min(free, share * total)))
 
-        validation = Validation(validset, device, seed=config["valid_seed"])
+        seed = config["valid_seed"]
+        validation = Validation(validset, device, seed=seed)
 
         rungs = {*rungs, *run.record.get("rungs", ())}  # a run may be resumed without its sweep
         samples = Samples(validation, len(trainset), rungs)
-        measured, seed = run.record.get("measured", {}), config["valid_seed"]
-        measures = make_measures(measured, validset, device, seed)
+        measures = make_measures(run.record.get("measured", {}), validset, device, seed)
 
         # Network
         state = TrainState(config, size=trainset.shape[-1], device=device)

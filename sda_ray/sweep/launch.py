@@ -198,7 +198,7 @@ def launch_sweep(
 
         with running(code):
             spec = _spec(sweep, options, info, directory / "stop")
-            _run(sweep, study, slots, options, spec, code, view)
+            _run(sweep, study, slots, options, spec, code, view, parallel)
 
         closing = finish(lease.hold)
     finally:
@@ -251,6 +251,7 @@ def _run(
     spec: dict[str, Any],
     code: Code,
     view: View,
+    parallel: int | None,
 ) -> None:
     r"""Runs trials until nothing is left to do, or exits and prints how to resume."""
 
@@ -263,7 +264,7 @@ def _run(
         options.runs,
         study.records,
         study.objectives[0],
-        slots.local() if options.address is None else slots.most,
+        parallel,
         stop.with_name("ray.log"),
     )
     retention = Retention(
@@ -277,7 +278,7 @@ def _run(
     )
     table.size = lambda: retention.size
 
-    def keep() -> None:
+    def look() -> None:
         retention()
         table.remind()
 
@@ -317,7 +318,7 @@ def _run(
                 raise KeyboardInterrupt
 
             with suppress(KeyboardInterrupt), on_signals(interrupt), table:
-                _drive(driver, slots, options, keep, code, command)
+                _drive(driver, slots, options, look, code, command)
 
             _end(driver, command, next((why for why, x in limits.items() if x == end), ""))
 
@@ -330,7 +331,7 @@ def _drive(
     driver: Driver,
     slots: Slots,
     options: Options,
-    keep: Callable[[], None],
+    look: Callable[[], None],
     code: Code,
     command: str,
 ) -> None:
@@ -370,7 +371,7 @@ def _drive(
         announce = stack.enter_context(announced(driver.request.parent, lease, *endpoint))
 
         def house() -> None:
-            keep()
+            look()
 
             if options.replica is not None:
                 options.replica.check()

@@ -29,10 +29,9 @@ class Validation:
     r"""Creates the validation loss: common random numbers, placed where the variance is.
 
     All runs on the same data with the same `valid_seed` see the same windows, times and noise,
-    whatever else is in their config. Each
-    of the :math:`M` items has a time drawn uniformly in a part of :math:`[0, 1]` of its own, the
-    :math:`j`-th from :math:`(j / M)^2` to :math:`((j + 1) / M)^2`, and weighs as much as the part
-    is long. That leaves the expectation over uniform times unchanged,
+    whatever else is in their config. Each of the :math:`M` items has a time drawn uniformly in a
+    part of :math:`[0, 1]` of its own, the :math:`j`-th from :math:`(j / M)^2` to
+    :math:`((j + 1) / M)^2`, and weighs as much as the part is long. That leaves the expectation over uniform times unchanged,
 
     .. math:: \mathbb{E}_{t \sim U(0, 1)} [f(t)] = \frac{1}{M} \sum_{j < M}
         \frac{2 j + 1}{M} \, \mathbb{E} [f(t_j)]
