@@ -35,7 +35,7 @@ COMMANDS = {
     "sweeps": ("status", "List sweeps."),
     "status": ("status", "Show a sweep as it stands."),
     "best": ("status", "Name the best runs of a sweep."),
-    "attach": ("table", "Show the live table of a running sweep."),
+    "attach": ("table", "Show the live view of a running sweep."),
     "report": ("report", "Write what a sweep has found as one HTML file."),
     "dashboard": ("status", "Open Optuna's dashboard on a sweep."),
     "stop": ("sweep", "Stop a running sweep, or one trial."),
