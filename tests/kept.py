@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from sda_ray.core.config import Config
+from sda_ray.runs.checkpoint import resumable
 from sda_ray.runs.path import RunPath
-from sda_ray.runs.prune import resumable
 from sda_ray.runs.run import Run
 from sda_ray.runs.tracking import Wandb
 from sda_ray.runs.train import train_run

@@ -2,7 +2,10 @@ r"""What a training leaves on disk and on W&B."""
 
 from .checkpoint import CHECKPOINT_SECONDS as CHECKPOINT_SECONDS
 from .checkpoint import keep_previous as keep_previous
+from .checkpoint import prune_run as prune_run
 from .checkpoint import read_checkpoint as read_checkpoint
+from .checkpoint import refusal as refusal
+from .checkpoint import resumable as resumable
 from .evaluation import QUICK as QUICK
 from .evaluation import QUICK_OBSERVATIONS as QUICK_OBSERVATIONS
 from .evaluation import SAMPLES as SAMPLES
@@ -14,8 +17,6 @@ from .evaluation import fitting as fitting
 from .evaluation import read_evaluation as read_evaluation
 from .evaluation import summarize as summarize
 from .export import export_run as export_run
-from .extend import check_extension as check_extension
-from .extend import describe_extension as describe_extension
 from .figures import draw_evaluation as draw_evaluation
 from .inventory import SORTS as SORTS
 from .inventory import Entry as Entry
@@ -45,9 +46,6 @@ from .path import new_id as new_id
 from .path import new_name as new_name
 from .path import sweep_directory as sweep_directory
 from .path import sweep_names as sweep_names
-from .prune import prune_run as prune_run
-from .prune import refusal as refusal
-from .prune import resumable as resumable
 from .record import PACKAGE as PACKAGE
 from .record import code_of as code_of
 from .record import cpu_model as cpu_model
@@ -63,6 +61,8 @@ from .tracking import Wandb as Wandb
 from .train import Interrupted as Interrupted
 from .train import OutOfMemory as OutOfMemory
 from .train import Stop as Stop
+from .train import check_extension as check_extension
 from .train import default_device as default_device
+from .train import describe_extension as describe_extension
 from .train import make_measures as make_measures
 from .train import train_run as train_run

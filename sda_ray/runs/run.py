@@ -21,8 +21,14 @@ from ..core import (
     save_config,
     write_atomic,
 )
-from ..training import Metrics, Samples, TrainState
-from .checkpoint import CHECKPOINT_SECONDS, load_checkpoint, save_checkpoint, save_state
+from ..training import Metrics, Samples, TrainState, steady_epochs
+from .checkpoint import (
+    CHECKPOINT_SECONDS,
+    keep_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    save_state,
+)
 from .metrics import History
 from .path import RunPath, new_id, new_name
 from .record import Record, logged_config, provenance, read_record, save_diff
@@ -226,16 +232,21 @@ class Run:
     def save(self, state: TrainState) -> None:
         r"""Saves a checkpoint, unless the newest one is at this step.
 
-        A full disk does not stop the training: the old checkpoint stays.
+        A full disk does not stop the training: the old checkpoint stays. One at the start of a
+        decay, from which longer runs start, stays as `checkpoint.decay.pth` in any case.
         """
 
         if state.saved == state.position:
             return
 
-        start = time.monotonic()
+        start, steady = time.monotonic(), steady_epochs(self.config)
 
         try:
             self.history.write()
+
+            if steady and state.saved == (steady, 0):
+                keep_checkpoint(self.path, self.lease.hold)
+
             save_checkpoint(self.path, state.tensors(), state.info(), self.lease.hold)
             state.saved = state.position
         except OSError as error:

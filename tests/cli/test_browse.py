@@ -21,10 +21,10 @@ from sda_ray.cli.main import main
 from sda_ray.core.config import CONFIG
 from sda_ray.core.errors import UserError
 from sda_ray.core.lease import Lease
+from sda_ray.runs.checkpoint import prune_run, refusal, resumable
 from sda_ray.runs.inventory import compare
 from sda_ray.runs.metrics import read_metrics
 from sda_ray.runs.path import RunPath
-from sda_ray.runs.prune import prune_run, refusal, resumable
 
 __all__ = ["a", "made", "runs", "sda"]  # fixtures
 

@@ -14,12 +14,11 @@ from sda_ray.cli.session import resume_run, start_run
 from sda_ray.core.config import Config, load_config
 from sda_ray.core.errors import UserError
 from sda_ray.runs.checkpoint import read_checkpoint
-from sda_ray.runs.extend import check_extension, find_start
 from sda_ray.runs.path import RunPath
 from sda_ray.runs.record import read_record
 from sda_ray.runs.run import Run
 from sda_ray.runs.tracking import Wandb
-from sda_ray.runs.train import Interrupted, Stop, train_run
+from sda_ray.runs.train import Interrupted, Stop, check_extension, find_start, train_run
 
 DISABLED = Wandb("disabled")
 MORE: Config = {"ema": 0.9, "dropout": 0.1, "warmup": 3}
@@ -180,8 +179,8 @@ def test_start_of_the_decay_is_kept_by_the_next_attempt_if_need_be(
             break
 
     run.close("interrupted")
-    kept = run.path.decay.read_bytes()
-    run.path.decay.unlink()
+    assert find_start(run.path)[1] == {"epoch": 10, "step": 0}
+    kept = run.path.checkpoint.read_bytes()
 
     run = Run(tmp_path, config, run.id, wandb=DISABLED)
     list(train_run(run, data))

@@ -1,4 +1,4 @@
-r"""Tests for sda_ray.runs.prune: nobody misses a checkpoint that was given back."""
+r"""Tests that nobody misses a checkpoint that was given back."""
 
 import json
 import logging
@@ -13,10 +13,9 @@ from kept import identity, made, path_of, runs
 from simulated import Sweeping, outcomes
 
 from sda_ray.core.config import Config
-from sda_ray.runs.checkpoint import load_checkpoint
+from sda_ray.runs.checkpoint import load_checkpoint, prune_run, resumable
 from sda_ray.runs.metrics import read_history
 from sda_ray.runs.path import RunPath
-from sda_ray.runs.prune import prune_run, resumable
 from sda_ray.runs.run import Run
 from sda_ray.runs.tracking import Wandb
 from sda_ray.runs.train import train_run

@@ -217,17 +217,17 @@ def test_files_that_differ_are_named(sweep: Path, capsys: pytest.CaptureFixture[
 def test_what_is_imported_later_is_the_recorded_code(sweep: Path) -> None:
     code = keep_code(sweep)
     before = list(sda_ray.__path__)
-    was = sys.modules.pop("sda_ray.runs.prune", None)
+    was = sys.modules.pop("sda_ray.runs.figures", None)
 
     try:
         with running(code):
-            module = importlib.import_module("sda_ray.runs.prune")
-            assert Path(str(module.__file__)) == code.package / "runs" / "prune.py"
+            module = importlib.import_module("sda_ray.runs.figures")
+            assert Path(str(module.__file__)) == code.package / "runs" / "figures.py"
     finally:
-        sys.modules.pop("sda_ray.runs.prune", None)
+        sys.modules.pop("sda_ray.runs.figures", None)
 
         if was is not None:
-            sys.modules["sda_ray.runs.prune"] = was
+            sys.modules["sda_ray.runs.figures"] = was
 
     assert list(sda_ray.__path__) == before
 
@@ -322,13 +322,13 @@ def test_sweep_ends_on_the_code_that_it_was_started_with(
     # Other code is taken up if that is asked for
     shutil.copy(PACKAGE / "nn" / "score.py", checkout / "sda_ray" / "nn" / "score.py")
 
-    with open(checkout / "sda_ray" / "runs" / "prune.py", "a") as f:
+    with open(checkout / "sda_ray" / "runs" / "figures.py", "a") as f:
         f.write("# edited\n")
 
     done = run(checkout, env, "sweep", "tiny", "--code", "current")
     now = json.loads((runs / "sweeps" / "tiny" / "sweep.json").read_bytes())["code"]
 
-    assert done.returncode == 0 and "runs/prune.py" in done.stdout, done.stdout
+    assert done.returncode == 0 and "runs/figures.py" in done.stdout, done.stdout
     assert now == code_of(digests(checkout / "sda_ray")) != code
     assert {file.name for file in (runs / "sweeps" / "tiny" / "code").iterdir()} == {
         now[:16],

@@ -14,8 +14,8 @@ from kept import MADE, Keeping, identity, keeping, made, path_of, runs, snapshot
 
 from sda_ray.core.errors import UserError
 from sda_ray.core.lease import Lease
+from sda_ray.runs.checkpoint import prune_run, resumable
 from sda_ray.runs.path import RunPath
-from sda_ray.runs.prune import prune_run, resumable
 from sda_ray.search.promotion import TrialRecord
 from sda_ray.sweep.retention import AGAIN, Retention, parse_size
 
