@@ -206,7 +206,7 @@ def _sweep(args: Args, replica: Any = None) -> None:
     )
 
     def finish(hold: Hold) -> str:
-        from .report import report_end
+        from .results import report_end
 
         return "" if args.no_report else report_end(options.runs, sweep.name, hold)
 
@@ -299,7 +299,7 @@ def _confirm(args: Args, parent: str, name: str) -> None:
     from ..runs import sweep_directory
     from ..sweep import launch_sweep, make_confirmation, read_sweep, resume_confirmation
     from . import table
-    from .report import report_end
+    from .results import report_end
 
     settings, confirms = parse_overrides(args.settings), None
     epochs = settings.pop("epochs", None)

@@ -277,7 +277,7 @@ def show_end(runs: Path, name: str, study: Study) -> None:
     under_way = sum(record.state == "running" for record in records)
 
     if "confirms" in sweep and records and not under_way:
-        from .confirm import show_confirmation
+        from .results import show_confirmation
 
         show_confirmation(runs, name)
         return

@@ -15,7 +15,7 @@ from sweeping import make_sweep
 
 from sda_ray import choice, loguniform
 from sda_ray.cli.main import main
-from sda_ray.cli.report import report_end
+from sda_ray.cli.results import report_end
 from sda_ray.core.lease import Lease
 from sda_ray.report.findings import read_findings
 from sda_ray.report.page import write_report

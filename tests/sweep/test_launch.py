@@ -16,9 +16,9 @@ import pytest
 from scene import GRID, SCRIPT, Place, lines, place
 
 from sda_ray.cli import table
-from sda_ray.cli.evaluate import _paths
 from sda_ray.cli.main import main
 from sda_ray.cli.options import Args
+from sda_ray.cli.results import _paths
 from sda_ray.core.config import load_config
 from sda_ray.core.errors import UserError
 from sda_ray.core.lease import is_alive, read_holder
