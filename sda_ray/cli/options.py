@@ -179,6 +179,7 @@ class Amount(click.FloatRange):
 
 
 COUNT = click.IntRange(1)
+THREADS = click.IntRange(1, 4096)  # torch takes any number, and fails later
 
 
 def _completer(names: Callable[[Path], Iterable[str]], files: bool) -> Function:

@@ -35,9 +35,19 @@ from ..core import (
 )
 from ..runs import RunPath, as_json, entries, select, sweep_directory, sweep_names
 from ..sweep import Confirmation, read_confirmation
-from .options import ADDRESS, COUNT, JSON, RUN, RUNS_GIVEN, Args, argument, command, option
+from .options import (
+    ADDRESS,
+    COUNT,
+    JSON,
+    RUN,
+    RUNS_GIVEN,
+    THREADS,
+    Args,
+    argument,
+    command,
+    option,
+)
 from .render import format_loss, short_settings
-from .train import THREADS
 
 if TYPE_CHECKING:
     from ..runs import EvaluationSettings, Summary  # which loads h5py

@@ -11,8 +11,6 @@ from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
-import click
-
 from ..core import (
     CONFIG,
     KEYS,
@@ -24,10 +22,9 @@ from ..core import (
     parse_overrides,
     say,
 )
-from .options import ADDRESS, COUNT, RESOURCES, SETTINGS, WANDB, Args, command, option
+from .options import ADDRESS, COUNT, RESOURCES, SETTINGS, THREADS, WANDB, Args, command, option
 from .sweep import launch_options, wandb_given, wandb_options
 
-THREADS = click.IntRange(1, 4096)  # torch takes any number, and fails later
 TRAIN = """Trains one score network, from a configuration to state.pth, in runs/{name}_{id}/.
 
   sda-ray train window=3 hidden_channels=16,32 hidden_blocks=1,1 epochs=32
