@@ -36,6 +36,7 @@ STATUS = 300.0  # seconds between two lines about the state, where there is no t
 MESSAGES = 4  # lines of the screen for the newest messages
 BAR = 20  # characters of the progress bar
 STRETCHES = 8  # parts of the time so far whose paces tell the spread of the time left
+THRIFT = 20  # times the time of an estimate until the next one
 SPREAD = 1.28  # standard deviations from the middle to an end of an interval of 80 %
 EVENTS = {
     "draw": "starts",
@@ -59,12 +60,14 @@ class Pace:
             self.times.append(now)
             self.epochs.append(epochs)
 
-    def left(self, epochs: float, now: float) -> tuple[float, float, float] | None:
+    def left(
+        self, epochs: float, now: float, deviation: float = 0.0
+    ) -> tuple[float, float, float] | None:
         r"""Returns the seconds that more epochs take and the ends of their 80 % interval.
 
         The pace is the mean since the first change. Its paces over 8 stretches of that time tell
         how far the mean is off, and how far the rest deviates from it. It is None before there are
-        as many changes.
+        as many changes. The number of epochs has a standard deviation, too.
         """
 
         if len(self.times) < STRETCHES + 2:  # what came before the first change is not known
@@ -80,7 +83,8 @@ class Pace:
 
         seconds = epochs / mean
         share = 1 / STRETCHES + (length / seconds if seconds else 0.0)
-        off = SPREAD * statistics.stdev(paces) / mean * math.sqrt(share)
+        spread = statistics.stdev(paces) / mean * math.sqrt(share)
+        off = SPREAD * math.hypot(spread, deviation / max(1.0, epochs))
 
         return seconds, seconds / (1 + off), seconds * (1 + off)
 
@@ -91,6 +95,7 @@ class Totals:
 
     epochs: int  # that the sweep's own runs have done
     expected: int  # epochs in the end
+    deviation: float  # of these
     trained: float  # seconds
     saved: float  # seconds that the runs which are paused now would train to their ends
     best: TrialRecord | None
@@ -126,6 +131,7 @@ class LiveTable:
         self.hosts: dict[tuple[str, int], str] = {}  # by run and attempt
         self.best = "", 0.0  # the id of the best run, and since when it is
         self.now = self.records()
+        self.due = 0.0  # when the epochs of the whole sweep are estimated again
         self.measured: tuple[list[TrialRecord], Totals] | None = None
         self.screen: Screen | None = None
         self.live: Live | None = None
@@ -200,6 +206,7 @@ class LiveTable:
     def state(self) -> str:
         r"""Returns a line about the state of the sweep."""
 
+        self.measured, self.due = None, 0.0
         texts = (self._progress(), self._left(), self._best(), self._counts())
 
         return f"sweep '{self.title}': " + "; ".join(text for text in texts if text)
@@ -225,8 +232,6 @@ class LiveTable:
     def _totals(self) -> Totals:
         r"""Returns the totals of the records as they are now, once for each change of these."""
 
-        from ..plan import expect
-
         records = self.now
 
         if self.measured is not None and self.measured[0] is records:
@@ -235,17 +240,30 @@ class LiveTable:
         self._list()
         own = [r for r in records if not r.source]
         epochs = sum(r.last for r in own)
-        expected, _ = expect(self.rules, records, self.parallel or 1)
         seconds = {r.run_id: seconds_of(self.paths.get(r.run_id), r.last) for r in own}
         saved = sum(
             seconds[r.run_id] * (r.epochs / r.last - 1) for r in own if r.paused and r.last
         )
         best = self._find_best(records)
-        totals = Totals(epochs, expected, sum(seconds.values()), saved, best)
+        totals = Totals(epochs, *self._expect(epochs), sum(seconds.values()), saved, best)
         self.pace.add(time.monotonic(), epochs)
         self.measured = records, totals
 
         return totals
+
+    def _expect(self, epochs: int) -> tuple[int, float]:
+        r"""Returns the epochs of the whole sweep and their deviation, from a look now and then."""
+
+        from ..plan import expect
+
+        start = time.monotonic()
+
+        if start >= self.due:
+            busy = sum(record.status == "running" for record in self.now)
+            self.expected = expect(self.rules, self.now, self.parallel or busy or 1)
+            self.due = time.monotonic() + THRIFT * (time.monotonic() - start)
+
+        return max(epochs, self.expected.epochs), self.expected.deviation
 
     def _list(self) -> None:
         r"""Finds the directories of new runs. A run has one from its first start."""
@@ -296,8 +314,9 @@ class LiveTable:
         return f"{totals.epochs:,} of {about} {totals.expected:,} epochs ({share} %)"
 
     def _left(self) -> str:
-        rest = self._totals().expected - self._totals().epochs
-        left = self.pace.left(rest, time.monotonic())
+        totals = self._totals()
+        rest = totals.expected - totals.epochs
+        left = self.pace.left(rest, time.monotonic(), totals.deviation)
 
         if left is None or not rest:
             return ""

@@ -246,13 +246,15 @@ def _details(runs: Path, name: str) -> Row:
     rules, paths = recorded_rules(sweep), {path.id: path for path in RunPath.all(runs)}
     own = [record for record in records if not record.source]
     seconds = sum(seconds_of(paths.get(record.run_id), record.last) for record in own)
-    expected, most = expect(rules, records)
-    left, busy = expected - row["epochs"], row["runs"]["running"]
+    busy = row["runs"]["running"]
+    expected, deviation, most = expect(rules, records, busy or 1)
+    left = expected - row["epochs"]
     pace = busy * row["epochs"] / seconds if seconds else 0.0  # epochs a second
 
     return row | {
         "best": next((_run(r, paths) for r in records if r.state == "complete"), None),
         "expected": expected,
+        "deviation": deviation,
         "most": most,
         "seconds": seconds,
         "saved": sum(record.epochs - record.last for record in own if record.paused),
@@ -310,7 +312,7 @@ def _lines(row: Row) -> Iterator[tuple[str, str]]:
 
     saved = f"; pausing saved {row['saved']:,} epochs" if row["saved"] else ""
     running = row["state"] != "finished" and row["expected"] < row["most"]
-    forecast = f" of about {row['expected']:,}" if running else ""
+    forecast = f" of about {row['expected']:,} ± {row['deviation']:,.0f}" if running else ""
     counts = ", ".join(f"{n} {status}" for status, n in row["runs"].items())
     yield "runs", f"{row['trials']}/{row['target']}: {counts or 'none has started'}"
     yield "epochs", f"{row['epochs']:,}{forecast}; {row['most']:,} if all runs train to the end"

@@ -4,15 +4,16 @@ Configurations are drawn as the sweep would draw them, the operations of each di
 counted on the meta device, and a few training steps on each kind of node turn them into seconds.
 
 :func:`forecast` simulates the sweep. The rule that decides in a sweep decides here, too, see
-:func:`sda_ray.search.promotion.decide`; each run has one random loss at all rungs. The forecast is
-the mean of a few simulations.
+:func:`sda_ray.search.promotion.decide`; the losses of a run are random, and alike at all rungs. The
+forecast is the mean of some simulations.
 
 For promotion it is near a formula: all runs reach the first rung :math:`r`, and about one in
 :math:`\eta^k` is promoted to the :math:`k`-th one after it, which makes
 
 .. math:: r + \sum_{k = 1}^K \eta^{-k} (r_k - r_{k - 1}) \approx r (1 + K (1 - 1 / \eta))
 
-epochs per run. It leaves out early promotions, finalists, and slots that are idle at the end.
+epochs per run. It leaves out early promotions, which depend on the order in which good runs come,
+finalists, and slots that are idle at the end. :func:`expect` simulates the rest of a sweep under way.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ import random
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from statistics import NormalDist
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..cluster import Slots, memory_limit
 from ..core import UserError, format_duration, format_size
 from ..data import DataInfo
-from ..search import FINAL, PruneRule, Rules, TrialRecord, decide
+from ..search import FINAL, PruneRule, Rules, TrialRecord, count_trials, decide
 from ..sweep import Options, Sweep, find_faults, free_disk, load_script
 from .probe import Node, Speed, epoch_seconds, probe_nodes
 
@@ -39,8 +40,11 @@ if TYPE_CHECKING:
 
 DRAWS = 1000
 MOST = 256  # runs; a longer sweep is in proportion, up to a fifth too much for thousands
-FEW = 24  # runs, where a forecast has to be quick, or the rule that stops them is Optuna's
-SWEEPS = 3
+SOME = 64  # runs, where a forecast has to be quick
+FEW = 24  # runs, where the rule that stops them is Optuna's, which takes long to decide
+SWEEPS = 3, 48  # simulations: at least, and at most
+RUNS = 500  # that are simulated in all, as far as the number of simulations allows
+CROSSING = 0.5  # by which runs change from rung to rung, where they differ by 1
 LONG = 100 * 86400.0  # seconds
 MARGIN = 0.85  # part of its share of a GPU that a trial may take by the plan
 SMALL_FILES = 500_000, 700  # bytes of a run's other files: picture, records and W&B's; per epoch
@@ -312,7 +316,6 @@ def forecast(
     seconds: Sequence[float],
     end: Sequence[float] = (0.0,),
     stops: PruneRule | None = None,
-    quick: bool = False,
 ) -> Forecast:
     r"""Returns the expected amount of training in a sweep of new runs.
 
@@ -322,15 +325,16 @@ def forecast(
         seconds: The time of an epoch, of one drawn configuration after the other.
         end: The time after the last epoch of each.
         stops: Whether a run that has reached a rung is stopped there, see :func:`decide`.
-        quick: Whether few runs are simulated.
     """
 
-    sweeps = SWEEPS if stops is None else 1  # Optuna takes long to decide
-    most = FEW if quick or stops is not None else MOST
+    most = MOST if stops is None else FEW
     share = max(1.0, rules.target / most)
     fewer = replace(rules, target=min(rules.target, most))
     few = min(slots, max(1, round(slots / share)))
-    sums = [_simulate(fewer, few, seconds, end, stops, random.Random(i)) for i in range(sweeps)]
+    sweeps = _count(fewer.target) if stops is None else 1
+    sums = [
+        _simulate(fewer, few, seconds, end, stops, random.Random(i), []) for i in range(sweeps)
+    ]
 
     # A longer sweep repeats this, in as many more slots as were removed here
     epochs, busy, finish = (sum(values) / sweeps for values in zip(*sums, strict=True))
@@ -338,39 +342,93 @@ def forecast(
     return Forecast(share * epochs, share * busy, finish * share * few / slots)
 
 
-def expect(rules: Rules, records: Sequence[TrialRecord], slots: int = 1) -> tuple[int, int]:
-    r"""Returns the epochs that a sweep is expected to take in all, and the most that it may.
+def _count(runs: int) -> int:
+    r"""Returns the number of simulations of a sweep. Those of a few runs differ the most."""
 
-    They are those of a :func:`forecast`, or the most if a pruner has the last word; and at least
-    those that are done, that runs in progress are bound for, and that new runs begin with.
+    least, most = SWEEPS
+
+    return max(least, min(most, RUNS // runs))
+
+
+class Expected(NamedTuple):
+    r"""The epochs that a sweep takes in all."""
+
+    epochs: int  # that are expected
+    deviation: float  # of these, between simulations
+    most: int  # if all runs train to their ends
+
+
+def expect(rules: Rules, records: Sequence[TrialRecord], slots: int = 1) -> Expected:
+    r"""Returns the epochs that a sweep takes in all, given its runs so far.
+
+    The rest is simulated from there, see :func:`forecast`. New runs are as likely to be good as
+    those so far. If a pruner has the last word, all runs are taken to train to their ends.
     """
 
     own = [record for record in records if not record.source]
+    going = [record for record in own if record.status == "running"]
     epochs = [record.epochs for record in own if record.state != "failed"]
     new = max(0, rules.target - len(epochs))
     most = sum(epochs) + new * rules.epochs
-    bound = sum(max(r.last, r.until if r.status == "running" else 0) for r in own)
-    likely = most if rules.pruner in FINAL else _likely(rules, slots)
 
-    return max(bound + new * rules.rungs[0], min(most, likely)), most
+    if rules.pruner in FINAL:
+        return Expected(most, 0.0, most)
 
+    # Of a long sweep, the simulations have some of the runs
+    share = max(1.0, max(rules.target, len(records)) / SOME)
+    few = [records[int(i * share)] for i in range(math.ceil(len(records) / share))]
+    target, finalists = (
+        count_trials(few) + math.ceil(new / share),
+        math.ceil(rules.finalists / share),
+    )
+    fewer = replace(rules, target=target, finalists=finalists)
+    at_once = max(1, round(slots / share))
+    sweeps = range(_count(max(1, target, len(few))))
+    rests = [
+        _simulate(fewer, at_once, [1.0], [0.0], None, random.Random(i), few)[0] for i in sweeps
+    ]
+    bound = sum(record.last for record in own) + sum(r.until - r.last for r in going)
+    mean = min(most, max(bound + new * rules.rungs[0], bound + share * statistics.fmean(rests)))
 
-@lru_cache
-def _likely(rules: Rules, slots: int) -> int:
-    return round(forecast(rules, slots, [1.0], quick=True).epochs)
+    return Expected(round(mean), math.sqrt(share) * statistics.pstdev(rests), most)
 
 
 def estimate(rules: Rules, wanted: dict[str, float], parallel: int | None) -> str:
     r"""Returns one line about the expected training of a sweep, for its start. Measures nothing."""
 
-    expected = forecast(rules, parallel or 1, [1.0], quick=True)
+    expected = expect(rules, (), parallel or 1)
     each = " ".join(f"{key}={x:g}" for key, x in wanted.items())
     slots = f", {parallel} trials at a time" if parallel else ""
 
     return (
-        f"about {expected.epochs:,.0f} epochs{slots}, each with {each}; `sda-ray plan` measures "
+        f"about {expected.epochs:,} ± {expected.deviation:,.0f} epochs{slots}, each with {each}; `sda-ray plan` measures "
         "how long they take"
     )
+
+
+def _scores(
+    records: Sequence[TrialRecord], rules: Rules
+) -> tuple[dict[int, float], dict[int, TrialRecord]]:
+    r"""Returns normal scores of runs, and the runs with scores in place of their values.
+
+    The scores of the runs at a rung have the order of their values there.
+    """
+
+    scores = dict[int, float]()
+    values: dict[int, dict[int, float]] = {r.index: dict.fromkeys([r.last], 0.0) for r in records}
+
+    for rung in rules.rungs:
+        there = [r for r in records if rung in r.values]
+        there.sort(key=lambda r: math.inf if math.isnan(x := r.values[rung]) else x)
+        before = sorted(scores[r.index] for r in there if r.index in scores)
+
+        if len(before) < len(there):
+            before = [NormalDist().inv_cdf((i + 0.5) / len(there)) for i in range(len(there))]
+
+        for record, score in zip(there, before, strict=True):
+            values[record.index][rung] = scores[record.index] = score
+
+    return scores, {r.index: replace(r, values=values[r.index]) for r in records}
 
 
 def _simulate(
@@ -380,10 +438,17 @@ def _simulate(
     end: Sequence[float],
     stops: PruneRule | None,
     rng: random.Random,
+    before: Sequence[TrialRecord],
 ) -> tuple[float, float, float]:
-    records: dict[int, TrialRecord] = {}
-    live: list[tuple[float, int]] = []
-    losses: list[float] = []
+    r"""Returns what the rest of a sweep takes, from its runs so far, as a :class:`Forecast` does.
+
+    Runs differ by a standard deviation of 1 at their first rung, and change by :data:`CROSSING`
+    from rung to rung. What runs in flight still train up to their rungs is left out.
+    """
+
+    scores, records = _scores(before, rules)
+    live = [(float(r.until - r.last), i) for i, r in records.items() if r.status == "running"]
+    heapq.heapify(live)
     first = rng.randrange(len(seconds))
     now = epochs = busy = 0.0
 
@@ -400,16 +465,16 @@ def _simulate(
                 continue
 
             if action.record is None:
-                record = TrialRecord(len(records) + 1, "", "running", action.until, rules.epochs)
-                losses.append(rng.random())
+                index = max(records, default=0) + 1
+                record = TrialRecord(index, "", "running", action.until, rules.epochs)
             else:
-                record = replace(action.record, state="running", until=action.until)
-                record = replace(record, shown=action.shown)
+                until = min(action.until, action.record.epochs)
+                record = replace(action.record, state="running", until=until, shown=action.shown)
 
             which = first + record.index
             more = record.until - record.last
             took = more * seconds[which % len(seconds)]
-            took += end[which % len(end)] if record.until == rules.epochs else 0
+            took += end[which % len(end)] if record.until == record.epochs else 0
             epochs, busy = epochs + more, busy + took
             records[record.index] = record
             heapq.heappush(live, (now + took, record.index))
@@ -419,10 +484,12 @@ def _simulate(
 
         now, i = heapq.heappop(live)
         record = records[i]
-        reached = [rung for rung in rules.rungs if record.last < rung <= record.until]
-        done = record.until == rules.epochs
-        records[i] = replace(
-            record,
-            values=record.values | dict.fromkeys(reached, losses[i - 1]),
-            state="complete" if done else "running",
-        )
+        values = record.values | {record.until: 0.0}
+
+        for rung in rules.rungs:
+            if record.last < rung <= record.until:
+                scores[i] = scores[i] + rng.gauss(0, CROSSING) if i in scores else rng.gauss(0, 1)
+                values[rung] = scores[i]
+
+        done = record.until == record.epochs
+        records[i] = replace(record, values=values, state="complete" if done else "running")

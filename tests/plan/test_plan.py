@@ -2,6 +2,8 @@ r"""Tests for sda_ray.plan.plan: what a sweep will take."""
 
 import io
 import json
+import random
+import statistics
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -17,6 +19,7 @@ from sda_ray.cluster.nodes import check_files, memory_limit
 from sda_ray.cluster.ray_node import local_cpus
 from sda_ray.data.dataset import check_data
 from sda_ray.plan.plan import (
+    Expected,
     Plan,
     at_a_time,
     check_memory,
@@ -26,7 +29,7 @@ from sda_ray.plan.plan import (
     memory_of,
 )
 from sda_ray.plan.report import plan_to_json, print_plan
-from sda_ray.search.promotion import Rules, TrialRecord
+from sda_ray.search.promotion import Rules, TrialRecord, decide
 
 __all__ = ["script"]  # fixtures
 
@@ -101,24 +104,53 @@ def test_estimate_of_a_sweep_measures_nothing(made: Plan) -> None:
 
 def test_sweep_is_expected_to_take_what_its_runs_are_bound_for() -> None:
     rules = Rules(8, 9, 1, 3)
-    expected, most = expect(rules, [])
+    expected, deviation, most = expect(rules, [])
 
-    assert 8 < expected < most == 8 * 9
+    assert 8 < expected < most == 8 * 9 and 0 < deviation < expected
 
     runs = [TrialRecord(i, str(i), "running", 9, 9, {1: 0.5}) for i in range(1, 9)]
-    assert expect(rules, runs) == (most, most)  # all have been promoted to the end
+    assert expect(rules, runs) == (most, 0, most)  # all have been promoted to the end
 
     paused = [replace(run, until=1) for run in runs]
-    assert expect(rules, paused) == (expected, most)
+    assert expect(rules, paused).epochs == pytest.approx(expected, rel=0.3)
 
     failed = [replace(runs[0], state="failed"), *paused[1:]]
-    assert expect(rules, failed) == (expected, most)  # another run takes its place
+    assert expect(rules, failed).epochs > expect(rules, paused[1:]).epochs - 9 * 8 / 3
 
-    brought = [replace(run, source="elsewhere") for run in runs]
-    assert expect(rules, brought) == (expected, most)
+    complete = [replace(run, state="complete", values={1: 0.5, 9: 0.5}) for run in runs]
+    assert expect(rules, complete) == (most, 0, most)
 
     final = replace(rules, pruner="median")
-    assert expect(final, []) == (most, most)
+    assert expect(final, []) == (most, 0, most)
+
+
+def test_expected_epochs_are_the_mean_and_come_true() -> None:
+    rules = Rules(12, 18, 2, 3)
+    first, halfway, taken = expect(rules, []), list[Expected](), list[int]()
+
+    for seed in range(40):
+        runs, rng = dict[int, TrialRecord](), random.Random(100 + seed)
+        losses = [rng.random() for _ in range(rules.target)]
+
+        while (action := decide([*runs.values()], (), rules)).kind != "stop":
+            record = action.record or TrialRecord(len(runs) + 1, "", "running", 0, 18)
+            values = record.values | dict.fromkeys([action.until], losses[record.index - 1])
+            state = "complete" if action.until == rules.epochs else "running"
+            runs[record.index] = replace(record, until=action.until, values=values, state=state)
+
+            if len(runs) == 6 and not action.record:
+                halfway.append(expect(rules, [*runs.values()]))
+
+        taken.append(sum(record.last for record in runs.values()))
+        assert expect(rules, [*runs.values()])[:2] == (taken[-1], 0)
+
+    mean, spread = statistics.mean(taken), statistics.stdev(taken)
+    off = [x.epochs - n for x, n in zip(halfway, taken, strict=True)]
+
+    assert first.epochs == pytest.approx(mean, rel=0.1)
+    assert first.deviation == pytest.approx(spread, rel=0.4)
+    assert statistics.mean(off) == pytest.approx(0, abs=0.1 * mean)
+    assert statistics.stdev(off) < spread  # what has happened so far is known
 
 
 def test_network_that_fits_no_node_is_caught(made: Plan) -> None:
