@@ -4,6 +4,7 @@ They read the study and the run directories, beside a driver or without one, and
 Names and texts come from files: they are shown as plain text.
 """
 
+import os
 import shlex
 import time
 from collections import Counter
@@ -11,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from socketserver import ThreadingMixIn
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import TYPE_CHECKING, Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
@@ -413,21 +414,27 @@ def dashboard_command(args: Args) -> None:
 
             while True:
                 server.handle_request()
-                size = follow(journal, copy, size)
+
+                if not (size := follow(journal, copy, size)):  # Optuna has read the old one
+                    copy = Path(mkdtemp(dir=directory)) / journal.name
+                    size = follow(journal, copy, 0)
+                    server.set_app(wsgi(str(copy)))
 
 
 def follow(journal: Path, copy: Path, size: int) -> int:
     r"""Appends whole lines of a journal, from a size on, to its copy, and returns the new size.
 
+    It is 0 if the journal has shrunk: it was replaced, and another copy begins.
+
     Raises:
-        UserError: If the journal has been replaced or removed.
+        UserError: If the journal has been removed.
     """
 
     try:
-        if journal.stat().st_size < size:
-            raise UserError(f"{journal} was replaced. The same command shows the new one.")
-
         with open(journal, "rb") as f, open(copy, "ab") as g:
+            if f.seek(0, os.SEEK_END) < size:
+                return 0
+
             f.seek(size)
             lines, end, _ = f.read().rpartition(b"\n")
 

@@ -303,9 +303,12 @@ def test_copy_follows_a_journal_by_whole_lines(tmp_path: Path) -> None:
     journal.write_text("a\nb\nc\n")
     assert follow(journal, copy, size) == 6 and copy.read_text() == "a\nb\nc\n"
 
-    journal.write_text("a\n")
+    journal.write_text("d\n")
+    assert follow(journal, copy, 6) == 0 and copy.read_text() == "a\nb\nc\n"
 
-    with pytest.raises(UserError, match="was replaced"):
+    journal.unlink()
+
+    with pytest.raises(UserError, match="cannot be copied"):
         follow(journal, copy, 6)
 
 
@@ -346,6 +349,14 @@ def test_dashboard_follows_the_study_and_leaves_nothing(
             time.sleep(0.5)
     finally:
         lease.release()
+
+    journal = directory / "study.journal"
+    lines = journal.read_text().splitlines(keepends=True)
+    journal.write_text("".join(lines[:-1]))  # an older copy was restored
+
+    while trials() != count:
+        assert time.monotonic() < deadline, "the copy does not begin anew"
+        time.sleep(0.5)
 
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=30) == 0
