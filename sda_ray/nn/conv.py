@@ -14,11 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .precision import full, lower
-from .winograd import is_traced, pays, winograd_conv2d
 
 __all__ = ["CircularConv2d", "circular_pad", "upsampled_conv2d"]
 
 Map = Callable[[Tensor], Tensor]
+
+
+def is_traced() -> bool:
+    r"""Returns whether the network is compiled or traced, for which all operations are plain."""
+
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 class LinearMap(torch.autograd.Function):
@@ -230,12 +235,6 @@ class CircularConv2d(nn.Conv2d):
         super().__init__(in_channels, out_channels, kernel_size, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = lower(x)
-
-        if pays(x, self.weight, self.stride[0]):
-            assert self.bias is not None
-            return winograd_conv2d(x, self.weight, self.bias)
-
-        x = circular_pad(x, self.kernel_size[0] // 2)
+        x = circular_pad(lower(x), self.kernel_size[0] // 2)
 
         return _conv2d(x, self.weight, self.bias, self.stride[0])

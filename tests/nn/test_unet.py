@@ -7,7 +7,6 @@ from torch import nn
 
 from sda_ray.nn.conv import _tap_sums
 from sda_ray.nn.unet import LayerNorm, ModResidualBlock, Residue, UNet
-from sda_ray.nn.winograd import _matrices
 
 CONFIGS = [
     {"hidden_channels": (4, 6), "hidden_blocks": (1, 2), "kernel_size": 3},
@@ -131,7 +130,6 @@ def test_levels_of_channels_and_blocks_must_agree() -> None:
 def test_network_that_was_used_in_inference_mode_trains() -> None:
     unet = UNet(2, 2, mod_features=3, hidden_channels=(48, 48), hidden_blocks=(1, 1))
     x, e = torch.randn(8, 2, 16, 16), torch.randn(1, 3)
-    _matrices.cache_clear()
     _tap_sums.cache_clear()
 
     with torch.inference_mode():
