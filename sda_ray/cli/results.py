@@ -357,7 +357,6 @@ def _write_table(file: Path, summaries: dict[str, Summary], rows: Rows) -> None:
 @command("export")
 @RUN
 @click.argument("directory", metavar="DIR")
-@option("--force", "Replace an earlier export.", bool)
 def export_command(args: Args) -> None:
     r"""Writes a finished run into DIR, to be shared: a directory that is new or empty.
 
@@ -366,14 +365,14 @@ def export_command(args: Args) -> None:
     figures of an evaluation. `load_sde("DIR")` loads it. It has no path, host, user or account.
 
       sda-ray export crimson-cloud-4 crimson
-      sda-ray export crimson-cloud-4 crimson --force
+      sda-ray export 6k7cjnx7 ~/networks/crimson
     """
 
     from ..runs import export_run
 
     path, target = _find(args), Path(args.directory).expanduser()
-    export_run(path, target, args.force)
-    say(f"{path.directory.name} is in {target}. Its README.md says how to load it.")
+    export_run(path, target)
+    say(f"{printable(path.directory.name)} is in {target}. Its README.md says how to load it.")
 
 
 @command("reproduce")
@@ -399,7 +398,7 @@ def reproduce_command(args: Args) -> None:
     from .session import check_device
 
     path = _find(args)
-    name, first = path.directory.name, first_attempt(path)
+    name, first = printable(path.directory.name), first_attempt(path)
     info = check_data(args.data)
     config = load_config(path.config, info.size, info.length)
     device = "cpu" if first.get("device") == cpu_model() else default_device()

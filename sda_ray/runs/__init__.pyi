@@ -17,6 +17,8 @@ from .evaluation import fitting as fitting
 from .evaluation import read_evaluation as read_evaluation
 from .evaluation import summarize as summarize
 from .export import export_run as export_run
+from .export import first_attempt as first_attempt
+from .export import reproduce_run as reproduce_run
 from .figures import draw_evaluation as draw_evaluation
 from .inventory import SORTS as SORTS
 from .inventory import Entry as Entry
@@ -53,8 +55,6 @@ from .record import digests as digests
 from .record import origin as origin
 from .record import read_record as read_record
 from .record import timestamp as timestamp
-from .reproduce import first_attempt as first_attempt
-from .reproduce import reproduce_run as reproduce_run
 from .run import Run as Run
 from .sync import sync_runs as sync_runs
 from .tracking import Wandb as Wandb

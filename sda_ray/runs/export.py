@@ -1,17 +1,22 @@
-r"""Exports of finished runs: a directory to share, with the network, its config and a model card.
+r"""Runs for others: a directory to share, and whether the training comes out the same elsewhere.
 
-An export has no path, host, user or account of W&B.
+An export has the network, its config and a model card. It has no path, host, user or account of
+W&B. A reproduction trains the first epochs of a run again and compares them bit for bit.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import re
 import secrets
+import shlex
 import shutil
+import tempfile
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +24,7 @@ from ..core import (
     CONFIG,
     KEYS,
     Config,
+    ProgressBar,
     UserError,
     format_value,
     open_atomic,
@@ -27,15 +33,19 @@ from ..core import (
     save_config,
     write_atomic,
 )
+from ..data import has_fingerprint
 from ..nn import MCScoreNet, load_network
+from ..training import Diverged, Metrics
 from .evaluation import Evaluation, read_evaluation, summarize
 from .figures import draw_curve
 from .inventory import Entry, in_full, read_entry, source
+from .metrics import read_history
 from .path import RunPath
+from .record import differences, read_record
+from .run import Run
+from .tracking import Wandb
+from .train import train_run
 
-CARD = "README.md"
-FILES = {"config.json", "state.pth", "model.safetensors", CARD, "samples.png", "curve.png"}
-HEAD = "---\nlibrary_name: sda_ray\n"  # by which an export is known
 SDA_SIZE = 64  # cells along each axis, the only ones that SDA's network has a forcing for
 
 # Metrics at the end of a training, with what they are
@@ -57,13 +67,10 @@ JUDGED = (
 )
 
 
-def export_run(path: RunPath, target: Path, force: bool = False) -> None:
+def export_run(path: RunPath, target: Path) -> None:
     r"""Writes a finished run into a new or empty directory.
 
     The directory is written aside and renamed: it is whole or absent, whatever interrupts.
-
-    Arguments:
-        force: Whether an earlier export may be replaced, but nothing else.
 
     Raises:
         UserError: If the run is not finished or is damaged, or the directory has something else.
@@ -75,48 +82,24 @@ def export_run(path: RunPath, target: Path, force: bool = False) -> None:
         raise UserError("\n".join(entry.faults if entry else [f"{path.directory} has no run."]))
 
     score, config = load_network(path.directory)
-    _check_target(target, force)
-    aside, old = (target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp") for _ in "12")
+
+    if target == Path.cwd():  # it would be another directory afterwards
+        raise UserError(f"{target} is the current directory. Give another one.")
+
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise UserError(f"{target} exists and is not an empty directory. Give another one.")
+
+    aside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
 
     try:
         aside.parent.mkdir(parents=True, exist_ok=True)
         aside.mkdir()
         _write(aside, entry, score, config)
-
-        if force and target.exists():
-            target.rename(old)
-
         aside.rename(target)  # over an empty directory at most
     except OSError as error:
         raise UserError(f"{target} cannot be written: {error}.") from error
     finally:
-        if old.exists() and not target.exists():
-            old.rename(target)
-
-        for left in (old, aside):
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def _check_target(target: Path, force: bool) -> None:
-    if target == Path.cwd():  # it would be another directory afterwards
-        raise UserError(f"{target} is the current directory. Give another one.")
-
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return
-
-    if not force or not target.is_dir():
-        raise UserError(
-            f"{target} exists and is not an empty directory. Give another one, or --force to "
-            "replace an earlier export."
-        )
-
-    names = {file.relative_to(target).as_posix() for file in target.rglob("*")}
-    others = {name for name in names - FILES if not re.fullmatch(r"evaluation(/.*\.png)?", name)}
-    card = target / CARD
-
-    if others or not card.is_file() or not card.read_bytes().startswith(HEAD.encode()):
-        what = f"has {min(others)}, which no export has" if others else "is not an export"
-        raise UserError(f"{target} {what}: --force leaves it alone. Give another directory.")
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _write(directory: Path, entry: Entry, score: MCScoreNet, config: Config) -> None:
@@ -134,7 +117,12 @@ def _write(directory: Path, entry: Entry, score: MCScoreNet, config: Config) -> 
     if lines:
         draw_curve(directory / "curve.png", lines)
 
-    for file in (path.state, path.samples, *_figures(path)):
+    # Those that we drew: a stranger's may have odd names, or be elsewhere
+    drawn = path.evaluation.with_suffix("")
+    images = [] if drawn.is_symlink() else drawn.glob("*.png")
+    images = [file for file in images if re.fullmatch(r"[\w-]+\.png", file.name)]
+
+    for file in (path.state, path.samples, *images):
         if file.is_file():
             copy = directory / file.relative_to(path.directory)
             copy.parent.mkdir(exist_ok=True)
@@ -144,16 +132,7 @@ def _write(directory: Path, entry: Entry, score: MCScoreNet, config: Config) -> 
 
     figures = sorted(file.relative_to(directory).as_posix() for file in directory.rglob("*.png"))
     card = _card(entry, score, config, lines, evaluation, figures)
-    write_atomic(directory / CARD, card.encode())
-
-
-def _figures(path: RunPath) -> list[Path]:
-    r"""Returns the figures of an evaluation by us. Others may have odd names, or be elsewhere."""
-
-    directory = path.evaluation.with_suffix("")
-    files = [] if directory.is_symlink() else directory.glob("*.png")
-
-    return [file for file in files if re.fullmatch(r"[\w-]+\.png", file.name)]
+    write_atomic(directory / "README.md", card.encode())
 
 
 # The model card
@@ -163,7 +142,7 @@ def _card(
     entry: Entry,
     score: MCScoreNet,
     config: Config,
-    lines: Sequence[dict[str, Any]],
+    lines: Sequence[Metrics],
     evaluation: Evaluation | None,
     figures: Sequence[str],
 ) -> str:
@@ -171,8 +150,12 @@ def _card(
     size = score.state_dict()["kernel.forcing"].shape[-1]
     weights = sum(p.numel() for p in score.parameters())
     values = {key: last[key] for key in METRICS if math.isfinite(last.get(key, math.nan))}
+    errors = {key: f" ± {last[f'{key}_se']:.1g}" for key in values if f"{key}_se" in last}
+    results = [(_code(k), f"{x:.4g}{errors.get(k, '')}", METRICS[k]) for k, x in values.items()]
     images = [f"![{Path(figure).stem}]({figure})" for figure in figures]
-    settings = {key: (_code(format_value(x)), KEYS[key].about) for key, x in config.items()}
+    settings = [(_code(k), _code(format_value(x)), KEYS[k].about) for k, x in config.items()]
+    provenance = [(key, _code(x)) for key, x in _provenance(entry, lines).items()]
+    ended = f"At the end of the training, epoch {last.get('epoch', config['epochs'])}:"
     parts = [
         _head(name, values),
         f"# {_code(name)}",
@@ -184,17 +167,15 @@ def _card(
         "## Use",
         _usage(config, size),
         "## Results",
-        f"At the end of the training, epoch {last.get('epoch', config['epochs'])}:"
-        if values
-        else "The run has no record of its metrics.",
-        _table(("metric", "value", ""), _results(values, last)),
+        ended if values else "The run has no record of its metrics.",
+        _table(("metric", "value", ""), results),
         *(image for image in images if "(evaluation/" not in image),
         *_evaluation(evaluation),
         *(image for image in images if "(evaluation/" in image),
         "## Settings",
-        _table(("key", "value", ""), ((_code(key), *row) for key, row in settings.items())),
+        _table(("key", "value", ""), settings),
         "## Provenance",
-        _table(("", ""), ((key, _code(x)) for key, x in _provenance(entry, lines).items())),
+        _table(("", ""), provenance),
     ]
 
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -209,13 +190,14 @@ def _head(name: str, values: dict[str, float]) -> str:
         "metrics": [{"type": key, "name": METRICS[key], "value": x} for key, x in values.items()],
     }
     fields = {
+        "library_name": "sda_ray",
         "license": "unknown",
         "tags": ["diffusion", "score-based-data-assimilation", "kolmogorov-flow", "safetensors"],
         "metrics": list(values),
         "model-index": [{"name": name, "results": [result] if values else []}],
     }
 
-    return HEAD + "".join(f"{key}: {json.dumps(x)}\n" for key, x in fields.items()) + "---"
+    return "---\n" + "".join(f"{key}: {json.dumps(x)}\n" for key, x in fields.items()) + "---"
 
 
 def _usage(config: Config, size: int) -> str:
@@ -245,13 +227,6 @@ weights = load_file("model.safetensors")  # or torch.load("state.pth", weights_o
 The code of [SDA](https://github.com/francois-rozet/sda) {does}."""
 
 
-def _results(values: dict[str, float], last: dict[str, Any]) -> Iterable[Sequence[str]]:
-    for key, x in values.items():
-        error = last.get(f"{key}_se")
-        shown = f"{x:.4g}" + ("" if error is None else f" ± {error:.1g}")
-        yield _code(key), shown, METRICS[key]
-
-
 def _evaluation(evaluation: Evaluation | None) -> Iterable[str]:
     r"""Yields the means of an evaluation over test data, with their 95 % intervals."""
 
@@ -276,22 +251,22 @@ def _interval(interval: Sequence[float] | None) -> str:
     return text if low == high else f"{text} [{low:.3g}, {high:.3g}]"
 
 
-def _provenance(entry: Entry, lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _provenance(entry: Entry, lines: Sequence[Metrics]) -> dict[str, Any]:
+    def distinct(records: Iterable[dict[str, Any]], key: str) -> str:
+        values = (str(x[key]) for x in records if x.get(key) is not None)
+        return ", then ".join(dict.fromkeys(values))
+
     labels = source(entry, entry.path.directory.parent)
     kept = ("started", "sweep", "trial", "parent", "attempts", "exact", "commit", "data", "from")
     attempts = entry.record.get("attempts", [])
     versions = [attempt.get("versions", {}) for attempt in attempts]
     found = {key: labels.get(key) for key in kept}
-    found |= {key: _distinct(attempts, key) for key in ("device", "threads", "code")}
-    found |= {key: _distinct(versions, key) for key in ("python", "sda_ray", "numpy", "torch")}
+    found |= {key: distinct(attempts, key) for key in ("device", "threads", "code")}
+    found |= {key: distinct(versions, key) for key in ("python", "sda_ray", "numpy", "torch")}
     found["hours"] = f"{sum(x.get('seconds', 0.0) for x in lines) / 3600:.3g}" if lines else None
     found["run"], found["seed"] = entry.path.id, (entry.config or CONFIG)["seed"]
 
     return {key: x for key, x in found.items() if x not in (None, "")}
-
-
-def _distinct(records: Iterable[dict[str, Any]], key: str) -> str:
-    return ", then ".join(dict.fromkeys(str(x[key]) for x in records if x.get(key) is not None))
 
 
 def _table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -304,3 +279,130 @@ def _code(value: Any) -> str:
     r"""Returns a value, which anyone may have written, as code in Markdown."""
 
     return f"`{printable(value).replace('`', chr(39)).replace('|', '/')}`"
+
+
+# Reproduction
+
+
+def first_attempt(path: RunPath) -> dict[str, Any]:
+    r"""Returns the provenance of the first epochs of a run.
+
+    Raises:
+        UserError: If it is not recorded.
+    """
+
+    record = read_record(path)
+
+    if not record.get("attempts"):
+        raise UserError(
+            f"{path.directory.name} cannot be reproduced: no run.json says where it was trained, "
+            "as for runs of SDA's own code, exports and adopted runs."
+        )
+
+    return record["attempts"][0]
+
+
+def reproduce_run(
+    path: RunPath, config: Config, data: Path, epochs: int, device: str
+) -> tuple[str, list[str]]:
+    r"""Trains the first epochs of a run again, in a temporary directory, and compares the losses.
+
+    The run itself is only read. One that extends another is trained from scratch.
+
+    Returns:
+        Where the bits differ, or an empty text; and what else does, one sentence each.
+
+    Raises:
+        UserError: If the run has fewer epochs, the data are not those of the run, or the weights
+            that it started from are gone.
+        OutOfMemory: If the memory is too small.
+    """
+
+    record, before = read_record(path), read_history(path.metrics)
+    name, fault = path.directory.name, ""
+    parent: RunPath | None = None
+
+    if epochs > (last := max(before, default=0)):
+        raise UserError(f"--epochs is {epochs}, but {name} has {last} epochs.")
+
+    if "data" in record and not has_fingerprint(data, record["data"]):
+        raise UserError(
+            f"{name} was trained on other data than {data}. Give the directory of its data with "
+            "--data."
+        )
+
+    if "parent" in record and "extends" not in record:
+        parent = RunPath.of_id(path.directory.parent, record["parent"])
+
+        if parent is None:
+            raise UserError(
+                f"{name} started with the weights of run '{record['parent']}', which is not in "
+                f"{path.directory.parent}. Put that run back, or train from scratch with "
+                f"`sda-ray train --config {shlex.quote(str(path.config))}`."
+            )
+
+    kept = {key: x for key, x in record.items() if key in ("data", "rungs")}
+    init = parent.directory if parent else None
+
+    with tempfile.TemporaryDirectory(prefix="sda-ray-") as directory:
+        wandb = Wandb("disabled")
+        run = Run(
+            Path(directory), config, wandb=wandb, record=kept, device=device, interval=math.inf
+        )
+
+        try:
+            with (
+                ProgressBar("epoch", epochs) as bar,
+                closing(train_run(run, data, device, init=init)) as training,  # type: ignore[type-var]
+            ):
+                for metrics in itertools.islice(training, epochs):
+                    bar.update(metrics["epoch"], f"loss_valid {metrics['loss_valid']:.4f}")
+
+                    if fault := _compare(before.get(metrics["epoch"], {}), metrics):
+                        break
+        except Diverged as error:
+            fault = f"it diverged, which the run did not: {error}"
+        finally:
+            run.close("stopped")
+
+        then, now = first_attempt(path), run.record["attempts"][-1]
+
+    differ = differences(then, now)
+
+    if not fault:
+        return "", [f"Another {' and '.join(differ)} made no difference."] if differ else []
+
+    causes = [
+        f"Different {key}: {_described(key, then)} then, {_described(key, now)} now."
+        for key in differ
+    ]
+
+    if not record.get("exact", True):
+        causes.append("The run itself resumed elsewhere, or a repeated epoch of it differs.")
+
+    return fault, causes
+
+
+def _compare(before: Metrics, now: Metrics) -> str:
+    r"""Says how the losses of an epoch differ from those recorded, or nothing."""
+
+    losses = ("loss_train", "loss_valid")
+    differ = [key for key in losses if key in before and before[key] != now[key]]
+    texts = [f"{key} {before[key]!r} then, {now[key]!r} now" for key in differ]
+    error = before.get("loss_valid_se", 0.0)
+
+    if differ and error > 0:
+        share = max(abs(now[key] - before[key]) for key in differ) / error
+        texts.append(f"at most {share:.2g} times the standard error of loss_valid")
+
+    return f"epoch {now['epoch']} differs: {'; '.join(texts)}" if differ else ""
+
+
+def _described(key: str, attempt: dict[str, Any]) -> str:
+    r"""Returns a respect in which the provenance of an attempt differs from another's."""
+
+    if key == "code":
+        changed = " with changes" if attempt.get("dirty") else ""
+        return f"{str(attempt['code'])[:12]}, commit {attempt.get('commit')}{changed}"
+
+    return str({**attempt.get("versions", {}), **attempt}.get(key))

@@ -83,6 +83,10 @@ def test_run_is_exported_and_reproduced(
     assert done.returncode == 0, done.stderr
     assert load_sde(tmp_path / "out", length=8).shape == (8, 2, 16, 16)
 
+    path = RunPath(path.directory.rename(tmp_path / "runs" / f"two\nlines_{path.id}"))
+    done = cli_here("export", path.id, "other")
+    assert f"two�lines_{path.id} is in other." in done.stdout, done.stderr
+
     done = cli_here("reproduce", path.name, "--epochs=2")
     assert done.returncode == 0, done.stderr
     assert "the same bits over 2 epochs." in done.stdout

@@ -1,4 +1,4 @@
-r"""Tests for sda_ray.runs.export: what an export holds, and what it leaves alone."""
+r"""Tests for exports: what one holds, and what it leaves alone."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from sda_ray import load_score
 from sda_ray.core.config import Config, save_config
 from sda_ray.core.errors import UserError
 from sda_ray.core.files import write_json
-from sda_ray.runs.export import FILES, export_run
+from sda_ray.runs.export import export_run
 from sda_ray.runs.path import RunPath
 from sda_ray.runs.run import Run
 
@@ -68,7 +68,9 @@ def test_export_has_the_files_of_the_contract_and_the_state_of_the_run(
     export_run(finished.path, tmp_path / "new" / "out")
     files = {f.relative_to(tmp_path / "new" / "out") for f in tmp_path.glob("new/out/**/*.*")}
 
-    assert {file.as_posix() for file in files} == FILES | {"evaluation/assim-fields.png"}
+    expected = {"config.json", "state.pth", "model.safetensors", "README.md", "samples.png"}
+    expected |= {"curve.png", "evaluation/assim-fields.png"}
+    assert {file.as_posix() for file in files} == expected
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["out"]
 
     for name in ("state.pth", "samples.png", "config.json"):
@@ -155,17 +157,13 @@ def test_texts_of_strangers_stay_texts(finished: Run, tmp_path: Path) -> None:
     assert "| sweep | `x'/<img src=y>�[31m�# title` |" in card_of(tmp_path / "out")[1]
 
 
-def test_failed_export_leaves_nothing_and_the_earlier_one(finished: Run, tmp_path: Path) -> None:
-    export_run(finished.path, tmp_path / "out" / "a")
-    before = (tmp_path / "out" / "a" / "README.md").read_bytes()
+def test_failed_export_leaves_nothing(finished: Run, tmp_path: Path) -> None:
     finished.path.evaluation.write_text("{")
 
-    for name in ("a", "b"):
-        with pytest.raises(UserError, match=r"evaluation\.json is damaged"):
-            export_run(finished.path, tmp_path / "out" / name, force=True)
+    with pytest.raises(UserError, match=r"evaluation\.json is damaged"):
+        export_run(finished.path, tmp_path / "out" / "a")
 
-    assert [file.name for file in (tmp_path / "out").iterdir()] == ["a"]
-    assert (tmp_path / "out" / "a" / "README.md").read_bytes() == before
+    assert not list((tmp_path / "out").iterdir())
 
 
 @pytest.mark.parametrize("place", ["/proc/x", "file/x", "file"])
@@ -181,30 +179,17 @@ def test_place_that_cannot_be_written_is_an_error(
         export_run(finished.path, Path())
 
 
-def test_force_replaces_exports_alone(finished: Run, tmp_path: Path) -> None:
+def test_what_is_there_stays(finished: Run, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    export_run(finished.path, out)
+    export_run(finished.path, out)  # into an empty directory
+    (out / "README.md").write_text("mine")
 
-    with pytest.raises(UserError, match=r"not an empty directory. Give another one, or --force"):
-        export_run(finished.path, out)
+    for place in (out, finished.path.directory):
+        with pytest.raises(UserError, match=r"not an empty directory\. Give another one\."):
+            export_run(finished.path, place)
 
-    (out / "state.pth").write_text("old")
-    export_run(finished.path, out, force=True)
-    assert (out / "state.pth").read_bytes() == finished.path.state.read_bytes()
-
-    (out / "notes.txt").touch()
-
-    with pytest.raises(UserError, match=r"has notes\.txt, which no export has"):
-        export_run(finished.path, out, force=True)
-
-    with pytest.raises(UserError, match="which no export has"):
-        export_run(finished.path, finished.path.directory, force=True)
-
-    other = bare(tmp_path / "b_00000002").directory
-
-    with pytest.raises(UserError, match="is not an export: --force leaves it alone"):
-        export_run(finished.path, other, force=True)
+    assert (out / "README.md").read_text() == "mine"
 
 
 def test_run_without_final_weights_is_refused(runs: Path, tmp_path: Path, small: Config) -> None:

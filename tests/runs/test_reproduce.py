@@ -1,4 +1,4 @@
-r"""Tests for sda_ray.runs.reproduce: whether the first epochs of a run come out again."""
+r"""Tests for reproductions: whether the first epochs of a run come out again."""
 
 import json
 import math
@@ -13,8 +13,8 @@ from sda_ray.core.config import Config
 from sda_ray.core.errors import UserError
 from sda_ray.core.files import write_json
 from sda_ray.data.dataset import fingerprint
+from sda_ray.runs.export import first_attempt, reproduce_run
 from sda_ray.runs.path import RunPath
-from sda_ray.runs.reproduce import first_attempt, reproduce_run
 from sda_ray.runs.run import Run
 from sda_ray.runs.train import train_run
 
@@ -75,6 +75,10 @@ def test_first_bit_that_differs_is_found_beside_its_cause(
     assert any(cause.startswith("Different code: 000000000000, commit ") for cause in causes)
     assert [word for word in ("device: abacus", "torch: 1.0") if word in " ".join(causes)]
     assert causes[-1].startswith("The run itself resumed elsewhere")
+
+    edit_loss(run.path, 2, loss_valid=loss)  # the same bits: nothing has to be explained
+    fault, (note,) = again(run, data, epochs=2)
+    assert not fault and "threads" in note and note.endswith(" and code made no difference.")
 
 
 def test_other_data_are_refused(runs: Path, data: Path, small: Config, tmp_path: Path) -> None:
