@@ -26,7 +26,7 @@ from .options import JSON, LAUNCH, SWEEP, Args, command, option
 from .sweep import chosen_sweep, launch_options
 
 CPUS = "-c --cpus-per-task --cpus-per-gpu --exclusive"
-STYLES = {"alive": "green", "draining": "yellow", "dead": "red"}
+STYLES = {"alive": "green", "dead": "red"}
 
 
 @command("slurm")

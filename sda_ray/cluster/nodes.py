@@ -31,7 +31,6 @@ from ..runs import Entry, cpu_model, entries
 from ..storage import local_directory, on_node
 from .connect import live_nodes
 from .join import read_head
-from .preemption import draining_nodes
 
 PACKAGES = ("ray", "torch", "optuna", "wandb")
 SERVER_TIMEOUT = 5.0  # seconds to connect to a server
@@ -358,19 +357,18 @@ def cluster_status(runs: Path) -> dict[str, Any]:
 
     Returns:
         `address`, `cpus` and `gpus` of the cluster (`used` and `total`), and `nodes`, live ones
-        first: `id`, `name`, `ip`, `role` (`head` or `worker`), `state` (`alive`, `draining` or
-        `dead`), `cpus`, `gpus`, `memory` (`used` and `total`) and `disk` (`free` and `total`) in
-        bytes, None for nodes that do not answer, `runs`, and `avoided`: the sweeps that start
-        nothing there, and why. `elsewhere` has the runs that are running on none of these nodes.
+        first: `id`, `name`, `ip`, `role` (`head` or `worker`), `state` (`alive` or `dead`), `cpus`,
+        `gpus`, `memory` (`used` and `total`) and `disk` (`free` and `total`) in bytes, None for
+        nodes that do not answer, `runs`, and `avoided`: the sweeps that start nothing there, and
+        why. `elsewhere` has the runs that are running on none of these nodes.
     """
 
     import ray
 
     nodes = sorted(ray.nodes(), key=lambda n: (not n["Alive"], HEAD not in n["Resources"]))
-    draining = draining_nodes()
     facts = survey(machine, nodes=live_nodes(), timeout=STATUS_TIMEOUT)
     total, free = ray.cluster_resources(), ray.available_resources()
-    known = [_node(node, draining, facts.get(node["NodeID"], {})) for node in nodes]
+    known = [_node(node, facts.get(node["NodeID"], {})) for node in nodes]
     elsewhere = _place_runs(known, entries(runs) if runs.is_dir() else ())
 
     for lease in sorted(runs.glob("sweeps/*/lease.json")):
@@ -393,16 +391,15 @@ def cluster_status(runs: Path) -> dict[str, Any]:
     }
 
 
-def _node(node: dict[str, Any], draining: Iterable[str], facts: Facts) -> dict[str, Any]:
+def _node(node: dict[str, Any], facts: Facts) -> dict[str, Any]:
     resources = node["Resources"] if node["Alive"] else {}
-    state = "draining" if node["NodeID"] in draining else "alive"
 
     return {
         "id": node["NodeID"],
         "name": node["NodeManagerHostname"],
         "ip": node["NodeManagerAddress"],
         "role": "head" if HEAD in node["Resources"] else "worker",
-        "state": state if node["Alive"] else "dead",
+        "state": "alive" if node["Alive"] else "dead",
         "cpus": resources.get("CPU", 0.0),
         "gpus": resources.get("GPU", 0.0),
         "memory": facts.get("memory"),

@@ -40,6 +40,7 @@ STORE = 100 * 2**20  # bytes of shared memory; nothing large goes through Ray
 PREFIX = "sda-ray-"
 RAY = "r"  # the part of a private directory that Ray opens to everybody
 LOCK = "lock"
+LEAVING = "SDA_RAY_LEAVING"  # the variable with the file that exists once a node is about to leave
 LONGEST = 24  # characters of a directory in which the paths of Ray's sockets stay short enough
 PATH = re.compile(rf"/[\w./-]{{0,{LONGEST - 1}}}", re.ASCII)  # Ray splits commands at blanks
 PLACES = ("/tmp", "/var/tmp", "/dev/shm")
@@ -153,9 +154,10 @@ class RayNode:
         r"""Leaves the Ray. Nothing new starts here, and trials save a checkpoint first.
 
         Ray 2.60 drains a node when `ray start --block` is asked to end, and waits until it is
-        idle. Trials look out for that, see :mod:`sda_ray.cluster.preemption`.
+        idle. Trials look at the file, see :func:`is_leaving`: Ray has no public call for it.
         """
 
+        (self.directory / "leaving").touch()
         self.process.terminate()
 
         with suppress(subprocess.TimeoutExpired):
@@ -163,6 +165,12 @@ class RayNode:
 
     def kill(self) -> None:
         _kill(self.process)
+
+
+def is_leaving() -> bool:
+    r"""Tells whether the node that this process works for is about to leave its Ray."""
+
+    return os.path.exists(os.environ.get(LEAVING, ""))
 
 
 @contextmanager
@@ -198,6 +206,7 @@ def started(
     with private_directory(cpus) as directory:
         environment = {**ENVIRONMENT, **HEALTH, **(ALONE if alone else {}), **os.environ}
         environment.pop("RAY_ADDRESS", None)
+        environment[LEAVING] = str(directory / "leaving")
         environment["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = f"{DRAIN if address else 0:g}"
 
         if token is not None:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 from ..core import UserError
 from .connect import RayGone, live_nodes
-from .preemption import draining_nodes
 from .ray_node import local_cpus, local_gpus
 
 FRESH = 1.0  # seconds that a count of the nodes holds
@@ -45,7 +44,7 @@ class Slots:
     def __call__(self) -> int:
         r"""Returns the number of trials that fit on the nodes of the cluster, as it is now.
 
-        Nodes that are drained or avoided do not count. If the cluster grows, it is :attr:`most`:
+        Nodes that are avoided do not count. If the cluster grows, it is :attr:`most`:
         trials without a node are what an autoscaler starts nodes for. Unless :attr:`most` is given,
         other commands on this machine get their share, and one trial always fits.
 
@@ -64,10 +63,10 @@ class Slots:
         return self.most if self.grows else min(self._count, self.most)
 
     def _look(self) -> int:
-        gone = {*self.avoided, *draining_nodes()}
+        nodes = live_nodes().items()
 
         return self._shared(
-            sum(self._on(n["Resources"]) for id, n in live_nodes().items() if id not in gone)
+            sum(self._on(node["Resources"]) for id, node in nodes if id not in self.avoided)
         )
 
     def _shared(self, count: int) -> int:

@@ -17,6 +17,7 @@ import ray
 from ray import tune
 
 from ..core import release_memory, uncollected, write_atomic
+from .ray_node import is_leaving
 
 if TYPE_CHECKING:
     from ..runs import Stop
@@ -58,10 +59,7 @@ class Trial(tune.Trainable):
     """
 
     def setup(self, config: dict[str, Any]) -> None:
-        from .preemption import leaving
-
         self.spec = config
-        self.leaving = leaving()
         self.greeted = False
         self.remote: Any = None
         self.data: Any = None  # keeps data that were fetched
@@ -93,7 +91,7 @@ class Trial(tune.Trainable):
         self.greeted = True
         where = {"node": context.get_node_id(), "host": socket.gethostname()}
 
-        return {**result, **where, "leaving": self.leaving()}
+        return {**result, **where, "leaving": is_leaving()}
 
     def _advance_run(self) -> dict[str, Any]:
         from ..core import LeaseGone, LeaseLost
@@ -284,7 +282,7 @@ class Trial(tune.Trainable):
 
         from ..storage import stop_scope
 
-        if self.leaving():
+        if is_leaving():
             return "leaving"
 
         if self.remote is not None:

@@ -29,7 +29,6 @@ from .failures import Losses, alike
 logger = logging.getLogger(__name__)
 
 TIME = "its time is up"
-LEAVING = "this machine is about to be taken away"
 UNREACHED = 2  # attempts that W&B's server fails, after which new ones start offline
 HOUSEKEEPING = 5.0  # seconds between two calls of the housekeeping
 
@@ -249,8 +248,6 @@ class Driver:
 
             if halt := result.get("halt"):
                 self.stop(halt)
-            elif result.get("leaving") and result["node"] == self.home:
-                self.stop(LEAVING)
             elif result.get("leaving"):
                 self.losses.leave(record.index)
             else:

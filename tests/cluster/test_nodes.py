@@ -116,7 +116,7 @@ def test_names_are_shown_as_plain_text() -> None:
         "name": "\x1b[31m[bold]x",
         "ip": "::1",
         "role": "head",
-        "state": "draining",
+        "state": "alive",
         "cpus": 2.0,
         "gpus": 0.0,
         "memory": None,
@@ -132,7 +132,7 @@ def test_names_are_shown_as_plain_text() -> None:
 
     out = captured.get()
 
-    assert "\x1b" not in out and "[bold]x" in out and "[red]" in out and "draining" in out
+    assert "\x1b" not in out and "[bold]x" in out and "[red]" in out and "alive" in out
     assert "1 of 2 CPUs and 0 of 0 GPUs are in use" in out
     assert "sweep 'tiny' starts nothing on" in out and "3 workers died" in out
 

@@ -177,9 +177,6 @@ class Lab:
             ),
             "~/sda/": f"{ROOT}/",
             "SDA_RAY_ROOT=~/sda": f"PYTHONPATH=~/sda_ray SDA_RAY_ROOT={ROOT}",
-            "RAY_raylet_start_wait_time_s=120;": (
-                "RAY_raylet_start_wait_time_s=120 SDA_RAY_METADATA=http://127.0.0.1:8169;"
-            ),
             "ray start --head": f"ray start --head {STORE}",
             "$RAY_HEAD_IP:6379": f"$RAY_HEAD_IP:6379 --num-cpus={self.cpus} {STORE}",
         }
