@@ -174,7 +174,7 @@ class Trial(tune.Trainable):
 
         from ..core import LeaseGone
         from ..runs import Run, Wandb, train_run
-        from ..storage import RemoteRun, data_of, shares_files
+        from ..storage import Connection, RemoteRun, find_data, shares_files
         from ..training import STACKS, STALL, Watchdog
 
         spec = self.spec
@@ -197,7 +197,8 @@ class Trial(tune.Trainable):
 
         if server:
             expected = spec["record"]["data"]
-            data, self.data = data_of(server, data, expected, self.watchdog.phase)
+            ask = Connection(server, "", 0).ask
+            data, self.data = find_data(data, expected, ask, self.watchdog.phase)
 
         device = "cuda" if ray.get_gpu_ids() else "cpu"
         torch.set_num_threads(max(1, int(spec["cpus"])))

@@ -51,7 +51,11 @@ class Replica:
         """
 
         with self._lock, ExitStack() as stack:
-            deleted = [name for name in self.pushed if _is_deleted(self.directory / name)]
+            paths = {name: self.directory / name for name in self.pushed}
+            # If the parent is missing, the disk is away
+            deleted = [
+                x for x, path in paths.items() if path.parent.is_dir() and not path.exists()
+            ]
             files: list[tuple[str, BinaryIO]] = []
 
             for name in reversed(names):
@@ -82,9 +86,8 @@ class Replica:
             self.target.put(name, file, size)
             self.pushed[name] = signature
 
-    def know(self, names: Sequence[str]) -> None:
-        for name in names:
-            self.pushed[name] = _signature((self.directory / name).stat())
+    def know(self, name: str) -> None:
+        self.pushed[name] = _signature((self.directory / name).stat())
 
     def changed(self, name: str) -> bool:
         r"""Tells whether a file exists and has changed since it was pushed."""
@@ -151,10 +154,6 @@ def digest(file: BinaryIO, size: int | None = None) -> str:
         sha.update(data)
 
     return sha.hexdigest()
-
-
-def _is_deleted(file: Path) -> bool:
-    return file.parent.is_dir() and not file.exists()  # not if the disk is away
 
 
 def _is_private(part: str) -> bool:
