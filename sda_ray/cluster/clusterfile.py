@@ -15,8 +15,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..core import did_you_mean
-
 STARTS = ("head_start_ray_commands", "worker_start_ray_commands")
 TOKEN = ".ray/auth_token"
 MAKE_TOKEN = "(umask 077; ray get-auth-token --generate)"  # Ray's own file is open to others
@@ -58,38 +56,17 @@ def _placeholders(text: str) -> Iterator[str]:
 
 
 def _outline(config: dict[str, Any]) -> Iterator[str]:
-    r"""Yields keys that Ray does not know, misses, or expects to hold something else."""
+    r"""Yields faults by Ray's schema of cluster files, which is beside its autoscaler in Ray 2.60."""
 
     from jsonschema import Draft7Validator
 
-    for error in Draft7Validator(_schema()).iter_errors(config):
-        where = ".".join(map(str, error.path)) or "the file"
-
-        if error.validator != "additionalProperties":
-            yield f"{where}: {error.message}."
-            continue
-
-        known = error.schema.get("properties", {})
-
-        for key in error.instance:
-            if key not in known:
-                yield f"{where} has '{key}', which Ray does not know.{did_you_mean(key, known)}"
-
-    types, head = config.get("available_node_types"), config.get("head_node_type")
-
-    if isinstance(types, dict) and head not in types:
-        yield f"head_node_type is {head!r}, but must be one of {', '.join(types)}."
-
-
-def _schema() -> dict[str, Any]:
-    r"""Returns Ray's schema of cluster files, which it has beside its autoscaler as of Ray 2.60."""
-
     ray = find_spec("ray")
-    file = (
-        Path(ray.origin if ray and ray.origin else "").with_name("autoscaler") / "ray-schema.json"
-    )
+    place = Path(ray.origin if ray and ray.origin else "")
+    file = place.with_name("autoscaler") / "ray-schema.json"
+    schema = json.loads(file.read_text()) if file.is_file() else {}
 
-    return json.loads(file.read_text()) if file.is_file() else {}
+    for error in Draft7Validator(schema).iter_errors(config):
+        yield f"{'.'.join(map(str, error.path)) or 'the file'}: {error.message}."
 
 
 def _types(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
