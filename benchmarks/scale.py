@@ -119,8 +119,7 @@ def run(trials: int, seconds: float, slots: int, place: Path) -> Found:
     r"""Runs the sweep and returns how busy slots and driver were."""
 
     from sda_ray.cluster import executor
-    from sda_ray.cluster.connect import connected
-    from sda_ray.cluster.slots import Slots
+    from sda_ray.cluster.connect import Slots, connected
     from sda_ray.core.lease import Lease
     from sda_ray.search.promotion import Rules
     from sda_ray.search.sampler import propose

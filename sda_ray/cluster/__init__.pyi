@@ -2,8 +2,10 @@ r"""Ray: nodes, and the trials on them."""
 
 from .clusterfile import check_cluster as check_cluster
 from .connect import RayGone as RayGone
+from .connect import Slots as Slots
 from .connect import check_ray_init as check_ray_init
 from .connect import connected as connected
+from .connect import fitting as fitting
 from .connect import live_nodes as live_nodes
 from .connect import map_on_ray as map_on_ray
 from .connect import ray_endpoint as ray_endpoint
@@ -23,7 +25,5 @@ from .ray_node import cpus_left as cpus_left
 from .ray_node import local_cpus as local_cpus
 from .ray_node import local_gpus as local_gpus
 from .ray_node import note_cpus as note_cpus
-from .slots import Slots as Slots
-from .slots import fitting as fitting
 from .slurm import job_script as job_script
 from .slurm import names as names

@@ -1,7 +1,11 @@
-r"""Ray: started for one command, or attached to on request. A running Ray is never found by accident."""
+r"""Ray: started for one command, or attached to on request, and how many trials fit there.
+
+A running Ray is never found by accident.
+"""
 
 import importlib
 import logging
+import math
 import os
 import secrets
 import signal
@@ -9,7 +13,8 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from itertools import islice
@@ -20,6 +25,7 @@ from ..core import UserError, leave_screens, uncollected
 from .ray_node import (
     ENVIRONMENT,
     answers,
+    local_cpus,
     local_gpus,
     not_started,
     private_directory,
@@ -37,6 +43,9 @@ ATTACH = "import ray, sys; ray.init(sys.argv[1], log_to_driver=False, logging_le
 SHUTDOWN = 15.0  # seconds after which a Ray of our own that does not answer is killed
 MISSES = 10  # seconds without a head of Ray after which this process ends
 RETRY = "The same command tries again"
+FRESH = 1.0  # seconds that a count of the nodes holds
+LAST = 60.0  # seconds without room for a trial after which the sweep ends, if nodes are bad
+BAD = "node "  # how reasons begin that are held against a node
 
 # Variables that describe another Ray, or processes unlike this one
 FOREIGN = ("RAY_ADDRESS", "RAY_NAMESPACE", "RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_RUNTIME_ENV_HOOK")
@@ -56,7 +65,6 @@ def connected(
     package: Path | None = None,
     modules: Sequence[str] = (),
     hint: str = RETRY,
-    known: bool = False,
 ) -> Iterator[Path]:
     r"""Starts a Ray of our own on this machine, or attaches to the one at an address.
 
@@ -70,7 +78,6 @@ def connected(
         package: The directory of the package that workers import, whatever else they could find.
         modules: The modules to import in this process while Ray starts.
         hint: What to do if Ray dies.
-        known: Whether the cluster is known to answer.
 
     Yields:
         A private directory that is removed at the end of the block.
@@ -111,9 +118,7 @@ def connected(
             else:
                 directory = stack.enter_context(private_directory())
 
-                if not known:
-                    _check_answer(address, directory)
-
+                _check_answer(address, directory)
                 importing.join()
                 _attach(address, package)
                 head = ray_endpoint(own=False)[0]
@@ -395,3 +400,124 @@ def map_on_ray(
             (ready,), running = ray.wait(running)
             running += islice(tasks, 1)
             yield ray.get(ready)
+
+
+def fitting(wanted: dict[str, float], resources: dict[str, float]) -> int:
+    r"""Returns the number of trials that fit on a node. A share of a GPU lies on a single one."""
+
+    def count(key: str, x: float) -> int:
+        has = round(1e4 * resources.get(key, 0))  # as Ray counts; 1 // 0.1 is 9
+
+        if key == "GPU" and x < 1:
+            return has // 10_000 * (10_000 // max(1, round(1e4 * x)))
+
+        return has // max(1, round(1e4 * x))
+
+    return min(count(key, x) for key, x in wanted.items())
+
+
+class Slots:
+    r"""The number of trials that fit at a time, at most `most`, by the CPUs and GPUs of each."""
+
+    def __init__(self, cpus: float, gpus: float, most: int | None = None) -> None:
+        self.wanted = {key: x for key, x in {"CPU": cpus, "GPU": gpus}.items() if x > 0}
+        self.most = most
+        self.grows = False  # whether the cluster starts nodes for trials that wait for one
+        self.left: Callable[[], float] = lambda: math.inf  # CPUs that other commands leave
+        self.avoided: Mapping[str, str] = {}  # nodes where no trial may start -> why
+        self.forgive: Callable[[], bool] = lambda: False  # allows some of them again, if it can
+        self._count = 0
+        self._counted = -FRESH
+        self._room = time.monotonic()  # when there was room for a trial
+
+    def __call__(self) -> int:
+        r"""Returns the number of trials that fit on the nodes of the cluster, as it is now.
+
+        Nodes that are avoided do not count. If the cluster grows, it is :attr:`most`:
+        trials without a node are what an autoscaler starts nodes for. Unless :attr:`most` is given,
+        other commands on this machine get their share, and one trial always fits.
+
+        Raises:
+            UserError: If all nodes have long been avoided.
+        """
+
+        if (now := time.monotonic()) - self._counted > FRESH:
+            nodes = [node for id, node in live_nodes().items() if id not in self.avoided]
+            self._count = self._shared(sum(self._on(node["Resources"]) for node in nodes))
+            self._counted = now
+            self._room = now if self._count else self._room
+
+            if now - self._room > LAST:
+                self._check_avoided()
+
+        if self.most is None:
+            return self._count
+
+        return self.most if self.grows else min(self._count, self.most)
+
+    def _shared(self, count: int) -> int:
+        r"""Returns a number of trials without those whose CPUs here are for other commands."""
+
+        if self.most is not None or "GPU" in self.wanted:
+            return count
+
+        here = local_cpus()
+        fewer = self._on({"CPU": here}) - self._on({"CPU": min(here, self.left())})
+
+        return max(min(1, count), count - fewer)
+
+    def _check_avoided(self) -> None:
+        r"""Raises a UserError if all nodes that could have a trial are avoided, some as bad."""
+
+        bad = [why for why in self.avoided.values() if why.startswith(BAD)]
+        fit = {id for id, node in live_nodes().items() if self._on(node["Resources"])}
+
+        if bad and fit <= set(self.avoided) and not self.forgive():
+            raise UserError(
+                f"there is no node left for a trial: {'; '.join(dict.fromkeys(bad))}. Look at "
+                "Ray's logs on them (/tmp/ray/session_latest/logs), then carry on with the same "
+                "command."
+            )
+
+    def _on(self, resources: dict[str, float]) -> int:
+        return fitting(self.wanted, resources)
+
+    def local(self) -> int:
+        r"""Returns the number of trials that fit in a Ray of our own on this machine."""
+
+        here = self._on({"CPU": local_cpus(), "GPU": local_gpus()})
+
+        return here if self.most is None else min(here, self.most)
+
+    def check_local(self) -> None:
+        self._check([("this machine", {"CPU": local_cpus(), "GPU": local_gpus()})])
+
+    def check(self, patience: float = 0.0) -> None:
+        r"""Raises a UserError if no node can hold a trial, nor joins in time: Ray would wait for ever."""
+
+        deadline = time.monotonic() + patience
+
+        while not self.grows and not any(self._on(n["Resources"]) for n in live_nodes().values()):
+            if time.monotonic() >= deadline:
+                nodes = live_nodes().values()
+                named = [(f"node {n['NodeManagerHostname']}", n["Resources"]) for n in nodes]
+                self._check(named, "; if the cluster starts nodes on demand, give --parallel")
+
+            time.sleep(1.0)
+
+    def _check(self, nodes: Sequence[tuple[str, dict[str, float]]], more: str = "") -> None:
+        if any(self._on(resources) for _, resources in nodes):
+            return
+
+        if not nodes:
+            raise RayGone("Ray is gone: it has no node")
+
+        has = dict.fromkeys(
+            f"{name} has CPU={found.get('CPU', 0):g} GPU={found.get('GPU', 0):g}"
+            for name, found in nodes
+        )
+        wanted = " ".join(f"{key}={x:g}" for key, x in self.wanted.items())
+        raise UserError(
+            f"a trial wants {wanted}, but {', '.join(has)}. Lower --cpus-per-trial or "
+            f"--gpus-per-trial{more}."
+        )

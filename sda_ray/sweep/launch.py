@@ -348,7 +348,6 @@ def _drive(
                 package=code.package,
                 modules=modules,
                 hint=hint,
-                known=bool(options.job),
             )
             scratch = stack.enter_context(started)
 

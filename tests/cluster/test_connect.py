@@ -15,17 +15,15 @@ from typing import Any
 
 import pytest
 
-from sda_ray.cluster.connect import RayGone, connected, map_on_ray
+from sda_ray.cluster.connect import RayGone, Slots, connected, fitting, map_on_ray
 from sda_ray.cluster.ray_node import local_cpus
-from sda_ray.cluster.slots import Slots, fitting
 from sda_ray.core.errors import UserError
 
 # Starts a Ray where another one seems to be running, says what it is like, and waits for a line
 PROGRAM = """
 import json, os, sys
 from pathlib import Path
-from sda_ray.cluster.connect import check_ray_init, connected
-from sda_ray.cluster.slots import Slots
+from sda_ray.cluster.connect import Slots, check_ray_init, connected
 
 check_ray_init()
 

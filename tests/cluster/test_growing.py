@@ -1,4 +1,4 @@
-r"""Tests for sda_ray.cluster.slots: how many trials fit, and a cluster that grows for them."""
+r"""Tests for sda_ray.cluster.connect: a cluster that starts nodes for the trials that wait."""
 
 import json
 import os
@@ -19,7 +19,7 @@ import yaml
 from conftest import Cli
 from ray.util import get_node_ip_address
 
-from sda_ray.cluster.slots import Slots
+from sda_ray.cluster.connect import Slots
 
 
 def test_a_cluster_that_grows_is_asked_for_as_many_trials_as_wanted(
