@@ -10,7 +10,6 @@ import json
 import re
 import sys
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,8 @@ STARTS = ("head_start_ray_commands", "worker_start_ray_commands")
 TOKEN = ".ray/auth_token"
 MAKE_TOKEN = "(umask 077; ray get-auth-token --generate)"  # Ray's own file is open to others
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-PIN = re.compile(r"\bray(?:\[[^\]]*\])?==(\d+(?:\.\w+)*)")
 PORT = re.compile(r"--[\w-]+-port[= ](\d+)")
 OUTGOING = range(32768, 61000)  # the ports that Linux gives to outgoing connections, by default
-IMAGE = re.compile(r"\brayproject/[\w-]+:(\d+\.\d+\.\d+)")
 
 
 def check_cluster(file: Path) -> list[str]:
@@ -43,7 +40,7 @@ def check_cluster(file: Path) -> list[str]:
         return [f"{file} is no cluster file: it has no keys."]
 
     outline = [*_outline(config)]
-    checks = () if outline else (_resources, _access, _paths, _versions)
+    checks = () if outline else (_resources, _access, _paths)
     faults = [fault for check in checks for fault in check(config)]
 
     return [*_placeholders(text), *outline, *faults]
@@ -143,31 +140,6 @@ def _paths(config: dict[str, Any]) -> Iterator[str]:
             yield f"file_mounts: {source} does not exist{where}.{hint}"
         elif str(target).endswith(TOKEN) and path.stat().st_mode & 0o077:
             yield f"{source} can be read by others: chmod 600 {source}"
-
-
-def _versions(config: dict[str, Any]) -> Iterator[str]:
-    r"""Yields versions of Ray that differ from this machine's: they cannot talk to each other."""
-
-    pinned: dict[str, str] = {}
-    words = str(config)
-
-    for name in set(re.findall(r"(?:-c|--constraint) ?=?([\w./-]+\.txt)", words)):
-        if (file := Path(name)).is_file():
-            pinned |= dict.fromkeys(PIN.findall(file.read_text()), name)
-
-    pinned |= dict.fromkeys(PIN.findall(words) + IMAGE.findall(words), "the file itself")
-
-    try:
-        own = version("ray")
-    except PackageNotFoundError:
-        return
-
-    for other, where in pinned.items():
-        if other != own:
-            yield f"the nodes get Ray {other} by {where}, but this machine has {own}."
-
-    if not pinned:
-        yield "no version of Ray is pinned: the nodes would get the newest one."
 
 
 if __name__ == "__main__":

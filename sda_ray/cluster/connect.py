@@ -7,9 +7,9 @@ import importlib
 import logging
 import math
 import os
+import re
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -37,7 +37,6 @@ R = TypeVar("R")
 
 logger = logging.getLogger(__name__)
 
-CONNECT = 10.0  # seconds that a TCP connection to an address may take
 ANSWER = 120.0  # seconds for a Ray to let a process attach
 ATTACH = "import ray, sys; ray.init(sys.argv[1], log_to_driver=False, logging_level='ERROR')"
 SHUTDOWN = 15.0  # seconds after which a Ray of our own that does not answer is killed
@@ -97,9 +96,8 @@ def connected(
 
     if address is None:
         token = _own_token()
-        _ignore_foreign()
-    else:
-        _check_port(address)
+    elif re.fullmatch(r"[^/]+:\d+", address) and not answers(address):  # Ray would try for minutes
+        raise _no_ray(address, "nothing answers there")
 
     importing = threading.Thread(target=_import, args=("ray", *modules), daemon=True)
     importing.start()
@@ -143,7 +141,7 @@ def check_ray_init() -> None:
 
 
 def _own_token() -> str:
-    r"""Returns a token for a Ray of our own, which is set in this process' environment."""
+    r"""Returns a token for a Ray of our own, and clears the environment of what describes another."""
 
     token = os.environ.get("RAY_AUTH_TOKEN")
 
@@ -157,12 +155,6 @@ def _own_token() -> str:
             "functions that need it, or attach to a running Ray with --address."
         )
 
-    return token
-
-
-def _ignore_foreign() -> None:
-    r"""Drops variables that describe another Ray, such as that of a job or of `uv run`."""
-
     for name in FOREIGN:
         if os.environ.pop(name, None) is not None and name not in ("RAY_ADDRESS", "RAY_NAMESPACE"):
             logger.warning(
@@ -172,6 +164,8 @@ def _ignore_foreign() -> None:
             )
 
     os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"  # workers run this very interpreter
+
+    return token
 
 
 def _import(*modules: str) -> None:
@@ -310,20 +304,6 @@ def live_nodes() -> dict[str, dict[str, Any]]:
     return {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
 
 
-def _check_port(address: str) -> None:
-    r"""Raises a UserError if nothing listens at an address: Ray would try for minutes."""
-
-    host, colon, port = address.rpartition(":")
-
-    if not colon or "/" in host or not port.isdecimal():
-        return  # `auto`, or a form that Ray resolves
-
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), CONNECT).close()
-    except (OSError, OverflowError) as error:
-        raise _no_ray(address, error) from error
-
-
 def _check_answer(address: str, directory: Path) -> None:
     r"""Raises a UserError unless a process can attach to a Ray.
 
@@ -353,9 +333,9 @@ def _check_answer(address: str, directory: Path) -> None:
         raise _no_ray(address, why.rstrip("."))
 
 
-def _no_ray(address: str, error: Exception | str) -> UserError:
+def _no_ray(address: str, why: str) -> UserError:
     return UserError(
-        f"there is no Ray at '{address}': {error}. Start one, or leave --address out to use this "
+        f"there is no Ray at '{address}': {why}. Start one, or leave --address out to use this "
         "machine alone."
     )
 

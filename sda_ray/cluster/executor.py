@@ -289,7 +289,9 @@ class Executor(FIFOScheduler):
         cause, reason = cause_of(error)
         self._look_at_nodes()
 
-        if cause == "worker" and self._has_died(attempt.node):
+        node, recent = attempt.node, time.monotonic() - self.died < RECENT
+
+        if cause == "worker" and (node not in self.alive if node else recent):
             cause = "node"
 
         early = self.driver.request.with_name(f"stacks.{index}.txt")
@@ -340,11 +342,6 @@ class Executor(FIFOScheduler):
         if now - self.seen > GONE and self.driver.fault is None:
             raise RayGone(f"Ray is gone: it has had no node for {now - self.seen:.0f} s")
 
-    def _has_died(self, node: str) -> bool:
-        r"""Tells whether a node is dead; if it is unknown, whether any has died just now."""
-
-        return node not in self.alive if node else time.monotonic() - self.died < RECENT
-
     # Tune's loop
 
     def choose_trial_to_run(self, controller: Any) -> Any:
@@ -387,8 +384,13 @@ class Executor(FIFOScheduler):
             self.ticked = now
             self.requests()
             self.driver.tick()
-            self._announce_stop()
             self._warn_of_waiting()
+
+            if self.driver.why and not self.announced:
+                self.announced = True
+                try_print(
+                    f"\nStopping, since {self.driver.why}: every trial saves a checkpoint first."
+                )
 
         if now - self.looked > LOOK:
             late, self.looked = now - self.looked > PAUSE, now
@@ -399,19 +401,14 @@ class Executor(FIFOScheduler):
             except Exception as error:
                 self.driver.guard(error)
 
-    def _announce_stop(self) -> None:
-        if self.driver.why and not self.announced:
-            self.announced = True
-            try_print(
-                f"\nStopping, since {self.driver.why}: every trial saves a checkpoint first."
-            )
-
     def _warn_of_waiting(self) -> None:
         r"""Warns once if no trial runs for long on a cluster: its nodes are full, or avoided."""
 
-        own = bool(self.driver.home)
-
-        if own or self.driver.stopping or any(trial.status == "RUNNING" for trial in self.trials):
+        if (
+            self.driver.home
+            or self.driver.stopping
+            or any(trial.status == "RUNNING" for trial in self.trials)
+        ):
             self.busy, self.warned = time.monotonic(), False
         elif time.monotonic() - self.busy > PATIENCE and not self.warned:
             self.warned = True

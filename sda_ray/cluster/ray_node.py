@@ -74,16 +74,16 @@ ALONE = {"RAY_health_check_period_ms": "3000", "RAY_health_check_timeout_ms": "3
 
 _LIBC = ctypes.CDLL(None)
 
+Process = subprocess.Popen[bytes]
+
 
 def local_cpus() -> int:
     r"""Returns the number of CPUs that this process may use: its affinity, cgroups, and Slurm."""
 
-    affinity = hasattr(os, "sched_getaffinity")
-    cpus = len(os.sched_getaffinity(0)) if affinity else os.cpu_count() or 1
     share = os.environ.get("SLURM_CPUS_ON_NODE", "")
-    shares = [int(share)] if share.isdigit() and int(share) else []
+    given = int(share) if share.isdigit() and int(share) else math.inf
 
-    return max(1, int(min(cpus, cgroup_cpus(), *shares)))
+    return max(1, int(min(len(os.sched_getaffinity(0)), cgroup_cpus(), given)))
 
 
 def local_gpus() -> int:
@@ -91,7 +91,7 @@ def local_gpus() -> int:
 
     devices = ("nvidia*", "nvhost*", "nvmap", "kfd", "dxg")  # of NVIDIA, AMD and WSL
 
-    if sys.platform == "linux" and not any(any(Path("/dev").glob(x)) for x in devices):
+    if not any(any(Path("/dev").glob(x)) for x in devices):
         return 0
 
     import torch
@@ -141,7 +141,7 @@ def answers(address: str) -> bool:
 class RayNode:
     r"""A running node of Ray."""
 
-    process: "subprocess.Popen[bytes]"  # `ray start --block`
+    process: Process  # `ray start --block`
     directory: Path
     address: str  # of its Ray
     cpus: int
@@ -262,7 +262,7 @@ def _head_options() -> list[str]:
 
 def _start(
     options: list[str], environment: dict[str, str], directory: Path
-) -> tuple["subprocess.Popen[bytes]", str]:
+) -> tuple[Process, str]:
     r"""Starts a node, again if the machine is too busy. Returns it and the address of its Ray."""
 
     script = Path(sys.executable).with_name("ray")
@@ -277,7 +277,7 @@ def _start(
                 stdout=log,
                 stderr=log,
                 start_new_session=True,  # Ctrl-C is for us
-                preexec_fn=_end_with_parent,
+                preexec_fn=lambda: _LIBC.prctl(1, signal.SIGTERM),  # PR_SET_PDEATHSIG
             )
 
         try:
@@ -296,12 +296,7 @@ def _start(
     raise AssertionError
 
 
-def _end_with_parent() -> None:
-    with suppress(AttributeError):
-        _LIBC.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG; Linux only
-
-
-def _wait(process: "subprocess.Popen[bytes]", directory: Path) -> str:
+def _wait(process: Process, directory: Path) -> str:
     r"""Waits until a node has started, and returns the address of its Ray."""
 
     import psutil
@@ -339,7 +334,7 @@ def not_started(why: str) -> UserError:
     )
 
 
-def _end(process: "subprocess.Popen[bytes]") -> None:
+def _end(process: Process) -> None:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
 
@@ -350,7 +345,7 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
     process.wait()
 
 
-def _kill(process: "subprocess.Popen[bytes]") -> None:
+def _kill(process: Process) -> None:
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
 

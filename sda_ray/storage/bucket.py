@@ -18,8 +18,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from ..core import (
     STALE,
     Lease,
@@ -48,7 +46,6 @@ JOURNAL = "study.journal"
 SWEEP = ("script.py", "code", "sweep.json", JOURNAL)
 RESUMED = ("checkpoint.pth", "checkpoint.decay.pth")
 MARK = "copy.json"  # beside a journal: the number of the driver that copied it last from here
-SUMS = "sums.json"  # of copies before 2027: checksums, and the number of the driver
 ID = re.compile(rb'"run_id": ?"([a-z0-9]{8})"')
 
 
@@ -257,7 +254,7 @@ class SweepReplica:
             self.replicas[run_id] = self._replica(path.directory.name, path.directory)
 
         replica = self.replicas[run_id]
-        running = _status(replica.directory) == "running"
+        running = _field(replica.directory / "run.json", "status") == "running"
 
         if not (closed and first and not running and self._is_complete(replica)):
             late = not running or replica.changed("checkpoint.pth")
@@ -302,18 +299,21 @@ def fetch_sweep(bucket: Bucket, runs: Path, name: str) -> None:
     _fetch(bucket, runs, _records(keys))
     directory, key = sweep_directory(runs, name), f"sweeps/{name}"
     file = directory / JOURNAL
-    copy, driver = _read_journal(bucket, key, directory)
-    here = _read(file)
+    found = bucket.get(f"{key}/{JOURNAL}")
+
+    if found is not None and found.damaged:
+        raise UserError(
+            f"{bucket.url}/{key}/{JOURNAL} is damaged: its checksum is wrong. Restore an older "
+            f"version of it; or delete it, to resume from {directory}."
+        )
+
+    copy = found.data if found else b""
+    here = file.read_bytes() if file.is_file() else b""
     newer = compare_journals(here, copy)
 
-    if newer == "diverged":
-        _check_diverged(bucket, key, directory, driver, (len(here), len(copy)))
-        logger.warning(
-            "%s has %d bytes that another driver did not know when it resumed the sweep: "
-            "its journal of %d bytes takes the place, and this one is kept beside it.",
-            *(file, len(here), len(copy)),
-        )
-        write_atomic(file.with_name(f"{JOURNAL}.parted-{driver}"), here)
+    if found is not None and newer == "diverged":
+        driver = int(found.attributes.get("attempt", 0))
+        _set_aside(file, driver, f"{bucket.url}/{key}", (len(here), len(copy)))
 
     if newer != "here" or not here:
         code = [x for x in keys if x.startswith(f"{key}/code/")]
@@ -325,10 +325,30 @@ def fetch_sweep(bucket: Bucket, runs: Path, name: str) -> None:
         _fetch(bucket, runs, _below(keys, wanted, RECORDS), replace=True)
 
         # The files of a finished run stay in the bucket
-        resumed = [x for x in wanted if _status(runs / x) != "finished"]
+        resumed = [x for x in wanted if _field(runs / x / "run.json", "status") != "finished"]
         _fetch(bucket, runs, _below(keys, resumed, RESUMED), replace=True)
 
         write_atomic(file, copy)  # the last: an interrupted fetch is repeated
+
+
+def _set_aside(file: Path, driver: int, copy: str, sizes: tuple[int, int]) -> None:
+    r"""Keeps a journal aside from which the copy of a later driver has diverged."""
+
+    last = _field(file.with_name(MARK), "attempt")
+
+    if not (isinstance(last, int) and 0 < last < driver):
+        raise UserError(
+            f"{file} ({sizes[0]} bytes) and its copy in {copy}/ ({sizes[1]} bytes) have diverged, "
+            "and which of them is right is not known. Move the wrong one away: the directory, to "
+            f"resume from the copy; or {copy}/, to resume from here."
+        )
+
+    logger.warning(
+        "%s has %d bytes that another driver did not know when it resumed the sweep: "
+        "its journal of %d bytes takes the place, and this one is kept beside it.",
+        *(file, *sizes),
+    )
+    write_atomic(file.with_name(f"{JOURNAL}.parted-{driver}"), file.read_bytes())
 
 
 def compare_journals(here: bytes, copy: bytes) -> str:
@@ -340,40 +360,6 @@ def compare_journals(here: bytes, copy: bytes) -> str:
         return "here"
 
     return "copy" if copy.startswith(whole) else "diverged"
-
-
-def _read_journal(bucket: Bucket, key: str, directory: Path) -> tuple[bytes, int]:
-    r"""Returns the copy of a journal, empty if there is none, and the number of its driver."""
-
-    if (found := bucket.get(f"{key}/{JOURNAL}")) is None:
-        return b"", 0
-
-    if found.damaged:
-        raise UserError(
-            f"{bucket.url}/{key}/{JOURNAL} is damaged: its checksum is wrong. Restore an older "
-            f"version of it; or delete it, to resume from {directory}."
-        )
-
-    if "attempt" in found.attributes:
-        return found.data, int(found.attributes["attempt"])
-
-    sums = bucket.get(f"{key}/{SUMS}")
-
-    return found.data, _attempt(sums.data if sums else b"")
-
-
-def _check_diverged(
-    bucket: Bucket, key: str, directory: Path, driver: int, sizes: tuple[int, int]
-) -> None:
-    last = _attempt(_read(directory / MARK))
-
-    if last >= driver or last == 0:
-        raise UserError(
-            f"{directory / JOURNAL} ({sizes[0]} bytes) and its copy in {bucket.url} ({sizes[1]} "
-            "bytes) have diverged, and which of them is right is not known. Move the wrong one "
-            f"away: the directory, to resume from the copy; or {bucket.url}/{key}/, to resume "
-            "from here."
-        )
 
 
 def _keys(bucket: Bucket) -> set[str]:
@@ -415,23 +401,10 @@ def _fetch(bucket: Bucket, runs: Path, keys: Iterable[str], replace: bool = Fals
         list(pool.map(fetch, [x for x in keys if replace or not (runs / x).exists()]))
 
 
-def _read(file: Path) -> bytes:
-    return file.read_bytes() if file.is_file() else b""
+def _field(file: Path, key: str) -> Any:
+    r"""Returns a value of a JSON file, or None if it does not have that."""
 
-
-class _Driver(msgspec.Struct):
-    attempt: int = 0
-
-
-def _attempt(data: bytes) -> int:
     try:
-        return msgspec.json.decode(data, type=_Driver).attempt
-    except msgspec.MsgspecError:
-        return 0
-
-
-def _status(directory: Path) -> str:
-    try:
-        return str(read_json(directory / "run.json")["status"])
+        return read_json(file)[key]
     except (UserError, KeyError, TypeError):
-        return ""
+        return None

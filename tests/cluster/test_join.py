@@ -261,6 +261,7 @@ def test_machine_that_joins_takes_trials_and_leaves_without_loss(
         said, trouble = sweep.communicate(timeout=150)
         assert sweep.returncode == 143, trouble
 
+    assert "leaves the cluster: its trials resume elsewhere" in " ".join((said + trouble).split())
     assert not re.search(r"run \d+ \w+ is lost", said)
     assert len(list(tmp_path.glob("runs/*/checkpoint.pth"))) == 2
     assert " interrupted: epoch" in said
