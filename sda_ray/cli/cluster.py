@@ -21,7 +21,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..core import UserError, format_size, make_console, make_table, printable, write_atomic
+from ..core import UserError, make_console, make_table, printable, write_atomic
 from .options import JSON, LAUNCH, SWEEP, Args, command, option
 from .sweep import chosen_sweep, launch_options
 
@@ -222,24 +222,20 @@ def overview(status: Mapping[str, Any]) -> RenderableType:
 
 
 def _nodes(nodes: Sequence[Mapping[str, Any]]) -> Table:
-    numbers = ("CPUs", "GPUs", "memory", "disk free", "runs")
+    numbers = ("CPUs", "GPUs", "runs")
     table = make_table(
         "node", "address", "state", *numbers, right=numbers, fold=("node", "address")
     )
 
     for node in nodes:
-        memory, disk = node["memory"], node["disk"]
         state = Text(node["state"], style=STYLES[node["state"]])
         state.append(" (head)" if node["role"] == "head" else "", style="none")
-        used = memory and f"{memory['used'] / memory['total']:.0%} of "
         table.add_row(
             Text(printable(node["name"], 40)),
             Text(printable(node["ip"], 40)),
             state,
             f"{node['cpus']:g}",
             f"{node['gpus']:g}",
-            f"{used}{format_size(memory['total'])}" if memory else "–",
-            format_size(disk and disk["free"]),
             str(len(node["runs"])),
         )
 

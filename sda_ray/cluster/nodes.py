@@ -29,12 +29,10 @@ from ..core import UserError, cgroup_memory, lock_works
 from ..data import fingerprint
 from ..runs import Entry, cpu_model, entries
 from ..storage import local_directory, on_node
-from .connect import live_nodes
 from .join import read_head
 
 PACKAGES = ("ray", "torch", "optuna", "wandb")
 SERVER_TIMEOUT = 5.0  # seconds to connect to a server
-STATUS_TIMEOUT = 20.0  # seconds for a node to report its memory and disk
 TIMEOUT = 60.0  # seconds for any other answer of a node
 SAMPLE = 16 * 2**20  # bytes sent to measure the bandwidth
 
@@ -135,18 +133,6 @@ def marker(runs: Path) -> Iterator[str]:
         with suppress(OSError):  # others have begun to use them
             for part in made:
                 part.rmdir()
-
-
-def machine() -> Facts:
-    r"""Returns the memory of this machine and the disk that trials use, in bytes."""
-
-    memory = psutil.virtual_memory()
-    disk = shutil.disk_usage(_local())
-
-    return {
-        "memory": {"used": memory.total - memory.available, "total": memory.total},
-        "disk": {"free": disk.free, "total": disk.total},
-    }
 
 
 def examine(
@@ -358,17 +344,15 @@ def cluster_status(runs: Path) -> dict[str, Any]:
     Returns:
         `address`, `cpus` and `gpus` of the cluster (`used` and `total`), and `nodes`, live ones
         first: `id`, `name`, `ip`, `role` (`head` or `worker`), `state` (`alive` or `dead`), `cpus`,
-        `gpus`, `memory` (`used` and `total`) and `disk` (`free` and `total`) in bytes, None for
-        nodes that do not answer, `runs`, and `avoided`: the sweeps that start nothing there, and
-        why. `elsewhere` has the runs that are running on none of these nodes.
+        `gpus`, `runs`, and `avoided`: the sweeps that start nothing there, and why. `elsewhere` has
+        the runs that are running on none of these nodes.
     """
 
     import ray
 
     nodes = sorted(ray.nodes(), key=lambda n: (not n["Alive"], HEAD not in n["Resources"]))
-    facts = survey(machine, nodes=live_nodes(), timeout=STATUS_TIMEOUT)
     total, free = ray.cluster_resources(), ray.available_resources()
-    known = [_node(node, facts.get(node["NodeID"], {})) for node in nodes]
+    known = [_node(node) for node in nodes]
     elsewhere = _place_runs(known, entries(runs) if runs.is_dir() else ())
 
     for lease in sorted(runs.glob("sweeps/*/lease.json")):
@@ -391,7 +375,7 @@ def cluster_status(runs: Path) -> dict[str, Any]:
     }
 
 
-def _node(node: dict[str, Any], facts: Facts) -> dict[str, Any]:
+def _node(node: dict[str, Any]) -> dict[str, Any]:
     resources = node["Resources"] if node["Alive"] else {}
 
     return {
@@ -402,8 +386,6 @@ def _node(node: dict[str, Any], facts: Facts) -> dict[str, Any]:
         "state": "alive" if node["Alive"] else "dead",
         "cpus": resources.get("CPU", 0.0),
         "gpus": resources.get("GPU", 0.0),
-        "memory": facts.get("memory"),
-        "disk": facts.get("disk"),
         "runs": [],
         "avoided": {},
     }
@@ -415,17 +397,16 @@ def _place_runs(nodes: Sequence[dict[str, Any]], found: Iterable[Entry]) -> list
     by_name = {node["name"]: node["runs"] for node in nodes if node["state"] != "dead"}
     elsewhere: list[dict[str, Any]] = []
 
-    for entry in found:
-        if entry.status == "running":
-            host = (entry.record.get("attempts") or [{}])[-1].get("host")
-            run = {
-                "run": entry.path.directory.name,
-                "sweep": entry.sweep,
-                "trial": entry.record.get("trial"),
-                "epoch": entry.epoch or 0,
-                "epochs": entry.epochs,
-                "host": host,
-            }
-            by_name.get(host, elsewhere).append(run)
+    for entry in (x for x in found if x.status == "running"):
+        host = (entry.record.get("attempts") or [{}])[-1].get("host")
+        run = {
+            "run": entry.path.directory.name,
+            "sweep": entry.sweep,
+            "trial": entry.record.get("trial"),
+            "epoch": entry.epoch or 0,
+            "epochs": entry.epochs,
+            "host": host,
+        }
+        by_name.get(host, elsewhere).append(run)
 
     return elsewhere
