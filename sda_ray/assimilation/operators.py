@@ -28,8 +28,6 @@ from torch import Tensor
 from ..core import UserError, did_you_mean, short_repr
 from ..data import coarsen, vorticity
 
-__all__ = ["PANEL", "PANEL_VERSION", "Observation", "Operator", "parse", "points"]
-
 
 @dataclass(frozen=True)
 class Part:

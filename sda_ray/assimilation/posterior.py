@@ -25,8 +25,6 @@ from ..core import (
 from ..nn import VPSDE, DPSGaussianScore, GaussianScore, MMPSGaussianScore, load_sde
 from .operators import parse
 
-__all__ = ["GUIDANCES", "assimilate", "fitting_members", "member_rng"]
-
 GUIDANCES = ("gaussian", "dps", "mmps")
 SHARE = 0.5  # of the free memory, since others allocate, too
 

@@ -1,8 +1,10 @@
 r"""Skill of posterior samples, given the truth or what was observed of it.
 
-An ensemble has shape :math:`(M, *)`, a member a row, and the truth :math:`(*)`. All is computed in
-double precision. An ensemble is calibrated if the truth is like one more member: a draw of the same
-distribution.
+An ensemble `x` has shape :math:`(M, *)`, a member a row, and the truth :math:`(*)`. What members
+show of themselves, :math:`A(x)`, has shape :math:`(M, *)`, and the observation `y` :math:`(*)`; the
+standard deviation `std` of its noise broadcasts with it. Velocities have shape
+:math:`(*, 2, H, W)`, and fields :math:`(*, H, W)`. All is computed in double precision. An ensemble
+is calibrated if the truth is like one more member: a draw of the same distribution.
 """
 
 import math
@@ -12,23 +14,6 @@ import torch
 from torch import Tensor
 
 from ..data import divergence, isotropic_spectrum, vorticity
-
-__all__ = [
-    "bootstrap",
-    "chi_square",
-    "cross_spectral_error",
-    "crps",
-    "divergence_ratio",
-    "earth_movers_distance",
-    "energy",
-    "enstrophy",
-    "log_likelihood",
-    "rank_histogram",
-    "rmse",
-    "spectral_error",
-    "spread",
-    "spread_skill",
-]
 
 BANDS = 4
 
@@ -50,12 +35,9 @@ def crps(x: Tensor, truth: Tensor) -> Tensor:
           Applications to Ensemble Weather Forecasts (Zamo and Naveau, 2018)
         | https://doi.org/10.1007/s11004-017-9709-7
 
-    Arguments:
-        x: The ensemble, with shape :math:`(M, *)`, of at least two members.
-        truth: The truth, with shape :math:`(*)`.
-
     Returns:
-        The scores, with shape :math:`(*)`. Their mean is the score of the ensemble.
+        The scores, with shape :math:`(*)`. Their mean is the score of the ensemble, which needs
+        two members at least.
     """
 
     x, truth = _ensemble(x, truth, members=2)
@@ -76,10 +58,6 @@ def rmse(x: Tensor, truth: Tensor) -> Tensor:
     References:
         | Why Should Ensemble Spread Match the RMSE of the Ensemble Mean? (Fortin et al., 2014)
         | https://doi.org/10.1175/JHM-D-14-0008.1
-
-    Arguments:
-        x: The ensemble, with shape :math:`(M, *)`.
-        truth: The truth, with shape :math:`(*)`.
     """
 
     x, truth = _ensemble(x, truth)
@@ -92,13 +70,6 @@ def spread(x: Tensor) -> Tensor:
 
     .. math:: \sqrt{\langle \hat{\sigma}^2 \rangle}, \quad
         \hat{\sigma}^2 = \frac{1}{M - 1} \sum_i (x_i - \bar{x})^2
-
-    References:
-        | Why Should Ensemble Spread Match the RMSE of the Ensemble Mean? (Fortin et al., 2014)
-        | https://doi.org/10.1175/JHM-D-14-0008.1
-
-    Arguments:
-        x: The ensemble, with shape :math:`(M, *)`, of at least two members.
     """
 
     return _ensemble(x, members=2)[0].var(0).mean().sqrt()
@@ -112,16 +83,8 @@ def spread_skill(x: Tensor, truth: Tensor) -> Tensor:
 
     where :math:`\hat{\sigma}^2` is the variance of the members. It is 1 if the ensemble is as wide
     as it should be, less if it is too narrow or biased. The mean of :math:`M` members errs by more
-    than a perfect mean: :math:`\hat{\sigma}^2 / M` corrects for that. If the mean is closer to the
-    truth than this, the ratio is infinite.
-
-    References:
-        | Why Should Ensemble Spread Match the RMSE of the Ensemble Mean? (Fortin et al., 2014)
-        | https://doi.org/10.1175/JHM-D-14-0008.1
-
-    Arguments:
-        x: The ensemble, with shape :math:`(M, *)`, of at least two members.
-        truth: The truth, with shape :math:`(*)`.
+    than a perfect mean: :math:`\hat{\sigma}^2 / M` corrects for that, see :func:`rmse`. If the mean
+    is closer to the truth than this, the ratio is infinite.
     """
 
     x, truth = _ensemble(x, truth, members=2)
@@ -136,16 +99,11 @@ def rank_histogram(x: Tensor, truth: Tensor, seed: int = 0) -> Tensor:
 
     The histogram is flat if the ensemble is calibrated, U-shaped if it is too narrow, dome-shaped
     if it is too wide, and sloped if it is biased. Among members that equal it, the truth takes a
-    place at random.
+    place at random, which `seed` decides.
 
     References:
         | Interpretation of Rank Histograms for Verifying Ensemble Forecasts (Hamill, 2001)
         | https://doi.org/10.1175/1520-0493(2001)129%3C0550:IORHFV%3E2.0.CO;2
-
-    Arguments:
-        x: The ensemble, with shape :math:`(M, *)`.
-        truth: The truth, with shape :math:`(*)`.
-        seed: Of the ties.
 
     Returns:
         The number of values of each rank, with shape :math:`(M + 1)`.
@@ -166,15 +124,6 @@ def chi_square(x: Tensor, y: Tensor, std: float | Tensor) -> Tensor:
 
     A draw of the posterior is to :math:`y` what the truth is, so that the expectation is 1. It is
     more if the members do not follow the observation, less if they follow its noise.
-
-    References:
-        | Chi-squared test
-        | https://wikipedia.org/wiki/Chi-squared_test
-
-    Arguments:
-        x: What the members show, :math:`A(x)`, with shape :math:`(M, *)`.
-        y: The observation, with shape :math:`(*)`.
-        std: The standard deviation of its noise, which broadcasts with :math:`y`.
     """
 
     x, y = _ensemble(x, y)
@@ -183,21 +132,9 @@ def chi_square(x: Tensor, y: Tensor, std: float | Tensor) -> Tensor:
 
 
 def log_likelihood(x: Tensor, y: Tensor, std: float | Tensor) -> Tensor:
-    r"""Computes the log-likelihood of the members, given an observation.
+    r"""Computes the log-likelihood of each member, given an observation.
 
     .. math:: \log p(y | x) = \sum \log N(y \mid A(x), \sigma^2)
-
-    References:
-        | Score-based Data Assimilation (Rozet et al., 2023)
-        | https://arxiv.org/abs/2306.10574
-
-    Arguments:
-        x: What the members show, :math:`A(x)`, with shape :math:`(M, *)`.
-        y: The observation, with shape :math:`(*)`.
-        std: The standard deviation of its noise, which broadcasts with :math:`y`.
-
-    Returns:
-        That of each member, with shape :math:`(M)`.
     """
 
     x, y = _ensemble(x, y)
@@ -224,10 +161,6 @@ def spectral_error(x: Tensor, truth: Tensor) -> Tensor:
           (Rozet et al., 2025)
         | https://arxiv.org/abs/2507.02608
 
-    Arguments:
-        x: The fields, with shape :math:`(*, H, W)`.
-        truth: The true ones, or those of data, with shape :math:`(*, H, W)`.
-
     Returns:
         The errors of the bands, with shape :math:`(4)`.
     """
@@ -248,15 +181,6 @@ def cross_spectral_error(x: Tensor, truth: Tensor) -> Tensor:
     where the spectra, of which :math:`S^{xy}` is the cross-spectrum, are averaged over all members
     and fields. It is 0 if each member is the truth, or a multiple of it, and 1 if members and truth
     are independent. The bands are those of :func:`spectral_error`.
-
-    References:
-        | Lost in Latent Space: An Empirical Study of Latent Diffusion Models for Physics Emulation
-          (Rozet et al., 2025)
-        | https://arxiv.org/abs/2507.02608
-
-    Arguments:
-        x: The ensemble, with shape :math:`(M, *, H, W)`.
-        truth: The truth, with shape :math:`(*, H, W)`.
 
     Returns:
         The errors of the bands, with shape :math:`(4)`.
@@ -279,14 +203,6 @@ def divergence_ratio(x: Tensor, data: Tensor) -> Tensor:
 
     It is 1 if velocities are as incompressible as those of the data, whose divergence, computed by
     differences on a coarse grid, is not zero.
-
-    References:
-        | Divergence
-        | https://wikipedia.org/wiki/Divergence
-
-    Arguments:
-        x: The velocities, with shape :math:`(*, 2, H, W)`.
-        data: Those of the data, with shape :math:`(*, 2, H, W)`.
     """
 
     x, data = _velocities(x), _velocities(data)
@@ -295,18 +211,7 @@ def divergence_ratio(x: Tensor, data: Tensor) -> Tensor:
 
 
 def energy(x: Tensor) -> Tensor:
-    r"""Computes the kinetic energy :math:`\langle u^2 + v^2 \rangle / 2` of each state.
-
-    References:
-        | Turbulent Flows (Pope, 2000)
-        | https://doi.org/10.1017/CBO9780511840531
-
-    Arguments:
-        x: The velocities, with shape :math:`(*, 2, H, W)`.
-
-    Returns:
-        The energies per unit of mass, with shape :math:`(*)`.
-    """
+    r"""Computes the kinetic energy :math:`\langle u^2 + v^2 \rangle / 2` of each state, per mass."""
 
     return _velocities(x).square().sum(-3).mean((-1, -2)) / 2
 
@@ -315,54 +220,9 @@ def enstrophy(x: Tensor) -> Tensor:
     r"""Computes the enstrophy :math:`\langle \omega^2 \rangle / 2` of each state.
 
     The vorticity :math:`\omega` is in units of the grid spacing.
-
-    References:
-        | Enstrophy
-        | https://wikipedia.org/wiki/Enstrophy
-
-    Arguments:
-        x: The velocities, with shape :math:`(*, 2, H, W)`.
-
-    Returns:
-        The enstrophies, with shape :math:`(*)`.
     """
 
     return vorticity(_velocities(x)).square().mean((-1, -2)) / 2
-
-
-def earth_movers_distance(x: Tensor, y: Tensor) -> Tensor:
-    r"""Computes the earth mover's distance of two sets of the same size.
-
-    .. math:: \min_\pi \frac{1}{N} \sum_i \| x_i - y_{\pi(i)} \|_2
-
-    over the permutations :math:`\pi`: the 1-Wasserstein distance of the empirical distributions. Of
-    finite sets of one distribution it is not zero, and the less so the more dimensions there are:
-    compare it with that of two sets of the truth.
-
-    References:
-        | Computational Optimal Transport (Peyré and Cuturi, 2019)
-        | https://arxiv.org/abs/1803.00567
-
-    Arguments:
-        x: A set, with shape :math:`(N, *)`.
-        y: Another, with shape :math:`(N, *)`.
-    """
-
-    from scipy.optimize import linear_sum_assignment
-
-    x, y = _finite(x), _finite(y)
-
-    if x.shape != y.shape or x.dim() == 0:
-        raise ValueError(
-            f"x has shape {tuple(x.shape)} and y {tuple(y.shape)}, but must have the same, (N, *)."
-        )
-
-    # By differences, since products would cancel where sets are close
-    mode = "donot_use_mm_for_euclid_dist"
-    costs = torch.cdist(x.reshape(len(x), -1), y.reshape(len(y), -1), compute_mode=mode)
-    rows, columns = linear_sum_assignment(costs.detach().cpu().numpy())
-
-    return costs[rows, columns].mean()
 
 
 def bootstrap(
