@@ -20,7 +20,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 import numpy as np
 
-from ..core import ProgressBar, UserError, locked_at_once, read_json, say, write_json
+from ..core import (
+    ProgressBar,
+    UserError,
+    load_config,
+    locked_at_once,
+    read_json,
+    say,
+    write_json,
+)
 from ..data import TrajectoryDataset, check_file, fingerprint
 from .path import RunPath
 from .record import timestamp
@@ -137,7 +145,19 @@ def evaluate_runs(
     from ..assimilation import PANEL_VERSION
 
     file = data / "test.h5"
-    _check(file, settings.trajectories, observations)
+    check_file(file)
+    shape = TrajectoryDataset(file, window=1).x.shape
+
+    if settings.trajectories > shape[0]:
+        raise UserError(
+            f"trajectories is {settings.trajectories}, but {file} has {shape[0]}. Take at most "
+            "that many."
+        )
+
+    for name in observations:
+        if name != SAMPLES and (misfit := _misfit(name, shape)):
+            raise UserError(f"'{name}' does not fit {file}: {misfit}. Leave it out.")
+
     version = f"{VERSION}.{PANEL_VERSION}"
     base = Evaluation(version, "", fingerprint(data, ("test",)), asdict(settings))
     evaluations: dict[RunPath, Evaluation] = {}
@@ -159,22 +179,24 @@ def evaluate_runs(
             for observation in observations
             for path in evaluations
         ]
-        missing = [task for task in every if not _has(evaluations[RunPath(task.run)], task)]
-        done = len(every) - len(missing)
+        missing = [
+            task
+            for task in every
+            if str(task.trajectory)
+            not in evaluations[RunPath(task.run)].results.get(task.observation, {})
+        ]
         function = functools.partial(evaluate_task, file, settings, draw)
+        results = (map_tasks if missing else map_here)(function, missing)
+        done = len(every) - len(missing)
 
         try:
-            with (
-                ProgressBar("ensemble", len(every), done) as bar,
-                closing((map_tasks if missing else map_here)(function, missing)) as results,
-            ):
+            with ProgressBar("ensemble", len(every), done) as bar, closing(results):
                 for task, values in results:
                     path = RunPath(task.run)
                     evaluation = evaluations[path]
                     rows = evaluation.results.setdefault(task.observation, {})
                     rows[str(task.trajectory)] = values
                     evaluation.updated = timestamp()
-
                     write_json(path.evaluation, msgspec.to_builtins(evaluation))
                     bar.advance()
         except KeyboardInterrupt:
@@ -255,10 +277,6 @@ def _pool(means: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {"crps": means.pop("crps"), **{k: x.sqrt() for k, x in roots.items()}, **means}
 
 
-def _has(evaluation: Evaluation, task: Task) -> bool:
-    return str(task.trajectory) in evaluation.results.get(task.observation, {})
-
-
 def fitting(data: Path) -> list[str]:
     r"""Returns the observations that the trajectories of `test.h5` are large enough for."""
 
@@ -287,20 +305,6 @@ def _misfit(name: str, shape: Sequence[int]) -> str | None:
         return str(error).removesuffix(".")
 
     return None
-
-
-def _check(file: Path, trajectories: int, observations: Sequence[str]) -> None:
-    check_file(file)
-    shape = TrajectoryDataset(file, window=1).x.shape
-
-    if trajectories > shape[0]:
-        raise UserError(
-            f"trajectories is {trajectories}, but {file} has {shape[0]}. Take at most that many."
-        )
-
-    for name in observations:
-        if name != SAMPLES and (misfit := _misfit(name, shape)):
-            raise UserError(f"'{name}' does not fit {file}: {misfit}. Leave it out.")
 
 
 def _check_network(path: RunPath, file: Path, observations: Sequence[str]) -> None:
@@ -369,16 +373,18 @@ def _evaluate_samples(
     from ..nn import load_sde
     from ..training import compare_samples
 
-    sde = load_sde(task.run, device)
-    states = max(SAMPLED, sde.shape[0])
-    sde = load_sde(task.run, device, states)
-    x = sde.sample(
-        (settings.members,),
-        steps=settings.steps or STEPS,
-        corrections=settings.corrections,
-        tau=TAU,
-        generator=_rng(settings, task, device),
-    ).cpu()
+    states = max(SAMPLED, load_config(task.run / "config.json")["window"])
+    x = (
+        load_sde(task.run, device, states)
+        .sample(
+            (settings.members,),
+            steps=settings.steps or STEPS,
+            corrections=settings.corrections,
+            tau=TAU,
+            generator=_rng(settings, task, device),
+        )
+        .cpu()
+    )
     real = torch.from_numpy(np.array(data[:, :states], dtype=np.float32))
     found = compare_samples(x.flatten(1, 2), real.flatten(1, 2))
     values = {key: value for key, value in found.items() if math.isfinite(value)}

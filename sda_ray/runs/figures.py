@@ -1,7 +1,7 @@
-r"""Figures of runs. Those of evaluations are PNG and PDF, with the numbers behind them as CSV."""
+r"""Figures of runs. Those of evaluations are PNG and PDF, with the numbers of curves as CSV."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,8 +42,8 @@ def draw_evaluation(path: RunPath, name: str, fields: dict[str, np.ndarray]) -> 
     directory = path.directory / "evaluation"
     directory.mkdir(exist_ok=True)
 
-    _save(directory / f"{name}-fields", *_fields(w, ws, fields.get("y")))
-    _save(directory / f"{name}-strip", *_strip(w, ws))
+    _save(directory / f"{name}-fields", _fields(w, ws, fields.get("y")))
+    _save(directory / f"{name}-strip", _strip(w, ws))
     _save(directory / f"{name}-spectra", *_spectra(*spectra))
 
     if "y" in fields:
@@ -73,17 +73,15 @@ def draw_curve(file: Path, lines: Sequence["Metrics"]) -> None:
         figure.savefig(f, format="png", dpi=150, bbox_inches="tight")
 
 
-def _save(stem: Path, figure: "Figure", columns: dict[str, np.ndarray]) -> None:
-    r"""Saves a figure, and its numbers by the names of columns."""
-
+def _save(stem: Path, figure: "Figure", columns: Mapping[str, np.ndarray] | None = None) -> None:
     for kind in ("png", "pdf"):
         with open_atomic(stem.with_name(f"{stem.name}.{kind}")) as f:
             figure.savefig(f, format=kind, dpi=150, bbox_inches="tight")
 
-    with open_atomic(stem.with_name(f"{stem.name}.csv")) as f:
-        table = np.stack([x.ravel() for x in columns.values()], axis=1)
-        kinds = ["%d" if x.dtype.kind == "i" else "%.3g" for x in columns.values()]
-        np.savetxt(f, table, kinds, ",", header=",".join(columns), comments="")
+    if columns:
+        with open_atomic(stem.with_name(f"{stem.name}.csv")) as f:
+            table = np.stack([*columns.values()], axis=1)
+            np.savetxt(f, table, "%.6g", ",", header=",".join(columns), comments="")
 
 
 def _figure(rows: int, columns: int, width: float, height: float) -> tuple["Figure", Any]:
@@ -95,61 +93,46 @@ def _figure(rows: int, columns: int, width: float, height: float) -> tuple["Figu
     return figure, figure.subplots(rows, columns, squeeze=False, gridspec_kw=spaces)
 
 
-def _scale() -> dict[str, Any]:
-    r"""Returns the scale of vorticity, that of `samples.png`."""
+def _image(axes: "Axes", w: np.ndarray, title: str, **options: Any) -> None:
+    r"""Draws a field, by default a vorticity on the scale of `samples.png`."""
 
     from ..training import LIMIT  # which imports torch
 
-    return {"cmap": "RdBu_r", "vmin": -LIMIT, "vmax": LIMIT}
-
-
-def _image(axes: "Axes", w: np.ndarray, title: str, **options: Any) -> None:
+    options = options or {"cmap": "RdBu_r", "vmin": -LIMIT, "vmax": LIMIT}
     axes.imshow(w.T, origin="lower", interpolation="nearest", **options)
     axes.set_title(title, fontsize=8)
     axes.set_xticks([])
     axes.set_yticks([])
 
 
-def _fields(
-    w: np.ndarray, ws: np.ndarray, y: np.ndarray | None
-) -> tuple["Figure", dict[str, np.ndarray]]:
+def _fields(w: np.ndarray, ws: np.ndarray, y: np.ndarray | None) -> "Figure":
     r"""Draws the vorticity of some states: truth, mean, spread and members; and what is observed."""
 
     states = _spaced(len(w), SHOWN)
-    mean, spread, few = ws.mean(0), ws.std(0, ddof=1), ws[:SHOWN]
+    pictures = {"truth": w, "mean": ws.mean(0), "spread": ws.std(0, ddof=1)}
+    pictures |= {f"member {j}": x for j, x in enumerate(ws[:SHOWN])}
+    spread = {"cmap": "viridis", "vmin": 0, "vmax": pictures["spread"].max()}
     seen = y is not None and min(y.shape[-2:]) > 1
-    figure, axes = _figure(
-        len(states), 3 + len(few) + seen, (3.2 + len(few) + seen) * SIDE, len(states) * SIDE
-    )
-    scale = _scale()
+    width = (len(pictures) + seen + 0.2) * SIDE
+    figure, axes = _figure(len(states), len(pictures) + seen, width, len(states) * SIDE)
 
     for row, i in zip(axes, states, strict=True):
-        pictures = {"truth": w[i], "mean": mean[i], "spread": spread[i]}
-        pictures |= {f"member {j}": x[i] for j, x in enumerate(few)}
-
         for ax, (name, x) in zip(row, pictures.items(), strict=False):
-            own = (
-                {"cmap": "viridis", "vmin": 0, "vmax": spread.max()} if name == "spread" else scale
-            )
-            _image(ax, x, f"{name}, state {i}", **own)
+            _image(ax, x[i], f"{name}, state {i}", **(spread if name == "spread" else {}))
 
     if seen and y is not None:
-        for row, j in zip(axes, _spaced(len(y), len(states)), strict=False):
+        observed = _spaced(len(y), len(states))
+
+        for row, j in zip(axes, observed, strict=False):
             _image(row[-1], y[j, 0], f"observation {j}", cmap="gray")
 
-        for row in axes[len(_spaced(len(y), len(states))) :]:
+        for row in axes[len(observed) :]:
             row[-1].set_axis_off()
 
-    index = np.indices((len(states), *w.shape[1:]))
-    names = ("truth", "mean", "spread", *(f"member_{j}" for j in range(len(few))))
-    columns = dict(zip(("state", "x", "y"), (np.array(states)[index[0]], *index[1:]), strict=True))
-
-    return figure, columns | dict(
-        zip(names, (x[states] for x in (w, mean, spread, *few)), strict=True)
-    )
+    return figure
 
 
-def _strip(w: np.ndarray, ws: np.ndarray) -> tuple["Figure", dict[str, np.ndarray]]:
+def _strip(w: np.ndarray, ws: np.ndarray) -> "Figure":
     r"""Draws the vorticity of the truth above that of a member, along the trajectory."""
 
     states = _spaced(len(w), STRIP)
@@ -157,17 +140,9 @@ def _strip(w: np.ndarray, ws: np.ndarray) -> tuple["Figure", dict[str, np.ndarra
 
     for row, name, x in zip(axes, ("truth", "member 0"), (w, ws[0]), strict=True):
         for ax, i in zip(row, states, strict=True):
-            _image(ax, x[i], f"{name}, {i}", **_scale())
+            _image(ax, x[i], f"{name}, {i}")
 
-    index = np.indices((len(states), *w.shape[1:]))
-
-    return figure, {
-        "state": np.array(states)[index[0]],
-        "x": index[1],
-        "y": index[2],
-        "truth": w[states],
-        "member_0": ws[0][states],
-    }
+    return figure
 
 
 def _spectra(truth: np.ndarray, members: np.ndarray) -> tuple["Figure", dict[str, np.ndarray]]:
