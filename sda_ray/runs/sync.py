@@ -42,11 +42,14 @@ def sync_runs(runs: Path, names: Sequence[str] = (), sweep: str | None = None) -
 
     free: list[Entry] = []
 
-    if sweep is None:
-        chosen = _named(runs, names) if names else _ended(runs)
-    else:
+    if sweep is not None:
         own = (entry for entry in entries(runs) if entry.sweep == sweep)
         chosen = [x for x in own if x.status != "adopted" and x.epoch is not None]
+    elif names:
+        paths = dict.fromkeys(RunPath.find(runs, name) for name in names)
+        chosen = [entry for path in paths if (entry := read_entry(path)) is not None]
+    else:
+        chosen = _ended(runs)
 
     for entry in chosen:
         if is_held(entry.path):
@@ -58,19 +61,20 @@ def sync_runs(runs: Path, names: Sequence[str] = (), sweep: str | None = None) -
         say("There is nothing to upload.")
         return
 
-    done = 0
+    done, hint = 0, " Another `sda-ray sync` may be running."
 
     try:
         api = _connect()
-
-        hint = " Another `sda-ray sync` may be running."
 
         with locked_at_once(runs / ".sync.lock", hint):
             for entry in free:
                 name = entry.path.directory.name
 
                 try:
-                    say(f"{name}: {_upload(api, entry, runs)}")
+                    wandb = Wandb.from_record(_settings(entry, runs), entry.path.record)
+                    wandb = replace(wandb, mode="online")
+                    sent = _upload(api, wandb, entry) + _send_evaluation(api, wandb, entry.path)
+                    say(f"{name}: {sent}")
                     done += 1
                 except (UserError, OSError) as error:
                     say(f"{name}: {error}", file=sys.stderr)
@@ -85,11 +89,6 @@ def sync_runs(runs: Path, names: Sequence[str] = (), sweep: str | None = None) -
 
     say(f"{done} of {len(free)} runs are at {api.settings['base_url']}.")
     sys.exit(0 if done == len(free) else 1)
-
-
-def _named(runs: Path, names: Sequence[str]) -> list[Entry]:
-    paths = dict.fromkeys(RunPath.find(runs, name) for name in names)
-    return [entry for path in paths if (entry := read_entry(path)) is not None]
 
 
 def _ended(runs: Path) -> list[Entry]:
@@ -197,16 +196,18 @@ def _connect() -> Any:
         return api
 
 
+def _place(api: Any, wandb: Wandb, id: str) -> str:
+    return f"{wandb.entity or api.default_entity}/{wandb.project}/{id}"
+
+
 def _progress(api: Any, wandb: Wandb, id: str) -> tuple[int, int]:
     r"""Returns the number of rows that the server has of a run, and its last step, 0 for none."""
 
     from wandb.errors import CommError
 
     with _reaching():
-        entity = wandb.entity or api.default_entity
-
         try:
-            data = api.run(f"{entity}/{wandb.project}/{id}").load(force=True)
+            data = api.run(_place(api, wandb, id)).load(force=True)
         except (CommError, ValueError) as error:
             if isinstance(getattr(error, "exc", error), ValueError):  # no such run
                 return 0, 0
@@ -216,47 +217,15 @@ def _progress(api: Any, wandb: Wandb, id: str) -> tuple[int, int]:
         return data["historyLineCount"] or 0, (data["historyKeys"] or {}).get("lastStep", 0)
 
 
-def _send_evaluation(api: Any, wandb: Wandb, path: RunPath) -> str:
-    r"""Sends the means of a run's evaluation that its summary on the server lacks."""
-
-    from .evaluation import read_evaluation, summarize  # load h5py, and torch if there is one
-
-    if (evaluation := read_evaluation(path)) is None:
-        return ""
-
-    values = {
-        f"evaluation/{observation}/{metric}": interval[0]
-        for observation, metrics in summarize(evaluation).items()
-        for metric, interval in metrics.items()
-    }
-
-    with _reaching():
-        run = api.run(f"{wandb.entity or api.default_entity}/{wandb.project}/{path.id}")
-        run.load(force=True)
-
-        if all(run.summary.get(key) == value for key, value in values.items()):
-            return ""
-
-        run.summary.update(values)
-
-    return ", and its evaluation"
-
-
-def _upload(api: Any, entry: Entry, runs: Path) -> str:
-    r"""Sends what the server lacks of a run, and describes that. Safe to interrupt."""
-
-    wandb = replace(Wandb.from_record(_settings(entry, runs), entry.path.record), mode="online")
-
-    return _upload_rows(api, wandb, entry) + _send_evaluation(api, wandb, entry.path)
-
-
-def _upload_rows(api: Any, wandb: Wandb, entry: Entry) -> str:
-    r"""Sends the rows of a run that the server lacks, and describes that.
+def _upload(api: Any, wandb: Wandb, entry: Entry) -> str:
+    r"""Sends the rows of a run that the server lacks, and describes that. Safe to interrupt.
 
     Raises:
         Unreachable: If the server does not answer, or lacks a part of the run afterwards.
         UserError: If the run is damaged, or the server refuses it or has other rows.
     """
+
+    from wandb.errors import UsageError
 
     path, rows = entry.path, _rows(entry)
     steps = list(rows)
@@ -271,8 +240,15 @@ def _upload_rows(api: Any, wandb: Wandb, entry: Entry) -> str:
     if count == len(steps):
         return "there already"
 
+    config = logged_config(entry.config or {}, entry.record)
+    patience = PATIENCE + len(steps) / 100
+
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
-        run = _start(entry, wandb, scratch)
+        with _reaching():
+            try:  # the load of this machine says nothing about the training
+                run = start_run(scratch, path.id, path.name, config, wandb, patience, stats=False)
+            except UsageError as error:  # such as a project that takes no runs
+                raise UserError(f"W&B refuses it: {summary(error).rstrip('.')}.") from error
 
         for step in steps[count:]:
             run.log(rows[step], step=step, commit=True)
@@ -293,15 +269,27 @@ def _upload_rows(api: Any, wandb: Wandb, entry: Entry) -> str:
     )
 
 
-def _start(entry: Entry, wandb: Wandb, directory: str) -> Any:
-    from wandb.errors import UsageError
+def _send_evaluation(api: Any, wandb: Wandb, path: RunPath) -> str:
+    r"""Sends the means of a run's evaluation that its summary on the server lacks."""
 
-    assert entry.config is not None
-    path, config = entry.path, logged_config(entry.config, entry.record)
-    patience = PATIENCE + (entry.epoch or 0) / 100
+    from .evaluation import read_evaluation, summarize  # load h5py, and torch if there is one
+
+    if (evaluation := read_evaluation(path)) is None:
+        return ""
+
+    values = {
+        f"evaluation/{observation}/{metric}": interval[0]
+        for observation, metrics in summarize(evaluation).items()
+        for metric, interval in metrics.items()
+    }
 
     with _reaching():
-        try:  # the load of this machine says nothing about the training
-            return start_run(directory, path.id, path.name, config, wandb, patience, stats=False)
-        except UsageError as error:  # such as a project that takes no runs
-            raise UserError(f"W&B refuses it: {summary(error).rstrip('.')}.") from error
+        run = api.run(_place(api, wandb, path.id))
+        run.load(force=True)
+
+        if all(run.summary.get(key) == value for key, value in values.items()):
+            return ""
+
+        run.summary.update(values)
+
+    return ", and its evaluation"
