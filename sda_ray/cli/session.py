@@ -4,7 +4,6 @@ import os
 import shlex
 import signal
 import sys
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from ..core import (
     ProgressBar,
     UserError,
     check_config,
-    is_alive,
     load_config,
     say,
 )
@@ -35,6 +33,7 @@ from ..runs import (
     check_extension,
     default_device,
     describe_extension,
+    entries,
     is_off,
     read_record,
     train_run,
@@ -148,24 +147,22 @@ def _check_data(data: Path) -> DataInfo:
 def _stopped(runs: Path, config: Config, record: dict[str, Any]) -> RunPath | None:
     r"""Returns the run of a config and a record that was stopped last, and says so."""
 
-    found = []
+    stopped = [
+        entry
+        for entry in entries(runs)
+        if entry.status in ("interrupted", "failed") and entry.sweep is None
+        if entry.config == config
+        if all(entry.record.get(key) == record.get(key) for key in ("data", "parent", "extends"))
+    ]
 
-    for path in RunPath.all(runs):
-        with suppress(UserError, OSError):  # damaged, or removed meanwhile
-            other = read_record(path)
-            same = all(other.get(key) == record.get(key) for key in ("data", "parent", "extends"))
-            open_ = other.get("status") in ("running", "interrupted", "failed")
+    if not stopped:
+        return None
 
-            if same and open_ and "sweep" not in other and load_config(path.config) == config:
-                found.append((str(other.get("updated")), path))
+    path = max(stopped, key=lambda entry: str(entry.record.get("updated"))).path
+    name = path.directory.name
+    say(f"{name} has the same settings and data, and is resumed. --new starts another.")
 
-    for _, path in sorted(found, key=lambda item: item[0], reverse=True):
-        if not is_alive(path.lease):
-            name = path.directory.name
-            say(f"{name} has the same settings and data, and is resumed. --new starts another.")
-            return path
-
-    return None
+    return path
 
 
 def _check_resume(path: RunPath) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import contextlib
 import json
 import math
 import os
+import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core import CONFIG, STALE, Config, UserError, holder_alive, load_config, read_holder
-from .metrics import MEASURED, best, last_metrics, read_metrics, seconds_per_epoch
+from .metrics import MEASURED, best, last_metrics, read_metrics
 from .path import RESUMED, RunPath
 from .record import read_record
 
@@ -118,16 +119,12 @@ def read_entry(path: RunPath) -> Entry | None:
         path,
         "damaged" if faults else status,
         _created(path, record),
-        line.get("epoch"),
-        config["epochs"] if config else None,
-        line.get("loss_valid"),
-        line.get("denoising"),
-        line.get("skill"),
-        line.get("sample_std"),
-        record.get("sweep"),
-        config,
-        tuple(faults),
-        record,
+        epochs=config["epochs"] if config else None,
+        sweep=record.get("sweep"),
+        config=config,
+        faults=tuple(faults),
+        record=record,
+        **{key: line.get(key) for key in ("epoch", *NUMBERS)},
     )
 
 
@@ -355,7 +352,8 @@ def compare(runs: Sequence[Entry], lines: Sequence[list[dict[str, Any]]]) -> dic
         last = max(common)
         metrics[f"loss_valid_at_{last}"] = [table[last] for table in tables]
 
-    metrics["seconds"] = [seconds_per_epoch(x) for x in lines]
+    seconds = ([line["seconds"] for line in x if "seconds" in line] for x in lines)
+    metrics["seconds"] = [statistics.median(x) if x else None for x in seconds]
     data = {str(entry.record["data"]) for entry in runs if entry.record.get("data")}
     unread = [entry.path.directory.name for entry in runs if entry.config is None]
     notes = [f"the config of {name} cannot be read." for name in unread]

@@ -141,14 +141,6 @@ def seconds_of(path: RunPath | None, last: int) -> float:
     return 0.0
 
 
-def seconds_per_epoch(lines: Sequence[Metrics]) -> float | None:
-    r"""Returns the median of the seconds per epoch."""
-
-    seconds = sorted(line["seconds"] for line in lines if "seconds" in line)
-
-    return seconds[len(seconds) // 2] if seconds else None
-
-
 def finals(path: RunPath, objectives: Sequence[str]) -> list[float]:
     r"""Returns the values of objectives of a complete run, from its files.
 

@@ -208,22 +208,25 @@ class Run:
         with self.lease.hold():
             checkpoint = load_checkpoint(self.path)
 
-        given_back = self.record.pop("given_back", None)
+        given_back, level = self.record.pop("given_back", None), logging.WARNING
 
         if checkpoint is not None:
             try:
                 state.load(*checkpoint)
             except ValueError as error:
                 raise UserError(f"{self.path.checkpoint} does not fit config.json: {error}.")
-        elif saved:
-            self._restart("it has no whole checkpoint")
-        elif self.lines and "parent" not in self.record:
-            if given_back:
-                self._restart("its checkpoint was removed to free space")
-            else:  # as expected
-                self._restart("it ended before its first checkpoint", logging.INFO)
 
-    def _restart(self, why: str, level: int = logging.WARNING) -> None:
+            return
+
+        if saved:
+            why = "it has no whole checkpoint"
+        elif not self.lines or "parent" in self.record:
+            return
+        elif given_back:
+            why = "its checkpoint was removed to free space"
+        else:
+            why, level = "it ended before its first checkpoint", logging.INFO  # as expected
+
         name = self.path.directory.name
         logger.log(level, "%s: %s: it restarts at epoch 0, to the same bits.", name, why)
         self.record["attempts"][-1]["restarted"] = why
