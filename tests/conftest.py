@@ -18,8 +18,7 @@ import torch
 from hypothesis import settings as hypothesis_settings
 
 from sda_ray.cli.main import main
-from sda_ray.core.config import CONFIG, Config
-from sda_ray.core.keys import format_value
+from sda_ray.core.config import CONFIG, Config, format_value
 
 # A shell or nohup that runs the tests in the background has them, and all that they start, ignore
 # these signals.

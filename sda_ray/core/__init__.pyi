@@ -1,13 +1,20 @@
 r"""What everything stands on."""
 
+from .config import ALPHAS as ALPHAS
 from .config import CONFIG as CONFIG
+from .config import KEYS as KEYS
 from .config import MAX_WEIGHTS as MAX_WEIGHTS
+from .config import NETWORK as NETWORK
 from .config import Config as Config
 from .config import check_config as check_config
+from .config import check_value as check_value
 from .config import count_weights as count_weights
+from .config import format_value as format_value
 from .config import load_config as load_config
 from .config import parse_overrides as parse_overrides
+from .config import parse_value as parse_value
 from .config import save_config as save_config
+from .config import to_python as to_python
 from .console import ProgressBar as ProgressBar
 from .console import Screen as Screen
 from .console import format_duration as format_duration
@@ -19,8 +26,11 @@ from .console import make_table as make_table
 from .console import plain as plain
 from .console import printable as printable
 from .console import say as say
+from .errors import ALIASES as ALIASES
 from .errors import UserError as UserError
+from .errors import did_you_mean as did_you_mean
 from .errors import script_error as script_error
+from .errors import short_repr as short_repr
 from .files import append as append
 from .files import append_line as append_line
 from .files import cut_torn_lines as cut_torn_lines
@@ -40,16 +50,6 @@ from .files import run_directories as run_directories
 from .files import sync_directory as sync_directory
 from .files import write_atomic as write_atomic
 from .files import write_json as write_json
-from .keys import ALIASES as ALIASES
-from .keys import ALPHAS as ALPHAS
-from .keys import KEYS as KEYS
-from .keys import NETWORK as NETWORK
-from .keys import check_value as check_value
-from .keys import did_you_mean as did_you_mean
-from .keys import format_value as format_value
-from .keys import parse_value as parse_value
-from .keys import short_repr as short_repr
-from .keys import to_python as to_python
 from .lease import HEARTBEAT as HEARTBEAT
 from .lease import STALE as STALE
 from .lease import Conflict as Conflict

@@ -14,8 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .errors import UserError
-from .keys import did_you_mean
+from .errors import UserError, did_you_mean
 
 # Bytes; files of others must not exhaust the memory
 MAX_LINES = 64 * 2**20

@@ -9,9 +9,16 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
-from .config import Config, check_config
-from .errors import UserError
-from .keys import KEYS, check_value, did_you_mean, format_value, parse_value, short_repr, to_python
+from .config import (
+    KEYS,
+    Config,
+    check_config,
+    check_value,
+    format_value,
+    parse_value,
+    to_python,
+)
+from .errors import UserError, did_you_mean, short_repr
 
 MAX_COMBINATIONS = 4096
 

@@ -10,15 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sda_ray.core.config import (
+    ACTIVATIONS,
     CONFIG,
+    KEYS,
     Config,
     check_config,
+    check_value,
+    format_value,
     load_config,
     parse_overrides,
+    parse_value,
     save_config,
 )
 from sda_ray.core.errors import UserError
-from sda_ray.core.keys import ACTIVATIONS, KEYS, check_value, format_value, parse_value
 
 UPSTREAM = {
     "window": 5,

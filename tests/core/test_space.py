@@ -15,9 +15,8 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from test_config import values as fixed
 
-from sda_ray.core.config import CONFIG, check_config
+from sda_ray.core.config import CONFIG, KEYS, check_config
 from sda_ray.core.errors import UserError
-from sda_ray.core.keys import KEYS
 from sda_ray.core.space import (
     Choice,
     Range,

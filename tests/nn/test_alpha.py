@@ -11,9 +11,8 @@ import torch
 from networks import RUN
 from torch import nn
 
-from sda_ray.core.config import CONFIG
+from sda_ray.core.config import ALPHAS, CONFIG, PARAMETRIZATIONS
 from sda_ray.core.errors import UserError
-from sda_ray.core.keys import ALPHAS, PARAMETRIZATIONS
 from sda_ray.nn.score import MCScoreNet, load_score, load_sde, make_score, network_settings
 from sda_ray.training.loop import TrainState
 

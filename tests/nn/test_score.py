@@ -13,9 +13,8 @@ from networks import REFERENCE, RUN, SMALL, small
 from plain import plain_chain, plain_kernel, strip
 from torch import Tensor
 
-from sda_ray.core.config import CONFIG
+from sda_ray.core.config import ALPHAS, CONFIG
 from sda_ray.core.errors import UserError
-from sda_ray.core.keys import ALPHAS
 from sda_ray.nn.diffusion import VPSDE
 from sda_ray.nn.precision import lowered
 from sda_ray.nn.score import MCScoreNet, ScoreUNet, load_score, make_score, network_settings

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from sda_ray.core.config import Config
-from sda_ray.core.keys import SCHEDULERS
+from sda_ray.core.config import SCHEDULERS, Config
 from sda_ray.data.dataset import TrajectoryDataset
 from sda_ray.runs.checkpoint import load_checkpoint, save_checkpoint
 from sda_ray.runs.path import RunPath

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from listing import SMALL, a, entry_of, lease_of, made, rewrite, runs, sda
 
+from sda_ray.core.config import KEYS
 from sda_ray.core.errors import UserError
-from sda_ray.core.keys import KEYS
 from sda_ray.core.lease import Lease
 from sda_ray.runs.inventory import Entry, entries, in_full, select
 from sda_ray.runs.metrics import TAIL, last_metrics, read_metrics

@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sda_ray.core.config import Config
+from sda_ray.core.config import ALPHAS, Config
 from sda_ray.core.errors import UserError
-from sda_ray.core.keys import ALPHAS
 from sda_ray.data.dataset import TrajectoryDataset
 from sda_ray.nn.diffusion import VPSDE
 from sda_ray.nn.score import MCScoreNet

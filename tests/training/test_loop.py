@@ -11,9 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sda_ray.core.config import CONFIG, Config
+from sda_ray.core.config import CONFIG, SCHEDULERS, Config
 from sda_ray.core.errors import UserError
-from sda_ray.core.keys import SCHEDULERS
 from sda_ray.data.dataset import TrajectoryDataset
 from sda_ray.nn.score import load_score
 from sda_ray.runs.checkpoint import load_checkpoint
