@@ -203,9 +203,8 @@ class Sweep:
         finalists: The least number of trials that get the full number of epochs.
         objectives: The metrics to minimise. The first is what runs are compared by, pruned and
             ranked: `loss_valid`; or `denoising` or `skill`, by which runs of any `window` and
-            `alpha` compare, see :mod:`sda_ray.training.denoising` and
-            :mod:`sda_ray.training.ensembles`. After it may come the others, `parameters`,
-            `seconds` (of training), `loss_train` and `loss_valid_se`.
+            `alpha` compare, see :mod:`sda_ray.training.validation`. After it may come the others,
+            `parameters`, `seconds` (of training), `loss_train` and `loss_valid_se`.
         percentile: The share of trials, in percent, that `pruner="percentile"` lets continue.
         patience: The epochs without a new best value after which `pruner="patience"` stops a
             trial. By default three times `min_epochs`.

@@ -1,7 +1,6 @@
 r"""The training loop, which knows no files."""
 
-from .denoising import Denoising as Denoising
-from .ensembles import Ensembles as Ensembles
+from .loop import DRAWS as DRAWS
 from .loop import Diverged as Diverged
 from .loop import Measure as Measure
 from .loop import Metrics as Metrics
@@ -16,7 +15,8 @@ from .samples import SAMPLE_COST as SAMPLE_COST
 from .samples import Samples as Samples
 from .samples import compare_samples as compare_samples
 from .samples import plot as plot
-from .validation import DRAWS as DRAWS
+from .validation import Denoising as Denoising
+from .validation import Ensembles as Ensembles
 from .validation import Validation as Validation
 from .watchdog import OTHER as OTHER
 from .watchdog import STACKS as STACKS

@@ -15,11 +15,13 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
@@ -35,8 +37,6 @@ from ..nn import (
     mismatches,
     network_settings,
 )
-from .rng import DROPOUT, INIT, NOISE, ORDER, START, rng, seeded
-from .validation import DRAWS, Validation
 
 __all__ = [
     "Diverged",
@@ -49,7 +49,9 @@ __all__ = [
     "epochs",
     "follow",
     "learning_rate",
+    "rng",
     "schedule",
+    "seeded",
     "steady_epochs",
     "train_epoch",
     "validate",
@@ -57,9 +59,38 @@ __all__ = [
 
 M = TypeVar("M", bound=nn.Module)
 Metrics = dict[str, Any]
-Measure = Callable[[MCScoreNet, str], tuple[float, float]]  # a number, and its standard error
+# A number, and its standard error
+Measure = Callable[[MCScoreNet, str], tuple[float, float]]
+Loss = Callable[[VPSDE, int], tuple[float, float]]  # of so many draws
 
+# Streams of random numbers
+INIT, ORDER, START, NOISE, VALID, SAMPLES, DROPOUT, DENOISING, ENSEMBLES = range(9)
+
+DRAWS = 4  # independent draws whose mean a run is judged by
 EXPLODED = 1e3  # a network that predicts no noise at all has a loss of 1
+
+
+def rng(stream: int, *key: int, device: str | torch.device = "cpu") -> torch.Generator:
+    r"""Returns a generator that is a function of a stream and up to three numbers."""
+
+    entropy = (stream, *key, *(0,) * (3 - len(key)))
+    seed = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
+
+    return torch.Generator(device).manual_seed(int(seed >> np.uint64(1)))
+
+
+@contextmanager
+def seeded(stream: int, *key: int, device: str | torch.device = "cpu") -> Iterator[None]:
+    r"""Makes what draws from torch's global generators a function of a stream and numbers.
+
+    The generators are as they were before when it is left.
+    """
+
+    device = torch.device(device)
+
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(rng(stream, *key).initial_seed())
+        yield
 
 
 class Diverged(RuntimeError):
@@ -253,7 +284,7 @@ def train_epoch(
 
 def validate(
     state: TrainState,
-    validation: Validation,
+    validation: Loss,
     rungs: Collection[int] = (),
     samples: Callable[[TrainState], Metrics] | None = None,
     measures: Mapping[str, Measure] = MappingProxyType({}),
@@ -278,7 +309,7 @@ def validate(
 def epochs(
     state: TrainState,
     trainset: TrajectoryDataset,
-    validation: Validation,
+    validation: Loss,
     after_step: Callable[[TrainState], None] = lambda state: None,
     rungs: Collection[int] = (),
     samples: Callable[[TrainState], Metrics] | None = None,

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from ..data import divergence, isotropic_spectrum, vorticity
-from .loop import TrainState
-from .rng import SAMPLES, rng
+from .loop import SAMPLES, TrainState, rng
 from .validation import Validation
 
 if TYPE_CHECKING:

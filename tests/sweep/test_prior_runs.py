@@ -55,8 +55,8 @@ from sda_ray.sweep.launch import LaunchRequests, launch_sweep
 from sda_ray.sweep.prior_runs import adopt, fork, place, warm_start
 from sda_ray.sweep.record import Changes, Options, compare, read_sweep, write_sweep
 from sda_ray.sweep.requests import RequestServer
-from sda_ray.training.denoising import Denoising
-from sda_ray.training.validation import DRAWS, Validation
+from sda_ray.training.loop import DRAWS
+from sda_ray.training.validation import Denoising, Validation
 
 __all__ = ["elsewhere", "runs", "sweep"]  # fixtures
 

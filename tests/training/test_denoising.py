@@ -1,4 +1,4 @@
-r"""Tests for sda_ray.training.denoising: one number for runs of any window, alpha and kind."""
+r"""Tests of the denoising error: one number for runs of any window, alpha and kind."""
 
 from pathlib import Path
 
@@ -11,9 +11,9 @@ from sda_ray.core.errors import UserError
 from sda_ray.data.dataset import TrajectoryDataset
 from sda_ray.nn.diffusion import VPSDE
 from sda_ray.nn.score import MCScoreNet
-from sda_ray.training import denoising
-from sda_ray.training.denoising import HIGHEST, LOWEST, Denoising
+from sda_ray.training import validation
 from sda_ray.training.loop import TrainState, train_epoch
+from sda_ray.training.validation import HIGHEST, LOWEST, Denoising
 
 ROUNDING = 2e-4  # of single precision, relative to errors of a hundredth of the noise
 
@@ -181,7 +181,7 @@ def test_standard_error_is_that_of_other_draws(
     found = []
 
     for stream in range(100, 140):
-        monkeypatch.setattr(denoising, "DENOISING", stream)
+        monkeypatch.setattr(validation, "DENOISING", stream)
         found.append(Denoising(validset, 5)(states[1].score, "cos"))
 
     values, errors = torch.tensor(found, dtype=torch.float64).unbind(-1)

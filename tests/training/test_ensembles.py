@@ -1,4 +1,4 @@
-r"""Tests for sda_ray.training.ensembles: a cheap number for skill, which calls bad networks bad."""
+r"""Tests of the skill in brief: a cheap number for skill, which calls bad networks bad."""
 
 import math
 from collections.abc import Callable
@@ -16,9 +16,9 @@ from sda_ray.core.errors import UserError
 from sda_ray.data.dataset import TrajectoryDataset
 from sda_ray.nn.diffusion import VPSDE
 from sda_ray.nn.score import MCScoreNet
-from sda_ray.training import ensembles
-from sda_ray.training.ensembles import Ensembles
+from sda_ray.training import validation
 from sda_ray.training.loop import TrainState, train_epoch
+from sda_ray.training.validation import Ensembles
 
 STATES = 5
 
@@ -147,7 +147,7 @@ def test_chunks_and_windows_do_not_change_what_is_drawn(
 ) -> None:
     score = make_small(parametrization="v")
     expected = measure(score, "cos")
-    monkeypatch.setattr(ensembles.Validation, "chunk", 1)
+    monkeypatch.setattr(validation.Validation, "chunk", 1)
 
     assert measure(score, "cos") == pytest.approx(expected, rel=1e-5)
 
@@ -167,7 +167,7 @@ def test_it_takes_as_many_evaluations_as_it_says(measure: Ensembles) -> None:
         return x
 
     measure(MCScoreNet(Kernel(count, nn.Identity()), order=1), "cos")
-    assert evaluations == ensembles.ITEMS * ensembles.MEMBERS * ensembles.STEPS * (STATES - 2)
+    assert evaluations == validation.ITEMS * validation.MEMBERS * validation.STEPS * (STATES - 2)
 
 
 def test_trajectories_must_be_long_enough(data: Path) -> None:

@@ -20,6 +20,7 @@ from sda_ray.runs.run import Run
 from sda_ray.runs.tracking import Wandb
 from sda_ray.runs.train import train_run
 from sda_ray.training.loop import (
+    DRAWS,
     Diverged,
     TrainState,
     average_of,
@@ -28,12 +29,12 @@ from sda_ray.training.loop import (
     epochs,
     follow,
     learning_rate,
+    rng,
     schedule,
     steady_epochs,
     train_epoch,
 )
-from sda_ray.training.rng import rng
-from sda_ray.training.validation import DRAWS, Validation
+from sda_ray.training.validation import Validation
 
 SIZE = 16
 DISABLED = Wandb("disabled")
@@ -596,3 +597,9 @@ def test_without_a_compiler_the_settings_are_refused(monkeypatch: pytest.MonkeyP
 
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     check_compiler("on", sde.device)
+
+
+def test_streams_and_keys_draw_different_numbers() -> None:
+    keys = [(0,), (1,), (0, 1), (1, 1), (0, 0, 1), (0, 2**63 - 1)]
+    drawn = [torch.rand(4, generator=rng(s, *key)) for s in range(3) for key in keys]
+    assert len({tuple(x.tolist()) for x in drawn}) == 3 * len(keys)
