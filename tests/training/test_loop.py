@@ -584,18 +584,7 @@ def test_without_a_compiler_the_settings_are_refused(monkeypatch: pytest.MonkeyP
     with pytest.raises(UserError, match="no C\\+\\+ compiler here"):
         compiled(sde, "graphs")
 
-    monkeypatch.setenv("CXX", "/bin/false")
-
-    with pytest.raises(UserError, match=r"compile is on, but /bin/false fails: .*CXX"):
-        compiled(sde, "on")
-
     monkeypatch.delenv("CXX")
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/proc/none")
-
-    with pytest.raises(UserError, match=r"compile is on, .*/proc/none.*TORCHINDUCTOR_CACHE_DIR"):
-        compiled(sde, "on")
-
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     check_compiler("on", sde.device)
 
 
