@@ -15,8 +15,6 @@ from .nn import VPSDE as VPSDE
 from .nn import DPSGaussianScore as DPSGaussianScore
 from .nn import GaussianScore as GaussianScore
 from .nn import MMPSGaussianScore as MMPSGaussianScore
-from .nn import SubSubVPSDE as SubSubVPSDE
-from .nn import SubVPSDE as SubVPSDE
 from .nn import load_score as load_score
 from .nn import load_sde as load_sde
 from .nn import make_score as make_score

@@ -1,15 +1,12 @@
 r"""Networks, diffusion and guidance."""
 
 from .diffusion import VPSDE as VPSDE
-from .diffusion import SubSubVPSDE as SubSubVPSDE
-from .diffusion import SubVPSDE as SubVPSDE
 from .guidance import DPSGaussianScore as DPSGaussianScore
 from .guidance import GaussianScore as GaussianScore
 from .guidance import MMPSGaussianScore as MMPSGaussianScore
 from .precision import allowing_tf32 as allowing_tf32
 from .precision import lowered as lowered
 from .precision import make_deterministic as make_deterministic
-from .precision import warn_slow as warn_slow
 from .score import MCScoreNet as MCScoreNet
 from .score import check_archive as check_archive
 from .score import load_network as load_network

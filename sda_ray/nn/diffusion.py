@@ -9,7 +9,7 @@ from torch import Size, Tensor, nn
 
 from ..core import ALPHAS
 
-__all__ = ["VPSDE", "SubSubVPSDE", "SubVPSDE"]
+__all__ = ["VPSDE"]
 
 
 class VPSDE(nn.Module):
@@ -91,7 +91,7 @@ class VPSDE(nn.Module):
         The ratio must be in the range of the times from 0 to 1, about :math:`[\eta, 1 / \eta]`.
         """
 
-        alpha = self._alpha_of(ratio).clamp(self.eta, 1)
+        alpha = ((1 + self.eta**2) / (1 + ratio**2)).sqrt().clamp(self.eta, 1)
 
         if self.curve == "lin":
             return (1 - alpha) / (1 - self.eta)
@@ -99,9 +99,6 @@ class VPSDE(nn.Module):
             return torch.acos(alpha.sqrt()) / math.acos(math.sqrt(self.eta))
         else:
             return (torch.log(alpha) / math.log(self.eta)).sqrt()
-
-    def _alpha_of(self, ratio: Tensor) -> Tensor:
-        return ((1 + self.eta**2) / (1 + ratio**2)).sqrt()
 
     def perturb(self, x: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         r"""Returns :math:`x(t) = \mu(t) x + \sigma(t) \epsilon`.
@@ -231,36 +228,6 @@ class VPSDE(nn.Module):
                 x = x - self.sigma(s) * (delta * eps + torch.sqrt(2 * delta) * z)
 
             yield x
-
-
-class SubVPSDE(VPSDE):
-    r"""Creates a noise scheduler for the sub-variance preserving (sub-VP) SDE.
-
-    .. math::
-        \mu(t) & = \alpha(t) \\
-        \sigma(t) & = 1 - \alpha(t)^2 + \eta
-    """
-
-    def sigma(self, t: Tensor) -> Tensor:
-        return 1 - self.alpha(t) ** 2 + self.eta
-
-    def _alpha_of(self, ratio: Tensor) -> Tensor:
-        return 2 * (1 + self.eta) / ((ratio**2 + 4 * (1 + self.eta)).sqrt() + ratio)
-
-
-class SubSubVPSDE(VPSDE):
-    r"""Creates a noise scheduler for the sub-sub-VP SDE.
-
-    .. math::
-        \mu(t) & = \alpha(t) \\
-        \sigma(t) & = 1 - \alpha(t) + \eta
-    """
-
-    def sigma(self, t: Tensor) -> Tensor:
-        return 1 - self.alpha(t) + self.eta
-
-    def _alpha_of(self, ratio: Tensor) -> Tensor:
-        return (1 + self.eta) / (1 + ratio)
 
 
 def _noise(

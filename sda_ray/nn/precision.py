@@ -6,7 +6,6 @@ around the network are in fp32. So is whatever happens outside of :func:`lowered
 and sampling.
 """
 
-import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -21,10 +20,7 @@ __all__ = [
     "lower",
     "lowered",
     "make_deterministic",
-    "warn_slow",
 ]
-
-logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -63,30 +59,6 @@ def make_deterministic() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
     allow_tf32(False)  # torch takes it for convolutions unless told not to
-
-
-def warn_slow(precision: str, device: str) -> bool:
-    r"""Warns of a precision that the device has no instructions for, and returns whether it did."""
-
-    if precision != "bf16" or torch.device(device).type != "cpu" or _has_bf16():
-        return False
-
-    logger.warning(
-        "precision is bf16, for which this CPU has no instructions (AVX512_BF16 or AMX): a step "
-        "takes about 5 times as long as in fp32. Set precision=fp32."
-    )
-
-    return True
-
-
-def _has_bf16() -> bool:
-    r"""Tells whether the CPU computes in bf16. What cannot be told is taken for a yes."""
-
-    asked = [getattr(torch.cpu, f"_is_{x}_supported", None) for x in ("avx512_bf16", "amx_tile")]
-
-    return torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2", "AVX512") or any(
-        ask is None or ask() for ask in asked
-    )
 
 
 def allow_tf32(allowed: bool) -> None:

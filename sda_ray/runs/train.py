@@ -29,8 +29,8 @@ from ..core import (
     load_config,
     on_signals,
 )
-from ..data import DataChanged, TrajectoryDataset, has_fingerprint
-from ..nn import load_network, make_deterministic, warn_slow
+from ..data import DataChanged, TrajectoryDataset, fingerprint
+from ..nn import load_network, make_deterministic
 from ..training import (
     Denoising,
     Diverged,
@@ -131,13 +131,11 @@ def train_run(
         else:
             keep_memory()
 
-        warn_slow(config["precision"], device)
-
         # Data
         trainset = TrajectoryDataset(data / "train.h5", window=config["window"])
         validset = TrajectoryDataset(data / "valid.h5", window=config["window"])
 
-        if "data" in run.record and not has_fingerprint(data, run.record["data"]):
+        if "data" in run.record and fingerprint(data) != run.record["data"]:
             raise DataChanged(
                 f"the data in {data} are no longer those that {run.path.directory.name} was "
                 "started with. Put them back."

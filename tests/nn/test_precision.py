@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sda_ray.core.config import Config
 from sda_ray.data.dataset import TrajectoryDataset
 from sda_ray.nn.diffusion import VPSDE
-from sda_ray.nn.precision import allow_tf32, allowing_tf32, full, lower, lowered, warn_slow
+from sda_ray.nn.precision import allow_tf32, allowing_tf32, full, lower, lowered
 from sda_ray.nn.score import MCScoreNet, make_score, network_settings
 from sda_ray.nn.unet import CircularConv2d, LayerNorm, UNet
 from sda_ray.training.loop import TrainState, train_epoch
@@ -205,13 +205,3 @@ def test_lowering_ends_where_it_is_left() -> None:
             assert lower(x) is x
 
     assert lower(x) is x
-
-
-def test_bf16_without_instructions_for_it_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else "avx512_bf16"
-    slow = not any(name in flags for name in ("avx512_bf16", "amx", "bf16"))
-
-    assert warn_slow("bf16", "cpu") == slow
-    assert ("precision=fp32" in caplog.text) == slow
-    assert not warn_slow("fp32", "cpu")
-    assert not warn_slow("bf16", "cuda")
