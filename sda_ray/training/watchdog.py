@@ -19,7 +19,6 @@ STACKS = "stacks.txt"
 STALL = 600.0  # seconds that every step may take
 SLOW = 20  # times the usual step that a step may take
 OTHER = 3  # times longer that start-up, compilation, validation and samples may take
-OFTEN = 1.0  # seconds between two settings of the alarm: each costs a thread
 TAKEN = "so its process was ended: attempt"
 
 
@@ -35,22 +34,14 @@ class Watchdog:
         self.file = file
         self.least = least
         self.longest = 0.0  # seconds between two calls, start-up apart
-        self._often = min(OFTEN, least / 4)
         self._stream: BinaryIO | None = None
         self._steps: deque[float] = deque(maxlen=101)
         self._usual = 0.0  # seconds that a step takes
         self._begun = False  # whether a step has ended: before that, all is start-up
         self._doing, self._since = "", time.monotonic()
-        self._set_at, self._set_for = -self._often, ""
 
         with suppress(OSError):  # training without a watchdog is better than none
             self._stream = open(file, "ab")  # noqa: SIM115
-
-    @property
-    def limit(self) -> float:
-        r"""The seconds that a step may take."""
-
-        return max(self.least, SLOW * self._usual)
 
     def step(self) -> None:
         r"""Notes that a step has ended, and another begins."""
@@ -58,22 +49,19 @@ class Watchdog:
         before = self._since
         self._turn("step")
 
-        if not self._begun:  # no step has been timed yet
+        if self._steps:
+            self._usual = statistics.median(self._steps)
+        elif not self._begun:  # no step has been timed yet
             self._usual = (self._since - before) * OTHER / SLOW
 
-        if not self._begun or self._since - self._set_at >= self._often:
-            self._usual = statistics.median(self._steps) if self._steps else self._usual
-            self._set("step", self.limit)
-
         self._begun = True
+        self._set(1)
 
     def phase(self) -> None:
         r"""Notes that something other than a step begins, which may take longer."""
 
         self._turn("phase")
-
-        if self._since - self._set_at >= self._often or self._set_for != "phase":
-            self._set("phase", OTHER * self.limit)
+        self._set(OTHER)
 
     def _turn(self, doing: str) -> None:
         now = time.monotonic()
@@ -86,18 +74,17 @@ class Watchdog:
 
         self._doing, self._since = doing, now
 
-    def _set(self, what: str, seconds: float) -> None:
+    def _set(self, factor: int) -> None:
+        seconds = factor * max(self.least, SLOW * self._usual)
+
         if self._stream is not None:
             with suppress(RuntimeError):  # no memory for a thread: the training will fail anyway
                 faulthandler.dump_traceback_later(seconds, exit=True, file=self._stream)
-
-        self._set_at, self._set_for = time.monotonic(), what
 
     def rest(self) -> None:
         r"""Notes that the training waits."""
 
         faulthandler.cancel_dump_traceback_later()
-        self._set_at, self._set_for = -self._often, ""
         self._doing = ""
 
     def close(self) -> None:
