@@ -6,7 +6,6 @@ from .dataset import TrajectoryDataset as TrajectoryDataset
 from .dataset import check_data as check_data
 from .dataset import check_file as check_file
 from .dataset import fingerprint as fingerprint
-from .dataset import has_fingerprint as has_fingerprint
 from .dataset import unusual as unusual
 from .flow import KolmogorovFlow as KolmogorovFlow
 from .flow import coarsen as coarsen

@@ -12,7 +12,6 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +33,6 @@ __all__ = [
     "check_file",
     "fingerprint",
     "get_dataset",
-    "has_fingerprint",
     "open_trajectories",
     "read_origin",
     "unusual",
@@ -107,16 +105,9 @@ def open_trajectories(file: Path) -> Iterator[h5py.Dataset]:
     except UserError:
         raise
     except (OSError, RuntimeError, ValueError, LookupError, TypeError, ArithmeticError) as e:
-        if any(words in str(e) for words in ("lock file", "already open")):
-            raise UserError(
-                f"{file} cannot be opened ({e}): a process has it open for writing, or its file "
-                "system has no locks. Close it there, or set HDF5_USE_FILE_LOCKING=FALSE; if the "
-                f"process was killed, `h5clear -s {file}`."
-            ) from e
-
         raise UserError(
-            f"{file} cannot be read: it is truncated or damaged, or closed to this user ({e}). "
-            "Make or copy it again."
+            f"{file} cannot be read: it is truncated, damaged, closed to this user, or a process "
+            f"has it open for writing ({e}). Close it there, or make or copy it again."
         ) from e
 
 
@@ -437,17 +428,3 @@ def fingerprint(directory: Path, splits: Sequence[str] = SPLITS) -> str:
                 sha.update(page.astype(dataset.dtype.newbyteorder("<")).tobytes())
 
     return sha.hexdigest()
-
-
-def has_fingerprint(directory: Path, expected: str) -> bool:
-    r"""Tells whether data have a fingerprint. It is taken once, until a file changes."""
-
-    status = [(Path(directory) / f"{split}.h5").stat() for split in SPLITS]
-    stamps = tuple((x.st_size, x.st_mtime_ns, x.st_dev, x.st_ino) for x in status)
-
-    return _fingerprint(Path(directory), stamps) == expected
-
-
-@lru_cache(maxsize=16)
-def _fingerprint(directory: Path, stamps: tuple[Any, ...]) -> str:
-    return fingerprint(directory)

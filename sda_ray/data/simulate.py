@@ -12,16 +12,15 @@ import functools
 import math
 import os
 import shutil
-import socket
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 import h5py
 import numpy as np
 
-from ..core import ProgressBar, UserError, locked
+from ..core import ProgressBar, UserError, locked_at_once
 from .dataset import Origin, get_dataset, read_origin
 
 __all__ = ["PRESETS", "SHAPE", "simulate_dataset"]
@@ -36,6 +35,7 @@ KEPT, _, SIZE, _ = SHAPE
 DISCARDED = 64
 BYTES = 4 * math.prod(SHAPE)
 LIMIT = 2**20  # trajectories
+IN_USE = " If another process simulates in it, wait for its end. Else use another --data."
 GROUPS = 16  # at least, where trajectories are simulated together, to share them out evenly
 
 # Applies a function to items, perhaps in parallel, and yields each item with its result.
@@ -259,9 +259,7 @@ def _create_file(file: Path, n: int, origin: Origin) -> None:
 
     with open(file, "r+b") as raw:
         # A sparse file could not be filled on a full disk.
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(raw.fileno(), 0, os.path.getsize(file))
-
+        os.posix_fallocate(raw.fileno(), 0, os.path.getsize(file))
         os.fsync(raw.fileno())
 
 
@@ -285,23 +283,10 @@ def write_trajectory(directory: Path, origin: Origin, i: int, x: np.ndarray) -> 
 
 @contextmanager
 def lock_directory(directory: Path) -> Iterator[None]:
-    file = directory / ".lock"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"{directory} cannot be written to ({e}). Use another --data.") from e
 
-    with ExitStack() as stack:
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context(locked(file, wait=False))
-        except BlockingIOError as e:
-            owner = file.read_text().strip() or "another process"
-            raise UserError(
-                f"{directory} is in use: {owner} is simulating in it. Wait for its end, or use "
-                "another --data."
-            ) from e
-        except OSError as e:
-            raise UserError(f"{directory} cannot be written to ({e}). Use another --data.") from e
-
-        lock.truncate(0)
-        lock.write(f"{socket.gethostname()}, process {os.getpid()}\n".encode())
-        lock.flush()
-
+    with locked_at_once(directory / ".lock", IN_USE):
         yield

@@ -33,7 +33,7 @@ from ..core import (
     save_config,
     write_atomic,
 )
-from ..data import has_fingerprint
+from ..data import fingerprint
 from ..nn import MCScoreNet, load_network
 from ..training import Diverged, Metrics
 from .evaluation import Evaluation, read_evaluation, summarize
@@ -325,7 +325,7 @@ def reproduce_run(
     if epochs > (last := max(before, default=0)):
         raise UserError(f"--epochs is {epochs}, but {name} has {last} epochs.")
 
-    if "data" in record and not has_fingerprint(data, record["data"]):
+    if "data" in record and fingerprint(data) != record["data"]:
         raise UserError(
             f"{name} was trained on other data than {data}. Give the directory of its data with "
             "--data."

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..core import Lease, LeaseGone, LeaseLost, UserError, locked
-from ..data import DataChanged, fingerprint, has_fingerprint
+from ..data import DataChanged, fingerprint
 from ..runs import CHECKPOINT_SECONDS, RESUMED, RunPath, read_checkpoint
 from ..training import STACKS
 from .replica import CHUNK, Replica, chunks, digest, run_files
@@ -565,6 +565,6 @@ def _make_room(place: Path, size: int) -> None:
 
 def _has(data: Path, expected: str) -> bool:
     try:
-        return has_fingerprint(data, expected)
+        return fingerprint(data) == expected
     except (OSError, UserError):
         return False

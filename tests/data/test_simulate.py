@@ -178,13 +178,11 @@ def test_full_disk_is_found_before_anything_is_written(tmp_path: Path) -> None:
 
 
 def test_directory_is_held_by_one_and_released(tmp_path: Path) -> None:
-    lock, pid = lock_directory, os.getpid()
-
     for _ in range(2):
         with (
-            lock(tmp_path),
-            pytest.raises(UserError, match=f"in use: .* process {pid} is simulating"),
-            lock(tmp_path),
+            lock_directory(tmp_path),
+            pytest.raises(UserError, match="another process simulates in it"),
+            lock_directory(tmp_path),
         ):
             pass
 
@@ -241,7 +239,7 @@ def test_killed_simulation_continues_to_the_same_bits(
         while missing(directory) == 11 and process.poll() is None:
             time.sleep(0.01)
 
-        with pytest.raises(UserError, match=f"in use: .* process {process.pid} is simulating"):
+        with pytest.raises(UserError, match="another process simulates in it"):
             simulate_dataset(directory, 11, 64, 7)
 
         process.send_signal(signal.SIGKILL)
