@@ -30,20 +30,6 @@ CELLS = {"cpu": 2**15, "cuda": 2**24}
 # Solver
 
 
-def _constants(n: int, dt: float, steps: int) -> tuple[float, float, float, Tensor]:
-    r"""Returns the constants of a step, for velocities in cells per step.
-
-    They are the factor of the velocities, and four times the diffusion, the drag and the force of
-    a step. The force is a wave of shape :math:`(n)`.
-    """
-
-    h, tau = 2 * math.pi / n, dt / steps
-    y = (torch.arange(n, dtype=torch.float64) + 0.5) * h
-    wave = 4 * (FORCING * y).sin() * tau * tau / h
-
-    return tau / h, 4 * VISCOSITY * tau / h**2, 4 * DRAG * tau, wave.float()
-
-
 class _Projection:
     r"""Creates the pressure whose gradient carries the divergence of a batch of states."""
 
@@ -102,9 +88,6 @@ class _Advection:
         self.g_left, self.g_right = b[:, : n - 3 * s], b[:, s : n - 2 * s]
         self.g, self.magnitude, self.t = (x[:, : n - 3 * s] for x in (c, d, e))
 
-    def compute_sums(self) -> None:
-        torch.add(self.left, self.right, out=self.sums)
-
     def compute_flux(self, diffusion: float) -> None:
         torch.sub(self.right, self.left, out=self.difference)
 
@@ -147,7 +130,13 @@ class Solver:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, device=device)
 
-        self.scale, self.diffusion, self.drag, wave = _constants(n, dt, steps)
+        # The factor of the velocities; four times the diffusion, the drag and the force of a step
+        h, tau = 2 * math.pi / n, dt / steps
+        self.scale, self.diffusion, self.drag = tau / h, 4 * VISCOSITY * tau / h**2, 4 * DRAG * tau
+        y = (torch.arange(n, dtype=torch.float64) + 0.5) * h
+        wave = (4 * (FORCING * y).sin() * tau * tau / h).float()
+        wave = torch.cat([wave[-2:], wave, wave[:2]]).to(device)
+        self.force = wave.repeat(batch * row)[2 * row : -2 * row]
 
         # State
         self.w = zeros(2, cells)
@@ -160,14 +149,14 @@ class Solver:
             (self.grid[..., -2:], self.grid[..., 2:4]),
         ]
 
-        wave = torch.cat([wave[-2:], wave, wave[:2]]).to(device)
-        self.force = wave.repeat(batch * row)[2 * row : -2 * row]
-
         # Fluxes
         self.sums = zeros(2, 2, cells)  # twice the means at the faces along x and along y
         self.scratch = [zeros(2, cells) for _ in range(5)]
         self.fluxes = [zeros(2, cells), zeros(2, cells)]
-        self.advections = [self._advection(axis, shift) for axis, shift in enumerate(shifts)]
+        self.advections = [
+            _Advection(self.w, self.sums[i], self.sums[:, i], self.fluxes[i], self.scratch, s)
+            for i, s in enumerate(shifts)
+        ]
 
         # Changes of the cells between the outermost rows; a flux is stored at its face less s.
         a, b = 2 * row, cells - 2 * row
@@ -190,11 +179,6 @@ class Solver:
             (v0[..., -1], q[..., 0]),
         ]
 
-    def _advection(self, axis: int, s: int) -> _Advection:
-        return _Advection(
-            self.w, self.sums[axis], self.sums[:, axis], self.fluxes[axis], self.scratch, s
-        )
-
     def load(self, x: Tensor) -> None:
         r"""Sets the states to :math:`x`, of shape :math:`(B, 2, n, n)`."""
 
@@ -212,15 +196,11 @@ class Solver:
             border.copy_(opposite)
 
         for advection in self.advections:
-            advection.compute_sums()
+            torch.add(advection.left, advection.right, out=advection.sums)
 
         for advection in self.advections:
             advection.compute_flux(self.diffusion)
 
-        self._apply()
-        self._project()
-
-    def _apply(self) -> None:
         # All changes are summed before they meet the velocities: the force alone would be rounded
         # the same way along a row, step after step, and drive a mean flow.
         (x_in, y_in), (x_out, y_out) = self.inflows, self.outflows
@@ -229,7 +209,7 @@ class Solver:
         self.change.sub_(self.cells, alpha=self.drag)
         self.cells.add_(self.change, alpha=0.25)
 
-    def _project(self) -> None:
+        # The projection
         for border, opposite in self.walls:
             border.copy_(opposite)
 
@@ -293,7 +273,10 @@ class KolmogorovFlow:
 
         with torch.inference_mode():
             for part, result in zip(batch.split(at_once), out.split(at_once), strict=True):
-                solver = self._solver(len(part))
+                if (n := len(part)) not in self._solvers:
+                    self._solvers[n] = Solver(n, self.size, self.dt, self.steps, self.device)
+
+                solver = self._solvers[n]
                 solver.load(part)
 
                 for _ in range(self.steps):
@@ -317,12 +300,6 @@ class KolmogorovFlow:
             states.append(x)
 
         return torch.stack(tuple(states), dim=1)
-
-    def _solver(self, batch: int) -> Solver:
-        if batch not in self._solvers:
-            self._solvers[batch] = Solver(batch, self.size, self.dt, self.steps, self.device)
-
-        return self._solvers[batch]
 
 
 def _initial_field(n: int, seed: int) -> np.ndarray:
