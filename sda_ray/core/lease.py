@@ -457,11 +457,6 @@ def _encode(holder: Holder, notes: dict[str, Any]) -> bytes:
 def _start_of(pid: int) -> str | None:
     r"""Returns when a process started, in clock ticks since boot, or None if it does not run."""
 
-    if not Path("/proc/self/stat").exists():  # not Linux: the time stays unknown
-        import psutil
-
-        return "" if psutil.pid_exists(pid) else None
-
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except (FileNotFoundError, ProcessLookupError):

@@ -11,7 +11,6 @@ import logging
 import math
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -157,9 +156,6 @@ def uncollected() -> Iterator[None]:
 
 
 def _glibc() -> ctypes.CDLL | None:
-    if not sys.platform.startswith("linux"):
-        return None
-
     libc = ctypes.CDLL(None)
 
     return libc if hasattr(libc, "gnu_get_libc_version") else None
@@ -232,9 +228,7 @@ def deadline(hours: float | None, environ: Mapping[str, str]) -> float | None:
 
         ends.append(time.monotonic() + 3600 * hours)
 
-    end, job = environ.get("SLURM_JOB_END_TIME"), environ.get("SLURM_JOB_ID")
-
-    if end := end or (job and _ask_slurm(job)):
+    if end := environ.get("SLURM_JOB_END_TIME"):
         try:
             if (left := float(end) - time.time()) > 0:
                 ends.append(time.monotonic() + left - (SLURM - LEAST))
@@ -246,21 +240,6 @@ def deadline(hours: float | None, environ: Mapping[str, str]) -> float | None:
             logger.warning("SLURM_JOB_END_TIME is %r, which is not a time: it is ignored.", end)
 
     return min(ends, default=None)
-
-
-def _ask_slurm(job: str) -> str:
-    r"""Returns the end of a Slurm job by `squeue`, for Slurm before 23.02, or an empty text."""
-
-    command = ["squeue", "--noheader", f"--jobs={job}", "--format=%L"]
-
-    try:
-        left = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.strip()
-        days, _, clock = left.rpartition("-")
-        parts = [int(x) for x in reversed(clock.split(":"))]
-    except (OSError, subprocess.TimeoutExpired, ValueError):  # UNLIMITED, or no time
-        return ""
-
-    return str(time.time() + 86400 * int(days or 0) + sum(60**i * x for i, x in enumerate(parts)))
 
 
 def margin(longest: float, whole: float) -> float:

@@ -18,10 +18,8 @@ from sda_ray.core.system import (
     cgroup_cpus,
     cgroup_memory,
     deadline,
-    keep_memory,
     margin,
     on_signals,
-    release_memory,
     try_print,
 )
 
@@ -72,13 +70,6 @@ def test_switch_leaves_the_allocator_alone() -> None:
     assert faults > 2**25
 
 
-def test_systems_without_glibc_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "platform", "darwin")
-
-    assert not keep_memory()
-    release_memory()
-
-
 def left(hours: float | None, **environ: str) -> float:
     end = deadline(hours, environ)
     assert end is not None
@@ -97,23 +88,6 @@ def test_earlier_end_counts() -> None:
     assert left(1.0) == pytest.approx(3600, abs=2)
     assert left(1.0, SLURM_JOB_END_TIME=slurm) == pytest.approx(3600, abs=2)
     assert left(9.0, SLURM_JOB_END_TIME=slurm) == pytest.approx(7200 - 90, abs=2)
-
-
-@pytest.mark.parametrize(
-    ("said", "seconds"),
-    [("2:00", 120), ("1:00:00", 3600), ("2-03:04:05", 183845), ("UNLIMITED", None), ("", None)],
-)
-def test_end_of_a_job_is_asked_for_where_slurm_does_not_tell_it(
-    said: str, seconds: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "squeue").write_text(f"#!/bin/sh\n[ $2 = --jobs=7 ] && echo {said}\n")
-    (tmp_path / "squeue").chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-
-    if seconds is None:
-        assert deadline(None, {"SLURM_JOB_ID": "7"}) is None
-    else:
-        assert left(None, SLURM_JOB_ID="7") == pytest.approx(seconds - 90, abs=10)
 
 
 def test_nonsense_of_slurm_is_ignored_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
