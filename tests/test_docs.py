@@ -30,7 +30,7 @@ TOP = Path(__file__).parents[1]
 EXAMPLES = [
     f"sda_ray.{name}"
     for name in (
-        *("core.keys", "core.space", "core.files", "search.promotion", "search.sampler"),
+        *("core.config", "core.space", "core.files", "search.promotion", "search.sampler"),
         *("assimilation.operators", "assimilation.skill"),
     )
 ]

@@ -229,15 +229,10 @@ def deadline(hours: float | None, environ: Mapping[str, str]) -> float | None:
         ends.append(time.monotonic() + 3600 * hours)
 
     if end := environ.get("SLURM_JOB_END_TIME"):
-        try:
-            if (left := float(end) - time.time()) > 0:
-                ends.append(time.monotonic() + left - (SLURM - LEAST))
-            else:  # as in a tmux that a job has started
-                logger.warning(
-                    "SLURM_JOB_END_TIME is that of a job that has ended: it is ignored."
-                )
-        except ValueError:
-            logger.warning("SLURM_JOB_END_TIME is %r, which is not a time: it is ignored.", end)
+        if (left := float(end) - time.time()) > 0:
+            ends.append(time.monotonic() + left - (SLURM - LEAST))
+        else:  # as in a tmux that a job has started
+            logger.warning("SLURM_JOB_END_TIME is that of a job that has ended: it is ignored.")
 
     return min(ends, default=None)
 

@@ -204,16 +204,11 @@ def _read_done(file: Path, origin: Origin, n: int) -> list[bool]:
     except (OSError, RuntimeError, LookupError, TypeError, ValueError, ArithmeticError) as e:
         raise UserError(f"{file} is damaged ({e}). Delete it, or use another --data.") from e
 
-    if recorded is not None and recorded != origin:
-        raise UserError(
-            f"{file} belongs to a data set with {recorded.options}, but {origin.options} is asked "
-            "for. These are fixed when a data set is created: use the same, or another --data."
-        )
-
     if done is None or done.shape != (n,):
+        was = f"but with {recorded.options}" if recorded else "if at all"
         raise UserError(
-            f"{file} exists, but was not written by `sda-ray simulate` with {origin.options}. "
-            "Use another --data."
+            f"{file} was not written by `sda-ray simulate` with {origin.options}, {was}. These are "
+            "fixed when a data set is created: use the same, or another --data."
         )
 
     return [bool(d) for d in done]

@@ -90,11 +90,6 @@ def test_earlier_end_counts() -> None:
     assert left(9.0, SLURM_JOB_END_TIME=slurm) == pytest.approx(7200 - 90, abs=2)
 
 
-def test_nonsense_of_slurm_is_ignored_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    assert deadline(None, {"SLURM_JOB_END_TIME": "tomorrow"}) is None
-    assert "tomorrow" in caplog.text
-
-
 def test_end_of_a_job_that_has_ended_is_ignored_with_a_warning(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
