@@ -159,7 +159,7 @@ def join_sweep(
 
         while (head := _await_head(directory, last, 60 * wait, requested)) is not None:
             last = head["attempt"]
-            ip = own_ip(_host_of(head))
+            ip = own_ip(head["address"].rpartition(":")[0])
 
             with started(find_token(directory), head["address"], ip, cpus, gpus) as node:
                 say(
@@ -260,16 +260,14 @@ def _await_head(
     return None
 
 
-def _host_of(head: dict[str, Any]) -> str:
-    return str(head["address"]).rpartition(":")[0]
-
-
 def _check_reach(name: str, head: dict[str, Any]) -> None:
-    if _host_of(head).startswith("127.") and head["host"] != socket.gethostname():
+    ip = head["address"].rpartition(":")[0]
+
+    if ip.startswith("127.") and head["host"] != socket.gethostname():
         raise UserError(
-            f"sweep '{name}' runs on {head['host']}, whose Ray listens on {_host_of(head)} alone: "
-            "it found no network when it started. Stop the sweep and resume it once there is one, "
-            "or on a cluster with --address."
+            f"sweep '{name}' runs on {head['host']}, whose Ray listens on {ip} alone: it found no "
+            "network when it started. Stop the sweep and resume it once there is one, or on a "
+            "cluster with --address."
         )
 
 

@@ -29,7 +29,7 @@ from ..core import (
     write_json,
 )
 from ..runs import COPIED, RECORDS, RunPath, sweep_directory
-from ..search import Study
+from ..search import Study, TrialRecord
 from .replica import Replica, files_of
 from .store import Bucket, Damaged, Folder, LeaseObject, Unreachable
 
@@ -185,8 +185,9 @@ class SweepReplica:
             self._confirm()
             self._push_journal()
 
-            for run_id in self._unsettled():
-                self._push_run(run_id)
+            for record in self._records():
+                if record.run_id not in self.settled:
+                    self._push_run(record.run_id)
 
                 if self._changed.is_set():
                     self._push_journal()
@@ -195,7 +196,14 @@ class SweepReplica:
             logger.warning("%s.", error)
             return False
         except Exception as error:
-            self._warn(error)
+            if self._failing is None:
+                self._failing = time.monotonic()
+                logger.warning(
+                    "nothing is copied to %s for now: %s: %s. The sweep continues, and all of it "
+                    "is in %s; copying is retried.",
+                    *(self.bucket.url, type(error).__name__, error, self.runs),
+                )
+
             return False
 
         if self._failing is not None:
@@ -205,14 +213,10 @@ class SweepReplica:
 
         return True
 
-    def _warn(self, error: Exception) -> None:
-        if self._failing is None:
-            self._failing = time.monotonic()
-            logger.warning(
-                "nothing is copied to %s for now: %s: %s. The sweep continues, and all of it is "
-                "in %s; copying is retried.",
-                *(self.bucket.url, type(error).__name__, error, self.runs),
-            )
+    def _records(self) -> list[TrialRecord]:
+        assert self.study is not None
+
+        return [record for record in self.study.records() if not record.source]
 
     def _push_journal(self) -> None:
         r"""Pushes the journal, after the directories of the runs that it says are closed or paused.
@@ -224,22 +228,13 @@ class SweepReplica:
         self._changed.clear()
         size = self.study.journal.file.stat().st_size
 
-        for record in self.study.records():
-            if record.source:
-                continue
-
+        for record in self._records():
             if record.state == "running" and not record.paused:
                 self.settled.discard(record.run_id)
             elif record.run_id not in self.settled:
                 self._push_run(record.run_id, closed=True)
 
         self.sweep.push(files_of(self.directory, SWEEP), {JOURNAL: size})
-
-    def _unsettled(self) -> list[str]:
-        assert self.study is not None
-        records = self.study.records()
-
-        return [r.run_id for r in records if not r.source and r.run_id not in self.settled]
 
     def _push_run(self, run_id: str, closed: bool = False) -> None:
         r"""Pushes the directory of a run, and notes if that is the last time.
