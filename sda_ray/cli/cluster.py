@@ -208,17 +208,9 @@ def overview(status: Mapping[str, Any]) -> RenderableType:
         f"{status[key]['used']:g} of {status[key]['total']:g} {key.upper()[:-1]}s"
         for key in ("cpus", "gpus")
     ]
-    notes = [
-        f"{' and '.join(used)} are in use. `ray status` lists pending requests and launches.",
-        *(
-            f"sweep '{sweep}' starts nothing on {node['name']}: {why}"
-            for node in status["nodes"]
-            for sweep, why in node["avoided"].items()
-        ),
-    ]
-    parts += ["", *(Text(printable(note, 400)) for note in notes)]
+    note = f"{' and '.join(used)} are in use. `ray status` lists pending requests and launches."
 
-    return Group(*parts)
+    return Group(*parts, "", Text(note))
 
 
 def _nodes(nodes: Sequence[Mapping[str, Any]]) -> Table:

@@ -11,7 +11,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -38,20 +38,14 @@ Reason = Callable[[], str]  # why to leave, or an empty string
 
 
 @contextmanager
-def announced(
-    directory: Path, lease: Lease, address: str, token: str | None
-) -> Iterator[Callable[[Mapping[str, str]], None]]:
+def announced(directory: Path, lease: Lease, address: str, token: str | None) -> Iterator[None]:
     r"""Announces the Ray of a sweep to other machines within the block.
 
     All is written under the lease: a driver that was taken over changes nothing. The token is None
     for a cluster that does not belong to the sweep.
-
-    Yields:
-        A function that records the avoided nodes: the reasons by Ray's ids.
     """
 
     file = directory / "token"
-    recorded: dict[str, str] = {}
 
     with lease.hold():
         file.unlink(missing_ok=True)
@@ -61,40 +55,26 @@ def announced(
 
     lease.note(address=address)
 
-    def record(avoided: Mapping[str, str]) -> None:
-        nonlocal recorded
-
-        if recorded != avoided:
-            recorded = dict(avoided)
-
-            with suppress(LeaseLost, OSError):
-                lease.note(avoided=recorded)
-
     try:
-        yield record
+        yield
     finally:
         with suppress(LeaseLost, OSError):
-            lease.note(address=None, avoided={})
+            lease.note(address=None)
 
             with lease.hold():
                 file.unlink(missing_ok=True)
 
 
 def read_head(directory: Path) -> dict[str, Any] | None:
-    r"""Returns `address`, `host`, `attempt` and `avoided` of a sweep's driver, or None without one."""
+    r"""Returns `address`, `host` and `attempt` of a sweep's driver, or None without one."""
 
     holder, notes = read_notes(directory / "lease.json")
-    address, avoided = notes.get("address"), notes.get("avoided", {})
+    address = notes.get("address")
 
-    if holder is None or holder["pid"] is None:
+    if holder is None or holder["pid"] is None or not isinstance(address, str):
         return None
 
-    if not isinstance(address, str) or not isinstance(avoided, dict):
-        return None
-
-    place = {key: holder[key] for key in ("host", "attempt")}
-
-    return place | {"address": address, "avoided": avoided}
+    return {"address": address, "host": holder["host"], "attempt": holder["attempt"]}
 
 
 def find_token(directory: Path) -> str | None:

@@ -29,7 +29,6 @@ from ..core import UserError, cgroup_memory, lock_works
 from ..data import fingerprint
 from ..runs import Entry, cpu_model, entries
 from ..storage import local_directory, on_node
-from .join import read_head
 
 PACKAGES = ("ray", "torch", "optuna", "wandb")
 SERVER_TIMEOUT = 5.0  # seconds to connect to a server
@@ -344,8 +343,7 @@ def cluster_status(runs: Path) -> dict[str, Any]:
     Returns:
         `address`, `cpus` and `gpus` of the cluster (`used` and `total`), and `nodes`, live ones
         first: `id`, `name`, `ip`, `role` (`head` or `worker`), `state` (`alive` or `dead`), `cpus`,
-        `gpus`, `runs`, and `avoided`: the sweeps that start nothing there, and why. `elsewhere` has
-        the runs that are running on none of these nodes.
+        `gpus` and `runs`. `elsewhere` has the runs that are running on none of these nodes.
     """
 
     import ray
@@ -354,13 +352,6 @@ def cluster_status(runs: Path) -> dict[str, Any]:
     total, free = ray.cluster_resources(), ray.available_resources()
     known = [_node(node) for node in nodes]
     elsewhere = _place_runs(known, entries(runs) if runs.is_dir() else ())
-
-    for lease in sorted(runs.glob("sweeps/*/lease.json")):
-        avoided = (read_head(lease.parent) or {"avoided": {}})["avoided"]
-
-        for node in known:
-            if node["id"] in avoided:
-                node["avoided"][lease.parent.name] = str(avoided[node["id"]])
 
     def use(key: str) -> dict[str, float]:
         has = total.get(key, 0.0)
@@ -387,7 +378,6 @@ def _node(node: dict[str, Any]) -> dict[str, Any]:
         "cpus": resources.get("CPU", 0.0),
         "gpus": resources.get("GPU", 0.0),
         "runs": [],
-        "avoided": {},
     }
 
 

@@ -367,15 +367,13 @@ def _drive(
         lease = driver.study.journal.lease
         assert lease is not None
         endpoint = ray_endpoint(alone or bool(options.job))
-        announce = stack.enter_context(announced(driver.request.parent, lease, *endpoint))
+        stack.enter_context(announced(driver.request.parent, lease, *endpoint))
 
         def house() -> None:
             look()
 
             if options.replica is not None:
                 options.replica.check()
-
-            announce(driver.losses.avoided)
 
             if alone:
                 note_cpus(scratch, len(driver.live) * options.cpus)

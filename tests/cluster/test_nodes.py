@@ -120,7 +120,6 @@ def test_names_are_shown_as_plain_text() -> None:
         "cpus": 2.0,
         "gpus": 0.0,
         "runs": [{"run": "[red]", "sweep": None, "trial": 1, "epoch": 0, "epochs": None}],
-        "avoided": {"tiny": "3 workers died"},
     }
     console = Console(width=160)
     used = {"cpus": {"used": 1.0, "total": 2.0}, "gpus": {"used": 0.0, "total": 0.0}}
@@ -132,7 +131,6 @@ def test_names_are_shown_as_plain_text() -> None:
 
     assert "\x1b" not in out and "[bold]x" in out and "[red]" in out and "alive" in out
     assert "1 of 2 CPUs and 0 of 0 GPUs are in use" in out
-    assert "sweep 'tiny' starts nothing on" in out and "3 workers died" in out
 
 
 def test_address_where_nobody_is_is_told_at_once(env: dict[str, str], tmp_path: Path) -> None:
