@@ -82,8 +82,6 @@ def _resources(config: dict[str, Any]) -> Iterator[str]:
 
 
 def _access(config: dict[str, Any]) -> Iterator[str]:
-    r"""Yields ways in for others."""
-
     mounts = config.get("file_mounts") or {}
     setup = [x for key, x in config.items() if key.endswith("setup_commands") and x]
     commands = [str(command) for part in setup for command in part]

@@ -142,8 +142,6 @@ def execute(
 
 
 def _place(bundle: dict[str, float], config: dict[str, Any]) -> Any:
-    r"""Returns the resources of a trial, and the nodes that it avoids."""
-
     if not (avoid := config.get("avoid")):
         return tune.PlacementGroupFactory([bundle])
 
@@ -437,8 +435,6 @@ class Executor(FIFOScheduler):
 
 
 class _Searcher(Searcher):
-    r"""The driver as Tune asks it for trials."""
-
     def __init__(self, executor: Executor) -> None:
         super().__init__()
         self.executor = executor

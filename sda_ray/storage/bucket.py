@@ -397,8 +397,6 @@ def _fetch(bucket: Bucket, runs: Path, keys: Iterable[str], replace: bool = Fals
 
 
 def _field(file: Path, key: str) -> Any:
-    r"""Returns a value of a JSON file, or None if it does not have that."""
-
     try:
         return read_json(file)[key]
     except (UserError, KeyError, TypeError):

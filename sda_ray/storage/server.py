@@ -344,8 +344,6 @@ def _read(file: Path, offset: int, size: int) -> bytes:
 
 
 def _digest(file: Path) -> str:
-    r"""Returns the SHA-256 of a file, or an empty text if there is none."""
-
     try:
         with open(file, "rb") as stream:
             return digest(stream)
