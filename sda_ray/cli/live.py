@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -23,10 +24,10 @@ from ..core import (
     format_size,
     plain,
     printable,
-    read_holder,
+    read_notes,
     say,
 )
-from ..runs import RunPath, seconds_of
+from ..runs import Cost, RunPath, cost_of
 from ..search import FINAL, Rules, TrialRecord, rank_key, standing
 from .render import STYLES, format_loss, run_table, short_settings, sparkline
 
@@ -128,7 +129,7 @@ class LiveTable:
         self.pace = Pace()
         self.paths: dict[str, RunPath] = {}
         self.listed = float("-inf")  # when paths were last read
-        self.hosts: dict[tuple[str, int], str] = {}  # by run and attempt
+        self.places: dict[tuple[str, int, int], tuple[str, str]] = {}  # nodes and GPUs of runs
         self.best = "", 0.0  # the id of the best run, and since when it is
         self.now = self.records()
         self.due = 0.0  # when the epochs of the whole sweep are estimated again
@@ -240,7 +241,7 @@ class LiveTable:
         self._list()
         own = [r for r in records if not r.source]
         epochs = sum(r.last for r in own)
-        seconds = {r.run_id: seconds_of(self.paths.get(r.run_id), r.last) for r in own}
+        seconds = {r.run_id: self._cost(r).seconds for r in own}
         saved = sum(
             seconds[r.run_id] * (r.epochs / r.last - 1) for r in own if r.paused and r.last
         )
@@ -291,18 +292,44 @@ class LiveTable:
 
         return best
 
-    def _host(self, record: TrialRecord) -> str:
-        r"""Returns the node where a run is, from the lease of its directory."""
+    def _cost(self, record: TrialRecord) -> Cost:
+        return cost_of(self.paths.get(record.run_id), record.last)
 
-        key = record.run_id, record.attempt
+    def details(self, record: TrialRecord) -> dict[str, Any]:
+        r"""Returns facts about a run that its record lacks.
 
-        if key not in self.hosts and record.status == "running" and record.run_id in self.paths:
-            holder = read_holder(self.paths[record.run_id].lease)
+        It has `rank`, among how many, at the newest rung; and for a run in progress `left`, the
+        seconds up to its next decision, at a rung or the end; `memory` in GB, `node` and `gpu`.
+        """
+
+        reached = [rung for rung in self.rules.rungs if rung in record.values]
+        rank = standing(record, reached[-1], self.now) if reached else None
+
+        if record.status != "running":
+            return {"rank": rank}
+
+        cost, (node, gpu) = self._cost(record), self._place(record)
+        left = None
+
+        if cost.pace is not None:
+            begun = max(0.0, min(time.time() - cost.at, cost.pace))  # of the epoch in progress
+            left = (record.until - record.last) * cost.pace - begun
+
+        return {"rank": rank, "left": left, "memory": cost.memory, "node": node, "gpu": gpu}
+
+    def _place(self, record: TrialRecord) -> tuple[str, str]:
+        r"""Returns the node and the GPU of a run in progress, from the lease of its directory."""
+
+        key = record.run_id, record.attempt, record.last  # a run that begins may have no GPU yet
+
+        if key not in self.places and record.run_id in self.paths:
+            holder, notes = read_notes(self.paths[record.run_id].lease)
 
             if holder is not None and holder["pid"] is not None:
-                self.hosts[key] = printable(holder["host"], 20)
+                gpu = printable(notes.get("gpu", ""), 20)
+                self.places[key] = printable(holder["host"], 20), gpu
 
-        return self.hosts.get(key, "–")
+        return self.places.get(key, ("", ""))
 
     # Texts
 
@@ -344,7 +371,7 @@ class LiveTable:
 
         return f"{len(statuses)}/{self.rules.target} runs: {counts or 'starting Ray'}"
 
-    def _cost(self) -> str:
+    def _spent(self) -> str:
         totals, size = self._totals(), self.size()
         texts = [
             f"{format_duration(totals.trained)} of training" if totals.trained else "",
@@ -376,7 +403,7 @@ class LiveTable:
             lines.append(Text(self._best(), style="green"))
             lines.append(Text("     " + short_settings(totals.best.config), style="green"))
 
-        return [*lines, Text(cost)] if (cost := self._cost()) else lines
+        return [*lines, Text(cost)] if (cost := self._spent()) else lines
 
     def _render(self) -> RenderableType:
         if self.screen is not None:
@@ -390,8 +417,11 @@ class LiveTable:
         lines = [] if self.screen is None else self.screen.lines
         messages = lines[-min(MESSAGES, height // 6) :]
         ranked = sorted(self.now, key=lambda r: (r.status != "running", rank_key(r)))
-        shown = ranked[: max(1, height - len(head) - len(messages) - 4)]
-        parts = self._rows(shown, width) if shown else []
+        low = height <= 15
+        head = head[:3] if low else head
+        rest = 3 if low else 5  # lines: two of the header, and those around the table
+        shown = ranked[: max(1, height - len(head) - len(messages) - rest)]
+        parts = self.rows(shown, width)[: 1 if low else 2] if shown else []
 
         if len(ranked) > len(shown):
             parts.append(Text(f"and {len(ranked) - len(shown)} more", style="dim"))
@@ -399,26 +429,32 @@ class LiveTable:
         for line in (*head, *(bottom := [Text(plain(x), style="yellow") for x in messages])):
             line.no_wrap, line.overflow = True, "ellipsis"
 
-        return Group(*head, *([Text()] if height > 15 else []), *parts, *bottom)
+        return Group(*head, *([] if low else [Text()]), *parts, *bottom)
 
-    def _rows(self, records: Sequence[TrialRecord], width: int) -> list[RenderableType]:
+    def rows(self, records: Sequence[TrialRecord], width: int) -> list[RenderableType]:
+        r"""Returns the table of some runs, see :func:`sda_ray.cli.render.run_table`."""
+
         ascii_only = self.console.options.ascii_only
-        hosts = {r.run_id: self._host(r) for r in records}
+        found = {r.run_id: self.details(r) for r in records}
+
+        def column(key: str, show: Callable[[Any], str]) -> dict[str, str]:
+            return {id: show(x) for id, row in found.items() if (x := row.get(key))}
+
         more = {
             "curve": {r.run_id: sparkline(r.curve.values(), ascii_only) for r in records},
-            "rank": {r.run_id: rank for r in records if (rank := self._rank(r))},
-            "node": hosts if len({*self.hosts.values()}) > 1 else {},
+            "left": {
+                r.run_id: f"{format_duration(x)} to {r.until}"
+                for r in records
+                if (x := found[r.run_id].get("left")) is not None
+            },
+            "rank": column("rank", lambda x: f"{x[0]}/{x[1]}"),
+            "memory": column("memory", lambda x: f"{x:.2g} GB"),
+            "GPU": column("gpu", str),
+            "node": column("node", str) if len({x for x, _ in self.places.values()}) > 1 else {},
         }
         names = {id: path.name for id, path in self.paths.items()}
 
         return run_table(records, names, width, self.objective, more)
-
-    def _rank(self, record: TrialRecord) -> str:
-        r"""Returns the rank of a run at the newest rung that it has reached."""
-
-        reached = [rung for rung in self.rules.rungs if rung in record.values]
-
-        return "{}/{}".format(*standing(record, reached[-1], self.now)) if reached else ""
 
 
 def _event(before: TrialRecord | None, now: TrialRecord) -> str:

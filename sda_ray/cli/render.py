@@ -135,8 +135,9 @@ def run_table(
 ) -> list[RenderableType]:
     r"""Returns a table of a sweep's runs that fits a width, and a line about columns that do not.
 
-    For it, names are left out, then columns after the objective, from the right. The columns are
-    `more`, of texts by run, and the settings that the sweep varies.
+    The columns after the objective are `more`, of texts by run, and the settings that the sweep
+    varies. For the width, names are left out, then headers are folded, then columns are left out,
+    from the right; settings that tell the runs apart come last.
     """
 
     objective = printable(objective)
@@ -147,43 +148,67 @@ def run_table(
         "epoch": [f"{r.last}/{r.epochs}" for r in records],
         objective: [format_loss(r.value) for r in records],
     }
-    fixed = len(columns)
-
-    for name, texts in more.items():
-        if texts:
-            columns[name] = [texts.get(r.run_id, "–") for r in records]
-
-    for key in dict.fromkeys(key for record in records for key in record.config):
-        columns[printable(key)] = [
-            short_value(r.config[key]) if key in r.config else "–" for r in records
-        ]
+    others = {
+        name: [texts.get(r.run_id, "–") for r in records] for name, texts in more.items() if texts
+    }
+    settings = {
+        printable(key): [short_value(r.config[key]) if key in r.config else "–" for r in records]
+        for key in dict.fromkeys(key for record in records for key in record.config)
+    }
+    columns |= others | settings
+    headers = {name: name for name in columns}
+    telling = [printable(key) for key in _telling([r.config for r in records])]
+    hidden = [*telling, *others, *(name for name in settings if name not in telling)]
 
     def fits() -> bool:
-        widths = (max(map(len, (name, *texts))) for name, texts in columns.items())
-        return sum(widths) + 2 * len(columns) - 2 <= width
+        lines = ([*headers[name].split("\n"), *texts] for name, texts in columns.items())
+        return sum(max(map(len, x)) for x in lines) + 2 * len(columns) - 2 <= width
 
     if not fits():
         columns["run"] = [printable(r.run_id) for r in records]
 
-    hidden: list[str] = []
+    if not fits():
+        headers = {name: "\n_".join(name.rsplit("_", 1)) for name in columns}
 
-    while len(columns) > fixed and not fits():
-        hidden.insert(0, columns.popitem()[0])
+    kept = len(hidden)
 
-    right = [name for name in columns if name not in ("run", "status", "curve")]
-    table = make_table(*columns, right=right, fold=())
+    while kept and not fits():
+        kept -= 1
+        del columns[hidden[kept]]
+
+    right = [headers[x] for x in columns if x not in ("run", "status", "curve")]
+    table = make_table(*(headers[x] for x in columns), right=right, fold=())
 
     if records:  # a column is one cell, see listing
         styled = ([Text(x, style=STYLES.get(x, "")) for x in texts] for texts in columns.values())
         table.add_row(*(Text("\n").join(texts) for texts in styled))
 
-    if not hidden:
+    if not (hidden := hidden[kept:]):
         return [table]
 
     plural = "s" * (len(hidden) > 1)
     note = f"too narrow for {len(hidden)} column{plural}: {', '.join(hidden)}"
 
     return [table, Text(note, style="dim", no_wrap=True, overflow="ellipsis")]
+
+
+def _telling(configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    r"""Returns keys that tell configs apart as well as all do, those first that tell most."""
+
+    keys, telling = dict.fromkeys(key for config in configs for key in config), list[str]()
+
+    def apart(names: Sequence[str]) -> int:
+        return len({str([config.get(name) for name in names]) for config in configs})
+
+    for _ in keys:
+        most = max(keys, key=lambda key: apart([*telling, key]))
+
+        if apart([*telling, most]) <= apart(telling):
+            break
+
+        telling.append(most)
+
+    return telling
 
 
 def portrait(

@@ -36,18 +36,20 @@ from ..core import (
     read_holder,
     say,
 )
-from ..runs import RunPath, as_json, seconds_of, sweep_directory, sweep_names
+from ..runs import RunPath, as_json, cost_of, sweep_directory, sweep_names
 from .options import COUNT, JSON, SWEEP, Args, argument, command, option
 from .render import STYLES, format_loss
 
 if TYPE_CHECKING:
     from ..search import TrialRecord  # which loads optuna
+    from .live import LiveTable
 
 Row = dict[str, Any]  # a sweep or a run, as programs get it
 
 LOOK = 2.0  # seconds between two looks at the files of a sweep
 PAUSE = 60.0  # seconds between two blocks of `--watch` where no terminal is
 FEW = 5  # failures that are shown
+MANY = 20  # runs in progress that are shown
 
 
 def _read(runs: Path, name: str) -> tuple[Row, list["TrialRecord"], Row]:
@@ -192,7 +194,7 @@ def _cells(row: Row) -> dict[str, str]:
 @option("--watch", "Show it anew every 2 s, until the sweep ends or Ctrl-C.", bool)
 @JSON
 def status_command(args: Args) -> None:
-    r"""Shows a sweep as it stands: progress, best run, cost and failures.
+    r"""Shows a sweep as it stands: progress, best run, cost, failures, and runs in progress.
 
     Without SWEEP it shows those that run, else the last changed one. Epochs are compared with those
     that the sweep is expected to take, and with all of all trials. Where no terminal is, --watch
@@ -222,14 +224,16 @@ def status_command(args: Args) -> None:
 
     with suppress(KeyboardInterrupt), live or nullcontext():
         while True:
-            rows = [_details(args.runs, name) for name in names]
+            found = [_details(args.runs, name) for name in names]
+            rows = [row for row, _ in found]
+            blocks = [_block(row, table, console.width) for row, table in found]
 
             if args.json:
                 print(as_json(rows[0] if args.sweep else rows))
             elif live:
-                live.update(Group(*map(_block, rows)), refresh=True)
+                live.update(Group(*blocks), refresh=True)
             else:
-                console.print(*map(_block, rows))
+                console.print(*blocks)
 
             if not args.watch or all(row["state"] != "running" for row in rows):
                 return
@@ -237,22 +241,26 @@ def status_command(args: Args) -> None:
             time.sleep(LOOK if live else PAUSE)
 
 
-def _details(runs: Path, name: str) -> Row:
-    r"""Returns a sweep with its best run, its cost and its failures."""
+def _details(runs: Path, name: str) -> tuple[Row, "LiveTable"]:
+    r"""Returns a sweep with its best run, its cost, its failures and its runs in progress."""
 
     from ..plan import expect
     from ..sweep import recorded_rules
+    from .live import LiveTable
 
     row, records, sweep = _read(runs, name)
     rules, paths = recorded_rules(sweep), {path.id: path for path in RunPath.all(runs)}
     own = [record for record in records if not record.source]
-    seconds = sum(seconds_of(paths.get(record.run_id), record.last) for record in own)
+    seconds = sum(cost_of(paths.get(record.run_id), record.last).seconds for record in own)
     busy = row["runs"]["running"]
     expected, deviation, most = expect(rules, records, busy or 1)
     left = expected - row["epochs"]
     pace = busy * row["epochs"] / seconds if seconds else 0.0  # epochs a second
 
-    return row | {
+    table = LiveTable(name, rules, runs, lambda: records, row["objectives"][0])
+    table.paths = paths
+    going = [r for r in own if r.status == "running" and row["state"] == "running"]
+    details = {
         "best": next((_run(r, paths) for r in records if r.state == "complete"), None),
         "expected": expected,
         "deviation": deviation,
@@ -261,7 +269,10 @@ def _details(runs: Path, name: str) -> Row:
         "saved": sum(record.epochs - record.last for record in own if record.paused),
         "failures": [_run(r, paths) for r in own if r.state in ("failed", "diverged")],
         "left": left / pace if left > 0 and pace > 0 else None,
+        "running": [_run(r, paths) | {"until": r.until} | table.details(r) for r in going],
     }
+
+    return row | details, table
 
 
 def _run(record: "TrialRecord", paths: Mapping[str, RunPath]) -> Row:
@@ -280,7 +291,7 @@ def _run(record: "TrialRecord", paths: Mapping[str, RunPath]) -> Row:
     }
 
 
-def _block(row: Row) -> RenderableType:
+def _block(row: Row, table: "LiveTable", width: int) -> RenderableType:
     r"""Returns the details of a sweep for a terminal."""
 
     grid = Table.grid(padding=(0, 1))
@@ -290,7 +301,11 @@ def _block(row: Row) -> RenderableType:
     for label, text in (("state", _state(row)), *_lines(row)):
         grid.add_row(f"  {label}", Text(printable(text, 1000), STYLES.get(label, "")))
 
-    return Group(Text(printable(f"sweep {row['name']}"), "bold"), grid)
+    indices = [run["index"] for run in row["running"][:MANY]]
+    going = [record for record in table.now if record.index in indices]
+    parts = [Text(), *table.rows(going, width)] if going else []
+
+    return Group(Text(printable(f"sweep {row['name']}"), "bold"), grid, *parts)
 
 
 def _state(row: Row) -> str:

@@ -9,6 +9,7 @@ import socket
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from signal import SIGTERM
 from typing import TYPE_CHECKING, Any, cast
@@ -200,7 +201,8 @@ class Trial(tune.Trainable):
             ask = Connection(server, "", 0).ask
             data, self.data = find_data(data, expected, ask, self.watchdog.phase)
 
-        device = "cuda" if ray.get_gpu_ids() else "cpu"
+        gpus = ", ".join(map(str, ray.get_gpu_ids()))
+        device = "cuda" if gpus else "cpu"
         torch.set_num_threads(max(1, int(spec["cpus"])))
         share = min(1.0, spec.get("gpus") or 1.0)
 
@@ -220,6 +222,11 @@ class Trial(tune.Trainable):
             device=device,
         )
         self.tracker = self.run.tracker  # which outlives the run's end
+
+        if gpus:
+            with suppress(OSError):
+                self.run.lease.note(gpu=f"{share:g} of {gpus}" if share < 1 else gpus)
+
         self.watchdog.close()
         self.watchdog = Watchdog(self.run.path.directory / STACKS, stall)
         self.watchdog.phase()

@@ -32,13 +32,14 @@ from .inventory import row as row
 from .inventory import select as select
 from .inventory import source as source
 from .metrics import MEASURED as MEASURED
+from .metrics import Cost as Cost
 from .metrics import best as best
+from .metrics import cost_of as cost_of
 from .metrics import finals as finals
 from .metrics import is_off as is_off
 from .metrics import last_metrics as last_metrics
 from .metrics import read_history as read_history
 from .metrics import read_metrics as read_metrics
-from .metrics import seconds_of as seconds_of
 from .path import COPIED as COPIED
 from .path import LOCAL as LOCAL
 from .path import RECORDS as RECORDS

@@ -9,11 +9,12 @@ import json
 import logging
 import math
 import os
+import statistics
 from collections.abc import Collection, Sequence
 from contextlib import nullcontext, suppress
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import msgspec
 
@@ -37,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 # Objectives that are measured where a run is judged, if its sweep has them
 MEASURED: tuple[str, ...] = ("denoising", "skill")
+COSTS = ("seconds", "memory")  # of an epoch, which differ when it is repeated
+RECENT = 5  # epochs whose pace is that of a run
 TAIL = 2**16  # bytes at the end of metrics.jsonl that surely hold its last line
 
 
@@ -57,6 +60,7 @@ class Line(msgspec.Struct):
     sample_spectrum: float | None = None
     sample_divergence: float | None = None
     seconds: float | None = None
+    memory: float | None = None
 
 
 def read_metrics(file: Path) -> list[Metrics]:
@@ -130,15 +134,29 @@ def is_off(sample_std: float | None) -> bool:
     return sample_std is not None and not 0.5 <= sample_std <= 2
 
 
+class Cost(NamedTuple):
+    r"""The cost of the epochs of a run."""
+
+    seconds: float = 0.0  # of all of them
+    pace: float | None = None  # seconds of an epoch, of late
+    memory: float | None = None  # GB, of late
+    at: float = 0.0  # when the newest metrics were written
+
+
 @cache
-def seconds_of(path: RunPath | None, last: int) -> float:
-    r"""Returns the time that the epochs of a run took, as far as its directory can be read."""
+def cost_of(path: RunPath | None, last: int) -> Cost:
+    r"""Returns the cost of the epochs of a run, as far as its directory can be read."""
 
     with suppress(UserError, OSError):
-        lines = read_metrics(path.metrics) if path else []
-        return sum(line.get("seconds", 0.0) for line in lines if line["epoch"] <= last)
+        lines = [x for x in read_metrics(path.metrics) if x["epoch"] <= last] if path else []
 
-    return 0.0
+        if path and lines:
+            seconds = [line["seconds"] for line in lines if "seconds" in line]
+            pace = statistics.median(seconds[-RECENT:]) if seconds else None
+            at = path.metrics.stat().st_mtime
+            return Cost(sum(seconds), pace, lines[-1].get("memory"), at)
+
+    return Cost()
 
 
 def finals(path: RunPath, objectives: Sequence[str]) -> list[float]:
@@ -213,12 +231,12 @@ class History:
             del self._unwritten[0]
 
     def differences(self, metrics: Metrics) -> str:
-        r"""Compares a repeated epoch with its recorded line, timing apart."""
+        r"""Compares a repeated epoch with its recorded line, apart from its cost."""
 
         before = self.lines[metrics["epoch"]]
 
         return ", ".join(
             f"{key} {before[key]} before, {now} now"
             for key, now in metrics.items()
-            if key != "seconds" and key in before and before[key] != now
+            if key not in COSTS and key in before and before[key] != now
         )

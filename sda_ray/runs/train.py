@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -128,6 +129,7 @@ def train_run(
     with _memory(config["batch_size"], device):
         if cuda:
             make_deterministic()
+            torch.cuda.reset_peak_memory_stats(device)
         else:
             keep_memory()
 
@@ -186,6 +188,7 @@ def train_run(
 
         try:
             for metrics in epochs(state, trainset, validation, end_step, rungs, samples, measures):
+                metrics["memory"] = _used(device)
                 run.log(metrics)
 
                 if metrics["epoch"] in saved or run.due:
@@ -266,6 +269,15 @@ def _memory(batch_size: int, device: str) -> Iterator[None]:
             f"{peak / 2**30:.2f} GiB before the allocation that failed. Use a smaller batch_size "
             "or network, or give each trial more (--gpus-per-trial, --cpus-per-trial)."
         ) from error
+
+
+def _used(device: str) -> float:
+    r"""Returns the GB that a training takes: at most so far on a GPU, else by its process now."""
+
+    cuda = torch.device(device).type == "cuda"
+    used = torch.cuda.max_memory_allocated(device) if cuda else psutil.Process().memory_info().rss
+
+    return round(used / 1e9, 3)
 
 
 # Longer runs

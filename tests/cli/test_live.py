@@ -85,8 +85,8 @@ def test_view_fits_the_terminal(runs: Path, width: int, height: int) -> None:
     assert ("crimson-cloud-0_run00000" in lines[first]) == (width == 200)
     assert ("0.00123" in lines[first]) == (width >= 80)
     assert "…" not in lines[first] or width == 40  # columns are whole, or left out
-    hidden = {40: "too narrow for 5 columns: ", 80: "too narrow for 2 columns: hidden_channels"}
-    assert any(hidden.get(width, "") in line for line in lines)
+    hidden = {40: "too narrow for 5 columns: ", 80: "too narrow for 1 column: activation"}
+    assert height == 12 or any(hidden.get(width, "") in line for line in lines)
 
 
 def test_rows_have_the_curve_the_rank_and_the_node_if_there_are_several(runs: Path) -> None:
@@ -110,8 +110,38 @@ def test_rows_have_the_curve_the_rank_and_the_node_if_there_are_several(runs: Pa
     header = next(line for line in lines if line[:1] == ["#"])
     rows = {line[0]: dict(zip(header, line, strict=False)) for line in lines if line}
 
+    assert "left" not in header and "memory" not in header and "GPU" not in header
     assert rows["1"]["curve"] == "█▁" and rows["1"]["rank"] == "1/1"
     assert rows["2"]["rank"] == "1/2" and rows["1"]["node"] == "a" and rows["2"]["node"] == "b"
+
+
+def test_run_in_progress_has_its_time_left_its_memory_and_its_gpu(runs: Path) -> None:
+    values, last = {epoch: 1 / epoch for epoch in range(1, 6)}, 5
+    record = replace(records(1)[0], values=values, until=9, epochs=27)
+    waiting = replace(records(2)[1], values={1: 0.5}, state="running", until=1)
+    lines = [
+        {"epoch": epoch, "loss_valid": x, "seconds": 3600.0, "memory": 12.0 + epoch}
+        for epoch, x in values.items()
+    ]
+
+    for id in ("run00000", "run00001"):
+        path = next(runs.glob(f"*_{id}"))
+        (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        texts = dict.fromkeys(("boot", "space", "since", "started"), "")
+        holder = {"host": "a", "pid": 1, "attempt": 0, "notes": {"gpu": "0.5 of 3"}, **texts}
+        (path / "lease.json").write_text(json.dumps(holder))
+
+    table = LiveTable("demo", Rules(40, 27, 1, 3), runs, lambda: [record, waiting])
+    text = shown(table, 160, 24)
+    rows = {line.split()[0]: line for line in text if line}
+
+    assert all(x in rows["1"] for x in ("4 h to 9", "17 GB", "0.5 of 3"))
+    assert not any(x in rows["2"] for x in (" to ", "GB", "of"))  # it is paused
+
+    details = table.details(record)
+    pace = 3600.0
+    assert (9 - last - 1) * pace < details["left"] <= (9 - last) * pace
+    assert (details["memory"], details["node"], details["gpu"]) == (17.0, "a", "0.5 of 3")
 
 
 def test_cost_counts_what_paused_runs_do_not_train(runs: Path) -> None:
@@ -120,7 +150,7 @@ def test_cost_counts_what_paused_runs_do_not_train(runs: Path) -> None:
     (runs / "crimson-cloud-1_run00001" / "metrics.jsonl").write_text(f"{json.dumps(line)}\n")
     table = LiveTable("demo", RULES, runs, lambda: now)
 
-    assert table._cost() == "1 h of training, 8 h saved by pausing"
+    assert table._spent() == "1 h of training, 8 h saved by pausing"
     assert table._totals().epochs == 1  # those of runs that were brought in are not this sweep's
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.table import Table
 
 from sda_ray.cli.render import chart, run_table, sparkline
 from sda_ray.core.console import make_console
@@ -49,6 +50,31 @@ def test_sparkline_falls_where_the_loss_falls() -> None:
     assert sparkline([1.0, math.nan, 0.1, math.inf, 0.01]) == "█▅▁"
     assert sparkline([-1.0, 1.0]) == "▁█" and sparkline([]) == "" and len(sparkline([2.0])) == 1
     assert sparkline(curve, plain=True).isascii()
+
+
+def test_settings_that_tell_runs_apart_are_the_last_to_be_left_out() -> None:
+    configs = [
+        {"alpha": "cos", "learning_rate": rate, "activation": act, "seed": seed}
+        for rate, act in ((0.1, "SiLU"), (0.2, "GELU"))
+        for seed in (11, 12, 13)
+    ]
+    records = [
+        TrialRecord(i, "abcdefgh", "complete", 9, 9, {9: 0.5}, config=config)
+        for i, config in enumerate(configs)
+    ]
+    more = {"curve": {"abcdefgh": "▁▁▁▁▁▁▁▁"}, "memory": {"abcdefgh": "0.12 GB"}}
+
+    def headers(width: int) -> list[str]:
+        table, *_ = run_table(records, {}, width, "loss_valid", more)
+        assert isinstance(table, Table)
+        return [str(column.header).replace("\n", "") for column in table.columns[5:]]
+
+    settings = ["alpha", "learning_rate", "activation", "seed"]
+    assert headers(120) == ["curve", "memory", *settings]
+    assert headers(81) == ["curve", "memory", "alpha", "learning_rate", "seed"]
+    assert headers(72) == ["curve", "memory", "learning_rate", "seed"]
+    assert headers(56) == ["learning_rate", "seed"]
+    assert headers(46) == ["seed"]
 
 
 def test_table_of_runs_shows_texts_of_others_plainly(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ import pytest
 from conftest import Cli, Start
 
 from sda_ray.core.config import Config
+from sda_ray.runs.metrics import COSTS
 from sda_ray.runs.path import RunPath
 from sda_ray.runs.run import Run
 from sda_ray.runs.tracking import Wandb
@@ -70,7 +71,7 @@ def wait_for(process: "subprocess.Popen[str]", tmp_path: Path, epochs: int) -> R
 
 def same(path: RunPath, whole: RunPath) -> bool:
     def timeless(path: RunPath) -> list[dict[str, float]]:
-        return [{k: x for k, x in line.items() if k != "seconds"} for line in lines(path)]
+        return [{k: x for k, x in line.items() if k not in COSTS} for line in lines(path)]
 
     bits = [path.state.read_bytes() == whole.state.read_bytes(), timeless(path) == timeless(whole)]
     return all(bits) and path.checkpoint.read_bytes() == whole.checkpoint.read_bytes()

@@ -136,6 +136,10 @@ def test_run_without_a_driver_is_interrupted(
         study.start(record, 30, None)
         assert told("status", "width", "--json")["runs"]["running"] == 1
         assert told("status", "width", "--json")["left"] > 0
+        (run,) = told("status", "width", "--json")["running"]
+        assert run["index"] == record.index and run["until"] == 30
+        assert run["left"] == pytest.approx((30 - record.last) * EPOCH, abs=EPOCH)
+        assert " to 30 " in told("status", "width")
     finally:
         lease.release()
 

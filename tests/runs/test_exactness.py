@@ -12,6 +12,7 @@ import torch
 from sda_ray.core.config import SCHEDULERS, Config
 from sda_ray.data.dataset import TrajectoryDataset
 from sda_ray.runs.checkpoint import load_checkpoint, save_checkpoint
+from sda_ray.runs.metrics import COSTS
 from sda_ray.runs.path import RunPath
 from sda_ray.runs.run import Run
 from sda_ray.runs.tracking import Wandb
@@ -81,7 +82,7 @@ def advance(state: TrainState, trainset: TrajectoryDataset, steps: int) -> Itera
 
 def history(path: RunPath) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in path.metrics.read_text().splitlines()]
-    return [{k: x for k, x in line.items() if k != "seconds"} for line in lines]
+    return [{k: x for k, x in line.items() if k not in COSTS} for line in lines]
 
 
 @pytest.mark.parametrize("settings", EACH, ids=str)

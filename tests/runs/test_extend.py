@@ -14,6 +14,7 @@ from sda_ray.cli.session import resume_run, start_run
 from sda_ray.core.config import Config, load_config
 from sda_ray.core.errors import UserError
 from sda_ray.runs.checkpoint import read_checkpoint
+from sda_ray.runs.metrics import COSTS
 from sda_ray.runs.path import RunPath
 from sda_ray.runs.record import read_record
 from sda_ray.runs.run import Run
@@ -34,7 +35,7 @@ def trained(runs: Path, config: Config, data: Path) -> RunPath:
 
 def history(path: RunPath) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in path.metrics.read_text().splitlines()]
-    return [{k: x for k, x in line.items() if k != "seconds"} for line in lines]
+    return [{k: x for k, x in line.items() if k not in COSTS} for line in lines]
 
 
 def extended(runs: Path, path: RunPath, data: Path, epochs: int) -> RunPath:

@@ -13,6 +13,7 @@ import pytest
 from sda_ray.core.config import Config
 from sda_ray.core.errors import UserError
 from sda_ray.data.dataset import DataChanged, TrajectoryDataset, fingerprint
+from sda_ray.runs.metrics import COSTS
 from sda_ray.runs.path import RunPath
 from sda_ray.runs.run import Run
 from sda_ray.runs.tracking import Wandb
@@ -40,7 +41,7 @@ def begin(runs: Path, config: Config, id: str | None = None, **record: Any) -> R
 
 def history(path: RunPath) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in path.metrics.read_text().splitlines()]
-    return [{k: x for k, x in line.items() if k != "seconds"} for line in lines]
+    return [{k: x for k, x in line.items() if k not in COSTS} for line in lines]
 
 
 def same(a: RunPath, b: RunPath) -> bool:
@@ -60,6 +61,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, small: Config, data: Path) -
 
     run = begin(tmp_path_factory.mktemp("whole") / "runs", small)
     list(train_run(run, data))
+    assert all(0.01 < line["memory"] < 100 for line in run.lines.values())  # GB
     run.close("finished")
 
     return run.path
