@@ -233,14 +233,12 @@ class Observation:
     r"""How trajectories are observed: :math:`y \sim N(A(x), \sigma^2 I)`.
 
     Arguments:
-        name: Its name.
         states: The length :math:`L` of the trajectories.
         operator: The text form of :math:`A`.
         std: The standard deviation :math:`\sigma` of the noise.
         steps: The number of sampling steps that the posterior takes.
     """
 
-    name: str
     states: int
     operator: str
     std: float
@@ -251,12 +249,9 @@ class Observation:
 # version, since results of different versions do not compare.
 PANEL_VERSION = 1
 PANEL = {
-    observation.name: observation
-    for observation in (
-        Observation("assim", 29, "every(4) coarsen(8)", 0.1),
-        Observation("extrapolate", 8, "every(3) coarsen(4) box(4:12)", 0.01),
-        Observation("saturate", 8, "every(3) coarsen(4) vorticity saturate box(2:14)", 0.05, 512),
-        *(Observation(f"subsample-{k}", 8, f"subsample({k})", 0.1) for k in (2, 4, 8, 16)),
-        Observation("circle", 8, "last vorticity ring(0.6325:0.775)", 0.2),
-    )
+    "assim": Observation(29, "every(4) coarsen(8)", 0.1),
+    "extrapolate": Observation(8, "every(3) coarsen(4) box(4:12)", 0.01),
+    "saturate": Observation(8, "every(3) coarsen(4) vorticity saturate box(2:14)", 0.05, 512),
+    **{f"subsample-{k}": Observation(8, f"subsample({k})", 0.1) for k in (2, 4, 8, 16)},
+    "circle": Observation(8, "last vorticity ring(0.6325:0.775)", 0.2),
 }

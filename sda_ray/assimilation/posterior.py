@@ -17,6 +17,7 @@ from ..core import (
     ALPHAS,
     UserError,
     cgroup_memory,
+    check_value,
     did_you_mean,
     is_out_of_memory,
     script_error,
@@ -110,8 +111,13 @@ def assimilate(
     _check_least(1, members=members, steps=steps, iterations=iterations, **chunks)
     _check_least(0, corrections=corrections, seed=seed, first=first)
     _check_least(0, Real, tau=tau, gamma=gamma, zeta=zeta)
-    _check_word("guidance", guidance, GUIDANCES)
     _check_observation(y, std)
+
+    if guidance not in GUIDANCES:
+        raise UserError(
+            f"guidance is {short_repr(guidance)}, but must be one of {', '.join(GUIDANCES)}."
+            f"{did_you_mean(guidance, GUIDANCES)}"
+        )
 
     if min(shape, default=0) < 1:
         raise UserError(f"shape is {shape}, but must be that of a trajectory, as (16, 2, 64, 64).")
@@ -206,9 +212,10 @@ def fitting_members(guided: nn.Module, x: Tensor, members: int, free: float) -> 
     try:
         one, two = (_memory(guided, x.new_zeros(n, *x.shape)) for n in (1, 2))
     except Exception as e:
-        if is_out_of_memory(e):
-            return 1
-        raise
+        if not is_out_of_memory(e):
+            raise
+
+        return 1
 
     state = 8 * x.numel() * x.element_size()  # noise, noise estimates, gradients
     most = max(1, min(members, int(SHARE * free / (max(0, two - one) + state))))
@@ -252,10 +259,13 @@ def _free_memory(device: torch.device) -> float:
 
 def _prior(score: Any, shape: tuple[int, ...], alpha: str | None, device: torch.device) -> VPSDE:
     if alpha is not None:
-        _check_word("alpha", alpha, ALPHAS)
+        check_value("alpha", alpha)
 
     if isinstance(score, str | Path):
         prior = load_sde(score, device, length=shape[0])
+
+        if shape != (own := tuple(prior.shape)):
+            raise UserError(f"shape is {shape}, but trajectories of {score} are {own}.")
     elif isinstance(score, VPSDE):
         prior = score
     elif callable(score):
@@ -267,9 +277,6 @@ def _prior(score: Any, shape: tuple[int, ...], alpha: str | None, device: torch.
             f"score is {short_repr(score)}, but must be a noise estimator (x, t, c), a diffusion "
             "or a finished run."
         )
-
-    if isinstance(score, str | Path) and shape != tuple(prior.shape):
-        raise UserError(f"shape is {shape}, but trajectories of {score} are {tuple(prior.shape)}.")
 
     if alpha is not None and alpha != prior.curve:
         raise UserError(
@@ -303,14 +310,6 @@ def _check_least(least: int, kind: Any = Integral, **values: Any) -> None:
         if not isinstance(x, kind) or isinstance(x, bool) or not least <= x < math.inf:
             noun = "an integer" if kind is Integral else "a number"
             raise UserError(f"{name} is {short_repr(x)}, but must be {noun} of at least {least}.")
-
-
-def _check_word(name: str, word: str, words: Sequence[str]) -> None:
-    if word not in words:
-        raise UserError(
-            f"{name} is {short_repr(word)}, but must be one of {', '.join(words)}."
-            f"{did_you_mean(word, words)}"
-        )
 
 
 def _check_observation(y: Tensor, std: Tensor) -> None:

@@ -146,8 +146,8 @@ def test_ring_is_that_of_the_notebook() -> None:
 
 def test_panel_fits_the_states_of_the_notebooks() -> None:
     shapes = {
-        o.name: tuple(parse(o.operator)(torch.zeros(o.states, 2, 64, 64)).shape)
-        for o in PANEL.values()
+        name: tuple(parse(o.operator)(torch.zeros(o.states, 2, 64, 64)).shape)
+        for name, o in PANEL.items()
     }
 
     assert PANEL_VERSION == 1

@@ -374,7 +374,10 @@ NAN = torch.full((3, 2, 4, 4), torch.nan)
         ({"gamma": -1.0}, r"gamma is -1\.0, but must be a number of at least 0"),
         ({"tau": torch.nan}, "tau is nan"),
         ({"guidance": "gausian"}, "one of gaussian, dps, mmps. Did you mean 'gaussian'?"),
-        ({"alpha": "cosine"}, "alpha is 'cosine', but must be one of .*Did you mean 'cos'?"),
+        (
+            {"alpha": "cosine"},
+            "alpha is 'cosine', but must be cos, lin or exp. Did you mean 'cos'?",
+        ),
         ({"std": 0.0}, r"std is 0\.0, but must be finite and above 0"),
         ({"std": torch.ones(5)}, r"std has shape \(5,\), but must be a number or have \(3, 2"),
         ({"y": NAN}, "y has 96 of 96 numbers that are not finite. Leave out what is missing"),
