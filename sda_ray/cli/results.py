@@ -273,14 +273,14 @@ Rows = list[tuple[str, str, list[str]]]  # observation, run, and a text for each
 def _rows(summaries: dict[str, Summary], observations: Sequence[str]) -> Rows:
     r"""Returns the table, by observation: the runs that compare are below one another."""
 
-    from ..runs import SAMPLES
+    from ..runs import SAMPLES, format_interval
 
     rows = []
 
     for observation in observations:
         for run, summary in summaries.items():
             values = summary.get(observation, {})
-            cells = [_cell(values.get(metric)) for metric in METRICS]
+            cells = [format_interval(values.get(metric)) for metric in METRICS]
 
             if not any(cells):
                 cells[[*METRICS].index("sample_std" if observation == SAMPLES else "crps")] = LOST
@@ -288,16 +288,6 @@ def _rows(summaries: dict[str, Summary], observations: Sequence[str]) -> Rows:
             rows.append((observation, run, cells))
 
     return rows
-
-
-def _cell(interval: Sequence[float] | None) -> str:
-    if interval is None:
-        return ""
-
-    mean, low, high = interval
-    text = f"{mean:.3g}"
-
-    return text if low == high else f"{text} [{low:.3g}, {high:.3g}]"
 
 
 def _show(rows: Rows, settings: EvaluationSettings) -> None:

@@ -31,6 +31,7 @@ from ..runs import (
     Stop,
     Wandb,
     check_extension,
+    check_same_data,
     default_device,
     describe_extension,
     entries,
@@ -115,12 +116,7 @@ def resume_run(
 
     info = info or _check_data(data)
 
-    if record.get("data", info.fingerprint) != info.fingerprint:
-        raise UserError(
-            f"{path.directory.name} was trained on other data than {data}. Give the directory of "
-            "its data with --data."
-        )
-
+    check_same_data(path, record, info.fingerprint)
     config = load_config(path.config, info.size, info.length)
     parent = RunPath.of_id(runs, record["parent"]) if record.get("parent") else None
     device = check_device(device, config)

@@ -14,6 +14,7 @@ from .evaluation import EvaluationSettings as EvaluationSettings
 from .evaluation import Summary as Summary
 from .evaluation import evaluate_runs as evaluate_runs
 from .evaluation import fitting as fitting
+from .evaluation import format_interval as format_interval
 from .evaluation import read_evaluation as read_evaluation
 from .evaluation import summarize as summarize
 from .export import export_run as export_run
@@ -50,6 +51,7 @@ from .path import new_name as new_name
 from .path import sweep_directory as sweep_directory
 from .path import sweep_names as sweep_names
 from .record import PACKAGE as PACKAGE
+from .record import check_same_data as check_same_data
 from .record import code_of as code_of
 from .record import cpu_model as cpu_model
 from .record import digests as digests

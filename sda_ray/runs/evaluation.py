@@ -264,6 +264,15 @@ def summarize(evaluation: Evaluation) -> Summary:
     return summary
 
 
+def format_interval(interval: Sequence[float] | None) -> str:
+    r"""Returns a mean and its interval, if it has one, as `0.123 [0.12, 0.13]`."""
+
+    mean, low, high = interval or (None, None, None)
+    text = "" if mean is None else f"{mean:.3g}"
+
+    return text if low == high else f"{text} [{low:.3g}, {high:.3g}]"
+
+
 def _pool(means: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     r"""Returns the metrics of several trajectories from the means of their numbers."""
 

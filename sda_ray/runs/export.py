@@ -36,12 +36,12 @@ from ..core import (
 from ..data import fingerprint
 from ..nn import MCScoreNet, load_network
 from ..training import Diverged, Metrics
-from .evaluation import Evaluation, read_evaluation, summarize
+from .evaluation import Evaluation, format_interval, read_evaluation, summarize
 from .figures import draw_curve
 from .inventory import Entry, in_full, read_entry, source
 from .metrics import read_history
 from .path import RunPath
-from .record import differences, read_record
+from .record import check_same_data, differences, read_record
 from .run import Run
 from .tracking import Wandb
 from .train import train_run
@@ -236,19 +236,12 @@ def _evaluation(evaluation: Evaluation | None) -> Iterable[str]:
     summary = summarize(evaluation)
     titles = [key for key in JUDGED if any(key in metrics for metrics in summary.values())]
     rows = [
-        [_code(name), *(_interval(metrics.get(key)) for key in titles)]
+        [_code(name), *(format_interval(metrics.get(key)) for key in titles)]
         for name, metrics in summary.items()
     ]
     settings = (f"{printable(key)} {x}" for key, x in evaluation.settings.items() if x is not None)
     yield f"On test data, by `sda-ray evaluate` with {_code(', '.join(settings))}:"
     yield _table(("observation", *titles), rows)
-
-
-def _interval(interval: Sequence[float] | None) -> str:
-    mean, low, high = interval or (None, None, None)
-    text = "" if mean is None else f"{mean:.3g}"
-
-    return text if low == high else f"{text} [{low:.3g}, {high:.3g}]"
 
 
 def _provenance(entry: Entry, lines: Sequence[Metrics]) -> dict[str, Any]:
@@ -325,11 +318,7 @@ def reproduce_run(
     if epochs > (last := max(before, default=0)):
         raise UserError(f"--epochs is {epochs}, but {name} has {last} epochs.")
 
-    if "data" in record and fingerprint(data) != record["data"]:
-        raise UserError(
-            f"{name} was trained on other data than {data}. Give the directory of its data with "
-            "--data."
-        )
+    check_same_data(path, record, fingerprint(data))
 
     if "parent" in record and "extends" not in record:
         parent = RunPath.of_id(path.directory.parent, record["parent"])

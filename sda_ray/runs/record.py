@@ -94,6 +94,14 @@ def read_record(path: RunPath) -> dict[str, Any]:
     return {k: x for k, x in record.items() if x is not None or k not in Fields.__struct_fields__}
 
 
+def check_same_data(path: RunPath, record: dict[str, Any], fingerprint: str) -> None:
+    if record.get("data", fingerprint) != fingerprint:
+        raise UserError(
+            f"{path.directory.name} was trained on other data. Give the directory of its data with "
+            "--data."
+        )
+
+
 class Record(dict[str, Any]):
     r"""The record of an open run. Each new status is written to the disk, under `hold`."""
 

@@ -48,7 +48,7 @@ from ..training import (
 from .checkpoint import read_checkpoint
 from .metrics import read_history
 from .path import RunPath
-from .record import differences, provenance, read_record
+from .record import check_same_data, differences, provenance, read_record
 from .run import Run
 
 logger = logging.getLogger(__name__)
@@ -324,13 +324,8 @@ def describe_extension(path: RunPath, fingerprint: str, device: str) -> dict[str
         UserError: If the run was trained on other data, or has no checkpoint to start from.
     """
 
-    record, name = read_record(path), path.directory.name
-
-    if record.get("data", fingerprint) != fingerprint:
-        raise UserError(
-            f"{name} was trained on other data. Give the directory of its data with --data."
-        )
-
+    record = read_record(path)
+    check_same_data(path, record, fingerprint)
     find_start(path)
     described = {"parent": path.id, "extends": path.id, "exact": record.get("exact", False)}
     judged = ("rungs", "objective", "measured")  # as it was
@@ -343,7 +338,7 @@ def describe_extension(path: RunPath, fingerprint: str, device: str) -> dict[str
         logger.warning(
             "%s was trained with another %s: the bits of the longer run may differ from those of "
             "one that is trained at once.",
-            name,
+            path.directory.name,
             " and ".join(differs),
         )
 

@@ -342,7 +342,7 @@ def test_diverged_run_exits_1_and_is_not_resumed(
     "change, message",
     [
         ({"sweep": "demo"}, "belongs to sweep 'demo'.*carry on with `sda-ray sweep demo`"),
-        ({"data": "other"}, "was trained on other data than .* with --data"),
+        ({"data": "other"}, "was trained on other data\\. .* with --data"),
     ],
 )
 def test_resume_that_does_not_fit_is_refused(

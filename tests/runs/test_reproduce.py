@@ -92,7 +92,7 @@ def test_other_data_are_refused(runs: Path, data: Path, small: Config, tmp_path:
         ):
             g["x"] = 2 * f["x"][:]
 
-    with pytest.raises(UserError, match=r"was trained on other data than .*with --data"):
+    with pytest.raises(UserError, match=r"was trained on other data\. .*with --data"):
         again(run, tmp_path / "other")
 
 
