@@ -31,11 +31,9 @@ from ..core import (
     read_regular,
     sync_directory,
     write_atomic,
-    write_json,
 )
 from .inventory import Entry, is_held, read_entry
 from .path import RunPath
-from .record import timestamp
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -277,9 +275,9 @@ def prune_run(path: RunPath, sweep: str | None = None) -> int:
     r"""Removes the checkpoints of a run to free disk space, and returns the bytes freed.
 
     A finished run keeps its weights. One that is not finished restarts at its first epoch and ends
-    in the same bits, see :meth:`sda_ray.runs.run.Run.load`: its `run.json` gets the key
-    `given_back` before anything is removed. The lock of the run's lease is held meanwhile, so that
-    no process can take the run. Weights are read and not loaded: no torch is needed.
+    in the same bits, see :meth:`sda_ray.runs.run.Run.load`. The lock of the run's lease is held
+    meanwhile, so that no process can take the run. Weights are read and not loaded: no torch is
+    needed.
 
     Arguments:
         path: The run. It must be finished, and its weights whole.
@@ -298,10 +296,6 @@ def prune_run(path: RunPath, sweep: str | None = None) -> int:
 
         if reason := refusal(entry, sweep) or _damage(entry):
             raise UserError(f"{path.directory.name} stays as it is: {reason}")
-
-        if entry.status != "finished":
-            with suppress(OSError):  # a full disk needs the space most
-                write_json(path.record, entry.record | {"given_back": timestamp()})
 
         files = resumable(path)
 

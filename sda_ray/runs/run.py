@@ -208,29 +208,17 @@ class Run:
         with self.lease.hold():
             checkpoint = load_checkpoint(self.path)
 
-        given_back, level = self.record.pop("given_back", None), logging.WARNING
-
         if checkpoint is not None:
             try:
                 state.load(*checkpoint)
             except ValueError as error:
                 raise UserError(f"{self.path.checkpoint} does not fit config.json: {error}.")
-
-            return
-
-        if saved:
-            why = "it has no whole checkpoint"
-        elif not self.lines or "parent" in self.record:
-            return
-        elif given_back:
-            why = "its checkpoint was removed to free space"
-        else:
-            why, level = "it ended before its first checkpoint", logging.INFO  # as expected
-
-        name = self.path.directory.name
-        logger.log(level, "%s: %s: it restarts at epoch 0, to the same bits.", name, why)
-        self.record["attempts"][-1]["restarted"] = why
-        self.record.write("running")
+        elif saved or (self.lines and "parent" not in self.record):
+            name, level = self.path.directory.name, logging.WARNING if saved else logging.INFO
+            why = "it has no whole checkpoint" if saved else "it has no checkpoint"
+            logger.log(level, "%s: %s: it restarts at epoch 0, to the same bits.", name, why)
+            self.record["attempts"][-1]["restarted"] = why
+            self.record.write("running")
 
     def save(self, state: TrainState) -> None:
         r"""Saves a checkpoint, unless the newest one is at this step.
