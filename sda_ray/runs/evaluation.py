@@ -20,18 +20,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 import numpy as np
 
-from ..core import (
-    ProgressBar,
-    UserError,
-    load_config,
-    locked_at_once,
-    read_json,
-    say,
-    write_json,
-)
+from ..core import ProgressBar, UserError, locked_at_once, read_json, say, write_json
 from ..data import TrajectoryDataset, check_file, fingerprint
 from .path import RunPath
-from .record import timestamp
 
 if TYPE_CHECKING:
     import torch
@@ -80,7 +71,6 @@ class Evaluation(msgspec.Struct):
     data: str
     settings: dict[str, Any]
     results: dict[str, dict[str, dict[str, Any]]] = {}
-    updated: str | None = None
 
     @property
     def settled(self) -> tuple[Any, ...]:
@@ -94,7 +84,7 @@ class Evaluation(msgspec.Struct):
 class Task(NamedTuple):
     r"""An ensemble to sample and to judge: a run, an observation of the panel, a trajectory."""
 
-    run: Path
+    run: RunPath
     observation: str
     trajectory: int
 
@@ -145,19 +135,7 @@ def evaluate_runs(
     from ..assimilation import PANEL_VERSION
 
     file = data / "test.h5"
-    check_file(file)
-    shape = TrajectoryDataset(file, window=1).x.shape
-
-    if settings.trajectories > shape[0]:
-        raise UserError(
-            f"trajectories is {settings.trajectories}, but {file} has {shape[0]}. Take at most "
-            "that many."
-        )
-
-    for name in observations:
-        if name != SAMPLES and (misfit := _misfit(name, shape)):
-            raise UserError(f"'{name}' does not fit {file}: {misfit}. Leave it out.")
-
+    _check(file, settings.trajectories, observations)
     version = f"{VERSION}.{PANEL_VERSION}"
     base = Evaluation(version, "", fingerprint(data, ("test",)), asdict(settings))
     evaluations: dict[RunPath, Evaluation] = {}
@@ -174,7 +152,7 @@ def evaluate_runs(
                 errors[path] = str(error)
 
         every = [
-            Task(path.directory, observation, i)
+            Task(path, observation, i)
             for i in range(settings.trajectories)
             for observation in observations
             for path in evaluations
@@ -182,8 +160,7 @@ def evaluate_runs(
         missing = [
             task
             for task in every
-            if str(task.trajectory)
-            not in evaluations[RunPath(task.run)].results.get(task.observation, {})
+            if str(task.trajectory) not in evaluations[task.run].results.get(task.observation, {})
         ]
         function = functools.partial(evaluate_task, file, settings, draw)
         results = (map_tasks if missing else map_here)(function, missing)
@@ -192,12 +169,10 @@ def evaluate_runs(
         try:
             with ProgressBar("ensemble", len(every), done) as bar, closing(results):
                 for task, values in results:
-                    path = RunPath(task.run)
-                    evaluation = evaluations[path]
+                    evaluation = evaluations[task.run]
                     rows = evaluation.results.setdefault(task.observation, {})
                     rows[str(task.trajectory)] = values
-                    evaluation.updated = timestamp()
-                    write_json(path.evaluation, msgspec.to_builtins(evaluation))
+                    write_json(task.run.evaluation, msgspec.to_builtins(evaluation))
                     bar.advance()
         except KeyboardInterrupt:
             say(f"Interrupted after {bar.done} of {len(every)}. The same command resumes.")
@@ -316,6 +291,20 @@ def _misfit(name: str, shape: Sequence[int]) -> str | None:
     return None
 
 
+def _check(file: Path, trajectories: int, observations: Sequence[str]) -> None:
+    check_file(file)
+    shape = TrajectoryDataset(file, window=1).x.shape
+
+    if trajectories > shape[0]:
+        raise UserError(
+            f"trajectories is {trajectories}, but {file} has {shape[0]}. Take at most that many."
+        )
+
+    for name in observations:
+        if name != SAMPLES and (misfit := _misfit(name, shape)):
+            raise UserError(f"'{name}' does not fit {file}: {misfit}. Leave it out.")
+
+
 def _check_network(path: RunPath, file: Path, observations: Sequence[str]) -> None:
     r"""Raises a UserError if a run has no network for the data and the observations."""
 
@@ -367,7 +356,7 @@ def evaluate_task(
     values, fields = evaluate(settings, task, data, device)
 
     if draw and task.trajectory == 0 and fields:
-        draw(RunPath(task.run), task.observation, fields)
+        draw(task.run, task.observation, fields)
 
     return values
 
@@ -382,18 +371,15 @@ def _evaluate_samples(
     from ..nn import load_sde
     from ..training import compare_samples
 
-    states = max(SAMPLED, load_config(task.run / "config.json")["window"])
-    x = (
-        load_sde(task.run, device, states)
-        .sample(
-            (settings.members,),
-            steps=settings.steps or STEPS,
-            corrections=settings.corrections,
-            tau=TAU,
-            generator=_rng(settings, task, device),
-        )
-        .cpu()
-    )
+    states = max(SAMPLED, load_sde(task.run.directory).shape[0])
+    sde = load_sde(task.run.directory, device, states)
+    x = sde.sample(
+        (settings.members,),
+        steps=settings.steps or STEPS,
+        corrections=settings.corrections,
+        tau=TAU,
+        generator=_rng(settings, task, device),
+    ).cpu()
     real = torch.from_numpy(np.array(data[:, :states], dtype=np.float32))
     found = compare_samples(x.flatten(1, 2), real.flatten(1, 2))
     values = {key: value for key, value in found.items() if math.isfinite(value)}
@@ -435,7 +421,7 @@ def _evaluate_observation(
 
     try:
         x = assimilate(
-            task.run,
+            task.run.directory,
             y.to(device),
             A,
             std,
