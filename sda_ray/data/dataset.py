@@ -24,20 +24,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = [
-    "DataChanged",
-    "DataInfo",
-    "Origin",
-    "TrajectoryDataset",
-    "check_data",
-    "check_file",
-    "fingerprint",
-    "get_dataset",
-    "open_trajectories",
-    "read_origin",
-    "unusual",
-]
-
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "valid")

@@ -14,8 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["KolmogorovFlow", "coarsen", "divergence", "isotropic_spectrum", "vorticity"]
-
 VISCOSITY = 1e-3
 DRAG = 0.1
 FORCING = 4  # wavenumber

@@ -23,8 +23,6 @@ import numpy as np
 from ..core import ProgressBar, UserError, locked_at_once
 from .dataset import Origin, get_dataset, read_origin
 
-__all__ = ["PRESETS", "SHAPE", "simulate_dataset"]
-
 PRESETS = {
     "full": {"trajectories": 1024, "size": 256},
     "demo": {"trajectories": 64, "size": 64},

@@ -9,8 +9,6 @@ from torch import Size, Tensor, nn
 
 from ..core import ALPHAS
 
-__all__ = ["VPSDE"]
-
 
 class VPSDE(nn.Module):
     r"""Creates a noise scheduler for the variance preserving (VP) SDE.

@@ -12,8 +12,6 @@ from torch.func import functional_call
 
 from .diffusion import VPSDE
 
-__all__ = ["DPSGaussianScore", "GaussianScore", "MMPSGaussianScore"]
-
 LOW = torch.float16, torch.bfloat16
 
 

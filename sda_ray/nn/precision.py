@@ -13,15 +13,6 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-__all__ = [
-    "allow_tf32",
-    "allowing_tf32",
-    "full",
-    "lower",
-    "lowered",
-    "make_deterministic",
-]
-
 
 @contextmanager
 def lowered(precision: str, device: torch.device) -> Iterator[None]:

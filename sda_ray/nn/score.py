@@ -28,20 +28,6 @@ from .diffusion import VPSDE
 from .precision import full
 from .unet import UNet
 
-__all__ = [
-    "MCScoreNet",
-    "ScoreUNet",
-    "TimeEmbedding",
-    "check_archive",
-    "load_network",
-    "load_score",
-    "load_sde",
-    "make_score",
-    "mismatches",
-    "network_settings",
-    "total_size",
-]
-
 MAX_SIZE = 4096  # cells along an axis; a file that claims more is not one of ours
 MAX_PICKLE = 16 * 2**20  # bytes that name the tensors of a file; a thousand take 0.3 MB
 

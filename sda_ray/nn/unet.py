@@ -16,16 +16,6 @@ from torch import Tensor, nn
 
 from .precision import full, lower
 
-__all__ = [
-    "CircularConv2d",
-    "LayerNorm",
-    "ModResidualBlock",
-    "Residue",
-    "UNet",
-    "UpTail",
-    "circular_pad",
-]
-
 
 class CircularPad(torch.autograd.Function):
     r"""Pads a periodic field with its own opposite borders, or is the transpose of that.

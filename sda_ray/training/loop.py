@@ -32,25 +32,6 @@ from ..nn import (
     network_settings,
 )
 
-__all__ = [
-    "Diverged",
-    "Measure",
-    "Metrics",
-    "TrainState",
-    "average_of",
-    "check_compiler",
-    "compiled",
-    "epochs",
-    "follow",
-    "learning_rate",
-    "rng",
-    "schedule",
-    "seeded",
-    "steady_epochs",
-    "train_epoch",
-    "validate",
-]
-
 M = TypeVar("M", bound=nn.Module)
 Metrics = dict[str, Any]
 # A number, and its standard error

@@ -15,8 +15,6 @@ from .validation import Validation
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["LIMIT", "SAMPLE_COST", "Samples", "compare_samples", "plot"]
-
 SAMPLE_COST = 0.03  # the most that samples may take of the time
 LEAST, MOST = (2, 16), (8, 64)  # samples, and steps of the sampler
 OVERHEAD = 2  # items that a step takes as long as beside its own, on a CPU

@@ -11,14 +11,12 @@ from ..data import TrajectoryDataset
 from ..nn import VPSDE, GaussianScore, MCScoreNet
 from .loop import DENOISING, ENSEMBLES, VALID, rng
 
-__all__ = ["Denoising", "Ensembles", "Validation"]
-
 # Noise levels sigma / mu, for data of a size near 1. Below, the noise is less than any observation
 # has; above, not even the longest waves of the data can be seen in a window.
 LOWEST, HIGHEST = 0.03, 30.0
 
-ITEMS, MEMBERS, STEPS = 3, 2, 16
-STD = 0.1  # of the noise in observations, that of `assim` in the panel
+ITEMS, MEMBERS, STEPS = 3, 2, 16  # of the ensembles
+STD = 0.1  # of the noise in their observations, that of `assim` in the panel
 
 
 # Loss

@@ -13,8 +13,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["STACKS", "STALL", "Watchdog", "take_stacks"]
-
 STACKS = "stacks.txt"
 STALL = 600.0  # seconds that every step may take
 SLOW = 20  # times the usual step that a step may take
