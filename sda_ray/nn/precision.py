@@ -8,18 +8,16 @@ and sampling.
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 
-@contextmanager
-def lowered(precision: str, device: torch.device) -> Iterator[None]:
+def lowered(precision: str, device: torch.device) -> torch.autocast:
     r"""Computes in bf16 for as long as it is entered, if that is the precision."""
 
-    with torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext():
-        yield
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 @contextmanager

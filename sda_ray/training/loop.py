@@ -308,17 +308,13 @@ def epochs(
     while state.epoch < state.config["epochs"]:
         start = time.monotonic()
         loss_train = train_epoch(state, trainset, after_step)
-        losses = {
-            "loss_train": loss_train,
-            **validate(state, validation, rungs, samples, measures),
-        }
+        judged = validate(state, validation, rungs, samples, measures)
+        losses = {"loss_train": loss_train, **judged}
 
-        for key in ("loss_train", "loss_valid", "loss_valid_raw"):
-            if not (loss := losses.get(key, 0.0)) < EXPLODED:
-                raise Diverged(f"{key} is {loss:.3g} after epoch {state.epoch}")
+        for key in ("loss_train", "loss_valid", "loss_valid_raw", *measures):
+            limit = math.inf if key in measures else EXPLODED
 
-        for key in measures:
-            if not math.isfinite(value := losses.get(key, 0.0)):
+            if not (value := losses.get(key, 0.0)) < limit:
                 raise Diverged(f"{key} is {value:.3g} after epoch {state.epoch}")
 
         yield {
