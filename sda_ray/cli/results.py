@@ -455,7 +455,7 @@ def show_confirmation(runs: Path, name: str) -> None:
     console.print(Text(f"\nConfirmation of {printable(found.sweep)}", style="bold"))
     console.print(table)
 
-    for line in _sentences(found):
+    for line in _sentences(found, name):
         console.print(line)
 
     own = shlex.join(printable(names.get(id, id)) for id in best.runs)
@@ -469,7 +469,7 @@ def show_confirmation(runs: Path, name: str) -> None:
     say(f"  sda-ray confirm {words} --seeds {2 * len(found.seeds)}   # smaller errors")
 
 
-def _sentences(found: Confirmation) -> Iterator[str]:
+def _sentences(found: Confirmation, name: str) -> Iterator[str]:
     r"""Yields what a confirmation says about the sweep, a sentence each."""
 
     (winner, *others), order = found.configurations, found.order
@@ -506,7 +506,10 @@ def _sentences(found: Confirmation) -> Iterator[str]:
             )
 
     if lacking := sum(len(found.seeds) - len(x.values) - len(x.diverged) for x in order):
-        yield f"! {lacking} runs are missing: they failed, were stopped, or have not begun."
+        yield (
+            f"! {lacking} runs are missing: they failed, were stopped, or have not begun. To train "
+            f"failed and remaining ones: sda-ray sweep {shlex.quote(name)} --retry-failed"
+        )
 
 
 def _pm(mean: float, error: float, sign: str = "") -> str:

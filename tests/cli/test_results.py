@@ -159,7 +159,7 @@ def test_one_seed_other_epochs_and_diverged_runs_are_named(confirmed: Path, cli_
     assert "One seed has no standard error: --seeds 3 adds two." in out
     assert "its values do not compare" in out and "flattered" not in out
     assert "! Of number " in out and "1 runs diverged: it ranks behind all with fewer." in out
-    assert "! 1 runs are missing" in out
+    assert "! 1 runs are missing" in out and "sda-ray sweep w-confirm --retry-failed" in out
     assert "nan" not in out and "inf" not in out
 
 
