@@ -325,8 +325,7 @@ def _on_cluster(args: Args) -> int:
 def _server(asked: str | None) -> str | None:
     r"""Returns the address of W&B's server if it was asked for, or there is a key for it."""
 
-    from ..runs import Wandb
-    from ..sweep import wandb_faults, wandb_server
+    from ..runs import Wandb, wandb_faults, wandb_server
 
     if asked != "online" and any(wandb_faults(Wandb(mode="online"))):
         return None

@@ -61,6 +61,8 @@ from .record import timestamp as timestamp
 from .run import Run as Run
 from .sync import sync_runs as sync_runs
 from .tracking import Wandb as Wandb
+from .tracking import wandb_faults as wandb_faults
+from .tracking import wandb_server as wandb_server
 from .train import Interrupted as Interrupted
 from .train import OutOfMemory as OutOfMemory
 from .train import Stop as Stop

@@ -5,7 +5,9 @@ replayed above the server's last step.
 """
 
 import atexit
+import configparser
 import logging
+import netrc
 import os
 import threading
 import time
@@ -14,6 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 import msgspec
 
@@ -295,3 +298,47 @@ def _kill_services() -> None:
         with suppress(psutil.Error):
             if process.name() == "wandb-core":
                 process.kill()
+
+
+# The account
+
+
+def wandb_faults(wandb: Wandb) -> Iterator[str]:
+    r"""Yields that W&B needs a key, or a token, and there is none, if so."""
+
+    key, token = (os.environ.get(f"WANDB_{x}") for x in ("API_KEY", "IDENTITY_TOKEN_FILE"))
+
+    if wandb.mode != "online":
+        return
+
+    if token and not Path(token).is_file():
+        yield f"WANDB_IDENTITY_TOKEN_FILE is '{token}', but there is no such file."
+
+    if key or token:
+        return
+
+    host = urlparse(wandb_server()).netloc  # with the port, as `wandb login` writes it
+    file = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
+
+    with suppress(OSError, netrc.NetrcParseError):
+        if netrc.netrc(str(file)).authenticators(host):
+            return
+
+    yield (
+        f"W&B is to be used online, but there is no key for {host}, neither in WANDB_API_KEY nor "
+        f"in {file}. Do `wandb login`, or leave --wandb online out and `sda-ray sync` later."
+    )
+
+
+def wandb_server() -> str:
+    r"""Returns the address of W&B's server: $WANDB_BASE_URL, or that of `wandb login --host`."""
+
+    directory = Path(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb").expanduser()
+    settings = configparser.ConfigParser(interpolation=None)
+
+    with suppress(configparser.Error, OSError, UnicodeDecodeError):
+        settings.read(directory / "settings")
+
+    noted = settings.get("default", "base_url", fallback="https://api.wandb.ai")
+
+    return os.environ.get("WANDB_BASE_URL") or noted

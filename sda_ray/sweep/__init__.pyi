@@ -14,12 +14,10 @@ from .definition import hand_over as hand_over
 from .definition import load_script as load_script
 from .definition import look_beside as look_beside
 from .launch import LaunchRequests as LaunchRequests
+from .launch import check_start as check_start
+from .launch import find_faults as find_faults
+from .launch import free_disk as free_disk
 from .launch import launch_sweep as launch_sweep
-from .preflight import check_start as check_start
-from .preflight import find_faults as find_faults
-from .preflight import free_disk as free_disk
-from .preflight import wandb_faults as wandb_faults
-from .preflight import wandb_server as wandb_server
 from .prior_runs import adopt as adopt
 from .prior_runs import fork as fork
 from .record import Options as Options

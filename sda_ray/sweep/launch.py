@@ -5,27 +5,47 @@ Starting a sweep, resuming it after a crash and extending it are one operation: 
 
 import os
 import shlex
+import shutil
 import signal
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..cluster import Slots, announced, connected, cpus_left, is_requeued, note_cpus, ray_endpoint
-from ..core import Hold, Lease, UserError, deadline, on_signals, say, try_print
-from ..data import DataInfo
-from ..runs import sweep_directory
+from ..cluster import (
+    Slots,
+    announced,
+    check_ray_init,
+    connected,
+    cpus_left,
+    is_requeued,
+    note_cpus,
+    ray_endpoint,
+)
+from ..core import (
+    Hold,
+    Lease,
+    UserError,
+    deadline,
+    on_signals,
+    read_json,
+    say,
+    try_print,
+    write_json,
+)
+from ..data import DataInfo, check_data, check_file
+from ..runs import sweep_directory, wandb_faults
 from ..search import Rules, Study, TrialRecord, catch_up, decide
 from .code import Code, check_code, keep_code, running
-from .definition import Sweep
+from .definition import DRAWS, Sweep, caught
 from .driver import TIME, Driver
 from .enqueue import bring_all, parse_item, restore_runs
-from .preflight import check_start
 from .prior_runs import warm_start
-from .record import Options, read_sweep, record_of, write_sweep
+from .record import Options, check_changes, read_sweep, record_of, with_recorded_rungs, write_sweep
 from .requests import (
     NotRunning,
     RequestServer,
@@ -33,7 +53,6 @@ from .requests import (
     enqueue_all,
     is_driven,
     retry_failed,
-    serving,
     wait_for_driver,
 )
 from .retention import Retention
@@ -44,19 +63,12 @@ OVERLAP = 120.0  # seconds that a job waits for another driver of its sweep to e
 
 @dataclass(frozen=True)
 class LaunchRequests:
-    r"""The requests of a launch. A sweep that is running serves them, too.
+    r"""The requests of a launch. A sweep that is running serves them, too."""
 
-    Arguments:
-        enqueue: Configurations to try before others: `key=value,…`, or runs.
-        warm_start: The names of sweeps whose finished runs are brought in.
-        retry: Whether failed runs are retried.
-        retarget: Whether the number of trials was given.
-    """
-
-    enqueue: tuple[str, ...] = ()
-    warm_start: tuple[str, ...] = ()
-    retry: bool = False
-    retarget: bool = False
+    enqueue: tuple[str, ...] = ()  # configurations to try before others: `key=value,…`, or runs
+    warm_start: tuple[str, ...] = ()  # sweeps whose finished runs are brought in
+    retry: bool = False  # failed runs
+    retarget: bool = False  # the number of trials was given
 
 
 NOTHING = LaunchRequests()
@@ -101,6 +113,124 @@ class View(Protocol):
     def show_end(self, runs: Path, name: str, study: Study) -> None: ...
 
 
+@dataclass
+class Findings:
+    r"""The findings of all checks."""
+
+    faults: list[str] = field(default_factory=list)  # why the sweep cannot run
+    warnings: list[str] = field(default_factory=list)  # probable mistakes
+    widened: tuple[str, ...] = ()  # domains that have grown since the sweep was recorded
+    sweep: Sweep | None = None  # in its normal form, if nothing is wrong
+    info: DataInfo | None = None  # the data, if they can be used
+
+
+def check_start(sweep: Sweep, options: Options) -> Findings:
+    r"""Checks a sweep before its start, within 2 s if the data were checked before.
+
+    What is known of the data is kept in `runs/sweeps/{name}/plan.json` until their files change.
+
+    Raises:
+        UserError: If anything is wrong. The message lists all of it.
+    """
+
+    cache = sweep_directory(options.runs, str(sweep.name)) / "plan.json"
+    stamps, known = {}, None
+
+    with suppress(OSError, UserError, KeyError, TypeError):
+        for file in (options.data / "train.h5", options.data / "valid.h5"):
+            status = file.stat()
+            stamps[str(file)] = [status.st_size, status.st_mtime_ns, status.st_ino]
+
+        content = read_json(cache)
+        known = DataInfo(**content["info"]) if content["files"] == stamps else None
+
+    findings = find_faults(sweep, options, options.slots(), known, DRAWS)
+
+    if findings.faults:
+        raise UserError("\n".join(findings.faults))
+
+    if known is None:
+        assert findings.info is not None
+
+        try:
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            write_json(cache, {"files": stamps, "info": asdict(findings.info)})
+        except OSError as error:
+            raise UserError(f"{cache} cannot be written: {error}.") from error
+
+    return findings
+
+
+def find_faults(
+    sweep: Sweep | None,
+    options: Options,
+    slots: Slots,
+    info: DataInfo | None = None,
+    draws: int = 1000,
+) -> Findings:
+    r"""Finds everything that is wrong with a sweep and this machine. Leaves nothing on disk.
+
+    There is no sweep if its script has an error. The data are checked unless their `info` is
+    given; of a SPACE that is a function, some `draws` are.
+    """
+
+    faults: list[str] = []
+    runs, data = options.runs, options.data
+    findings = Findings(info=info or caught(faults, lambda: check_data(data)))
+
+    if findings.info is None:  # of several files, check_data names the first that is damaged
+        for file in (data / "train.h5", data / "valid.h5"):
+            caught(faults, lambda: check_file(file))  # noqa: B023
+
+    if sweep is not None:
+        known = sweep
+        sweep = caught(faults, lambda: with_recorded_rungs(known, runs)) or sweep
+        checked, wrong = sweep.examine(findings.info, draws)
+        faults += wrong
+
+        if not wrong:
+            findings.sweep, findings.warnings = checked, checked.warnings(findings.info)
+
+        if not wrong and findings.info is not None:
+            record = record_of(checked, options, findings.info)
+            widened = caught(faults, lambda: check_changes(runs, record, checked))
+            findings.widened = widened or ()
+
+    faults += [*runs_faults(runs), *wandb_faults(options.wandb)]
+    caught(faults, check_ray_init)
+
+    if options.address is None:
+        caught(faults, slots.check_local)
+
+    if faults:
+        findings.faults, findings.sweep = list(dict.fromkeys(faults)), None
+
+    return findings
+
+
+def runs_faults(runs: Path) -> Iterator[str]:
+    r"""Yields why the directory of all runs cannot be written to, if so."""
+
+    place = next(part for part in (runs, *runs.parents) if os.path.lexists(part))
+
+    try:
+        with tempfile.NamedTemporaryFile(prefix=".sda-ray-", dir=place) as file:
+            file.write(bytes(4096))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        yield (
+            f"runs cannot be written to {runs}: {error.strerror or error}. Make room, or give "
+            "another directory with --runs."
+        )
+
+
+def free_disk(place: Path) -> int:
+    r"""Returns the free bytes of the disk that has, or will have, a directory."""
+
+    return shutil.disk_usage(next(p for p in (place, *place.parents) if p.is_dir())).free
+
+
 def launch_sweep(
     sweep: Sweep,
     options: Options,
@@ -112,11 +242,8 @@ def launch_sweep(
 
     Everything is checked before anything is written and before Ray starts. A sweep has one driver
     at a time; the driver of a running sweep serves the requests. A Slurm job that has been
-    requeued takes the sweep over from its previous execution.
-
-    Arguments:
-        finish: What writes about a sweep that has ended here, holding its lease for each write, and
-            returns what to print at last.
+    requeued takes the sweep over from its previous execution. `finish` writes about a sweep that
+    has ended here, holding its lease for each write, and returns what to print at last.
 
     Raises:
         UserError: If anything is wrong.
@@ -176,10 +303,9 @@ def launch_sweep(
             since = read_sweep(options.runs, sweep.name).get("created", "")
             lost = restore_runs(study, sweep, options.runs, info.fingerprint, since)
 
-        values = catch_up(study, options.runs, sweep.rules.rungs)
+        catch_up(study, options.runs, sweep.rules.rungs)
 
-        # Runs that were lost have lost their values, too
-        for line in (*(lost or values), *start.widened):
+        for line in (*lost, *start.widened):
             say(line)
 
         if priors := _priors(sweep, options, requests):
@@ -257,15 +383,10 @@ def _run(
 
     records, stops = study.records(), sweep.stops()
     rules = replace(sweep.rules, excused=sum(record.state == "failed" for record in records))
-    stop = Path(spec["request"])
+    stop, objective = Path(spec["request"]), study.objectives[0]
+    log = stop.with_name("ray.log")
     table = view.LiveTable(
-        sweep.name,
-        rules,
-        options.runs,
-        study.records,
-        study.objectives[0],
-        parallel,
-        stop.with_name("ray.log"),
+        sweep.name, rules, options.runs, study.records, objective, parallel, log
     )
     retention = Retention(
         options.runs,
@@ -274,7 +395,7 @@ def _run(
         options.keep,
         options.limit,
         say,
-        final=stops is not None,
+        stops is not None,
     )
     table.size = lambda: retention.size
 
@@ -295,16 +416,7 @@ def _run(
     try:
         if decide(records, (), rules, stops=stops).kind != "stop":
             driver = Driver(
-                study,
-                rules,
-                sweep.propose,
-                spec,
-                slots,
-                table.notify,
-                stop,
-                stops,
-                end,
-                retarget,
+                study, rules, sweep.propose, spec, slots, table.notify, stop, stops, end, retarget
             )
             study.journal.give_up = lambda: driver.stopping
             slots.avoided, slots.forgive = driver.losses.avoided, driver.losses.forgive
@@ -341,15 +453,10 @@ def _drive(
     hint = f"Runs in progress resume from their last checkpoint with `{command}`"
 
     with ExitStack() as stack:
-        with serving(driver):
-            modules = ["sda_ray.cluster.executor"]
-            started = connected(
-                options.address,
-                package=code.package,
-                modules=modules,
-                hint=hint,
-            )
-            scratch = stack.enter_context(started)
+        started = connected(
+            options.address, package=code.package, modules=["sda_ray.cluster.executor"], hint=hint
+        )
+        scratch = stack.enter_context(started)
 
         from ..cluster import execute  # imports Ray, which must be set up by then
         from ..storage import serve_files

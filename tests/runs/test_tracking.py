@@ -15,8 +15,7 @@ from wandb_server import WandbServer
 from sda_ray.core.errors import UserError
 from sda_ray.runs.path import RunPath
 from sda_ray.runs.record import logged_config
-from sda_ray.runs.tracking import Wandb, own_environment
-from sda_ray.sweep.preflight import wandb_faults, wandb_server
+from sda_ray.runs.tracking import Wandb, own_environment, wandb_faults, wandb_server
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-r"""Tests for sda_ray.sweep.preflight: everything that is wrong is found, and all of it is reported at once."""
+r"""Tests for checks of sda_ray.sweep.launch: everything that is wrong is found, and all of it is reported at once."""
 
 import shutil
 from dataclasses import replace
@@ -13,7 +13,7 @@ from sda_ray.core.errors import UserError
 from sda_ray.data.dataset import check_data
 from sda_ray.runs.tracking import Wandb
 from sda_ray.sweep.definition import load_script
-from sda_ray.sweep.preflight import check_start
+from sda_ray.sweep.launch import check_start
 from sda_ray.sweep.record import Options, write_sweep
 
 __all__ = ["script"]  # fixtures
