@@ -9,7 +9,6 @@ import errno
 import json
 import logging
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -37,6 +36,8 @@ logger = logging.getLogger(__name__)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # an append waits for the end of these errors
 PATIENCE = 600.0  # seconds that it waits
 PAUSE = 0.2  # seconds between two tries
+
+RESTORE = "Restore a copy of the file, or move it away: runs are restored from their directories."
 
 
 class Journal(BaseJournalBackend):
@@ -121,7 +122,7 @@ class Journal(BaseJournalBackend):
         if self.lease is None:
             raise LeaseLost(f"{self.file} was opened for reading only")
 
-        start, waits = time.monotonic(), False
+        start, warned = time.monotonic(), False
 
         while True:
             try:
@@ -134,37 +135,47 @@ class Journal(BaseJournalBackend):
                 if error.errno not in FULL or waited > PATIENCE or self.give_up():
                     raise
 
-                if not waits:
-                    logger.warning(
-                        "%s cannot be written: %s (%d bytes are free). Waiting for room.",
-                        self.file,
-                        error.strerror,
-                        shutil.disk_usage(self.file.parent).free,
-                    )
+                if not warned:
+                    text = "%s cannot be written: %s. Waiting for room."
+                    logger.warning(text, self.file, error.strerror)
+                    warned = True
 
-            waits = True
             time.sleep(PAUSE)
 
 
 def open_study(
     file: Path, name: str, lease: Lease | None, objectives: Sequence[str]
 ) -> tuple[optuna.Study, Journal]:
-    r"""Opens the study in a journal, or creates both.
+    r"""Opens the study in a journal, or creates both. A torn end, left by a crash, is cut off.
 
     Raises:
-        UserError: If the journal cannot be opened, or has another study.
+        UserError: If the file is damaged, empty, not a journal, or has another study.
     """
 
-    journal = open_journal(file, lease)
-    storage = journal.storage
+    if lease is not None:
+        with lease.hold():
+            _repair(file)
+
+    journal = Journal(file, lease)
+
+    try:
+        journal.storage = storage = JournalStorage(journal)
+    except UserError:
+        raise
+    except (OSError, MemoryError) as error:
+        raise UserError(f"{file} cannot be read: {error}.") from error
+    except Exception as error:  # Optuna has no error of its own for this
+        raise UserError(
+            f"{file} is damaged: its line {journal.line} is not a record of a study "
+            f"({type(error).__name__}: {error}). {RESTORE}"
+        ) from error
 
     try:
         return optuna.load_study(storage=storage, study_name=name), journal
     except KeyError:
         if others := [study.study_name for study in storage.get_all_studies()]:
             raise UserError(
-                f"{file} holds the study '{others[0]}', not '{name}'. Put the journal of '{name}' "
-                "there, or move the file away: runs are restored from their directories."
+                f"{file} holds the study '{others[0]}', not '{name}'. {RESTORE}"
             ) from None
 
         if journal.line and lease is None:
@@ -176,40 +187,8 @@ def open_study(
     return study, journal
 
 
-def open_journal(file: Path, lease: Lease | None) -> Journal:
-    r"""Opens a journal, or prepares a new one, and repairs it after a crash of its writer.
-
-    Raises:
-        UserError: If the file is damaged, empty, or not a journal.
-    """
-
-    if lease is not None:
-        with lease.hold():
-            _repair(file)
-
-    journal = Journal(file, lease)
-
-    try:
-        journal.storage = JournalStorage(journal)
-        return journal
-    except UserError:
-        raise
-    except (OSError, MemoryError) as error:
-        raise UserError(f"{file} cannot be read: {error}.") from error
-    except Exception as error:  # Optuna has no error of its own for this
-        raise UserError(
-            f"{file} is damaged: its line {journal.line} is not a record of a study "
-            f"({type(error).__name__}: {error}). Restore a copy of the file, or move it away: "
-            "runs are restored from their directories."
-        ) from error
-
-
 def _repair(file: Path) -> None:
-    r"""Cuts off last records that are not whole, and keeps them beside the journal."""
-
-    # A lock that a killed dashboard left would stall the next one for 30 s.
-    for stale in file.parent.glob(f"{file.name}.lock*"):
-        stale.unlink(missing_ok=True)
+    r"""Cuts off last records that are not whole."""
 
     if not os.path.lexists(file):
         return
@@ -217,20 +196,9 @@ def _repair(file: Path) -> None:
     end, torn = find_torn_lines(file)
 
     if end == 0:
-        raise UserError(
-            f"{file} is {'not a journal' if torn else 'empty: its records are lost'}. Restore a "
-            "copy of the file, or move it away: runs are restored from their directories."
-        )
+        what = "not a journal" if torn else "empty: its records are lost"
+        raise UserError(f"{file} is {what}. {RESTORE}")
 
-    if not torn:
-        return
-
-    kept = file.with_suffix(".journal.torn")
-
-    try:
-        append(kept, torn)
-    except OSError as error:
-        logger.warning("%s cannot be written: %s.", kept, error)
-
-    cut_torn_lines(file)
-    logger.warning("%s: a torn last record was cut off, and kept as %s.", file, kept.name)
+    if torn:
+        cut_torn_lines(file)
+        logger.warning("%s: a torn last record was cut off.", file)

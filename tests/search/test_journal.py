@@ -15,7 +15,7 @@ from studies import add, lease, no_sync
 
 from sda_ray.core.errors import UserError
 from sda_ray.core.lease import Lease, LeaseLost
-from sda_ray.search.journal import open_journal
+from sda_ray.search.journal import Journal
 from sda_ray.search.promotion import Rules
 from sda_ray.search.sampler import quiet_optuna
 from sda_ray.search.study import Study
@@ -44,7 +44,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Sweeping:
 
 
 def test_journal_cut_at_any_byte_of_its_last_records_loses_the_torn_one_only(
-    tmp_path: Path, journal: Path, lease: Lease, whole: Sweeping
+    journal: Path, lease: Lease, whole: Sweeping
 ) -> None:
     lines = whole.journal.read_bytes().splitlines(keepends=True)
     start, tail = b"".join(lines[:-3]), b"".join(lines[-3:])
@@ -56,26 +56,6 @@ def test_journal_cut_at_any_byte_of_its_last_records_loses_the_torn_one_only(
 
         assert journal.read_bytes() == kept
         assert len(records) == RULES.target
-
-        if kept != start + tail[:cut]:
-            torn = tmp_path / "study.journal.torn"
-            assert kept + torn.read_bytes() == start + tail[:cut]
-            torn.unlink()
-
-
-def test_torn_records_are_kept_beside_the_journal_and_none_replaces_another(
-    tmp_path: Path, journal: Path, lease: Lease
-) -> None:
-    Study(journal, "test", lease)
-    whole = journal.read_bytes()
-
-    for torn in (b"first", b"second", b'{"third": 3', b"{}\0\0}\n"):
-        journal.write_bytes(whole + torn)
-        Study(journal, "test", lease)
-
-    (kept,) = tmp_path.glob("study.journal.torn*")
-    assert kept.read_bytes() == b'firstsecond{"third": 3{}\0\0}\n'
-    assert journal.read_bytes() == whole
 
 
 def test_torn_append_of_many_values_is_cut_back_to_whole_records(
@@ -123,19 +103,13 @@ def test_sweep_resumes_from_a_journal_cut_anywhere(tmp_path: Path, whole: Sweepi
 # Locks
 
 
-def test_stale_lock_of_optuna_is_removed_and_never_waited_for(
-    tmp_path: Path, journal: Path, lease: Lease
-) -> None:
-    stale = JournalFileSymlinkLock(str(journal))
-    stale.acquire()
-    assert os.path.lexists(tmp_path / "study.journal.lock")
-    study = Study(journal, "test", lease)
-    assert not list(tmp_path.glob("study.journal.lock*"))
+def test_lock_of_optuna_is_never_waited_for(journal: Path, lease: Lease) -> None:
+    r"""The lease alone decides who writes."""
 
-    # Not even one that comes later: the lease alone decides who writes
-    stale.acquire()
+    study = Study(journal, "test", lease)
+    JournalFileSymlinkLock(str(journal)).acquire()
     add(study)
-    assert os.path.lexists(tmp_path / "study.journal.lock")
+    assert len(Study(journal, "test", lease).records()) == 1
 
 
 def test_study_is_not_written_without_the_lease(
@@ -191,7 +165,6 @@ def test_files_other_than_journals_are_left_unchanged(
         Study(journal, "test", lease)
 
     assert journal.read_bytes() == content
-    assert not list(journal.parent.glob("*.torn*"))
 
 
 def test_lines_of_something_else_are_no_records(journal: Path, lease: Lease) -> None:
@@ -233,7 +206,7 @@ def test_only_regular_files_are_opened(
 
 
 def test_journal_appears_with_its_first_record(journal: Path, lease: Lease) -> None:
-    opened = open_journal(journal, lease)
+    opened = Journal(journal, lease)
     assert not journal.exists()
 
     opened.append_logs([{"op_code": 0}, {"op_code": 0}])
