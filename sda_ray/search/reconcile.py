@@ -110,30 +110,24 @@ def _ahead(record: TrialRecord, until: int) -> TrialRecord:
     )
 
 
-def catch_up(study: Study, runs: Path, rungs: Sequence[int] = ()) -> list[str]:
+def catch_up(study: Study, runs: Path, rungs: Sequence[int] = ()) -> None:
     r"""Brings a study up to date with the directories of its runs.
 
-    It may be killed at any moment and repeated. The study's lease keeps other drivers away. Returns
-    a line about values that the journal had and has lost, if there are any.
+    It may be killed at any moment and repeated. The study's lease keeps other drivers away.
     """
 
-    records, lost = study.records(), list[str]()
+    records = study.records()
     directories = read_directories(records, runs, study.objectives)
 
     for record in records:
         if record.run_id not in directories:
             continue
 
-        directory = directories[record.run_id]
-        after, status = reconcile(record, directory, rungs)
+        after, status = reconcile(record, directories[record.run_id], rungs)
         record = study.record_attempt(record, after.attempt)
-        closed = record.trial.state.is_finished() and after.values != record.values
-        ahead = after.until > record.until or directory.status == "paused"
 
-        if closed or (ahead and after.values != record.values):
-            lost.append(str(record.index))
-
-        if closed:  # Optuna changes no finished trial
+        # Optuna changes no finished trial
+        if record.trial.state.is_finished() and after.values != record.values:
             number, opened = record.trial.number, replace(after, state="running")
             record = study.set_shown(study.add(opened, record.trial, number), after.shown)
 
@@ -147,11 +141,6 @@ def catch_up(study: Study, runs: Path, rungs: Sequence[int] = ()) -> list[str]:
 
         if status and (path := RunPath.of_id(runs, record.run_id)):
             mark_run(path, status, after.attempt)
-
-    return [
-        f"{study.journal.file.name} had lost values of runs {', '.join(lost)}: they are restored "
-        "from their directories."
-    ] * bool(lost)
 
 
 def mark_run(
