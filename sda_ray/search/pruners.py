@@ -8,7 +8,9 @@ question, with the notes that it would have left in the runs at the rungs that t
 
 import binascii
 import math
+from bisect import bisect
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
 from optuna.pruners import (
@@ -36,13 +38,10 @@ def prune_rule(
 ) -> PruneRule:
     r"""Returns the verdicts of a pruner as a function of a run and of all runs.
 
-    Arguments:
-        rules: The rules of the sweep. They name the pruner.
-        name: The name of the sweep, which decides on the brackets of `hyperband`.
-        percentile: The share of runs, in percent, that `percentile` lets continue.
-        patience: The epochs without a new best value after which `patience` stops a run. By
-            default three times `rules.min_epochs`.
-        pruner: A pruner of the user, instead of a named one.
+    The rules name the pruner, unless the user gives one. The name of the sweep decides on the
+    brackets of `hyperband`; `percentile` is the share of runs, in percent, that the pruner of that
+    name lets continue; `patience` stops a run after as many epochs without a new best value, by
+    default three times `rules.min_epochs`.
     """
 
     with quiet_optuna():
@@ -50,7 +49,7 @@ def prune_rule(
 
     known: dict[tuple[int, int, float], dict[str, Any]] = {}  # notes by run, rung and value
 
-    def notes(record: TrialRecord, asked: bool) -> dict[str, Any]:
+    def notes(record: TrialRecord, asked: bool = False) -> dict[str, Any]:
         # A run that is asked about has no note of the rung where it waits. One that diverged has
         # the worst value at every rung that it was bound for.
         diverged, total = record.outcome == "diverged", dict[str, Any]()
@@ -71,8 +70,8 @@ def prune_rule(
 
     def stops(record: TrialRecord, records: Sequence[TrialRecord]) -> bool:
         with quiet_optuna():
-            others = [_trial(r, notes(r, False)) for r in records if r.index != record.index]
-            asked = _trial(record, notes(record, True), asked=True)
+            others = [_trial(r, notes(r)) for r in records if r.index != record.index]
+            asked = _trial(record, notes(record, asked=True), asked=True)
 
             return method.prune(memory_study([*others, asked], name=name), asked)
 
@@ -136,16 +135,6 @@ def hyperband_brackets(rules: Rules, name: str) -> Callable[[int], int]:
     first, eta = _least(rules), rules.eta
     count = math.floor(math.log(rules.epochs / first, eta)) + 1
     budgets = [math.ceil(count * eta**s / (s + 1)) for s in reversed(range(count))]
+    *ends, total = accumulate(budgets)
 
-    def bracket(number: int) -> int:
-        place = binascii.crc32(f"{name}_{number}".encode()) % sum(budgets)
-
-        for i, budget in enumerate(budgets):
-            if place < budget:
-                return i
-
-            place -= budget
-
-        raise AssertionError
-
-    return bracket
+    return lambda number: bisect(ends, binascii.crc32(f"{name}_{number}".encode()) % total)
