@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import logging
 import secrets
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,8 +46,7 @@ logger = logging.getLogger(__name__)
 REQUESTS, ANSWER = "requests", ".answer.json"
 LOOK = 0.2  # seconds between two checks for an answer
 BATCH = 100  # finished runs in a request
-PATIENCE = 120.0  # seconds for an answer; a driver that starts Ray answers meanwhile
-SERVE = 0.25  # seconds between two checks for requests
+PATIENCE = 120.0  # seconds for an answer; a driver that starts Ray answers once that is done
 OPEN = ("running", "paused", "interrupted", "failed")  # what `run.json` says of a run to stop
 
 
@@ -109,8 +107,6 @@ class Mailbox:
         return True
 
     def answer(self, id: str, text: str, good: bool = True) -> None:
-        r"""Answers a request with a sentence, and whether the request is served."""
-
         write_json(self.directory / f"{id}{ANSWER}", {"text": text, "good": good})
 
     def wait(
@@ -119,8 +115,9 @@ class Mailbox:
         r"""Waits for an answer and deletes it; returns None if the driver is dead or silent."""
 
         file, deadline = self.directory / f"{id}{ANSWER}", time.monotonic() + patience
+        lives = True
 
-        while time.monotonic() < deadline:
+        while lives and time.monotonic() < deadline:
             lives = alive()  # asked first: it may answer just before its death
 
             with suppress(FileNotFoundError):
@@ -128,10 +125,7 @@ class Mailbox:
                 file.unlink()
                 return reply
 
-            if not lives:
-                break
-
-            time.sleep(LOOK)
+            time.sleep(LOOK * lives)
 
         return None
 
@@ -173,29 +167,23 @@ def wait_for_driver(directory: Path, name: str, seconds: float) -> None:
     file, until = directory / "lease.json", time.monotonic() + seconds
     holder = read_holder(file)
 
-    if holder is None or holder["pid"] is None:
+    if holder is None or not (alive := watch(file, holder))():
         return
 
-    alive = watch(file, holder)
-
-    if alive():
-        say(
-            f"sweep '{name}' is driven by process {holder['pid']} on {holder['host']}: waiting "
-            f"up to {seconds:.0f} s for it to end."
-        )
+    say(
+        f"sweep '{name}' is driven by process {holder['pid']} on {holder['host']}: waiting up to "
+        f"{seconds:.0f} s for it to end."
+    )
 
     while alive() and time.monotonic() < until:
-        time.sleep(0.5)
+        time.sleep(LOOK)
 
 
 def ask(directory: Path, kind: str, **content: Any) -> str:
     r"""Posts a request to the driver of a sweep, prints its answer and returns it.
 
-    Arguments:
-        directory: The directory of the sweep.
-        kind: `stop` (of `trial`, or the whole sweep), `trials`, `enqueue` (`items`), `prior`
-            (`runs`) or `retry`.
-        content: The particulars.
+    Kinds are `stop` (of `trial`, or the whole sweep), `trials`, `enqueue` (`items`), `prior`
+    (`runs`) and `retry`.
 
     Raises:
         NotRunning: If no driver is running. No request is left behind.
@@ -204,10 +192,11 @@ def ask(directory: Path, kind: str, **content: Any) -> str:
 
     file, name, box = directory / "lease.json", directory.name, Mailbox(directory / REQUESTS)
     resume = f"Resume the sweep with `sda-ray sweep {name}`"
+    idle = NotRunning(f"sweep '{name}' is not running. {resume} and pass changes as options.")
     holder = read_holder(file)
 
     if holder is None or not (alive := watch(file, holder))():
-        raise NotRunning(f"sweep '{name}' is not running. {resume} and pass changes as options.")
+        raise idle
 
     try:
         id = box.post(kind, attempt=holder["attempt"], **content)
@@ -241,10 +230,7 @@ def ask(directory: Path, kind: str, **content: Any) -> str:
             f"disk. If it is dead, `sda-ray sweep {name}` takes over."
         )
 
-    raise NotRunning(
-        f"{driver} ended before it served the request. Nothing was changed. {resume} and pass "
-        "changes as options."
-    )
+    raise idle
 
 
 def ask_all(
@@ -325,29 +311,6 @@ def enqueue_all(study: Study, items: Sequence[Mapping[str, Any]], target: int) -
 # The driver
 
 
-@contextmanager
-def serving(driver: Driver) -> Iterator[None]:
-    r"""Serves requests from a thread for as long as the block lasts, as while Ray starts.
-
-    The block must not touch the study.
-    """
-
-    over, server = threading.Event(), RequestServer(driver)
-
-    def serve() -> None:
-        while not over.wait(SERVE):
-            server()
-
-    thread = threading.Thread(target=serve, name="requests", daemon=True)
-    thread.start()
-
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-
-
 class RequestServer:
     r"""Serves the requests to a driver.
 
@@ -359,7 +322,6 @@ class RequestServer:
         self.study = driver.study
         self.name = driver.request.parent.name
         self.box = Mailbox(driver.request.parent / REQUESTS)
-        self.lease = driver.study.journal.lease
 
         for record in self.study.records():
             if self._stop_file(record.index).exists():
@@ -416,11 +378,13 @@ class RequestServer:
             return f"the request cannot be served: {type(error).__name__}: {error}", False
 
     def _stop(self, content: dict[str, Any]) -> str:
-        if self.lease is not None and content.get("attempt") not in (None, self.lease.attempt):
+        lease, trial = self.study.journal.lease, content.get("trial")
+
+        if lease is not None and content.get("attempt") not in (None, lease.attempt):
             raise UserError("the request was for a previous driver, which has ended.")
 
-        if content.get("trial") is not None:
-            return self._stop_run(content["trial"])
+        if trial is not None:
+            return self._stop_run(trial)
 
         self.driver.stop("`sda-ray stop` asked for it")
         live = len(self.driver.live)
@@ -432,14 +396,13 @@ class RequestServer:
 
     def _stop_run(self, trial: Any) -> str:
         driver, records = self.driver, self.study.records()
-        matches = [record for record in records if trial in (record.index, record.run_id)]
+        record = next((r for r in records if r.index == trial and trial is not True), None)
 
-        if not matches or isinstance(trial, bool):
+        if record is None:
             raise UserError(
                 f"there is no run {trial} in sweep '{self.name}', which has {len(records)} runs."
             )
 
-        record = matches[0]
         n = record.index
 
         if record.state != "running" and not self._resumable(record):
@@ -452,16 +415,6 @@ class RequestServer:
             return f"run {n} stops after its step, at epoch {record.last} or later"
 
         return f"run {n}, paused at epoch {record.last}, is stopped"
-
-    def _prior(self, content: dict[str, Any]) -> str:
-        from .enqueue import bring_all
-
-        return bring_all(self.study, content["runs"])
-
-    def _retry(self, content: dict[str, Any]) -> str:
-        self.driver.errors.clear()
-
-        return retry_failed(self.study)
 
     def _resumable(self, record: TrialRecord) -> bool:
         r"""Returns whether a closed run may be promoted, once the sweep has more trials."""
@@ -491,6 +444,16 @@ class RequestServer:
             driver.cancelled.discard(index)
             self._stop_file(index).unlink(missing_ok=True)
 
+    def _prior(self, content: dict[str, Any]) -> str:
+        from .enqueue import bring_all
+
+        return bring_all(self.study, content["runs"])
+
+    def _retry(self, content: dict[str, Any]) -> str:
+        self.driver.errors.clear()
+
+        return retry_failed(self.study)
+
     def _trials(self, content: dict[str, Any]) -> str:
         driver, target = self.driver, content.get("trials")
 
@@ -501,30 +464,23 @@ class RequestServer:
         driver.rules = replace(driver.rules, target=target)
         driver.exhausted = False
         more = target - count_trials(self.study.records())
+        new = f"{more} more" if more > 0 else f"it has {target - more}, so no new ones are started"
 
-        if more > 0:
-            return f"sweep '{self.name}' continues to {target} trials: {more} more"
-
-        return (
-            f"sweep '{self.name}' is to have {target} trials and has {target - more}: no new ones "
-            "are started"
-        )
+        return f"sweep '{self.name}' continues to {target} trials: {new}"
 
     def _enqueue(self, content: dict[str, Any]) -> str:
-        driver = self.driver
-        items = content["items"]
+        driver, items = self.driver, content["items"]
 
         for item in items:
             if not isinstance(item, dict) or not item:
                 raise UserError(f"{item!r} is no configuration.")
 
-            if (drawn := driver.propose(self.study.records(), item)) is None:
+            drawn = driver.propose(self.study.records(), item)
+
+            if drawn is None or item.keys() - drawn[1].params.keys():
                 raise UserError(
                     f"{item} has a run already, or is not in SPACE: nothing is queued."
                 )
-
-            if unknown := item.keys() - drawn[1].params.keys():
-                raise UserError(f"{', '.join(unknown)} is not in SPACE: nothing is queued.")
 
         driver.exhausted = False
 

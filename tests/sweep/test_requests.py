@@ -29,7 +29,6 @@ from sda_ray.sweep.requests import (
     NotRunning,
     RequestServer,
     ask,
-    serving,
     stop_sweep,
     wait_for_driver,
 )
@@ -269,7 +268,7 @@ def test_number_of_trials_is_raised_and_lowered(tmp_path: Path) -> None:
     assert sweep.driver.suggest("c") is not None
 
     text, good = sweep.ask("trials", trials=1)
-    assert good and text.endswith("is to have 1 trials and has 3: no new ones are started")
+    assert good and text.endswith("to 1 trials: it has 3, so no new ones are started")
     assert sweep.driver.suggest("d") is None
     assert sweep.targets == [4, 1]
 
@@ -396,21 +395,13 @@ def test_stopping_sweep_records_requests_for_its_next_start(sweep: ServedSweep) 
     assert good and "The sweep is stopping" in text and sweep.targets == [9]
 
 
-def test_requests_are_served_from_a_thread_while_the_driver_is_busy(sweep: ServedSweep) -> None:
-    with serving(sweep.driver):
-        id = sweep.box.post("trials", trials=9)
-        found = sweep.box.wait(id, lambda: True, patience=5)
-
-    assert found is not None and found.good and sweep.targets == [9]
-
-
 PROGRAM = """
 import os, sys
 from contextlib import ExitStack
 from pathlib import Path
 from sda_ray.cluster.connect import connected
 from sda_ray.core.config import CONFIG
-from sda_ray.sweep.requests import RequestServer, serving
+from sda_ray.sweep.requests import RequestServer
 from sda_ray.sweep.driver import Driver
 from sda_ray.core.lease import Lease
 from sda_ray.search.promotion import Rules
@@ -449,8 +440,7 @@ driver = Driver(
 )
 
 with ExitStack() as stack:
-    with serving(driver):
-        scratch = stack.enter_context(connected(cpus=2))
+    scratch = stack.enter_context(connected(cpus=2))
 
     from sda_ray.cluster.executor import execute
     execute(driver, {"cpu": 1, "gpu": 0}, scratch, own=True, requests=RequestServer(driver))
