@@ -22,8 +22,6 @@ logger = logging.getLogger(__name__)
 
 LOW = 0.1  # the free part of a disk below which a warning is given
 AGAIN = 3600.0  # seconds until a warning is repeated
-RETRY = 60.0  # seconds until a run whose checkpoint could not be deleted is tried again
-TURN = 0.5  # seconds that one call may take for deletions; the next one continues
 COST = 0.02  # the part of the driver's time that all calls may take
 
 
@@ -66,28 +64,18 @@ class Retention:
 
     Under `keep`, all are deleted but those of running and paused runs and of the best `keep`
     runs.
-
-    Arguments:
-        runs: The directory of all runs.
-        sweep: The name of the sweep.
-        records: Returns the current records of the sweep's runs.
-        keep: The number of best runs whose checkpoints stay. By default all.
-        limit: The bytes that all checkpoints may take together. By default any.
-        notify: Called with a line of text for the user.
-        final: Whether a pruned run never continues.
     """
 
-    runs: Path
+    runs: Path  # of all sweeps
     sweep: str
-    records: Callable[[], list[TrialRecord]]
-    keep: int | None = None
-    limit: int | None = None
-    notify: Callable[[str], None] = logger.warning
-    final: bool = False
+    records: Callable[[], list[TrialRecord]]  # returns the current ones
+    keep: int | None = None  # best runs whose checkpoints stay; by default all
+    limit: int | None = None  # bytes that all checkpoints may take together; by default any
+    notify: Callable[[str], None] = logger.warning  # called with a line for the user
+    final: bool = False  # a pruned run never continues
 
     def __post_init__(self) -> None:
         self._sizes: dict[str, int] = {}  # bytes by run
-        self._retries: dict[str, float] = {}  # when to try again to delete a run's checkpoint
         self._warned: dict[str, float] = {}
         self._next = -math.inf
 
@@ -98,21 +86,17 @@ class Retention:
         return sum(self._sizes.values())
 
     def __call__(self) -> None:
-        r"""Examines the disk for a moment. May be called at any rate."""
+        r"""Deletes what is to be deleted, if it is time to look. May be called at any rate."""
 
         start = time.monotonic()
 
         if start >= self._next:
-            self._turn(start + TURN)
+            self.finish()
             self._next = time.monotonic() + (time.monotonic() - start) / COST
 
     def finish(self) -> None:
-        r"""Deletes all that is to be deleted, at the end of a sweep."""
+        r"""Deletes all that is to be deleted, and warns if space is short."""
 
-        self._retries.clear()
-        self._turn(math.inf)
-
-    def _turn(self, deadline: float) -> None:
         records = [record for record in self.records() if not record.source]
 
         try:
@@ -122,10 +106,8 @@ class Retention:
                 for record in records
                 if record.run_id in paths
             }
-            self._delete(records, paths, deadline)
-
-            if time.monotonic() < deadline:  # otherwise the next turn deletes more
-                self._check_space()
+            self._delete(records, paths)
+            self._check_space()
         except FileNotFoundError:  # a directory that is gone ends the sweep by itself
             pass
         except OSError as error:  # a file system that is away for a while must not end a sweep
@@ -154,24 +136,15 @@ class Retention:
 
         return 0 if record.state in dead else 2 if record.state == "complete" else 1
 
-    def _delete(
-        self, records: Sequence[TrialRecord], paths: dict[str, RunPath], deadline: float
-    ) -> None:
+    def _delete(self, records: Sequence[TrialRecord], paths: dict[str, RunPath]) -> None:
         deleted: list[TrialRecord] = []
         freed = 0
 
         for record in self._candidates(records):
-            if time.monotonic() > deadline:
-                break
-
-            if time.monotonic() < self._retries.get(record.run_id, 0.0):
-                continue
-
             try:
                 freed += prune_run(paths[record.run_id], self.sweep)
-            except UserError as error:
+            except UserError as error:  # in use, say
                 logger.debug("%s", error)
-                self._retries[record.run_id] = time.monotonic() + RETRY
             else:
                 self._sizes[record.run_id] = 0
                 deleted.append(record)
