@@ -112,11 +112,9 @@ def damage(code: Code) -> str:
     r"""Returns why recorded code must not be run, or an empty string.
 
     It must be complete and unchanged, with nothing beside it, and safe from others, see
-    :func:`unsafe`. Bytecode may be there, which :func:`_drop_bytecode` removes.
+    :func:`unsafe`. There may be bytecode, which :func:`_drop_bytecode` removes, and aside files of
+    a killed writer.
     """
-
-    if not code.package.is_dir():
-        return f"{code.package} is missing"
 
     try:
         if fault := unsafe(code.place):
@@ -125,14 +123,17 @@ def damage(code: Code) -> str:
         files = digests(code.package)
         known = {code.package / name for name in (*files, "origin.json", "origin.patch")}
 
-        for part in (*list(code.place.parents)[:2], code.place, *code.place.rglob("*")):
+        for part in code.place.rglob("*"):
             if fault := _fault(part, status := part.lstat()):
                 return fault
 
             if stat.S_ISLNK(status.st_mode):
                 return f"{part} is a link"
 
-            if not (stat.S_ISDIR(status.st_mode) or part in known or _is_ignored(part)):
+            cached = part.parent.name == "__pycache__" and part.suffix == ".pyc"
+            aside = part.name.startswith(".") and part.suffix == ".tmp"
+
+            if not (stat.S_ISDIR(status.st_mode) or part in known or cached or aside):
                 return f"{part} was not recorded"
 
         if code_of(files) == code.hash:
@@ -141,15 +142,6 @@ def damage(code: Code) -> str:
         return str(error)
 
     return f"{code.package} is not what was recorded: files in it are changed or damaged"
-
-
-def _is_ignored(file: Path) -> bool:
-    r"""Tells whether a file is bytecode, or left by a killed writer, which cannot be imported."""
-
-    if file.parent.name == "__pycache__":
-        return file.suffix == ".pyc"
-
-    return file.name.startswith(".") and file.suffix == ".tmp"
 
 
 def _drop_bytecode(place: Path) -> None:
@@ -166,11 +158,9 @@ def differing(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
 
 
 def check_code(directory: Path, choice: str = "recorded") -> None:
-    r"""Checks that this process runs the code that a sweep is to be resumed with.
+    r"""Checks that this process runs the code that a sweep, maybe a new one, is resumed with.
 
-    Arguments:
-        directory: The directory of the sweep, which may be new.
-        choice: `recorded`, or `current` to resume with the code of this process.
+    The choice is `recorded`, or `current` to resume with the code of this process.
 
     Raises:
         OtherCode: If the recorded code has to be run instead.

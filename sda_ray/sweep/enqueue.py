@@ -41,21 +41,15 @@ DRAWS = 100  # of a SPACE that is a function, to learn what it suggests
 
 @dataclass(frozen=True)
 class Fit:
-    r"""A configuration as parameters of a sweep.
+    r"""A configuration as parameters of a sweep."""
 
-    Arguments:
-        params: The parameters of SPACE that stand for it.
-        distributions: Their distributions.
-        values: The values of CONFIG's keys that they stand for.
-        faults: The reasons why SPACE does not contain it.
-        differences: The keys outside SPACE that differ from the sweep's CONFIG, described.
-    """
-
-    params: dict[str, Any]
+    params: dict[str, Any]  # of SPACE, which stand for it
     distributions: dict[str, Any]
-    values: Config
-    faults: list[str]
-    differences: dict[str, str]
+    values: Config  # of the keys that the parameters stand for
+    faults: list[str]  # why SPACE does not contain it
+    differences: dict[
+        str, str
+    ]  # keys outside SPACE that differ from the sweep's CONFIG, described
 
 
 def fit(sweep: Sweep, config: Config, known: Mapping[str, Any] | None = None) -> Fit:
@@ -91,13 +85,9 @@ def fit(sweep: Sweep, config: Config, known: Mapping[str, Any] | None = None) ->
 def parse_item(text: str, sweep: Sweep, runs: Path) -> dict[str, Any]:
     r"""Returns the parameters of a configuration to be queued.
 
-    Values of a run that are not used are printed.
-
-    Arguments:
-        text: `key=value,key=value,…`, where values may have commas, of all keys of SPACE or some;
-            or a run, by path, name or id, whose values of all keys of SPACE are taken.
-        sweep: The sweep, checked.
-        runs: The directory of all runs.
+    The text is `key=value,key=value,…`, where values may have commas, of all keys of SPACE or some;
+    or a run, by path, name or id, whose values of all keys of SPACE are taken, and the others are
+    printed.
 
     Raises:
         UserError: If SPACE does not contain it. The message has one line for each fault.
@@ -184,37 +174,28 @@ def _options(space: Mapping[str, Domain], values: Config) -> tuple[dict[str, Any
 
     for name, domain in space.items():
         keys = split_group(name)
-        text = " ".join(f"{key}={format_value(values[key])}" for key in keys if key in values)
+        given = {key: values[key] for key in keys if key in values}
+        text = " ".join(f"{key}={format_value(x)}" for key, x in given.items())
 
-        if not text:
+        if len(keys) == 1:
+            options = [x for x in given.values() if x in domain]
+        else:
+            assert isinstance(domain, Choice)
+            grouped = (dict(zip(keys, option, strict=True)) for option in domain.options)
+            options = [tuple(x.values()) for x in grouped if given.items() <= x.items()]
+
+        if not given:
             continue
-
-        options = _matching(keys, domain, values)
 
         if len(options) == 1:
             params[name] = encode_option(name, options[0])
         elif options:
-            others = ", ".join(key for key in keys if key not in values)
+            others = ", ".join(key for key in keys if key not in given)
             faults.append(f"{text} is of several options. Give {others} as well")
         else:
             faults.append(f"{text} is not in SPACE, which has {domain}")
 
     return params, faults
-
-
-def _matching(keys: list[str], domain: Domain, values: Config) -> list[Any]:
-    r"""Returns the options of a key, or of a group of keys, that have the given values."""
-
-    if len(keys) == 1:
-        return [values[keys[0]]] if values[keys[0]] in domain else []
-
-    assert isinstance(domain, Choice)
-
-    return [
-        option
-        for option in domain.options
-        if all(values.get(key, x) == x for key, x in zip(keys, option, strict=True))
-    ]
 
 
 # A SPACE that is a function
@@ -351,26 +332,15 @@ def bring_in(study: Study, item: Mapping[str, Any]) -> bool:
 
 
 def restore_runs(
-    study: Study,
-    sweep: Sweep,
-    runs: Path,
-    data: str,
-    since: str,
-    pending: Container[str] = (),
+    study: Study, sweep: Sweep, runs: Path, data: str, since: str, pending: Container[str] = ()
 ) -> list[str]:
     r"""Adds the runs of a sweep that its study has lost, and returns lines about it.
 
     The journal may be gone, or an older copy. Settings and parameters are in the directories of the
     runs, also of those that were brought in; :func:`sda_ray.search.reconcile.catch_up` reads values
-    and ends of the others from there. The queue is nowhere else.
-
-    Arguments:
-        study: The study of the sweep.
-        sweep: The sweep, checked.
-        runs: The directory of all runs.
-        data: The fingerprint of its data.
-        since: The time of its first start: runs before it are those of another sweep of the name.
-        pending: The ids of runs that are about to be brought in.
+    and ends of the others from there. The queue is nowhere else. Runs before the first start of the
+    sweep, `since`, are those of another one of the name; runs that are `pending` are about to be
+    brought in.
 
     Raises:
         UserError: If the study is empty, and none of its runs can be restored.
@@ -406,14 +376,18 @@ def restore_runs(
         do = f"Restore a copy of the file, or remove {directory} to begin the sweep anew."
         raise UserError("\n".join([what, *refused, do]))
 
-    file = study.journal.file.name
-    lines = [
-        f"{file} had lost {restored} runs: they are restored from their directories. What was "
-        "queued is not: give it by --enqueue again."
-    ]
-    left_out = [f"{file} lacks these runs, which cannot be restored:", *refused]
+    lines, file = list[str](), study.journal.file.name
 
-    return lines * (restored > 0) + left_out * bool(refused)
+    if restored:
+        lines.append(
+            f"{file} had lost {restored} runs: they are restored from their directories. What was "
+            "queued is not: give it by --enqueue again."
+        )
+
+    if refused:
+        lines += [f"{file} lacks these runs, which cannot be restored:", *refused]
+
+    return lines
 
 
 def _restore(study: Study, sweep: Sweep, path: RunPath, run: Mapping[str, Any], data: str) -> None:

@@ -78,29 +78,17 @@ Item = dict[str, Any]  # a run as the study records it, see `Prior.item`
 
 @dataclass(frozen=True)
 class Prior:
-    r"""A finished run that a sweep can learn from.
-
-    Arguments:
-        path: Its directory.
-        origin: The `path` and `id` of the original run: it may be a copy.
-        run_id: The id of its copy in the sweep, always the same.
-        config: Its config.
-        fit: Its parameters in the sweep.
-        lines: Its metrics.
-        finals: The values of all objectives of the sweep.
-        objective: The first of these.
-        notes: Remarks for the user.
-    """
+    r"""A finished run that a sweep can learn from."""
 
     path: RunPath
-    origin: dict[str, str]
-    run_id: str
+    origin: dict[str, str]  # `path` and `id` of the original run: it may be a copy
+    run_id: str  # of its copy in the sweep, always the same
     config: Config
     fit: Fit
-    lines: tuple[dict[str, Any], ...] = ()
-    finals: tuple[float, ...] = ()
-    objective: str = "loss_valid"
-    notes: tuple[str, ...] = ()
+    lines: tuple[dict[str, Any], ...] = ()  # its metrics
+    finals: tuple[float, ...] = ()  # the values of all objectives of the sweep
+    objective: str = "loss_valid"  # the first of these
+    notes: tuple[str, ...] = ()  # for the user
 
     @property
     def item(self) -> dict[str, Any]:
@@ -108,20 +96,16 @@ class Prior:
 
         from optuna.distributions import distribution_to_json
 
+        spans, name = self.fit.distributions, self.objective
+
         return {
             "run_id": self.run_id,
             "source": self.origin["path"],
             "epochs": self.config["epochs"],
             "config": self.fit.values,
             "params": self.fit.params,
-            "distributions": {
-                k: distribution_to_json(d) for k, d in self.fit.distributions.items()
-            },
-            "values": [
-                [line["epoch"], line[self.objective]]
-                for line in self.lines
-                if self.objective in line
-            ],
+            "distributions": {k: distribution_to_json(d) for k, d in spans.items()},
+            "values": [[x["epoch"], x[name]] for x in self.lines if name in x],
             "finals": self.finals,
         }
 
@@ -129,8 +113,7 @@ class Prior:
 def place(prior: Prior, sweep: Sweep, runs: Path, digest: str) -> Path:
     r"""Copies config and metrics of a run into a directory of a sweep, unless that exists."""
 
-    name, judged = sweep.name, sweep.judged
-    file = runs / "sweeps" / name / "priors.lock"
+    file = sweep_directory(runs, sweep.name) / "priors.lock"
     file.parent.mkdir(parents=True, exist_ok=True)
 
     with locked(file):  # one process at a time copies runs for a sweep
@@ -152,12 +135,12 @@ def place(prior: Prior, sweep: Sweep, runs: Path, digest: str) -> Path:
                 "name": new,
                 "created": timestamp(),
                 "status": "adopted",
-                "sweep": name,
+                "sweep": sweep.name,
                 "data": digest,
                 "origin": prior.origin | {"notes": prior.notes},
                 "params": prior.fit.params,
                 "wandb": {"mode": "disabled"},
-                **judged,
+                **sweep.judged,
             },
         )
 
@@ -177,11 +160,7 @@ class Refusal:
 
 
 def collect(
-    sources: Iterable[Path],
-    sweep: Sweep,
-    runs: Path,
-    data: Path,
-    known: Known | None = None,
+    sources: Iterable[Path], sweep: Sweep, runs: Path, data: Path, known: Known | None = None
 ) -> Iterator[Prior | Refusal]:
     r"""Yields finished runs, of this package or of SDA, that a sweep can learn from.
 
@@ -199,7 +178,6 @@ def collect(
         from ..training import Validation
 
         validset, device = TrajectoryDataset(data / "valid.h5", window), default_device()
-
         seed = sweep.config["valid_seed"]
         measures = make_measures(sweep.measured, validset, device, seed)
 
@@ -240,19 +218,17 @@ def _measure(
     score, config = load_network(prior.path.directory, validation.device)
     kernel: Any = score.kernel
     shape = validation.validset.shape
-    size, wanted = kernel.forcing.shape[-1], shape[-1]
 
     if config != prior.config:
         raise UserError("its config.json changes while it is read")
 
-    if size != wanted:
+    if (size := kernel.forcing.shape[-1]) != (wanted := shape[-1]):
         raise UserError(
             f"its network is for fields of {size}x{size}, but the data has {wanted}x{wanted}"
         )
 
-    sde = VPSDE(kernel, shape, config["alpha"]).to(validation.device)
-    line = {"epoch": config["epochs"]}
-    line["loss_valid"], line["loss_valid_se"] = validation(sde, DRAWS)
+    loss, error = validation(VPSDE(kernel, shape, config["alpha"]).to(validation.device), DRAWS)
+    line = {"epoch": config["epochs"], "loss_valid": loss, "loss_valid_se": error}
 
     for name, measure in measures.items():
         line[name], line[f"{name}_se"] = measure(score, config["alpha"])
@@ -291,15 +267,14 @@ def _covered(path: RunPath, sweep: Sweep, runs: Path, known: Known) -> Prior:
 def _origin(entry: Entry) -> dict[str, str]:
     r"""Returns path and id of the original of a run, which may be a copy."""
 
-    origin, path = entry.record.get("origin"), entry.path
+    origin, directory = entry.record.get("origin"), entry.path.directory
 
     if isinstance(origin, dict) and all(type(origin.get(key)) is str for key in ("path", "id")):
         return {key: origin[key][:1000] for key in ("path", "id")}
 
-    name = path.directory.name
-    own = re.fullmatch(r".+_[a-z0-9]{8}", name)
+    own = re.fullmatch(r".+_[a-z0-9]{8}", directory.name)
 
-    return {"path": str(path.directory), "id": path.id if own else name}
+    return {"path": str(directory), "id": entry.path.id if own else directory.name}
 
 
 def _with_curve(prior: Prior, sweep: Sweep, digest: str, copies: dict[str, RunPath]) -> Prior:
@@ -339,20 +314,16 @@ def _judged(prior: Prior, lines: Sequence[dict[str, Any]], sweep: Sweep, *notes:
     if not 0 <= min(line["loss_valid"] for line in lines) < math.inf:
         raise UserError(f"its loss_valid is {last['loss_valid']}")
 
-    finals = tuple(_final(name, prior, lines) for name in sweep.objectives)
-
     return replace(
         prior,
         lines=tuple(lines),
-        finals=finals,
+        finals=tuple(_final(name, prior, lines) for name in sweep.objectives),
         objective=sweep.objectives[0],
         notes=(*prior.notes, *notes),
     )
 
 
 def _final(name: str, prior: Prior, lines: Sequence[dict[str, Any]]) -> float:
-    r"""Returns the value of an objective."""
-
     value: Any = lines[-1].get(name)
 
     if name == "parameters":
@@ -370,10 +341,8 @@ def _final(name: str, prior: Prior, lines: Sequence[dict[str, Any]]) -> float:
 def adopt(words: Sequence[str], sweep: Sweep, options: Options) -> None:
     r"""Brings finished runs into a sweep that is running, was running, or was never started.
 
-    Arguments:
-        words: Directories of runs, directories of such directories, or runs by name or id.
-        sweep: The sweep.
-        options: What is recorded of a sweep that was never started.
+    The words are directories of runs, directories of such directories, or runs by name or id. The
+    options are recorded of a sweep that was never started.
 
     Raises:
         UserError: If another sweep of the name is recorded, or it covers none of the runs.
@@ -422,15 +391,13 @@ def _expand(word: str, runs: Path) -> list[Path]:
 
     directory = Path(word)
 
-    if directory.is_dir() and not (directory / "config.json").is_file():
-        found = sorted(file.parent for file in directory.glob("*/config.json"))
+    if not directory.is_dir() or (directory / "config.json").is_file():
+        return [RunPath.find(runs, word).directory]
 
-        if not found:
-            raise UserError(f"{directory} is not the directory of a run, nor has it any.")
-
+    if found := sorted(file.parent for file in directory.glob("*/config.json")):
         return found
 
-    return [RunPath.find(runs, word).directory]
+    raise UserError(f"{directory} is not the directory of a run, nor has it any.")
 
 
 def warm_start(other: str, sweep: Sweep, runs: Path, data: Path) -> list[Item]:

@@ -73,47 +73,28 @@ class _Record(msgspec.Struct):
 
 @dataclass(frozen=True)
 class Options:
-    r"""How a sweep is run. The options may differ from start to start.
+    r"""How a sweep is run. The options may differ from start to start."""
 
-    Arguments:
-        root: The directory that recorded paths are relative to.
-        runs: The directory of all runs.
-        data: The directory of the data.
-        wandb: How trials log to W&B.
-        address: The address of a Ray cluster, or None to start Ray on this machine.
-        cpus: The CPUs of a trial.
-        gpus: The GPUs of a trial. By default 1 if this machine has any.
-        parallel: The most trials at a time. By default as many as fit.
-        job_type: The type of the runs, for W&B.
-        hours: The hours after which the sweep stops, to be resumed later.
-        stall: The minutes without a step after which a trial is killed and resumed.
-        keep: The number of best runs that keep their checkpoints, beside running and paused ones.
-        limit: The bytes that all checkpoints of the sweep may take together.
-        job: The Slurm job that runs the sweep, see :mod:`sda_ray.cluster.slurm`.
-        code: `recorded`, or `current` to resume the sweep with other code than recorded.
-        bucket: The bucket with a copy of the runs, `s3://bucket/prefix`, if any.
-        replica: Keeps that copy, see :mod:`sda_ray.storage.bucket`.
-        confirms: What a new sweep confirms, see :mod:`sda_ray.sweep.confirm`.
-    """
-
-    root: Path
-    runs: Path
+    root: Path  # that recorded paths are relative to
+    runs: Path  # of all sweeps
     data: Path
-    wandb: Wandb = OFFLINE
-    address: str | None = None
-    cpus: float = 1
-    gpus: float | None = None
-    parallel: int | None = None
-    job_type: str = "trial"
-    hours: float | None = None
-    stall: float = 10.0
-    keep: int | None = None
-    limit: int | None = None
-    job: str | None = None
-    code: str = "recorded"
-    bucket: str | None = None
-    replica: Any = None
-    confirms: dict[str, Any] | None = None
+    wandb: Wandb = OFFLINE  # how trials log to W&B
+    address: str | None = None  # of a Ray cluster; by default Ray starts on this machine
+    cpus: float = 1  # of a trial
+    gpus: float | None = None  # of a trial; by default 1 if this machine has any
+    parallel: int | None = None  # the most trials at a time; by default as many as fit
+    job_type: str = "trial"  # of the runs, for W&B
+    hours: float | None = None  # after which the sweep stops, to be resumed later
+    stall: float = 10.0  # minutes without a step after which a trial is killed and resumed
+    keep: int | None = (
+        None  # best runs that keep their checkpoints, beside running and paused ones
+    )
+    limit: int | None = None  # bytes that all checkpoints of the sweep may take together
+    job: str | None = None  # the Slurm job that runs the sweep, see :mod:`sda_ray.cluster.slurm`
+    code: str = "recorded"  # or `current`, to resume the sweep with other code than recorded
+    bucket: str | None = None  # with a copy of the runs, `s3://bucket/prefix`
+    replica: Any = None  # keeps that copy, see :mod:`sda_ray.storage.bucket`
+    confirms: dict[str, Any] | None = None  # by a new sweep, see :mod:`sda_ray.sweep.confirm`
 
     def slots(self) -> Slots:
         r"""Returns the count of the trials that fit at a time."""
@@ -148,13 +129,8 @@ def write_sweep(directory: Path, content: dict[str, Any], script: Path | None) -
     r"""Writes the record of a sweep, after a copy of the script that it was defined by.
 
     `beside` in the record is the directory of the script, whose modules it may import, relative to
-    that of the sweep.
-
-    Arguments:
-        directory: The directory of the sweep.
-        content: The return value of :func:`record_of`, and `code`, the hash of the code, unless
-            the recorded one stays.
-        script: The script of the sweep. It is copied unless the recorded definition is the same.
+    that of the sweep. The content is that of :func:`record_of`, and `code`, the hash of the code,
+    unless the recorded one stays. The script is copied unless the recorded definition is the same.
     """
 
     file, copy = directory / "sweep.json", directory / "script.py"
@@ -357,20 +333,20 @@ def compare(before: dict[str, Any], now: dict[str, Any]) -> Changes:
     # The CONFIG value of a key of SPACE does not matter, except that rungs depend on epochs
     vary = _keys(old["space"]) & _keys(new["space"]) - {"epochs"}
     defaults = json.loads(json.dumps(CONFIG))
-    configs = [
-        {f"CONFIG['{key}']": x for key, x in (defaults | d["config"]).items() if key not in vary}
-        for d in (old, new)
-    ]
-    settings = [
-        {key: x for key, x in (LATER | d).items() if key not in ("config", "space")}
-        for d in (old, new)
-    ]
 
-    for was, value in (configs, settings):
-        for key in {**was, **value}:
-            if was.get(key) != value.get(key):
-                lines = widened if key == "finalists" else refused
-                lines.append(f"{key} was {_show(was.get(key))} and is {_show(value.get(key))}")
+    def settings(d: dict[str, Any]) -> dict[str, Any]:
+        config = {
+            f"CONFIG['{k}']": x for k, x in (defaults | d["config"]).items() if k not in vary
+        }
+
+        return config | {k: x for k, x in (LATER | d).items() if k not in ("config", "space")}
+
+    was, value = settings(old), settings(new)
+
+    for key in {**was, **value}:
+        if was.get(key) != value.get(key):
+            lines = widened if key == "finalists" else refused
+            lines.append(f"{key} was {_show(was.get(key))} and is {_show(value.get(key))}")
 
     for grown, line in _spaces(old["space"], new["space"]):
         (widened if grown else refused).append(line)
