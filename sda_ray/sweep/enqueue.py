@@ -5,9 +5,8 @@ sweep's SPACE, as an Optuna trial has them. A queued configuration may give some
 others are drawn.
 """
 
-import math
 import re
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +31,7 @@ from ..core import (
     short_repr,
     split_group,
 )
-from ..runs import RunPath, finals, read_history, read_record
+from ..runs import RunPath, read_history, read_record
 from ..search import CallbackTrial, Study, TrialRecord, distributions, random_answer
 from .definition import Sweep
 
@@ -52,15 +51,16 @@ class Fit:
     ]  # keys outside SPACE that differ from the sweep's CONFIG, described
 
 
-def fit(sweep: Sweep, config: Config, known: Mapping[str, Any] | None = None) -> Fit:
+def fit(sweep: Sweep, config: Config, known: Any = None) -> Fit:
     r"""Finds the parameters of a configuration in the SPACE of a sweep; both are checked.
 
-    A SPACE that is a function may suggest names that are no keys of CONFIG. They are `known` if the
-    configuration was drawn with them.
+    A SPACE that is a function may suggest names that are no keys of CONFIG. They are `known` by the
+    record of a run that was drawn with them, which may hold anything.
     """
 
     if callable(sweep.space):
-        trial, values, faults = _replay(sweep, config | dict(known or {}))
+        drawn = known if isinstance(known, dict) else {}
+        trial, values, faults = _replay(sweep, config | drawn)
         params, spans = trial.params, trial.distributions
         faults = faults or [
             f"{key}={format_value(config[key])} is not what SPACE makes of it, {format_value(x)}"
@@ -331,16 +331,13 @@ def bring_in(study: Study, item: Mapping[str, Any]) -> bool:
     return new
 
 
-def restore_runs(
-    study: Study, sweep: Sweep, runs: Path, data: str, since: str, pending: Container[str] = ()
-) -> list[str]:
+def restore_runs(study: Study, sweep: Sweep, runs: Path, data: str, since: str) -> list[str]:
     r"""Adds the runs of a sweep that its study has lost, and returns lines about it.
 
     The journal may be gone, or an older copy. Settings and parameters are in the directories of the
-    runs, also of those that were brought in; :func:`sda_ray.search.reconcile.catch_up` reads values
-    and ends of the others from there. The queue is nowhere else. Runs before the first start of the
-    sweep, `since`, are those of another one of the name; runs that are `pending` are about to be
-    brought in.
+    runs; :func:`sda_ray.search.reconcile.catch_up` reads values and ends from there. What was
+    queued or brought in is not restored. Runs before the first start of the sweep, `since`, are
+    those of another one of the name.
 
     Raises:
         UserError: If the study is empty, and none of its runs can be restored.
@@ -352,7 +349,7 @@ def restore_runs(
     restored, refused = 0, []
 
     for path in RunPath.all(runs):
-        if path.id not in known and path.id not in pending:
+        if path.id not in known:
             with suppress(UserError, OSError):
                 run = read_record(path)
 
@@ -361,9 +358,8 @@ def restore_runs(
 
     found.sort(key=lambda item: item[1].get("created", ""))
     newest = {run["trial"]: (path, run) for path, run in found if type(run.get("trial")) is int}
-    copies = [(path, run) for path, run in found if run.get("status") == "adopted"]
 
-    for path, run in (*(newest[n] for n in sorted(newest.keys() - numbers)), *copies):
+    for path, run in (newest[n] for n in sorted(newest.keys() - numbers)):
         try:
             _restore(study, sweep, path, run, data)
             restored += 1
@@ -381,7 +377,7 @@ def restore_runs(
     if restored:
         lines.append(
             f"{file} had lost {restored} runs: they are restored from their directories. What was "
-            "queued is not: give it by --enqueue again."
+            "queued or brought in is not: give it again."
         )
 
     if refused:
@@ -391,43 +387,24 @@ def restore_runs(
 
 
 def _restore(study: Study, sweep: Sweep, path: RunPath, run: Mapping[str, Any], data: str) -> None:
-    r"""Adds a run to a study: as one that is in flight no more, or as it was brought in."""
+    r"""Adds a run to a study, as one that is in flight no more."""
 
     from optuna.trial import TrialState, create_trial
 
     if run.get("data") != data:
         raise UserError("it was trained on other data")
 
-    config, params = load_config(path.config), run.get("params")
-    match = fit(sweep, config, params if isinstance(params, dict) else None)
+    config = load_config(path.config)
+    match = fit(sweep, config, run.get("params"))
 
-    adopted, history = run.get("status") == "adopted", read_history(path.metrics)
-    differences = [x for key, x in match.differences.items() if key != "seed" or not adopted]
-
-    if faults := [*match.faults, *differences]:
+    if faults := [*match.faults, *match.differences.values()]:
         raise UserError("\n".join(faults))
 
     epochs, rules = config["epochs"], sweep.rules
     drawn = create_trial(
         state=TrialState.PRUNED, params=match.params, distributions=match.distributions
     )
-
-    if adopted:
-        record = TrialRecord(
-            study.next_index(),
-            path.id,
-            "complete",
-            epochs,
-            epochs,
-            {epoch: line.get(study.objectives[0], math.nan) for epoch, line in history.items()},
-            config=match.values,
-            source=run["origin"]["path"],
-            finals=tuple(finals(path, sweep.objectives)),
-        )
-        study.add(record, drawn)
-        return
-
-    last = max(history, default=0)
+    last = max(read_history(path.metrics), default=0)
     until = min(rules.after(last - 1), epochs) if rules.min_epochs else epochs
     record = TrialRecord(run["trial"], path.id, "running", until, epochs, config=match.values)
     record = study.add(record, drawn)

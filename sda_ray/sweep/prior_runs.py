@@ -72,7 +72,6 @@ LONGEST = 100_000  # epochs of a curve, which enters the study in one line
 FINISHED = ("finished", "adopted")
 ALPHABET = "0123456789abcdefghijklmnopqrstuvwxyz"
 
-Known = Mapping[str, Mapping[str, Any]]  # the parameters that runs were drawn with, by their ids
 Item = dict[str, Any]  # a run as the study records it, see `Prior.item`
 
 
@@ -160,7 +159,7 @@ class Refusal:
 
 
 def collect(
-    sources: Iterable[Path], sweep: Sweep, runs: Path, data: Path, known: Known | None = None
+    sources: Iterable[Path], sweep: Sweep, runs: Path, data: Path
 ) -> Iterator[Prior | Refusal]:
     r"""Yields finished runs, of this package or of SDA, that a sweep can learn from.
 
@@ -185,7 +184,7 @@ def collect(
 
     for source in sources:
         try:
-            prior = _covered(RunPath(source.resolve()), sweep, runs, known or {})
+            prior = _covered(RunPath(source.resolve()), sweep, runs)
 
             if prior.run_id in seen:
                 raise UserError(f"it is the same run as {seen[prior.run_id]}")
@@ -236,7 +235,7 @@ def _measure(
     return line
 
 
-def _covered(path: RunPath, sweep: Sweep, runs: Path, known: Known) -> Prior:
+def _covered(path: RunPath, sweep: Sweep, runs: Path) -> Prior:
     r"""Returns a run without its metrics, if the sweep covers it."""
 
     entry = read_entry(path) if path.directory.is_dir() else None
@@ -250,7 +249,7 @@ def _covered(path: RunPath, sweep: Sweep, runs: Path, known: Known) -> Prior:
     elif entry.sweep == sweep.name and path.directory.parent == runs.resolve():
         raise UserError("it is a run of this very sweep")
 
-    match = fit(sweep, entry.config, known.get(path.id))
+    match = fit(sweep, entry.config, entry.record.get("params"))
     notes = {key: f"it has {text}" for key, text in match.differences.items()}
 
     if faults := match.faults + [text for key, text in notes.items() if key != "seed"]:
@@ -348,7 +347,7 @@ def adopt(words: Sequence[str], sweep: Sweep, options: Options) -> None:
         UserError: If another sweep of the name is recorded, or it covers none of the runs.
     """
 
-    runs, data, start = options.runs, options.data, timestamp()
+    runs, data = options.runs, options.data
     sources = [path for word in words for path in _expand(word, runs)]
     info = check_data(data)
     sweep = with_recorded_rungs(sweep, runs).check(info)
@@ -367,18 +366,16 @@ def adopt(words: Sequence[str], sweep: Sweep, options: Options) -> None:
     lease = Lease(directory / "lease.json", f"sweep '{sweep.name}'")
 
     try:
-        before = read_sweep(runs, sweep.name) if (directory / "sweep.json").exists() else None
-
-        # Copies that are older than the sweep would be those of another sweep of the name
-        record |= {"created": start} if before is None else {"trials": before["trials"]}
+        before = read_sweep(runs, sweep.name) if (directory / "sweep.json").exists() else {}
+        record |= {"trials": before.get("trials", sweep.trials)}
         remove_leftovers(directory)
         write_sweep(directory, record, sweep.script)
         study = Study(directory / "study.journal", sweep.name, lease, sweep.objectives)
 
-        if before is not None:
-            since, pending = before.get("created", ""), {str(item["run_id"]) for item in items}
+        if before:
+            since = before.get("created", "")
 
-            for line in restore_runs(study, sweep, runs, info.fingerprint, since, pending):
+            for line in restore_runs(study, sweep, runs, info.fingerprint, since):
                 say(line)
 
         say(f"{bring_all(study, items)}.")
@@ -414,18 +411,13 @@ def warm_start(other: str, sweep: Sweep, runs: Path, data: Path) -> list[Item]:
 
     own = [e for e in entries(runs) if e.sweep == other]
     mine = [e.path for e in own if e.status in FINISHED]
-    paused, known = sum(e.status == "paused" for e in own), {}
-
-    if mine and callable(sweep.space):
-        study = Study(sweep_directory(runs, other) / "study.journal", other, None)
-        known = {record.run_id: record.trial.params for record in study.records()}
 
     say(f"sweep '{other}' has {len(mine)} finished runs")
 
-    if paused:
+    if paused := sum(e.status == "paused" for e in own):
         say(f"  left out: {paused} paused runs, whose loss at a rung is not their last one")
 
-    return gather([path.directory for path in mine], sweep, runs, data, known)
+    return gather([path.directory for path in mine], sweep, runs, data)
 
 
 def fork(sweep: Sweep, runs: Path, data: Path) -> Sweep:
@@ -442,15 +434,13 @@ def fork(sweep: Sweep, runs: Path, data: Path) -> Sweep:
     return replace(sweep, name=name)
 
 
-def gather(
-    sources: Iterable[Path], sweep: Sweep, runs: Path, data: Path, known: Known | None = None
-) -> list[Item]:
+def gather(sources: Iterable[Path], sweep: Sweep, runs: Path, data: Path) -> list[Item]:
     r"""Copies the runs that a sweep covers, prints the others and returns the items to bring in."""
 
     digest = fingerprint(data)
     items = []
 
-    for prior in collect(sources, sweep, runs, data, known):
+    for prior in collect(sources, sweep, runs, data):
         if isinstance(prior, Refusal):
             say(f"  left out: {prior.path.name}: {prior.reason}")
             continue

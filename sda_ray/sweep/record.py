@@ -86,9 +86,7 @@ class Options:
     job_type: str = "trial"  # of the runs, for W&B
     hours: float | None = None  # after which the sweep stops, to be resumed later
     stall: float = 10.0  # minutes without a step after which a trial is killed and resumed
-    keep: int | None = (
-        None  # best runs that keep their checkpoints, beside running and paused ones
-    )
+    keep: int | None = None  # best runs that keep checkpoints, as running and paused ones do
     limit: int | None = None  # bytes that all checkpoints of the sweep may take together
     job: str | None = None  # the Slurm job that runs the sweep, see :mod:`sda_ray.cluster.slurm`
     code: str = "recorded"  # or `current`, to resume the sweep with other code than recorded

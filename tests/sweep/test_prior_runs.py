@@ -421,35 +421,33 @@ def halves(trial: Any) -> dict[str, Any]:
     return {"learning_rate": 2.0 ** -trial.suggest_int("power", 5, 12)}
 
 
-def test_parameters_of_functions_come_from_the_study_of_the_other_sweep(
-    sweep: Sweep, runs: Path, data: Path, elsewhere: Path
+def test_parameters_of_functions_come_from_the_record_of_the_run(
+    sweep: Sweep, runs: Path, data: Path
 ) -> None:
     first = replace(sweep, space=halves)
     directory = sweep_directory(runs, "x")
     directory.mkdir(parents=True)
     write_sweep(directory, record_of(first, check_data(data)), None)
-    lease = Lease(directory / "lease.json", "x")
-    study = Study(directory / "study.journal", "x", lease)
     drawn = propose(first.draw, [], fixed={"power": 7})
     assert drawn is not None
-    run = Run(
-        runs,
-        first.config | drawn[0],
-        "b" * 8,
-        1,
-        OFF,
-        record={"sweep": "x", "data": fingerprint(data)},
-    )
+    record = {"sweep": "x", "data": fingerprint(data), "params": drawn[1].params}
+    run = Run(runs, first.config | drawn[0], "b" * 8, 1, OFF, record=record)
     list(train_run(run, data))
     run.close("finished")
-    study.add(TrialRecord(1, "b" * 8, "running", 3, 3, config=drawn[0]), drawn[1])
 
-    (item,) = warm_start("x", replace(first, name="y"), runs, data)  # while it is in use
+    (item,) = warm_start("x", replace(first, name="y"), runs, data)
     assert item["params"] == {"power": 7}
-    lease.release()
 
-    _, (refusal,) = collected([by_id(runs, "b" * 8)], replace(first, name="y"), runs, data)
-    assert "SPACE suggests 'power', which is no key of CONFIG" in refusal.reason
+    for params, said in (
+        ({}, "SPACE suggests 'power', which is no key of CONFIG"),
+        ({"power": 8}, "learning_rate=0.0078125 is not what SPACE makes of it"),
+        ({"power": "x"}, "power=x is not in SPACE"),
+        ([3], "SPACE suggests 'power'"),
+    ):
+        path = RunPath(by_id(runs, "b" * 8)).record
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"params": params}))
+        _, (refusal,) = collected([path.parent], replace(first, name="y"), runs, data)
+        assert said in refusal.reason
 
 
 def test_fork_takes_the_next_name_and_keeps_it_after_a_kill(
