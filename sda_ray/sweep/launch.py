@@ -231,9 +231,9 @@ def launch_sweep(
         say(f"Note: {line}")
 
     # Requests to a running sweep. One that is only about to start for the first time takes none.
-    recorded = (directory / "sweep.json").exists()
+    recorded = (directory / "sweep.json").exists() and not requeued
 
-    if requests != NOTHING and recorded and not requeued and is_driven(directory):
+    if requests != NOTHING and recorded and is_driven(directory):
         with suppress(NotRunning):
             trials = sweep.trials if requests.retarget else None
             ask_all(directory, trials, requests.retry, queue, _priors(sweep, options, requests))
@@ -259,19 +259,14 @@ def launch_sweep(
         wandb = replace(options.wandb, group=sweep.name, job_type=options.job_type)
         slots = options.slots()
         options = replace(options, gpus=slots.wanted.get("GPU", 0), wandb=wandb)
-        record = record_of(sweep, options, info)
-        write_sweep(directory, record | {"code": code.hash}, sweep.script)
+        record = record_of(sweep, options, info) | {"code": code.hash}
+        since = write_sweep(directory, record, sweep.script)
         study = Study(directory / "study.journal", sweep.name, lease, sweep.objectives)
 
         if options.replica is not None:
             options.replica.follow(study)
 
-        lost = list[str]()
-
-        if recorded:
-            since = read_sweep(options.runs, sweep.name).get("created", "")
-            lost = restore_runs(study, sweep, options.runs, info.fingerprint, since)
-
+        lost = restore_runs(study, sweep, options.runs, info.fingerprint, since)
         catch_up(study, options.runs, sweep.rules.rungs)
 
         for line in (*lost, *start.widened):

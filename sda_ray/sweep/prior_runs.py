@@ -366,17 +366,15 @@ def adopt(words: Sequence[str], sweep: Sweep, options: Options) -> None:
     lease = Lease(directory / "lease.json", f"sweep '{sweep.name}'")
 
     try:
-        before = read_sweep(runs, sweep.name) if (directory / "sweep.json").exists() else {}
-        record |= {"trials": before.get("trials", sweep.trials)}
+        if (directory / "sweep.json").exists():
+            record |= {"trials": read_sweep(runs, sweep.name)["trials"]}
+
         remove_leftovers(directory)
-        write_sweep(directory, record, sweep.script)
+        since = write_sweep(directory, record, sweep.script)
         study = Study(directory / "study.journal", sweep.name, lease, sweep.objectives)
 
-        if before:
-            since = before.get("created", "")
-
-            for line in restore_runs(study, sweep, runs, info.fingerprint, since):
-                say(line)
+        for line in restore_runs(study, sweep, runs, info.fingerprint, since):
+            say(line)
 
         say(f"{bring_all(study, items)}.")
     finally:

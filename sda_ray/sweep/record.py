@@ -123,8 +123,10 @@ def record_of(sweep: Sweep, options: Options, info: "DataInfo") -> dict[str, Any
     }
 
 
-def write_sweep(directory: Path, content: dict[str, Any], script: Path | None) -> None:
+def write_sweep(directory: Path, content: dict[str, Any], script: Path | None) -> str:
     r"""Writes the record of a sweep, after a copy of the script that it was defined by.
+
+    Returns the time of the first start.
 
     `beside` in the record is the directory of the script, whose modules it may import, relative to
     that of the sweep. The content is that of :func:`record_of`, and `code`, the hash of the code,
@@ -144,6 +146,8 @@ def write_sweep(directory: Path, content: dict[str, Any], script: Path | None) -
             write_atomic(copy, script.read_bytes(), mode=0o644)
 
     write_json(file, kept | content)
+
+    return str(kept.get("created", ""))
 
 
 def read_sweep(runs: Path, name: str) -> dict[str, Any]:
