@@ -396,27 +396,22 @@ class Losses:
         if cause == "node":
             return ""
 
-        self._strike(record.index, reason)
+        id, name = self.places.get(record.index, ("", ""))
+        leaving = id in self.avoided and id not in self.strikes
+
+        if id and not leaving and record.index not in self.blamed:
+            self.strikes[id].append(record.index)
+
+            if (deaths := len(self.strikes[id])) >= STRIKES and id not in self.avoided:
+                why = f"node {name}: {deaths} workers in a row died there, last of: {reason}"
+                self.avoided[id] = why
+                logger.warning("%s. No trial of this sweep starts there any more.", why)
 
         if (lost := study.record_worker_death(record).worker_deaths) > LOST:
             self._blame({record.index})
             return f"its worker died {lost} times, last of: {reason}"
 
         return ""
-
-    def _strike(self, index: int, reason: str) -> None:
-        id, name = self.places.get(index, ("", ""))
-        leaving = id in self.avoided and id not in self.strikes
-
-        if not id or leaving or index in self.blamed:
-            return
-
-        self.strikes[id].append(index)
-
-        if (deaths := len(self.strikes[id])) >= STRIKES and id not in self.avoided:
-            why = f"node {name}: {deaths} workers in a row died there, last of: {reason}"
-            self.avoided[id] = why
-            logger.warning("%s. No trial of this sweep starts there any more.", why)
 
     def acquit(self, index: int) -> None:
         r"""Records that an attempt has ended by itself, so that its node is fine.
