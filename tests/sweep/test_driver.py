@@ -473,7 +473,9 @@ def test_node_is_avoided_once_three_workers_in_a_row_have_died_there(
     assert "node bad: 3 workers in a row died there, last of: cudaErrorECC" in caplog.text
 
 
-def test_node_that_leaves_is_avoided(study: Study, caplog: pytest.LogCaptureFixture) -> None:
+def test_node_that_leaves_is_avoided_from_then_on(
+    study: Study, caplog: pytest.LogCaptureFixture
+) -> None:
     losses = Losses()
     losses.leave(1)  # of a Ray of our own: nobody knows another place
     losses.places[1] = ("id-1", "spot")
