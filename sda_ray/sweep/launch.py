@@ -231,9 +231,9 @@ def launch_sweep(
         say(f"Note: {line}")
 
     # Requests to a running sweep. One that is only about to start for the first time takes none.
-    recorded = (directory / "sweep.json").exists() and not requeued
+    recorded = (directory / "sweep.json").exists()
 
-    if requests != NOTHING and recorded and is_driven(directory):
+    if requests != NOTHING and recorded and not requeued and is_driven(directory):
         with suppress(NotRunning):
             trials = sweep.trials if requests.retarget else None
             ask_all(directory, trials, requests.retry, queue, _priors(sweep, options, requests))
@@ -266,7 +266,8 @@ def launch_sweep(
         if options.replica is not None:
             options.replica.follow(study)
 
-        lost = restore_runs(study, sweep, options.runs, info.fingerprint, since)
+        runs, data = options.runs, info.fingerprint
+        lost = restore_runs(study, sweep, runs, data, since) if recorded else []
         catch_up(study, options.runs, sweep.rules.rungs)
 
         for line in (*lost, *start.widened):
