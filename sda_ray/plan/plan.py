@@ -299,7 +299,8 @@ def _check_disk(plan: Plan, sweep: Sweep, runs: Path) -> None:
     fixed, each = SMALL_FILES
     costs = [plan.shapes[i].cost for i in plan.order]
     mean = statistics.fmean(2 * cost.checkpoint + cost.weights for cost in costs)
-    epochs = forecast(sweep.rules, 1, [1.0]).epochs / sweep.trials
+    assert plan.pruned is not None
+    epochs = plan.pruned.epochs / sweep.trials
     plan.disk = round(sweep.trials * (mean + fixed + each * epochs))
     plan.free = free_disk(runs)
 

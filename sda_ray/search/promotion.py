@@ -289,7 +289,7 @@ def unhide(records: Sequence[TrialRecord], rules: Rules) -> list[TrialRecord]:
 
     shown = list(records)
 
-    while True:
+    while any(record.shown is not None for record in shown):
         for rung, record in _promotable(shown, rules):
             after = rules.after(rung)
 
@@ -302,7 +302,9 @@ def unhide(records: Sequence[TrialRecord], rules: Rules) -> list[TrialRecord]:
                 shown = [revealed if r.index == record.index else r for r in shown]
                 break
         else:
-            return shown
+            break
+
+    return shown
 
 
 def decide(
