@@ -313,7 +313,7 @@ class LiveTable:
 
         if cost.pace is not None:
             begun = max(0.0, min(time.time() - cost.at, cost.pace))  # of the epoch in progress
-            left = (record.until - record.last) * cost.pace - begun
+            left = max(0.0, (record.until - record.last) * cost.pace - begun)
 
         return {"rank": rank, "left": left, "memory": cost.memory, "node": node, "gpu": gpu}
 

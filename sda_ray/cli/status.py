@@ -269,6 +269,7 @@ def _details(runs: Path, name: str) -> tuple[Row, "LiveTable"]:
         "saved": sum(record.epochs - record.last for record in own if record.paused),
         "failures": [_run(r, paths) for r in own if r.state in ("failed", "diverged")],
         "left": left / pace if left > 0 and pace > 0 else None,
+        "left_deviation": deviation / pace if pace > 0 else None,
         "running": [_run(r, paths) | {"until": r.until} | table.details(r) for r in going],
     }
 
@@ -350,7 +351,8 @@ def _lines(row: Row) -> Iterator[tuple[str, str]]:
         yield "", f"and {more} more"
 
     if row["left"] is not None:
-        yield "time left", f"about {format_duration(row['left'])}"
+        off = format_duration(row["left_deviation"])
+        yield "time left", f"about {format_duration(row['left'])} ± {off}"
 
 
 def _settings(config: Mapping[str, Any]) -> str:
