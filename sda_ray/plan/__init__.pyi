@@ -5,5 +5,5 @@ from .doctor import diagnose as diagnose
 from .plan import estimate as estimate
 from .plan import expect as expect
 from .plan import plan_sweep as plan_sweep
-from .report import plan_to_json as plan_to_json
-from .report import print_plan as print_plan
+from .plan import plan_to_json as plan_to_json
+from .plan import print_plan as print_plan

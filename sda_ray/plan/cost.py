@@ -4,12 +4,11 @@ A training step runs on tensors that have shapes but no content, so nothing is c
 is taken. Counted are floating point operations and the peak memory.
 """
 
-import io
+import functools
 import math
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,15 +21,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..core import NETWORK, Config, count_weights
 from ..data import DataInfo
-from ..nn import VPSDE, MCScoreNet, make_score, network_settings
+from ..nn import VPSDE, make_score, network_settings
 from ..training import Validation
 
 # Settings that the cost of a step depends on
 SHAPE = (*NETWORK, "batch_size", "precision")
 SWITCHES = ("dropout", "ema", "grad_clip")  # it only matters whether these are 0
 
-MOST = 24  # shapes whose cost is counted; each of the others costs what the nearest one does
-UNIT = 64  # bytes to which torch aligns tensors in files
+MOST = 24  # shapes whose cost is counted; each of the others counts as the nearest one
 
 
 @dataclass(frozen=True)
@@ -40,10 +38,9 @@ class Cost:
     parameters: int
     flops: float  # of a training step: convolutions and matrix products
     forward: float  # of the forward pass of a single item
-    state: int  # bytes of weights, moments and averages
+    state: int  # bytes of weights, moments and averages, as in `checkpoint.pth`
     peak: int  # the most bytes of tensors at a time, in training or validation
-    checkpoint: int  # bytes of `checkpoint.pth`
-    weights: int  # bytes of `state.pth`
+    weights: int  # bytes of the weights alone, as in `state.pth`
 
 
 def shape_of(config: Config) -> tuple[Any, ...]:
@@ -60,57 +57,38 @@ def measure(config: Config, size: int) -> Cost:
         sde = VPSDE(score.kernel, (2 * config["window"], size, size), config["alpha"])
 
     score.train()
-    step, step_peak = _step(sde, config)
-    forward, forward_peak = _forward(sde, Validation.chunk)
-    tensors = tensors_of(score, config)
-    weights = {key: x for key, x in tensors.items() if key.startswith("score.")}
-    state = sum(x.nbytes for x in tensors.values())
-    state += sum(x.nbytes for x in score.buffers()) if config["ema"] else 0  # of the average
+
+    with FlopCounterMode(display=False) as step, MemoryMeter() as training:
+        x, t, noise = _inputs(sde, config["batch_size"])
+        lowered = config["precision"] == "bf16"
+
+        with torch.autocast("cpu", torch.bfloat16, enabled=lowered), _Autocast():
+            loss = sde.loss(x, t, noise)
+
+        loss.backward()
+
+    with FlopCounterMode(display=False) as forward, MemoryMeter() as validation, torch.no_grad():
+        sde.eval().errors(*_inputs(sde, Validation.chunk))
+
+    weights = sum(x.nbytes for x in score.state_dict().values())
+    moments = 2 * sum(p.nbytes for p in score.parameters())
+    state = weights + moments + weights * bool(config["ema"])
 
     return Cost(
         parameters=sum(p.numel() for p in score.parameters()),
-        flops=step,
-        forward=forward / Validation.chunk,
+        flops=step.get_total_flops(),
+        forward=forward.get_total_flops() / Validation.chunk,
         state=state,
-        peak=state + max(step_peak, forward_peak),
-        checkpoint=file_size(tensors),
-        weights=file_size({key.removeprefix("score."): x for key, x in weights.items()}),
+        peak=state + max(training.peak, validation.peak),
+        weights=weights,
     )
 
 
-def tensors_of(score: MCScoreNet, config: Config) -> dict[str, Tensor]:
-    r"""Returns the tensors of a checkpoint of :class:`TrainState`, by name, of any content."""
+def _inputs(sde: VPSDE, items: int) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (items, *sde.shape)
+    x, t, noise = (torch.empty(s, device="meta") for s in (shape, items, shape))
 
-    named = {f"score.{key}": x for key, x in score.state_dict().items()}
-
-    for name, p in score.named_parameters():
-        moments = {"step": p.new_empty(()), "exp_avg": p, "exp_avg_sq": p}
-        named |= {f"optimizer.{name}.{key}": x for key, x in moments.items()}
-
-    if config["ema"]:
-        named |= {f"average.{name}": p for name, p in score.named_parameters()}
-
-    return {**named, "losses": torch.empty(0, device="meta")}
-
-
-def file_size(tensors: dict[str, Tensor]) -> int:
-    r"""Returns the bytes that a file of tensors takes, to a few hundred.
-
-    A small stand-in is written to memory: as many tensors with the same names, each as far from a
-    multiple of 64 bytes as the original.
-    """
-
-    stand_in, more = {}, 0
-
-    for key, x in tensors.items():
-        left = min(x.nbytes, UNIT + x.nbytes % UNIT)
-        stand_in[key] = torch.empty(left, dtype=torch.uint8)
-        more += x.nbytes - left
-
-    with io.BytesIO() as stream:
-        torch.save({"tensors": stand_in, "info": 40 * " ", "sha256": 64 * " "}, stream)
-
-        return len(stream.getbuffer()) + more
+    return x, t, noise
 
 
 class MemoryMeter(TorchDispatchMode):
@@ -160,63 +138,19 @@ class _Autocast(TorchFunctionMode):
         return func(*args, **kwargs or {})
 
 
-@contextmanager
-def _lowered(precision: str) -> Iterator[None]:
-    if precision == "bf16":
-        with torch.autocast("cpu", dtype=torch.bfloat16), _Autocast():
-            yield
-    else:
-        yield
-
-
-def _step(sde: VPSDE, config: Config) -> tuple[int, int]:
-    r"""Runs a training step. Returns its FLOPs and peak memory."""
-
-    with FlopCounterMode(display=False) as counter, MemoryMeter() as meter:
-        x, t, noise = _inputs(sde, config["batch_size"])
-
-        with _lowered(config["precision"]):
-            loss = sde.loss(x, t, noise)
-
-        loss.backward()
-
-    return counter.get_total_flops(), meter.peak
-
-
-@torch.no_grad()
-def _forward(sde: VPSDE, items: int) -> tuple[int, int]:
-    r"""Runs a forward pass of the validation. Returns its FLOPs and peak memory."""
-
-    with FlopCounterMode(display=False) as counter, MemoryMeter() as meter:
-        sde.errors(*_inputs(sde.eval(), items))
-
-    return counter.get_total_flops(), meter.peak
-
-
-def _inputs(sde: VPSDE, items: int) -> tuple[Tensor, Tensor, Tensor]:
-    shape = (items, *sde.shape)
-
-    return (
-        torch.empty(shape, device="meta"),
-        torch.empty(items, device="meta"),
-        torch.empty(shape, device="meta"),
-    )
-
-
 @dataclass(frozen=True)
 class Shape:
-    r"""A shape of network and batch that a sweep draws."""
+    r"""A shape of network and batch that stands for some of a sweep's draws."""
 
     config: Config  # a configuration of the shape
-    draws: int  # that have it
+    draws: int  # that have it, or one near it
     cost: Cost
-    assumed: bool = False  # the cost is that of the nearest shape
 
 
 def distinct_shapes(
     draws: Sequence[Config], info: DataInfo, report: Callable[[str], None]
 ) -> tuple[list[Shape], list[int]]:
-    r"""Returns the distinct shapes of draws, from small to large, and the shape of each draw."""
+    r"""Returns at most 24 shapes of draws, from small to large, and the nearest one of each draw."""
 
     most = info.trajectories["train"]
     configs = [c | {"batch_size": min(c["batch_size"], most)} for c in draws]
@@ -224,22 +158,19 @@ def distinct_shapes(
     distinct = dict(zip(keys, configs, strict=True))
     rough = {key: count_weights(c) * c["batch_size"] for key, c in distinct.items()}
     ranked = sorted(distinct, key=rough.__getitem__)
-    count = Counter(keys)
-    report(f"counting the operations of {len(ranked)} network{'s' * (len(ranked) != 1)}")
-    chosen = {ranked[i] for i in spread(len(ranked), MOST)}
+    chosen = [ranked[i] for i in spread(len(ranked), MOST)]
+    report(f"counting the operations of {len(chosen)} network{'s' * (len(chosen) != 1)}")
     costs = {key: measure(distinct[key], info.size) for key in chosen}
+    chosen.sort(key=lambda key: costs[key].flops)
 
-    def nearest(key: tuple[object, ...]) -> Cost:
-        return costs[min(costs, key=lambda other: abs(math.log(rough[other] / rough[key])))]
+    def distance(key: tuple[Any, ...], other: tuple[Any, ...]) -> tuple[bool, float]:
+        return key != other, abs(math.log(rough[other] / rough[key]))
 
-    shapes = {
-        key: Shape(distinct[key], count[key], costs.get(key) or nearest(key), key not in costs)
-        for key in ranked
-    }
-    final = sorted(shapes, key=lambda key: shapes[key].cost.flops)
-    place = {key: i for i, key in enumerate(final)}
+    nearest = {key: min(chosen, key=functools.partial(distance, key)) for key in ranked}
+    count = Counter(nearest[key] for key in keys)
+    shapes = [Shape(distinct[key], count[key], costs[key]) for key in chosen]
 
-    return [shapes[key] for key in final], [place[key] for key in keys]
+    return shapes, [chosen.index(nearest[key]) for key in keys]
 
 
 def spread(count: int, most: int) -> list[int]:

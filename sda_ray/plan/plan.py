@@ -23,17 +23,29 @@ import math
 import random
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime, timedelta
 from pathlib import Path
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from rich.console import Console
+from rich.table import Table
+
 from ..cluster import Slots, memory_limit
-from ..core import UserError, format_duration, format_size
+from ..core import (
+    NETWORK,
+    UserError,
+    format_duration,
+    format_size,
+    format_value,
+    make_table,
+    plain,
+)
 from ..data import DataInfo
 from ..search import FINAL, PruneRule, Rules, TrialRecord, count_trials, decide
 from ..sweep import Options, Sweep, find_faults, free_disk, load_script
-from .probe import Node, Speed, epoch_seconds, probe_nodes
+from .probe import Node, epoch_seconds, probe_nodes
 
 if TYPE_CHECKING:
     from .cost import Cost, Shape  # which imports torch
@@ -48,6 +60,21 @@ CROSSING = 0.5  # by which runs change from rung to rung, where they differ by 1
 LONG = 100 * 86400.0  # seconds
 MARGIN = 0.85  # part of its share of a GPU that a trial may take by the plan
 SMALL_FILES = 500_000, 700  # bytes of a run's other files: picture, records and W&B's; per epoch
+
+# The table
+FIXED = 64  # characters of a table without the keys of CONFIG
+LONGEST = 13  # characters of such a key, or of its values, and of the space beside it
+ROWS = 7  # shapes in a table, at most
+UNKNOWN = "unknown"
+SHOWN = tuple(key for key in (*NETWORK, "batch_size", "precision") if key != "alpha")
+COLUMNS = (
+    "draws",
+    "parameters",
+    "GFLOP\nper step",
+    "memory",
+    "s per\nepoch",
+    "at a\ntime",
+)
 
 
 @dataclass(frozen=True)
@@ -194,52 +221,45 @@ def memory_of(node: Node, cost: Cost) -> int:
 
 
 def _forecast(plan: Plan, sweep: Sweep, slots: Slots) -> None:
-    r"""Sets the number of trials at a time, and the forecasts."""
+    r"""Sets the number of trials at a time, and the forecasts.
+
+    On nodes of several kinds, an epoch takes the time that gives the same throughput in all.
+    """
 
     if any(shape.config["compile"] != "off" for shape in plan.shapes):
         plan.warnings.append("times are without torch.compile: it slows the first steps only.")
 
     check_memory(plan)
-    places = _places(plan)
-    plan.slots = sum(n for n, _ in places)
-    plan.slots = min(plan.slots, slots.most or plan.slots)
-    speeds = [(n, speed) for n, speed in places if speed is not None]
-    plan.known = plan.slots > 0 and len(speeds) == len(places)
-    seconds, end = _times(plan, speeds) if plan.known else ([1.0], [0.0])
-    rules, n = sweep.rules, max(1, plan.slots)
-    every = Rules(rules.target, rules.epochs, finalists=rules.finalists, pruner="none")
-    plan.whole = forecast(every, n, seconds, end)
-    plan.pruned = forecast(rules, n, seconds, end, sweep.stops())
-    check_time(plan)
-
-
-def _places(plan: Plan) -> list[tuple[int, Speed | None]]:
-    r"""Returns the trials at a time, of the mean memory, and the speed of each node with any."""
-
-    places = []
+    places = []  # trials of the mean memory at a time, and their speed
 
     for node in plan.nodes:
         mean = statistics.fmean(memory_of(node, plan.shapes[i].cost) for i in plan.order)
-        places.append((at_a_time(node, mean, plan.gpus), node.speed))
 
-    return [(n, speed) for n, speed in places if n]
+        if n := at_a_time(node, mean, plan.gpus):
+            places.append((n, node))
+
+    total = sum(n for n, _ in places)
+    plan.slots = min(total, slots.most or total)
+    plan.known = plan.slots > 0 and all(node.speed for _, node in places)
+    rates = [
+        sum(n / s for n, node in places if (s := seconds_of(plan, shape, node)))
+        for shape in plan.shapes
+    ]
+    seconds = [total / rates[i] for i in plan.order] if plan.known else [1.0]
+    rules, n = sweep.rules, max(1, plan.slots)
+    every = Rules(rules.target, rules.epochs, pruner="none")
+    plan.whole = forecast(every, n, seconds)
+    plan.pruned = forecast(rules, n, seconds, sweep.stops())
+    check_time(plan)
 
 
-def _times(plan: Plan, speeds: Sequence[tuple[int, Speed]]) -> tuple[list[float], list[float]]:
-    r"""Returns the seconds of an epoch, and those after the last one, for each draw of a plan.
+def seconds_of(plan: Plan, shape: Shape, node: Node) -> float | None:
+    r"""Returns the seconds of an epoch on a node, or None if they are unknown."""
 
-    On nodes of several kinds, they give the same throughput in all.
-    """
+    if node.speed is None or plan.info is None:
+        return None
 
-    assert plan.info is not None
-    total = sum(n for n, _ in speeds)
-    times = []
-
-    for shape in plan.shapes:
-        each = [(n, epoch_seconds(shape.config, shape.cost, s, plan.info)) for n, s in speeds]
-        times.append([total / sum(n / took[part] for n, took in each) for part in (0, 1)])
-
-    return [times[i][0] for i in plan.order], [times[i][1] for i in plan.order]
+    return epoch_seconds(shape.config, shape.cost, node.speed, plan.info)
 
 
 def check_time(plan: Plan) -> None:
@@ -298,7 +318,7 @@ def _check_disk(plan: Plan, sweep: Sweep, runs: Path) -> None:
 
     fixed, each = SMALL_FILES
     costs = [plan.shapes[i].cost for i in plan.order]
-    mean = statistics.fmean(2 * cost.checkpoint + cost.weights for cost in costs)
+    mean = statistics.fmean(2 * cost.state + cost.weights for cost in costs)
     assert plan.pruned is not None
     epochs = plan.pruned.epochs / sweep.trials
     plan.disk = round(sweep.trials * (mean + fixed + each * epochs))
@@ -315,7 +335,6 @@ def forecast(
     rules: Rules,
     slots: int,
     seconds: Sequence[float],
-    end: Sequence[float] = (0.0,),
     stops: PruneRule | None = None,
 ) -> Forecast:
     r"""Returns the expected amount of training in a sweep of new runs.
@@ -324,7 +343,6 @@ def forecast(
         rules: The rules of the sweep.
         slots: The number of runs at a time.
         seconds: The time of an epoch, of one drawn configuration after the other.
-        end: The time after the last epoch of each.
         stops: Whether a run that has reached a rung is stopped there, see :func:`decide`.
     """
 
@@ -333,9 +351,7 @@ def forecast(
     fewer = replace(rules, target=min(rules.target, most))
     few = min(slots, max(1, round(slots / share)))
     sweeps = _count(fewer.target) if stops is None else 1
-    sums = [
-        _simulate(fewer, few, seconds, end, stops, random.Random(i), []) for i in range(sweeps)
-    ]
+    sums = [_simulate(fewer, few, seconds, stops, random.Random(i), []) for i in range(sweeps)]
 
     # A longer sweep repeats this, in as many more slots as were removed here
     epochs, busy, finish = (sum(values) / sweeps for values in zip(*sums, strict=True))
@@ -385,9 +401,7 @@ def expect(rules: Rules, records: Sequence[TrialRecord], slots: int = 1) -> Expe
     fewer = replace(rules, target=target, finalists=finalists)
     at_once = max(1, round(slots / share))
     sweeps = range(_count(max(1, target, len(few))))
-    rests = [
-        _simulate(fewer, at_once, [1.0], [0.0], None, random.Random(i), few)[0] for i in sweeps
-    ]
+    rests = [_simulate(fewer, at_once, [1.0], None, random.Random(i), few)[0] for i in sweeps]
     bound = sum(record.last for record in own) + sum(r.until - r.last for r in going)
     mean = min(most, max(bound + new * rules.rungs[0], bound + share * statistics.fmean(rests)))
 
@@ -436,7 +450,6 @@ def _simulate(
     rules: Rules,
     slots: int,
     seconds: Sequence[float],
-    end: Sequence[float],
     stops: PruneRule | None,
     rng: random.Random,
     before: Sequence[TrialRecord],
@@ -472,10 +485,8 @@ def _simulate(
                 until = min(action.until, action.record.epochs)
                 record = replace(action.record, state="running", until=until, shown=action.shown)
 
-            which = first + record.index
             more = record.until - record.last
-            took = more * seconds[which % len(seconds)]
-            took += end[which % len(end)] if record.until == record.epochs else 0
+            took = more * seconds[(first + record.index) % len(seconds)]
             epochs, busy = epochs + more, busy + took
             records[record.index] = record
             heapq.heappush(live, (now + took, record.index))
@@ -494,3 +505,137 @@ def _simulate(
 
         done = record.until == record.epochs
         records[i] = replace(record, values=values, state="complete" if done else "running")
+
+
+def print_plan(plan: Plan, console: Console | None = None) -> None:
+    r"""Prints a plan: shapes, totals, warnings and faults."""
+
+    console = console or Console(highlight=False, soft_wrap=False)
+
+    if plan.shapes:
+        unknown = Node("", UNKNOWN, 0, 0)
+
+        for kind in dict.fromkeys(node.kind for node in plan.nodes) or [UNKNOWN]:
+            nodes = [node for node in plan.nodes if node.kind == kind] or [unknown]
+            console.print(_table(plan, nodes, console.width))
+
+        console.print()
+
+        for name, text in _totals(plan):
+            console.print(f"{name:12} {text}", markup=False)
+
+    for text in plan.warnings:
+        console.print(plain(f"warning: {text}"), style="yellow", markup=False)
+
+    for text in plan.faults:
+        console.print(plain(f"fault: {text}"), style="red", markup=False)
+
+    if plan.faults:
+        n = len(plan.faults)
+        console.print(f"{n} fault{'s' * (n > 1)} to correct; nothing was started.", markup=False)
+    else:
+        console.print(f"No faults in '{plan.name}'.", markup=False)
+
+
+def _table(plan: Plan, nodes: Sequence[Node], width: int) -> Table:
+    node, count = nodes[0], len(nodes)
+    values = {key: {shape.config[key] for shape in plan.shapes} for key in SHOWN}
+    keys = [key for key in SHOWN if len(values[key]) > 1][: max(1, (width - FIXED) // LONGEST)]
+    titles = [key.replace("_", "_\n", 1) for key in keys or ["shape"]]
+    table = make_table(*titles, *COLUMNS, right=COLUMNS, fold=())
+    table.title_justify = "left"
+    table.title = f"{count}x {node.kind}" if count > 1 else node.kind
+    last = len(plan.shapes) - 1
+
+    for i in sorted({round(last * k / (ROWS - 1)) for k in range(ROWS)}, reverse=True):
+        shape = plan.shapes[i]
+        on, cost = _on(plan, shape, node), shape.cost
+        known = on["seconds_per_epoch"] is not None
+        table.add_row(
+            *([format_value(shape.config[key]) for key in keys] or ["all"]),
+            f"{shape.draws}",
+            f"{cost.parameters:,}",
+            f"{cost.flops / 1e9:,.1f}",
+            format_size(on["memory"]) if known else f"> {format_size(cost.peak)}",
+            f"{on['seconds_per_epoch']:.3g}" if known else UNKNOWN,
+            f"{on['at_a_time']}" if node.fit else UNKNOWN,
+        )
+
+    return table
+
+
+def _totals(plan: Plan) -> list[tuple[str, str]]:
+    each = " ".join(f"{key}={x:g}" for key, x in plan.wanted.items())
+    totals = [("trials", f"{plan.trials} trials, {plan.slots} at a time, each with {each}")]
+
+    if plan.sweep is not None and plan.sweep.pruner != "none" and plan.pruned is not None:
+        totals.append(("pruned", _time(plan, plan.pruned)))
+
+    if plan.whole is not None:
+        totals.append(("not pruned", _time(plan, plan.whole)))
+
+    disk = f"{format_size(plan.disk)} for all runs, {format_size(plan.free)} free"
+    notes = [("note", node.note) for node in plan.nodes if node.note]
+
+    return [*totals, ("disk", disk), *notes]
+
+
+def _time(plan: Plan, forecast: Forecast) -> str:
+    epochs = f"{forecast.epochs:,.0f} epochs"
+    hours = plan.hours(forecast)
+
+    if hours is None:
+        return f"{epochs}, time {UNKNOWN}"
+
+    span = f"{epochs}, {hours:,.3g} {plan.unit}-hours, done in {format_duration(forecast.finish)}"
+
+    if forecast.finish > LONG:  # a date has no year then, or there is none
+        return span
+
+    return f"{span}, {datetime.now() + timedelta(seconds=forecast.finish):%a %d %b %H:%M}"
+
+
+def plan_to_json(plan: Plan) -> dict[str, Any]:
+    r"""Returns a plan as JSON: numbers in bytes, seconds and hours, null where unknown."""
+
+    def total(forecast: Forecast | None) -> dict[str, Any] | None:
+        if forecast is None:
+            return None
+
+        finish = forecast.finish if plan.known else None
+        return {"epochs": forecast.epochs, "hours": plan.hours(forecast), "finish": finish}
+
+    return {
+        "sweep": plan.name,
+        "trials": plan.trials,
+        "resources": plan.wanted,
+        "unit": f"{plan.unit}-hours",
+        "at_a_time": plan.slots,
+        "shapes": [
+            {"config": shape.config, "draws": shape.draws}
+            | asdict(shape.cost)
+            | {"nodes": [_on(plan, shape, node) for node in plan.nodes]}
+            for shape in plan.shapes
+        ],
+        "nodes": [
+            {"name": x.name, "kind": x.kind, "fit": x.fit, "memory": x.memory, "note": x.note}
+            for x in plan.nodes
+        ],
+        "pruned": total(plan.pruned),
+        "not_pruned": total(plan.whole),
+        "disk": plan.disk,
+        "disk_free": plan.free,
+        "warnings": plan.warnings,
+        "faults": plan.faults,
+    }
+
+
+def _on(plan: Plan, shape: Shape, node: Node) -> dict[str, Any]:
+    memory = memory_of(node, shape.cost)
+
+    return {
+        "name": node.name,
+        "memory": None if node.speed is None else memory,
+        "seconds_per_epoch": seconds_of(plan, shape, node),
+        "at_a_time": at_a_time(node, memory, plan.gpus),
+    }

@@ -11,10 +11,10 @@ import itertools
 import math
 import resource
 import statistics
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,16 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import psutil
 
-from ..cluster import (
-    Facts,
-    Slots,
-    connected,
-    examine,
-    fitting,
-    live_nodes,
-    marker,
-    survey,
-)
+from ..cluster import Facts, Slots, connected, examine, fitting, live_nodes, marker, survey
 from ..core import Config
 from ..data import DataInfo, TrajectoryDataset
 from ..storage import on_node
@@ -47,8 +38,6 @@ REPEATS = 3  # steps of the same size, at least, of which the median counts
 MORE = 2**27  # bytes that a trial takes beside its training: W&B's client, the picture at the end
 SLACK = {False: 1.5, True: 1.1}  # bytes for each byte of tensors, at least: scratch, fragments
 LARGE = 2**28  # bytes of tensors from which on the process grows in proportion to them
-SAMPLES = 64, 8  # steps of the sampler and items, at most, at the end of a run
-NARROW = 64  # channels of the network that is measured if all of a sweep are too slow
 CHUNK = 32  # items in a forward pass of the validation
 
 
@@ -88,21 +77,16 @@ class Speed:
         return round(self.base + cost.state + self.factor * (cost.peak - cost.state))
 
 
-def epoch_seconds(config: Config, cost: Cost, speed: Speed, info: DataInfo) -> tuple[float, float]:
-    r"""Returns the seconds of an epoch, and those after the last one, for the samples."""
-
-    from ..training import SAMPLE_COST  # which imports torch
+def epoch_seconds(config: Config, cost: Cost, speed: Speed, info: DataInfo) -> float:
+    r"""Returns the seconds of an epoch. The samples at the end of a run take at most 3 % more."""
 
     n, valid = info.trajectories["train"], info.trajectories["valid"]
     batch = config["batch_size"]
     items = math.ceil(CHUNK / valid) * valid * (2 if config["ema"] else 1)
     step = n // batch * speed.seconds(cost.flops)
     step += speed.seconds(cost.flops * (n % batch) / batch) if n % batch else 0.0
-    check = speed.seconds(CHUNK * cost.forward) * math.ceil(items / CHUNK)
 
-    samples = SAMPLES[0] * speed.seconds(SAMPLES[1] * cost.forward)
-
-    return step + check, min(samples, SAMPLE_COST * config["epochs"] * (step + check))
+    return step + speed.seconds(CHUNK * cost.forward) * math.ceil(items / CHUNK)
 
 
 def speed_of(
@@ -216,7 +200,7 @@ def _batches(state: Any, dataset: Any, until: float) -> Iterator[tuple[int, floa
 
 
 def _memory(device: str) -> tuple[int, Callable[[], int]]:
-    r"""Returns the bytes that are taken now, and a function for the most bytes from now on."""
+    r"""Returns the bytes that are taken now, and a function for the most bytes so far."""
 
     import torch
 
@@ -228,19 +212,12 @@ def _memory(device: str) -> tuple[int, Callable[[], int]]:
 
         return context, lambda: context + torch.cuda.max_memory_reserved()
 
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is that from now on
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes
 
-    return psutil.Process().memory_info().rss, _peak_memory
-
-
-def _peak_memory() -> int:
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return 1024 * int(line.split()[1])
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes, on macOS
+    return (
+        psutil.Process().memory_info().rss,
+        lambda: unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+    )
 
 
 @dataclass(frozen=True)
@@ -299,30 +276,29 @@ def probe_nodes(
             usable = [node for node in nodes if node.kind == kind and not node.faults]
             chosen = min(usable, key=lambda node: str(data) in node.missing)
 
+            known: dict[str, Any] = {}
+
             if str(data) in chosen.missing:  # the first trial fetches them, which may take long
-                note = f"unknown: {chosen.name} does not have the data yet."
-                known: dict[str, Any] = {"note": note}
-            else:
+                known["note"] = f"unknown: {chosen.name} does not have the data yet."
+            elif configs:
                 report(f"measuring on {kind}")
-                known = _measure(chosen, slots, configs, peak, data) if configs else {}
+                known = _measure(chosen, slots, configs, peak, data)
 
-            nodes = [replace(x, **known) if x.kind == kind else x for x in nodes]
+            note = known.pop("note", "")
+            nodes = [
+                replace(x, note=f"{x.note} {note}".strip(), **known) if x.kind == kind else x
+                for x in nodes
+            ]
 
-    return [
-        replace(node, note=f"{_route(node)} {node.note}".strip()) if node.missing else node
-        for node in nodes
-    ]
-
-
-def _route(node: Node) -> str:
-    missing = " and ".join(node.missing)
-    return f"{node.name} does not see {missing}: files go through the head."
+    return nodes
 
 
 def _node(record: dict[str, Any], facts: Facts, slots: Slots) -> Node:
     name, resources = record["NodeManagerHostname"], record["Resources"]
     error = facts.get("error")
     faults = facts["faults"] if error is None else [f"no trial can start there: {error}"]
+    missing = tuple(facts.get("missing", ()))
+    route = f"{name} does not see {' and '.join(missing)}: files go through the head."
 
     return Node(
         name=name,
@@ -332,7 +308,8 @@ def _node(record: dict[str, Any], facts: Facts, slots: Slots) -> Node:
         gpus=int(resources.get("GPU", 0)),
         id=record["NodeID"],
         faults=tuple(f"node {name}: {fault}" for fault in faults),
-        missing=tuple(facts.get("missing", ())),
+        missing=missing,
+        note=route if missing else "",
     )
 
 
@@ -367,8 +344,7 @@ def _measure(
         ray.get(ready)
 
         if not ready:
-            reason = f"{node.name} is busy, and starts no trial within {START:g} s"
-            return {"note": f"unknown: {reason}."}
+            return {"note": f"unknown: {node.name} starts no trial within {START:g} s."}
 
         steps = [started[x].take_steps.remote(configs, data, cpus, gpus > 0) for x in ready]
         done, _ = ray.wait(steps, num_returns=len(steps), timeout=LIMIT)
@@ -381,17 +357,7 @@ def _measure(
             ray.kill(probe)
 
     if not samples:
-        too_slow = f"a few training steps take more than {LIMIT:g} s"
-        channels = configs[0]["hidden_channels"]
-        smaller = configs[0] | {"hidden_channels": tuple(min(NARROW, x) for x in channels)}
-
-        if configs[0] == smaller:
-            return {"note": f"unknown: {too_slow}."}
-
-        known = _measure(node, slots, [smaller], 0, data)
-        note = f"times are extrapolated from a smaller network: {too_slow} here."
-
-        return known | {"note": note} if "speed" in known else known
+        return {"note": f"unknown: a few training steps take more than {LIMIT:g} s."}
 
     dataset = TrajectoryDataset(data / "train.h5", 1)
     sizes = {(x.which, x.batch) for _, x, _ in samples}

@@ -89,7 +89,7 @@ def test_memory_is_that_of_a_real_step(changes: Config, small: Config) -> None:
     tensors = {x.untyped_storage()._cdata: x.nbytes for x in state.tensors().values()}
 
     assert here.parameters == sum(p.numel() for p in state.score.parameters())
-    assert sum(tensors.values()) <= here.state <= 1.01 * sum(tensors.values()) + 2048
+    assert here.state == pytest.approx(sum(tensors.values()), rel=0.01, abs=2048)
     assert cost.peak > here.peak >= here.state + meter.peak * (1 - 0.01)
 
 
@@ -101,8 +101,9 @@ def test_files_are_as_large_as_foreseen(changes: Config, small: Config, tmp_path
     save_state(path, state.result.state_dict())
     cost = measure(config, 16)
 
-    assert cost.checkpoint == pytest.approx(os.path.getsize(path.checkpoint), abs=1024)
-    assert cost.weights == pytest.approx(os.path.getsize(path.state), abs=1024)
+    each = 512 * len(state.tensors())  # a tensor's place in the file
+    assert cost.state <= os.path.getsize(path.checkpoint) <= cost.state + each
+    assert cost.weights <= os.path.getsize(path.state) <= cost.weights + each
 
 
 def test_cost_depends_on_the_shape_alone(small: Config) -> None:
@@ -174,11 +175,11 @@ def test_memory_beyond_that_of_tensors_grows_for_large_networks_only(small: Conf
 
 
 def test_forecast_without_pruning_is_exact() -> None:
-    found = forecast(Rules(12, 10, pruner="none"), 4, [2.0], [5.0])
+    found = forecast(Rules(12, 10, pruner="none"), 4, [2.0])
 
     assert found.epochs == 120
-    assert found.busy == 12 * 25
-    assert found.finish == 3 * 25
+    assert found.busy == 12 * 20
+    assert found.finish == 3 * 20
 
 
 @pytest.mark.parametrize("slots", [1, 8])

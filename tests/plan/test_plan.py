@@ -27,8 +27,9 @@ from sda_ray.plan.plan import (
     estimate,
     expect,
     memory_of,
+    plan_to_json,
+    print_plan,
 )
-from sda_ray.plan.report import plan_to_json, print_plan
 from sda_ray.search.promotion import Rules, TrialRecord, decide
 
 __all__ = ["script"]  # fixtures
@@ -75,7 +76,7 @@ def test_plan_has_time_memory_and_disk(made: Plan) -> None:
     assert made.known and made.pruned is not None and made.whole is not None
     assert 0 < made.pruned.busy < made.whole.busy
     assert made.pruned.epochs < made.whole.epochs == 4 * 9
-    assert 4 * small.cost.checkpoint < made.disk < made.free
+    assert 4 * small.cost.state < made.disk < made.free
 
 
 def test_plan_is_printed_for_people_and_machines(made: Plan) -> None:
