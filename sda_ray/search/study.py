@@ -68,8 +68,15 @@ class Study:
         try:
             for record in self.records():
                 msgspec.convert(vars(record), TrialRecord)
+
+                for key, domain in record.trial.distributions.items():
+                    domain.to_internal_repr(record.trial.params[key])
         except (KeyError, TypeError, ValueError) as error:
-            what = f"lacks {error}" if isinstance(error, KeyError) else f"is wrong: {error}"
+            what = (
+                f"lacks {error}"
+                if isinstance(error, KeyError)
+                else f"is wrong: {error}".rstrip(".")
+            )
             raise UserError(
                 f"{file} is damaged: the record of a run {what}. Restore a copy of the file."
             ) from error

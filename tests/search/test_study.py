@@ -65,6 +65,20 @@ def test_journal_that_lacks_the_start_of_a_run_is_damaged(
     assert Study(journal, "test", None).records()[0].run_id == first.run_id
 
 
+@pytest.mark.parametrize("value", ['"high"', "null", "NaN"])
+def test_parameter_that_is_no_number_is_damage(
+    tmp_path: Path, lease: Lease, study: Study, value: str
+) -> None:
+    journal = tmp_path / "study.journal"
+    params = add(study).trial.params
+    before = f'"learning_rate": {params["learning_rate"]}'
+    assert before in journal.read_text()
+    journal.write_text(journal.read_text().replace(before, f'"learning_rate": {value}', 1))
+
+    with pytest.raises(UserError, match=r"journal is damaged: the record of a run is wrong: "):
+        Study(journal, "test", None)
+
+
 # Records
 
 
