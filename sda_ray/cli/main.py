@@ -77,18 +77,17 @@ def main(sweep: Any = None, argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         say("Interrupted. The same command resumes.", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:
-        sys.exit(141)
     except OSError as error:
+        full, broken = error.errno == errno.ENOSPC, isinstance(error, BrokenPipeError)
         gone = isinstance(error, LeaseGone)
 
-        if not gone and error.errno not in (errno.ENAMETOOLONG, errno.ENOSPC):
-            raise
-
-        full = error.errno == errno.ENOSPC
-
-        if started and full:  # Python would write the rest at its end, again
+        if started and (full or broken):  # Python would write the rest at its end, again
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+        if broken:
+            sys.exit(141)
+        elif not (full or gone or error.errno == errno.ENAMETOOLONG):
+            raise
 
         say(f"sda-ray: {error}", file=sys.stderr)
         sys.exit(1 if full or gone else 2)

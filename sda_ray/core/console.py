@@ -85,9 +85,13 @@ def make_console() -> Console:
 
     from rich.console import Console
 
+    class PlainConsole(Console):
+        def on_broken_pipe(self) -> None:  # rich 15 would exit with 1
+            raise  # the BrokenPipeError
+
     width = None if sys.stdout.isatty() else 160
 
-    return Console(width=width, highlight=False, markup=False, emoji=False)
+    return PlainConsole(width=width, highlight=False, markup=False, emoji=False)
 
 
 def make_table(

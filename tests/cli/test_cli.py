@@ -13,6 +13,7 @@ import pytest
 from conftest import Cli
 from refusing import Refuse, handlers, refuse, root
 from scene import SCRIPT
+from sweeping import make_sweep
 
 from sda_ray.cli.options import Args
 from sda_ray.cli.sweep import chosen_sweep
@@ -254,6 +255,23 @@ def test_trials_and_finalists_of_the_command_line_are_those_of_the_sweep(tmp_pat
     sweep, _ = chosen_sweep(args, None)
 
     assert (sweep.trials, sweep.finalists) == (5, 3)
+
+
+@pytest.mark.parametrize("words", [["runs"], ["best", "width"]])
+def test_pipe_that_is_closed_ends_a_command_quietly(
+    tmp_path: Path, env: dict[str, str], words: list[str]
+) -> None:
+    make_sweep(tmp_path / "runs", "width", 4)
+    command = [sys.executable, "-m", "sda_ray", *words, f"--root={tmp_path}"]
+
+    with subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as done:
+        assert done.stdout and done.stderr
+        done.stdout.readline()
+        done.stdout.close()
+
+        assert (done.wait(60), done.stderr.read()) == (141, b"")
 
 
 @pytest.mark.parametrize("close", [0, 1, 2])
