@@ -29,7 +29,6 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rich.console import Console
 from rich.table import Table
 
 from ..cluster import Slots, memory_limit
@@ -39,6 +38,7 @@ from ..core import (
     format_duration,
     format_size,
     format_value,
+    make_console,
     make_table,
     plain,
 )
@@ -507,10 +507,10 @@ def _simulate(
         records[i] = replace(record, values=values, state="complete" if done else "running")
 
 
-def print_plan(plan: Plan, console: Console | None = None) -> None:
+def print_plan(plan: Plan) -> None:
     r"""Prints a plan: shapes, totals, warnings and faults."""
 
-    console = console or Console(highlight=False, soft_wrap=False)
+    console = make_console()
 
     if plan.shapes:
         unknown = Node("", UNKNOWN, 0, 0)
@@ -522,19 +522,19 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         console.print()
 
         for name, text in _totals(plan):
-            console.print(f"{name:12} {text}", markup=False)
+            console.print(f"{name:12} {text}")
 
     for text in plan.warnings:
-        console.print(plain(f"warning: {text}"), style="yellow", markup=False)
+        console.print(plain(f"warning: {text}"), style="yellow")
 
     for text in plan.faults:
-        console.print(plain(f"fault: {text}"), style="red", markup=False)
+        console.print(plain(f"fault: {text}"), style="red")
 
     if plan.faults:
         n = len(plan.faults)
-        console.print(f"{n} fault{'s' * (n > 1)} to correct; nothing was started.", markup=False)
+        console.print(f"{n} fault{'s' * (n > 1)} to correct; nothing was started.")
     else:
-        console.print(f"No faults in '{plan.name}'.", markup=False)
+        console.print(f"No faults in '{plan.name}'.")
 
 
 def _table(plan: Plan, nodes: Sequence[Node], width: int) -> Table:

@@ -1,6 +1,5 @@
 r"""Tests for sda_ray.plan.plan: what a sweep will take."""
 
-import io
 import json
 import random
 import statistics
@@ -13,7 +12,6 @@ from pathlib import Path
 
 import pytest
 from planned import faults_of, plan, script, write
-from rich.console import Console
 
 from sda_ray.cluster.nodes import check_files, memory_limit
 from sda_ray.cluster.ray_node import local_cpus
@@ -79,10 +77,11 @@ def test_plan_has_time_memory_and_disk(made: Plan) -> None:
     assert 4 * small.cost.state < made.disk < made.free
 
 
-def test_plan_is_printed_for_people_and_machines(made: Plan) -> None:
-    console = Console(file=io.StringIO(), width=160)
-    print_plan(made, console)
-    text = console.file.getvalue()  # type: ignore[attr-defined]
+def test_plan_is_printed_for_people_and_machines(
+    made: Plan, capsys: pytest.CaptureFixture[str]
+) -> None:
+    print_plan(made)
+    text = capsys.readouterr().out
     found = json.loads(json.dumps(plan_to_json(made)))
 
     assert "16,32" in text and "CPU-hours" in text and "No faults in" in text
@@ -167,17 +166,18 @@ def test_network_that_fits_no_node_is_caught(made: Plan) -> None:
     ("days", "span"),
     [(1, ""), (99, ""), (101, "101 d"), (682, "1.9 years"), (1e8, "273,785 years")],
 )
-def test_sweep_of_months_or_years_is_the_first_warning(made: Plan, days: float, span: str) -> None:
+def test_sweep_of_months_or_years_is_the_first_warning(
+    made: Plan, days: float, span: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert made.pruned is not None
     forecast = replace(made.pruned, finish=86400.0 * days)
     long = replace(made, pruned=forecast, whole=forecast, warnings=["another"])
     check_time(long)
-    console = Console(file=io.StringIO(), width=160)
-    print_plan(long, console)
+    print_plan(long)
 
     assert len(long.warnings) == 1 + bool(span)
     assert span == "" or f"takes about {span} here. Choose a smaller" in long.warnings[0]
-    assert span in console.file.getvalue()  # type: ignore[attr-defined]
+    assert span in capsys.readouterr().out
 
 
 def test_disk_that_is_too_small_does_not_hide_the_time(tmp_path: Path, data: Path) -> None:
