@@ -70,10 +70,10 @@ def test_parameter_that_is_no_number_is_damage(
     tmp_path: Path, lease: Lease, study: Study, value: str
 ) -> None:
     journal = tmp_path / "study.journal"
-    params = add(study).trial.params
-    before = f'"learning_rate": {params["learning_rate"]}'
-    assert before in journal.read_text()
-    journal.write_text(journal.read_text().replace(before, f'"learning_rate": {value}', 1))
+    rate = json.dumps(add(study).trial.params["learning_rate"])
+    head, found, tail = journal.read_text().partition(f'"learning_rate":{rate}')
+    assert found
+    journal.write_text(f'{head}"learning_rate":{value}{tail}')
 
     with pytest.raises(UserError, match=r"journal is damaged: the record of a run is wrong: "):
         Study(journal, "test", None)
