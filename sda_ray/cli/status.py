@@ -351,8 +351,8 @@ def _lines(row: Row) -> Iterator[tuple[str, str]]:
         yield "", f"and {more} more"
 
     if row["left"] is not None:
-        off = format_duration(row["left_deviation"])
-        yield "time left", f"about {format_duration(row['left'])} ± {off}"
+        off = f" ± {format_duration(row['left_deviation'])}" if row["deviation"] else ""
+        yield "time left", f"about {format_duration(row['left'])}{off}"
 
 
 def _settings(config: Mapping[str, Any]) -> str:
