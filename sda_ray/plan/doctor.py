@@ -4,7 +4,6 @@ r"""The judgement of `sda-ray doctor`: is this machine, or this cluster, fit for
 mean and what to do.
 """
 
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
@@ -18,7 +17,7 @@ from ..data import unusual
 SKEW = (2.0, 60.0)  # seconds between clocks: worth a warning, and a fault
 FREE = (5e9, 1e9)  # bytes, likewise
 SLOW = 10e6  # bytes per second to the head, below which a warning
-DASHBOARD, PORTS = 8265, 50  # the dashboard's first port, and how many it tries
+DASHBOARD = range(8265, 8315)  # ports that the dashboard tries; others are of its metrics
 RAY = ("gcs_server", "raylet", "ray::", "/ray/", "ray.util", "ray start")  # in Ray's commands
 TIMEOUT = 90.0  # seconds for all nodes to answer
 
@@ -208,7 +207,7 @@ def _ports(facts: Facts, driver: Facts, shared: bool) -> Judgement:
         if port == 22 or "sshd" in command.partition(" ")[0]:
             continue
 
-        if _is_dashboard(port, command):
+        if port == DASHBOARD[0] or (port in DASHBOARD and "dashboard/dashboard.py" in command):
             do = "Start the head with --dashboard-host=127.0.0.1."
             yield "ports", "fault", f"Ray's dashboard listens on {address}:{port}", do
         elif any(word in command for word in RAY):
@@ -226,18 +225,6 @@ def _ports(facts: Facts, driver: Facts, shared: bool) -> Judgement:
         yield "ports", "warning", f"others are open, too: {', '.join(sorted(set(others)))}", do
     else:
         yield "ports", "ok", "only SSH and Ray are open to other machines", ""
-
-
-def _is_dashboard(port: int, command: str) -> bool:
-    r"""Tells whether a port is the dashboard's own, not one of its metrics (44227 as a rule)."""
-
-    if "dashboard/dashboard.py" not in command:
-        return port == DASHBOARD
-
-    given = re.search(r"--port=(\d+)", command)
-    first = int(given[1]) if given else DASHBOARD
-
-    return first <= port < first + PORTS
 
 
 def _token(facts: Facts, driver: Facts, shared: bool) -> Judgement:

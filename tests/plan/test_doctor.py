@@ -75,7 +75,8 @@ def test_machine_that_is_well_has_no_fault(facts: dict[str, Any]) -> None:
         ({"token": 0o644}, "token: fault"),
         ({"files": (64, 64)}, "files: fault"),
         ({"ray": "root"}, "/tmp/ray: fault"),
-        ({"listening": [[8265, "0.0.0.0", "/x/ray/dashboard/dashboard.py"]]}, "ports: fault"),
+        ({"listening": [[8265, "0.0.0.0", ""]]}, "ports: fault"),
+        ({"listening": [[8266, "0.0.0.0", "/x/ray/dashboard/dashboard.py"]]}, "ports: fault"),
         ({"listening": [[111, "::", ""]]}, "ports: warning"),
     ],
 )
