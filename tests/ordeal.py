@@ -42,14 +42,15 @@ class Ordeal(RuleBasedStateMachine):
         slots=st.integers(1, 3),
         finalists=st.integers(0, 2),
         kind=st.sampled_from(["promotion", "none", "final", "several"]),
+        seeds=st.sampled_from([1, 1, 2, 3]),
     )
-    def begin(self, wanted: int, slots: int, finalists: int, kind: str) -> None:
+    def begin(self, wanted: int, slots: int, finalists: int, kind: str, seeds: int = 1) -> None:
         pruner = {"final": "median", "several": "none"}.get(kind, kind)
         first = None if pruner == "none" else 1
         self.slots = slots
         self.sweeping = Sweeping(
             self.directory / "sweep",
-            Rules(wanted, 9, first, 3, finalists, pruner=pruner),
+            Rules(wanted, 9, first, 3, finalists, pruner=pruner, seeds=seeds),
             diverges=diverges,
             fails=fails,
             stops=(lambda record, records: record.index % 3 == 0) if kind == "final" else None,

@@ -32,7 +32,9 @@ def loss(config: dict[str, Any], epoch: int) -> float:
 
     x = math.log10(config["learning_rate"])
 
-    return (x + 2.5) ** 2 / epoch + abs(math.sin(1e3 * x)) * epoch / 20
+    curve = (x + 2.5) ** 2 / epoch + abs(math.sin(1e3 * x)) * epoch / 20
+
+    return curve + config.get("seed", 0) / 10
 
 
 def diverges(config: dict[str, Any], epoch: int) -> bool:
@@ -230,7 +232,7 @@ class Sweeping:
             study,
             replace(self.rules, excused=failed),
             self.propose,
-            {"config": {"epochs": self.rules.epochs}},
+            {"config": {"epochs": self.rules.epochs, "seed": 0}, "record": {}},
             lambda: slots,
             notify,
             self.runs.parent / "stop",

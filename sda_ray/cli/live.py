@@ -28,7 +28,15 @@ from ..core import (
     say,
 )
 from ..runs import Cost, RunPath, cost_of
-from ..search import FINAL, Rules, TrialRecord, rank_key, standing
+from ..search import (
+    FINAL,
+    Rules,
+    TrialRecord,
+    average_seeds,
+    rank_key,
+    standing,
+    with_averages,
+)
 from .render import STYLES, format_loss, run_table, short_settings, sparkline
 
 REFRESH = 1  # frames a second
@@ -278,7 +286,8 @@ class LiveTable:
     def _find_best(self, records: Sequence[TrialRecord]) -> TrialRecord | None:
         r"""Returns the run with the least value, and notes since when: its newest metrics."""
 
-        sound = (r for r in records if r.state not in ("diverged", "failed"))
+        compared = average_seeds(records)
+        sound = (r for r in compared if r.state not in ("diverged", "failed"))
         finite = [(x, r) for r in sound if (x := r.value) is not None and math.isfinite(x)]
         best = min(finite, key=itemgetter(0))[1] if finite else None
 
@@ -416,7 +425,7 @@ class LiveTable:
         head = self._head()
         lines = [] if self.screen is None else self.screen.lines
         messages = lines[-min(MESSAGES, height // 6) :]
-        ranked = sorted(self.now, key=lambda r: (r.status != "running", rank_key(r)))
+        ranked = sorted(with_averages(self.now), key=lambda r: (r.status != "running", rank_key(r)))
         low = height <= 15
         head = head[:3] if low else head
         rest = 3 if low else 5  # lines: two of the header, and those around the table

@@ -62,6 +62,7 @@ class Args(SimpleNamespace):
     name: Any = None
     trials: Any = None
     finalists: Any = None
+    seeds: Any = None
     runs: Any = None
     bucket: Any = None
     settings: Any = ()
@@ -363,6 +364,7 @@ DEFINITION = _all(
     NAME,
     option("--trials", "The number of trials wanted.", int),
     option("--finalists", "The least number of trials with all epochs.", click.IntRange(0)),
+    option("--seeds", "Train what reaches the end with N seeds, and judge their mean.", COUNT),
     option("--fix", "Take a key out of SPACE.", metavar="KEY=VALUE", multiple=True),
 )
 

@@ -59,7 +59,7 @@ def _read(runs: Path, name: str) -> tuple[Row, list["TrialRecord"], Row]:
         UserError: If there is no such sweep, or it is damaged.
     """
 
-    from ..search import Study, count_trials, rank_key
+    from ..search import Study, count_trials, rank_key, with_averages
     from ..sweep import read_sweep
     from .table import exhausted
 
@@ -70,7 +70,6 @@ def _read(runs: Path, name: str) -> tuple[Row, list["TrialRecord"], Row]:
     with suppress(LeaseLost):  # there is no study yet
         records = Study(directory / "study.journal", name, None, objectives).records()
 
-    records.sort(key=rank_key)
     running = driver is not None and driver["alive"]
     closed = bool(records) and all(r.state != "running" for r in records)
     domains = [x for record in records for x in record.trial.distributions.values()]
@@ -78,7 +77,8 @@ def _read(runs: Path, name: str) -> tuple[Row, list["TrialRecord"], Row]:
     ended = count_trials(records) >= target or (exhausted(records, target) and not endless)
     own = [record for record in records if not record.source]
     statuses = [r.status if running or r.status != "running" else "interrupted" for r in own]
-    complete = [record for record in records if record.state == "complete"]
+    records = sorted(with_averages(records), key=rank_key)
+    complete = [record for record in records if _is_complete(record)]
     row = {
         "name": name,
         "state": "running" if running else "finished" if closed and ended else "stopped",
@@ -93,6 +93,12 @@ def _read(runs: Path, name: str) -> tuple[Row, list["TrialRecord"], Row]:
     }
 
     return row, records, sweep
+
+
+def _is_complete(record: "TrialRecord") -> bool:
+    r"""Tells whether a configuration is complete, by its first run."""
+
+    return record.state == "complete" and not record.replica_of
 
 
 def _age(directory: Path) -> float:
@@ -261,7 +267,7 @@ def _details(runs: Path, name: str) -> tuple[Row, "LiveTable"]:
     table.paths = paths
     going = [r for r in own if r.status == "running" and row["state"] == "running"]
     details = {
-        "best": next((_run(r, paths) for r in records if r.state == "complete"), None),
+        "best": next((_run(r, paths) for r in records if _is_complete(r)), None),
         "expected": expected,
         "deviation": deviation,
         "most": most,
@@ -378,7 +384,7 @@ def best_command(args: Args) -> None:
     from .table import judgement, leaderboard
 
     row, records, _ = _read(args.runs, args.sweep)
-    best = [record for record in records if record.state == "complete"][: args.top]
+    best = [record for record in records if _is_complete(record)][: args.top]
     paths, objective = {path.id: path for path in RunPath.all(args.runs)}, row["objectives"][0]
 
     if not best:
@@ -393,8 +399,13 @@ def best_command(args: Args) -> None:
         print(as_json(load_config(path.config)))
     elif args.json:
         lines = [judgement(paths[r.run_id], objective) if r.run_id in paths else {} for r in best]
-        errors = [{"se": line.get(f"{objective}_se")} for line in lines]
-        print(as_json([_run(r, paths) | x for r, x in zip(best, errors, strict=True)]))
+        errors = [r.error_over_seeds for r in best]
+        single = [line.get(f"{objective}_se") for line in lines]
+        rows = [
+            _run(r, paths) | {"se": one if se is None else se, "seeds": r.seeds}
+            for r, se, one in zip(best, errors, single, strict=True)
+        ]
+        print(as_json(rows))
     else:
         leaderboard(args.sweep, records, args.runs, len(best), objective)
         run, sweep = shlex.quote(printable(path.directory.name)), shlex.quote(args.sweep)

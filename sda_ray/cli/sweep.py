@@ -109,6 +109,7 @@ def sweep_command(args: Args) -> None:
             "name": None,
             "trials": None,
             "finalists": None,
+            "seeds": None,
             "fork": False,
             "retry_failed": False,
         }
@@ -138,7 +139,7 @@ def _passed_on(args: Args) -> bool:
     from ..sweep import NotRunning, ask_all
 
     others = (args.enqueue, args.warm_start, args.settings, args.fix, args.name, args.fork)
-    checked = any(others) or args.finalists is not None
+    checked = any(others) or args.finalists is not None or args.seeds is not None
 
     if args.script_sweep is not None or args.sweep.endswith(".py") or checked:
         return False
@@ -468,6 +469,7 @@ def _adjusted(sweep: Any, args: Args) -> Any:
         space=_without(sweep.name, sweep.space, settings, fixed),
         trials=sweep.trials if args.trials is None else args.trials,
         finalists=sweep.finalists if args.finalists is None else args.finalists,
+        seeds=sweep.seeds if args.seeds is None else args.seeds,
     )
 
 

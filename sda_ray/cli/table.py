@@ -15,7 +15,15 @@ from rich.text import Text
 
 from ..core import UserError, format_value, make_console, read_holder, say
 from ..runs import RunPath, is_off, last_metrics, read_metrics, sweep_directory
-from ..search import Rules, Study, TrialRecord, count_trials, importances, rank_key
+from ..search import (
+    Rules,
+    Study,
+    TrialRecord,
+    average_seeds,
+    count_trials,
+    importances,
+    rank_key,
+)
 from ..sweep import read_study, read_sweep, recorded_rules, watch
 from .live import LOOK
 from .live import LiveTable as LiveTable
@@ -60,7 +68,8 @@ def leaderboard(
     r"""Prints the best runs of a sweep, and how far its numbers carry."""
 
     console = make_console()
-    finished = sorted((r for r in records if r.value is not None), key=rank_key)
+    compared = average_seeds(records)
+    finished = sorted((r for r in compared if r.value is not None), key=rank_key)
     paths = {path.id: path for path in RunPath.all(runs)}
     names = {id: path.name for id, path in paths.items()}
     best = [r for r in finished[:count] if r.run_id in paths]
@@ -69,7 +78,9 @@ def leaderboard(
     brief = all(quick for quick, _ in scores.values())  # quick ones compare with no others
     deviations = {id: x["sample_std"] for id, x in lines.items() if "sample_std" in x}
     more = {
-        "±": {id: f"{x[key]:.2g}" for id, x in lines.items() if (key := f"{objective}_se") in x},
+        "±": {id: f"{x[key]:.2g}" for id, x in lines.items() if (key := f"{objective}_se") in x}
+        | {r.run_id: f"{se:.2g}" for r in best if (se := r.error_over_seeds) is not None},
+        "seeds": {r.run_id: str(len(r.seeds)) for r in best if r.seeds},
         "sample_std": {id: format_std(x) for id, x in deviations.items()},
         "CRPS (quick)" if brief else "CRPS": {
             id: format_loss(x) for id, (quick, x) in scores.items() if quick == brief
@@ -80,6 +91,11 @@ def leaderboard(
 
     if len(finished) > count:
         console.print(f"and {len(finished) - count} more.")
+
+    if more["seeds"]:
+        console.print(
+            "Where several seeds were trained, the value is their mean, and ± its standard error."
+        )
 
     if off := sum(map(is_off, deviations.values())):
         console.print(
@@ -138,7 +154,7 @@ def conclude(
     r"""Prints the leaderboard of a finished sweep, and the commands to try next."""
 
     leaderboard(title, records, runs, objective=objective)
-    complete = sorted((r for r in records if r.state == "complete"), key=rank_key)
+    complete = sorted((r for r in average_seeds(records) if r.state == "complete"), key=rank_key)
 
     if not complete:
         say("No run is complete: run.json and error.txt in the run directories say why.")
@@ -180,7 +196,8 @@ def exhausted(records: Sequence[TrialRecord], target: int) -> bool:
     r"""Tells whether a sweep has ended with fewer runs than wanted, though few of them failed."""
 
     ended = all(record.state != "running" for record in records)
-    failed = sum(record.state == "failed" and not record.source for record in records)
+    own = [record for record in records if not (record.source or record.replica_of)]
+    failed = sum(record.state == "failed" for record in own)
 
     return ended and count_trials(records) < target and failed <= Rules(target, 1).failures
 
@@ -283,7 +300,7 @@ def show_end(runs: Path, name: str, study: Study) -> None:
         return
 
     if records and not under_way:
-        conclude(name, target, records, runs, importances(study.study), objective)
+        conclude(name, target, records, runs, importances(records), objective)
         return
 
     leaderboard(name, records, runs, objective=objective)

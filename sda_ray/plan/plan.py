@@ -230,7 +230,27 @@ def _forecast(plan: Plan, sweep: Sweep, slots: Slots) -> None:
         plan.warnings.append("times are without torch.compile: it slows the first steps only.")
 
     check_memory(plan)
+<<<<<<< HEAD
     places = []  # trials of the mean memory at a time, and their speed
+=======
+    places = _places(plan)
+    plan.slots = sum(n for n, _ in places)
+    plan.slots = min(plan.slots, slots.most or plan.slots)
+    speeds = [(n, speed) for n, speed in places if speed is not None]
+    plan.known = plan.slots > 0 and len(speeds) == len(places)
+    seconds, end = _times(plan, speeds) if plan.known else ([1.0], [0.0])
+    rules, n = sweep.rules, max(1, plan.slots)
+    every = replace(rules, min_epochs=None, recorded=None, pruner="none")
+    plan.whole = forecast(every, n, seconds, end)
+    plan.pruned = forecast(rules, n, seconds, end, sweep.stops())
+    check_time(plan)
+
+
+def _places(plan: Plan) -> list[tuple[int, Speed | None]]:
+    r"""Returns the trials at a time, of the mean memory, and the speed of each node with any."""
+
+    places = []
+>>>>>>> aa53222 (Judge configurations that reach the end by several seeds)
 
     for node in plan.nodes:
         mean = statistics.fmean(memory_of(node, plan.shapes[i].cost) for i in plan.order)
@@ -384,9 +404,9 @@ def expect(rules: Rules, records: Sequence[TrialRecord], slots: int = 1) -> Expe
 
     own = [record for record in records if not record.source]
     going = [record for record in own if record.status == "running"]
-    epochs = [record.epochs for record in own if record.state != "failed"]
-    new = max(0, rules.target - len(epochs))
-    most = sum(epochs) + new * rules.epochs
+    firsts = [r.epochs for r in own if r.state != "failed" and not r.replica_of]
+    new = max(0, rules.target - len(firsts))
+    most = (sum(firsts) + new * rules.epochs) * rules.seeds
 
     if rules.pruner in FINAL:
         return Expected(most, 0.0, most)
@@ -433,7 +453,7 @@ def _scores(
     values: dict[int, dict[int, float]] = {r.index: dict.fromkeys([r.last], 0.0) for r in records}
 
     for rung in rules.rungs:
-        there = [r for r in records if rung in r.values]
+        there = [r for r in records if rung in r.values and not r.replica_of]
         there.sort(key=lambda r: math.inf if math.isnan(x := r.values[rung]) else x)
         before = sorted(scores[r.index] for r in there if r.index in scores)
 
@@ -478,9 +498,10 @@ def _simulate(
                 records[action.record.index] = replace(action.record, state="pruned")
                 continue
 
-            if action.record is None:
+            if action.record is None or action.kind == "replicate":
                 index = max(records, default=0) + 1
                 record = TrialRecord(index, "", "running", action.until, rules.epochs)
+                record = replace(record, replica_of=action.record.index if action.record else 0)
             else:
                 until = min(action.until, action.record.epochs)
                 record = replace(action.record, state="running", until=until, shown=action.shown)

@@ -26,6 +26,7 @@ from ..search import (
     importances,
     rank_key,
     standing,
+    with_averages,
 )
 from ..sweep import read_study, read_sweep, recorded_rules
 
@@ -110,7 +111,11 @@ class Findings:
 
     @cached_property
     def complete(self) -> list[Trial]:
-        return [trial for trial in self.trials if trial.record.state == "complete"]
+        r"""The complete configurations, from best to worst, each by its first run."""
+
+        whole = (t for t in self.trials if t.record.state == "complete")
+
+        return [trial for trial in whole if not trial.record.replica_of]
 
     @property
     def best(self) -> Trial | None:
@@ -123,7 +128,10 @@ class Findings:
         return sum(t.record.last for t in self.trials if not t.record.source)
 
     def error(self, trial: Trial) -> float | None:
-        r"""Returns the standard error of a run's objective, if it is known."""
+        r"""Returns the standard error of a run's objective, over seeds if it has any, if known."""
+
+        if trial.record.error_over_seeds is not None:
+            return trial.record.error_over_seeds
 
         lines = (line for line in reversed(trial.metrics) if self.objective in line)
         line: dict[str, Any] = next(lines, {})
@@ -143,7 +151,9 @@ class Findings:
             r = trial.record
             value = trial.record.value
 
-            if r.state in ("failed", "diverged") or value is None or not math.isfinite(value):
+            lost = r.replica_of or r.state in ("failed", "diverged")
+
+            if lost or value is None or not math.isfinite(value):
                 continue
 
             if r.state == "complete":
@@ -231,7 +241,8 @@ class Findings:
 
         value, error = best.record.value or math.nan, self.error(best)
         shown = f"{value:.4g}" + ("" if error is None else f" ± {error:.1g}")
-        text = f"Run {best.record.index} is the best: {self.objective} {shown}"
+        over = f", the mean of {n} seeds" if (n := len(best.record.seeds)) > 1 else ""
+        text = f"Run {best.record.index} is the best: {self.objective} {shown}{over}"
 
         if len(self.complete) > 1:
             gap = (self.complete[1].record.value or math.nan) - value
@@ -327,13 +338,11 @@ def read_findings(runs: Path, name: str) -> Findings:
 
     sweep, study = read_sweep(runs, name), read_study(runs, name)
     rules = recorded_rules(sweep)
-    records = sorted(study.records(), key=rank_key)
+    records = sorted(with_averages(study.records()), key=rank_key)
     paths = {path.id: path for path in RunPath.all(runs)}
     trials = [_trial(r, paths.get(r.run_id), why_stopped(r, records, rules)) for r in records]
 
-    return Findings(
-        name, sweep_directory(runs, name), sweep, rules, trials, importances(study.study)
-    )
+    return Findings(name, sweep_directory(runs, name), sweep, rules, trials, importances(records))
 
 
 def _trial(record: TrialRecord, path: RunPath | None, why: str) -> Trial:
@@ -350,7 +359,9 @@ def why_stopped(record: TrialRecord, records: Sequence[TrialRecord], rules: Rule
 
     rung = record.last
 
-    if record.state == "complete":
+    if record.state == "complete" and record.replica_of:
+        return f"another seed of run {record.replica_of}"
+    elif record.state == "complete":
         return "brought in" if record.source else "trained to the end"
     elif record.state in ("failed", "diverged"):
         return record.error or record.state

@@ -6,6 +6,7 @@ from .promotion import Action as Action
 from .promotion import PruneRule as PruneRule
 from .promotion import Rules as Rules
 from .promotion import TrialRecord as TrialRecord
+from .promotion import average_seeds as average_seeds
 from .promotion import best_at_rung as best_at_rung
 from .promotion import count_trials as count_trials
 from .promotion import decide as decide
@@ -13,6 +14,7 @@ from .promotion import geometric_rungs as geometric_rungs
 from .promotion import rank_key as rank_key
 from .promotion import standing as standing
 from .promotion import unhide as unhide
+from .promotion import with_averages as with_averages
 from .pruners import hyperband_brackets as hyperband_brackets
 from .pruners import prune_rule as prune_rule
 from .reconcile import catch_up as catch_up
@@ -30,3 +32,4 @@ from .sampler import sample as sample
 from .study import Propose as Propose
 from .study import Study as Study
 from .study import draw_run as draw_run
+from .study import replicate_run as replicate_run

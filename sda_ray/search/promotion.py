@@ -7,9 +7,14 @@ to the next rung: it resumes in its own directory, from its own checkpoint.
 References:
     | A System for Massively Parallel Hyperparameter Tuning (Li et al., 2018)
     | https://arxiv.org/abs/1810.05934
+
+If a sweep has several seeds, a configuration that is promoted to the end is trained again with each
+further seed, in a run of its own that is never paused, and is judged there by the mean over seeds.
 """
 
 import math
+import statistics
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -43,6 +48,8 @@ class TrialRecord:
         worker_deaths: The number of times that the worker of the run died.
         memory_errors: The number of times that it ran out of memory.
         finals: The values of all objectives of a complete run, if there are several.
+        replica_of: The number of the run whose configuration it trains with another seed, or 0.
+        seeds: The values at the end with each seed, see :func:`average_seeds`.
     """
 
     index: int
@@ -61,6 +68,8 @@ class TrialRecord:
     worker_deaths: int = 0
     memory_errors: int = 0
     finals: tuple[float, ...] = ()
+    replica_of: int = 0
+    seeds: tuple[float, ...] = ()
 
     @cached_property
     def last(self) -> int:
@@ -70,9 +79,17 @@ class TrialRecord:
 
     @cached_property
     def value(self) -> float | None:
-        r"""The newest value that is known."""
+        r"""The newest value that is known, or the mean over seeds."""
 
-        return _filled(self.values).get(self.last)
+        return statistics.fmean(self.seeds) if self.seeds else _filled(self.values).get(self.last)
+
+    @property
+    def error_over_seeds(self) -> float | None:
+        r"""The standard error of the mean over seeds."""
+
+        n = len(self.seeds)
+
+        return statistics.stdev(self.seeds) / math.sqrt(n) if n > 1 else None
 
     @cached_property
     def curve(self) -> dict[int, float]:
@@ -82,7 +99,10 @@ class TrialRecord:
 
     @cached_property
     def visible(self) -> dict[int, float]:
-        r"""The values that count for others."""
+        r"""The values that count for others at rungs: those of further seeds do not."""
+
+        if self.replica_of:
+            return {}
 
         if self.shown is None:
             return self.values
@@ -107,7 +127,9 @@ class TrialRecord:
     def outcome(self) -> str:
         r"""The state that other runs see: the end of a run with hidden values is hidden, too."""
 
-        return "pruned" if self.shown is not None and self.state != "failed" else self.state
+        hidden = self.shown is not None or self.replica_of
+
+        return "pruned" if hidden and self.state != "failed" else self.state
 
 
 def _filled(values: dict[int, float]) -> dict[int, float]:
@@ -143,6 +165,7 @@ class Rules:
         pruner: `promotion`, `none`, or a pruner whose verdicts are final, see
             :mod:`sda_ray.search.pruners`.
         recorded: The rungs before the last one, if the sweep has recorded them.
+        seeds: The number of seeds of a configuration that is promoted to the end.
     """
 
     target: int
@@ -153,6 +176,7 @@ class Rules:
     excused: int = 0
     pruner: str = "promotion"
     recorded: tuple[int, ...] | None = None
+    seeds: int = 1
 
     @cached_property
     def rungs(self) -> tuple[int, ...]:
@@ -207,10 +231,10 @@ def geometric_rungs(first: int, epochs: int, eta: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Action:
-    r"""A decision: `adopt`, `promote`, `prune`, `draw`, `wait` or `stop`.
+    r"""A decision: `adopt`, `promote`, `prune`, `draw`, `replicate`, `wait` or `stop`.
 
     A run is adopted or promoted up to the epoch `until`, and its values count for others up to the
-    epoch `shown`, or all of them.
+    epoch `shown`, or all of them. One that is replicated is to be trained with another seed.
     """
 
     kind: str
@@ -220,9 +244,60 @@ class Action:
 
 
 def count_trials(records: Sequence[TrialRecord]) -> int:
-    r"""Returns the number of runs that count as trials of the sweep."""
+    r"""Returns the number of runs that count as trials of the sweep: further seeds do not."""
 
-    return sum(not record.source and record.state != "failed" for record in records)
+    return sum(
+        not (record.source or record.replica_of) and record.state != "failed" for record in records
+    )
+
+
+def average_seeds(records: Sequence[TrialRecord]) -> list[TrialRecord]:
+    r"""Returns the first run of each configuration, as :func:`with_averages` has it."""
+
+    return [record for record in with_averages(records) if not record.replica_of]
+
+
+def with_averages(records: Sequence[TrialRecord]) -> list[TrialRecord]:
+    r"""Returns all runs. The first of a configuration stands for it, and is compared with others.
+
+    If that is complete, its value is the mean over all seeds that are. If a further seed has
+    diverged, so has the configuration.
+    """
+
+    replicas = defaultdict[int, list[TrialRecord]](list)
+
+    for record in records:
+        replicas[record.replica_of].append(record)
+
+    return [_averaged(r, () if r.replica_of else replicas[r.index]) for r in records]
+
+
+def _averaged(first: TrialRecord, replicas: Sequence[TrialRecord]) -> TrialRecord:
+    complete = [record for record in (first, *replicas) if record.state == "complete"]
+    diverged = next((record for record in replicas if record.state == "diverged"), None)
+
+    if first.state != "complete" or not replicas:
+        return first
+    elif diverged is not None:
+        return replace(first, state="diverged", error=f"run {diverged.index}: {diverged.error}")
+
+    seeds = tuple(record.values[record.last] for record in complete)
+    finals = tuple(map(statistics.fmean, zip(*(r.finals for r in complete), strict=True)))
+
+    return replace(first, seeds=seeds, finals=finals)
+
+
+def _lacks_seeds(records: Sequence[TrialRecord], seeds: int) -> Iterator[TrialRecord]:
+    r"""Yields the runs that may go to the end and whose configuration lacks a seed."""
+
+    counts = Counter(record.replica_of for record in records)
+
+    for record in records:
+        own = not (record.source or record.replica_of)
+        promoted = record.until == record.epochs and record.state in ("running", "complete")
+
+        if own and promoted and 1 + counts[record.index] < seeds:
+            yield record
 
 
 def rank_key(record: TrialRecord) -> tuple[int, int, float, int]:
@@ -261,7 +336,7 @@ def best_at_rung(rung: int, records: Sequence[TrialRecord], rules: Rules) -> lis
 def standing(record: TrialRecord, rung: int, records: Sequence[TrialRecord]) -> tuple[int, int]:
     r"""Returns the rank of a run at a rung that it has reached, and the number of runs there."""
 
-    values = [r.values[rung] for r in records if rung in r.values]
+    values = [r.values[rung] for r in records if rung in r.values and not r.replica_of]
 
     return 1 + sum(x < record.values[rung] for x in values), len(values)
 
@@ -326,13 +401,15 @@ def decide(
         queued: Whether configurations are queued, which come before promotions.
     """
 
-    records = unhide(records, rules)
-    idle = [record for record in records if record.index not in live]
+    runs = unhide(records, rules)
 
     # Runs whose driver or worker died
-    for record in idle:
-        if record.state == "running" and not record.paused:
+    for record in runs:
+        if record.state == "running" and not record.paused and record.index not in live:
             return Action("adopt", record, record.until, record.shown)
+
+    records = [record for record in runs if not record.replica_of]
+    idle = [record for record in records if record.index not in live]
 
     # Runs that wait at a rung for a final verdict
     for record in idle:
@@ -352,6 +429,9 @@ def decide(
             if record.paused and record.index not in live:
                 return Action("promote", record, rules.after(rung))
 
+    for record in _lacks_seeds(runs, rules.seeds):
+        return Action("replicate", record, record.epochs)
+
     # New runs
     if room:
         return Action("draw", until=rules.rungs[0])
@@ -363,7 +443,9 @@ def decide(
     complete = sum(record.state == "complete" for record in own)
     paused = sorted((record for record in idle if record.paused), key=rank_key)
 
-    if complete + len(live) < rules.finalists and paused:
+    working = len(records) - len(idle)
+
+    if complete + working < rules.finalists and paused:
         return Action("promote", paused[0], rules.epochs, shown=max(paused[0].visible, default=0))
 
     return Action("wait" if live else "stop")

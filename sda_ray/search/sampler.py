@@ -32,7 +32,7 @@ from optuna.storages import InMemoryStorage
 from optuna.trial import FixedTrial, FrozenTrial, TrialState
 
 from ..core import Domain, UserError, domain_of, format_value, script_error
-from .promotion import TrialRecord
+from .promotion import TrialRecord, average_seeds
 
 logger = logging.getLogger(__name__)
 
@@ -209,7 +209,10 @@ def view(
         values: Sequence[float] | None = [curve[max(curve)]] if curve and not running else None
 
         if outcome == "complete":
-            state, values = TrialState.COMPLETE, values if objectives == 1 else record.finals
+            state, values = TrialState.COMPLETE, record.finals
+
+            if objectives == 1:
+                values = None if record.value is None else [record.value]
 
             if values is None or len(values) != objectives:
                 continue
@@ -338,7 +341,7 @@ def propose(
 ) -> tuple[dict[str, Any], FrozenTrial] | None:
     r"""Draws a configuration that no run of a sweep has.
 
-    The draw is a function of the seed, the number of runs and their values so far.
+    The draw is a function of the seed, the number of configurations and their values so far.
 
     Arguments:
         draw: Returns the values of the keys that vary, given an Optuna trial.
@@ -363,13 +366,14 @@ def propose(
         UserError: If the space raises in every draw.
     """
 
-    config, fixed, number = config or {}, fixed or {}, len(records)
-    proposal = _Proposal(draw, number, seed, fixed)
+    config, fixed, firsts = config or {}, fixed or {}, average_seeds(records)
+    number = max((record.index for record in records), default=0)
+    proposal = _Proposal(draw, number, (seed, len(firsts)), fixed)
     attempts = proposal.untried(records, current)
 
     # Repetitions of a sampler say nothing about the space: a model that is sure repeats itself.
     if sampler != "grid":
-        kin = [r for r in records if group is None or group(r.index - 1) == group(number)]
+        kin = [r for r in firsts if group is None or group(r.index - 1) == group(number)]
         trials = [] if sampler == "random" else view(kin, current, objectives)
         attempts = chain(proposal.sampled(sampler, trials, objectives), attempts)
 
@@ -410,10 +414,12 @@ class _Infinite(ValueError):
 class _Proposal:
     r"""The attempts at one new configuration, see :func:`propose` for the arguments."""
 
-    def __init__(self, draw: Draw, number: int, seed: int, fixed: Mapping[str, Any]) -> None:
+    def __init__(
+        self, draw: Draw, number: int, seeds: tuple[int, int], fixed: Mapping[str, Any]
+    ) -> None:
         self.draw = draw
         self.number = number
-        self.seed = seed
+        self.seeds = seeds
         self.fixed = fixed
         self.attempts = 0
         self.rejected = Counter[str]()  # attempts by the error that the space raised
@@ -459,7 +465,7 @@ class _Proposal:
             trials.append(self._searched(attempt.params, attempt.distributions))
 
     def _seed(self, i: int) -> int:
-        entropy = np.random.SeedSequence((self.seed, self.number, i))
+        entropy = np.random.SeedSequence((*self.seeds, i))
 
         return int(entropy.generate_state(1)[0])
 
@@ -631,7 +637,7 @@ def distributions(draw: Draw) -> Distributions:
     return trial.distributions
 
 
-def importances(study: optuna.Study) -> dict[str, tuple[float, float, float]]:
+def importances(records: Sequence[TrialRecord]) -> dict[str, tuple[float, float, float]]:
     r"""Returns how much each parameter matters for the first objective, from most to least.
 
     That is its share, as Optuna's dashboard shows it, and the interval that has 90 % of its shares
@@ -643,7 +649,9 @@ def importances(study: optuna.Study) -> dict[str, tuple[float, float, float]]:
         | https://arxiv.org/abs/2304.10255
     """
 
-    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    complete = [record for record in average_seeds(records) if record.state == "complete"]
+    objectives = max((len(record.finals) for record in complete), default=1)
+    trials = [t for t in view(complete, None, objectives) if t.state == TrialState.COMPLETE]
 
     if len(trials) < TELLING:
         return {}

@@ -130,6 +130,10 @@ class Study:
             "source": record.source,
             "supersedes": supersedes,
         }
+
+        if record.replica_of:
+            attrs["replica_of"] = record.replica_of
+
         self.study.add_trial(
             optuna.trial.create_trial(
                 state=TrialState.COMPLETE if complete else TrialState.RUNNING,
@@ -327,6 +331,7 @@ def _record(trial: FrozenTrial, notes: dict[str, Any]) -> TrialRecord:
         worker_deaths=attrs.get("lost", 0),
         memory_errors=attrs.get("short", 0),
         finals=tuple(trial.values) if trial.state == TrialState.COMPLETE else (),
+        replica_of=attrs.get("replica_of", 0),
     )
 
 
@@ -380,3 +385,22 @@ def draw_run(
     )
 
     return study.add(record, trial)
+
+
+def replicate_run(study: Study, record: TrialRecord, config: dict[str, Any]) -> TrialRecord:
+    r"""Adds a run with the configuration of another one and the next seed that it lacks."""
+
+    number = 1 + sum(r.replica_of == record.index for r in study.records())
+    seed = ((config | record.config)["seed"] + number) % 2**63
+    replica = TrialRecord(
+        study.next_index(),
+        new_id(),
+        "running",
+        record.epochs,
+        record.epochs,
+        attempt=1,
+        config=record.config | {"seed": seed},
+        replica_of=record.index,
+    )
+
+    return study.add(replica, record.trial)

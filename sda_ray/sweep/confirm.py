@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core import CONFIG, Config, UserError, check_config, choice
-from ..search import rank_key
+from ..search import average_seeds, rank_key
 from .definition import Sweep
 from .record import load_record, read_study, read_sweep
 
@@ -164,7 +164,10 @@ def make_confirmation(
     base, more = CONFIG | definition["config"], {} if epochs is None else {"epochs": epochs}
     best: list[dict[str, Any]] = []
 
-    for r in sorted((r for r in records if r.state == "complete"), key=rank_key):
+    for r in sorted(average_seeds(records), key=rank_key):
+        if r.state != "complete":
+            break
+
         config = _without_seeds(base | r.config | more)
 
         if all(config != x["config"] for x in best):

@@ -74,7 +74,15 @@ def _setting_faults(sweep: Any) -> Iterator[str]:
             "would mean a script."
         )
 
-    least = {"trials": 1, "seed": 0, "eta": 2, "finalists": 0, "min_epochs": 1, "patience": 1}
+    least = {
+        "trials": 1,
+        "seed": 0,
+        "eta": 2,
+        "finalists": 0,
+        "min_epochs": 1,
+        "patience": 1,
+        "seeds": 1,
+    }
 
     for key, low in least.items():
         value = getattr(sweep, key)
@@ -201,6 +209,8 @@ class Sweep:
         rungs: The epochs of all rungs before the end. By default `min_epochs` and, above it, `epochs`
             over the powers of `eta`.
         finalists: The least number of trials that get the full number of epochs.
+        seeds: The number of seeds with which a trial that gets there is trained: CONFIG's and the
+            next ones. It is judged by their mean. A further seed does not count as a trial.
         objectives: The metrics to minimise. The first is what runs are compared by, pruned and
             ranked: `loss_valid`; or `denoising` or `skill`, by which runs of any `window` and
             `alpha` compare, see :mod:`sda_ray.training.validation`. After it may come the others,
@@ -227,6 +237,7 @@ class Sweep:
     objectives: tuple[str, ...] = OBJECTIVES[:1]
     percentile: float = 25.0
     patience: int | None = None
+    seeds: int = 1
     script: Path | None = None
     module: Path | None = field(default=None, init=False, repr=False, compare=False)
     derived: bool = field(default=False, init=False, repr=False, compare=False)
@@ -315,6 +326,12 @@ class Sweep:
 
         if callable(space):
             faults = checked._draw_faults(known, draws)
+
+        if not faults and self.seeds > 1 and "seed" in checked._keys():
+            faults.append(
+                f"seeds is {self.seeds}, but SPACE has 'seed': each trial has its own. Leave one "
+                "of them out."
+            )
 
         if not faults and data is not None:
             for name, states in checked.measured.items():
@@ -527,6 +544,7 @@ class Sweep:
             self.finalists,
             pruner=_method(self.pruner),
             recorded=self.rungs if first else None,
+            seeds=self.seeds,
         )
 
     def definition(self) -> dict[str, Any]:

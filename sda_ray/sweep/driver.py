@@ -24,6 +24,7 @@ from ..search import (
     TrialRecord,
     decide,
     draw_run,
+    replicate_run,
     unhide,
 )
 
@@ -161,6 +162,10 @@ class Driver:
 
             assert action.record is not None
 
+            if action.kind == "replicate":
+                record = replicate_run(self.study, action.record, self.spec["config"])
+                break
+
             if action.kind != "prune":
                 record = self.study.start(action.record, action.until, action.shown)
                 break
@@ -170,6 +175,7 @@ class Driver:
         self.live[trial] = record.index
         self.losses.places.pop(record.index, None)  # its node is not known yet
         self.notify(action.kind, record)
+        replica = {"replica_of": record.replica_of} if record.replica_of else {}
 
         return self.spec | {
             "config": self.spec["config"] | record.config,
@@ -179,6 +185,7 @@ class Driver:
             "attempt": record.attempt,
             "short": record.memory_errors,
             "avoid": sorted(self.losses.avoided),
+            "record": self.spec["record"] | replica,
         }
 
     def _decide(

@@ -8,7 +8,7 @@ others are drawn.
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -397,7 +397,10 @@ def _restore(study: Study, sweep: Sweep, path: RunPath, run: Mapping[str, Any], 
     config = load_config(path.config)
     match = fit(sweep, config, run.get("params"))
 
-    if faults := [*match.faults, *match.differences.values()]:
+    replica_of = int(run.get("replica_of", 0))
+    differences = [x for key, x in match.differences.items() if not (replica_of and key == "seed")]
+
+    if faults := [*match.faults, *differences]:
         raise UserError("\n".join(faults))
 
     epochs, rules = config["epochs"], sweep.rules
@@ -405,8 +408,10 @@ def _restore(study: Study, sweep: Sweep, path: RunPath, run: Mapping[str, Any], 
         state=TrialState.PRUNED, params=match.params, distributions=match.distributions
     )
     last = max(read_history(path.metrics), default=0)
-    until = min(rules.after(last - 1), epochs) if rules.min_epochs else epochs
-    record = TrialRecord(run["trial"], path.id, "running", until, epochs, config=match.values)
+    until = min(rules.after(last - 1), epochs) if rules.min_epochs and not replica_of else epochs
+    values = match.values | ({"seed": config["seed"]} if replica_of else {})
+    record = TrialRecord(run["trial"], path.id, "running", until, epochs, config=values)
+    record = replace(record, replica_of=replica_of)
     record = study.add(record, drawn)
 
     if run.get("status") == "failed":

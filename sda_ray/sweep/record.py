@@ -40,7 +40,12 @@ if TYPE_CHECKING:
     from ..search import Study  # which loads optuna
 
 # The settings that older records lack
-LATER: dict[str, Any] = {"objectives": ["loss_valid"], "percentile": 25.0, "patience": None}
+LATER: dict[str, Any] = {
+    "objectives": ["loss_valid"],
+    "percentile": 25.0,
+    "patience": None,
+    "seeds": 1,
+}
 
 
 OFFLINE = Wandb()
@@ -59,6 +64,7 @@ class _Definition(msgspec.Struct):
     eta: int | None = None
     rungs: tuple[int, ...] | None = None
     finalists: int = 1
+    seeds: int = 1
 
 
 class _Record(msgspec.Struct):
@@ -194,7 +200,7 @@ def recorded_rules(record: Mapping[str, Any]) -> Rules:
     r"""Returns the rules of a sweep by its record, see :func:`read_sweep`. Its script is not run."""
 
     definition = record["definition"]
-    keys = ("pruner", "min_epochs", "eta", "rungs", "finalists")
+    keys = ("pruner", "min_epochs", "eta", "rungs", "finalists", "seeds")
     settings = {key: definition[key] for key in keys if key in definition}
 
     return Sweep(record["name"], definition["config"], {}, record["trials"], **settings).rules
@@ -295,8 +301,8 @@ def _recorded_script(script: Path, parts: list[str], beside: str | None) -> Swee
 class Changes:
     r"""The changes in the definition of a sweep, a line for each.
 
-    It can be resumed with domains that have grown, and with other `finalists`. All other changes
-    make it another sweep.
+    It can be resumed with domains that have grown, and with other `finalists` and `seeds`. All other
+    changes make it another sweep.
     """
 
     widened: tuple[str, ...] = ()
@@ -347,7 +353,7 @@ def compare(before: dict[str, Any], now: dict[str, Any]) -> Changes:
 
     for key in {**was, **value}:
         if was.get(key) != value.get(key):
-            lines = widened if key == "finalists" else refused
+            lines = widened if key in ("finalists", "seeds") else refused
             lines.append(f"{key} was {_show(was.get(key))} and is {_show(value.get(key))}")
 
     for grown, line in _spaces(old["space"], new["space"]):

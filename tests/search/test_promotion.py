@@ -4,6 +4,7 @@ import math
 import os
 import random
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from simulated import Crash, Sweeping, diverges, fails, loss
 
-from sda_ray.search.promotion import Rules, TrialRecord, best_at_rung, decide, rank_key, unhide
+from sda_ray.search.promotion import (
+    Rules,
+    TrialRecord,
+    average_seeds,
+    best_at_rung,
+    count_trials,
+    decide,
+    rank_key,
+    unhide,
+)
 
 RULES = Rules(target=9, epochs=9, min_epochs=1, eta=3)
 
@@ -160,6 +170,63 @@ def test_closed_runs_are_promoted_when_a_sweep_is_extended() -> None:
     assert decide(records, (), replace(RULES, target=3)).record == records[0]
 
 
+# Seeds
+
+
+def replica(index: int, of: int, *values: float, state: str = "complete") -> TrialRecord:
+    return run(index, *values, state=state, replica_of=of, until=9)
+
+
+def test_a_configuration_gets_further_seeds_once_it_may_go_to_the_end() -> None:
+    rules = replace(RULES, target=3, seeds=3)
+    waits = [run(i, 9.0, 9.0, float(i)) for i in (1, 2)]
+    promoted = run(3, 1.0, 1.0, 0.5, until=9)
+    action = decide([*waits, promoted], {3}, rules)
+
+    assert (action.kind, action.record, action.until) == ("replicate", promoted, 9)
+
+    records = [*waits, promoted, replica(4, 3, state="running")]
+    assert decide(records, {3}, rules).record == records[3]  # its process has died
+    assert decide(records, {3, 4}, rules).record == promoted
+
+    records.append(replica(5, 3, *[1.0] * 9))
+    assert decide(records, {3, 4}, rules).kind == "wait"
+    assert decide(records, {3, 4}, replace(rules, target=4)).kind == "draw"
+    assert count_trials(records) == 3
+
+
+@pytest.mark.parametrize("state", ["diverged", "failed", "stopped"])
+def test_a_configuration_whose_first_run_is_over_gets_no_further_seeds(state: str) -> None:
+    over = run(1, *[1.0] * 4, state=state, until=9)
+
+    assert decide([over], (), replace(RULES, target=1, seeds=2, finalists=0)).kind != "replicate"
+
+
+def test_further_seeds_do_not_compete_at_rungs() -> None:
+    records = [run(1, 2.0), run(2, 3.0), run(3, 4.0), replica(4, 9, 1.0)]
+
+    assert [r.index for r in best_at_rung(1, records, RULES)] == [1]
+
+
+def test_a_configuration_is_compared_by_the_mean_over_seeds_that_are_complete() -> None:
+    lucky = run(1, *[1.0] * 9, state="complete")
+    steady = run(2, *[2.0] * 9, state="complete")
+    records = [lucky, steady, replica(3, 1, *[6.0] * 9), replica(4, 1, 8.0, state="running")]
+    best, other = sorted(average_seeds(records), key=rank_key)
+
+    assert (best.index, best.value, best.error_over_seeds) == (2, 2.0, None)
+    assert (other.index, other.value, other.seeds) == (1, 3.5, (1.0, 6.0))
+    assert other.error_over_seeds == pytest.approx(2.5)
+    assert other.values == lucky.values  # its own
+
+
+def test_a_configuration_one_of_whose_seeds_diverges_has_diverged() -> None:
+    records = [run(1, *[1.0] * 9, state="complete"), replica(2, 1, 5.0, state="diverged")]
+    (only,) = average_seeds(records)
+
+    assert only.state == "diverged" and only.error.startswith("run 2")
+
+
 # What finalists do is hidden
 
 
@@ -216,6 +283,7 @@ def simulate(directory: Path, rng: random.Random, slots: int, rules: Rules) -> S
     target=st.integers(1, 10),
     finalists=st.integers(0, 3),
     first=st.sampled_from([None, 1, 2]),
+    seeds=st.integers(1, 3),
 )
 def test_any_interleaving_ends_in_a_consistent_study(
     tmp_path_factory: pytest.TempPathFactory,
@@ -224,19 +292,28 @@ def test_any_interleaving_ends_in_a_consistent_study(
     target: int,
     finalists: int,
     first: int | None,
+    seeds: int,
 ) -> None:
-    rules = Rules(target, 9, first, 3, finalists)
+    rules = Rules(target, 9, first, 3, finalists, seeds=seeds)
     directory = tmp_path_factory.mktemp("sweep")
     sweeping = simulate(directory, random.Random(seed), slots, rules)
     records = sweeping.drive()  # once more: nothing is left to do
 
+    # What was sent to the end was sent there with each seed
+    replicas = Counter(r.replica_of for r in records)
+    sent = [r for r in records if not r.replica_of and r.until == 9 and r.state != "pruned"]
+    whole = [r for r in sent if r.state == "complete"]
+    assert all(replicas[r.index] == seeds - 1 for r in whole)
+    assert {*replicas} <= {0, *(r.index for r in sent)}
+
     # Nothing lost, twice, or left open
-    failed = [r for r in records if r.state == "failed"]
+    own = [r for r in records if not r.replica_of]
+    failed = [r for r in own if r.state == "failed"]
     assert [r.index for r in records] == list(range(1, len(records) + 1))
     assert len({r.run_id for r in records}) == len(records)
     assert len({str(r.config) for r in records}) == len(records)
     assert all(r.state in ("complete", "pruned", "diverged", "failed") for r in records)
-    assert len(records) - len(failed) == target or len(failed) >= 4
+    assert len(own) - len(failed) == target or len(failed) >= 4
     assert len(list(sweeping.runs.iterdir())) <= len(records)
 
     # Each run got as far as it was sent
@@ -248,8 +325,8 @@ def test_any_interleaving_ends_in_a_consistent_study(
             assert r.last in rules.rungs[:-1]
 
     # There are finished models
-    complete = sum(r.state == "complete" for r in records)
-    assert complete >= min(finalists, complete + sum(r.paused for r in records))
+    complete = sum(r.state == "complete" for r in own)
+    assert complete >= min(finalists, complete + sum(r.paused for r in own))
 
     # Promoted were those among the best, as the values were then
     for record, then in sweeping.promotions:
@@ -293,11 +370,11 @@ def test_a_serial_sweep_is_successive_halving_as_published(tmp_path: Path, seed:
 
 
 @pytest.mark.parametrize("sampler", ["random", "tpe"])
-@pytest.mark.parametrize("diverging", [False, True])
+@pytest.mark.parametrize(("diverging", "seeds"), [(False, 1), (True, 1), (True, 2)])
 def test_extended_sweep_equals_one_that_was_larger_at_once(
-    tmp_path: Path, sampler: str, diverging: bool
+    tmp_path: Path, sampler: str, diverging: bool, seeds: int
 ) -> None:
-    rules = Rules(32, 9, 1, 3)
+    rules = Rules(32, 9, 1, 3, seeds=seeds)
     more: dict[str, Any] = {"diverges": diverges} if diverging else {}
     whole = Sweeping(tmp_path / "whole", rules, sampler, **more).drive()
     parts = Sweeping(tmp_path / "parts", rules, sampler, **more)
@@ -309,7 +386,8 @@ def test_extended_sweep_equals_one_that_was_larger_at_once(
         assert sum(r.state == "complete" for r in records) >= 1
 
     seen = [
-        [(r.config, r.visible, r.outcome) for r in unhide(rs, rules)] for rs in (whole, records)
+        [(r.config, r.visible, r.outcome) for r in unhide(rs, rules) if not r.replica_of]
+        for rs in (whole, records)
     ]
     assert seen[0] == seen[1]
 

@@ -3,6 +3,7 @@ r"""Tests for sda_ray.search.reconcile: the study survives crashes of driver and
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -236,7 +237,7 @@ class Sweeps(Ordeal):
             return
 
         seen = self.study.records()
-        own = [r for r in seen if not r.source and r.state != "failed"]
+        own = [r for r in seen if not (r.source or r.replica_of) and r.state != "failed"]
         now = {r.run_id: r for r in seen}
 
         assert [r.index for r in seen] == list(range(1, len(seen) + 1))
@@ -296,7 +297,10 @@ class Sweeps(Ordeal):
 
         if self.sweeping.stops is None:
             paused = any(r.state == "pruned" for r in own)
-            assert sum(r.state == "complete" for r in own) >= rules.finalists or not paused
+            whole = [r for r in own if r.state == "complete" and not r.replica_of]
+            assert len(whole) >= rules.finalists or not paused
+            seeds = Counter(r.replica_of for r in own)
+            assert all(seeds[r.index] == rules.seeds - 1 for r in whole)
 
         # No directory is a stranger's or a second one, and nothing is left to do
         paths = list(RunPath.all(self.sweeping.runs))
@@ -306,7 +310,7 @@ class Sweeps(Ordeal):
         assert self.sweeping.journal.read_bytes() == before
 
     def _full(self, seen: list[TrialRecord]) -> bool:
-        own = [r for r in seen if not r.source]
+        own = [r for r in seen if not (r.source or r.replica_of)]
         failed = sum(r.state == "failed" for r in own)
 
         return len(own) - failed >= self.sweeping.rules.target

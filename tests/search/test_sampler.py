@@ -24,7 +24,7 @@ from sda_ray.core.errors import UserError
 from sda_ray.core.space import choice, integer, loguniform, uniform
 from sda_ray.search.promotion import Rules, TrialRecord
 from sda_ray.search.pruners import hyperband_brackets
-from sda_ray.search.sampler import distributions, importances, memory_study, propose, view
+from sda_ray.search.sampler import distributions, importances, propose, view
 from sda_ray.search.study import Study
 from sda_ray.sweep.definition import Sweep
 
@@ -205,18 +205,18 @@ def test_importances_are_known_from_ten_complete_runs_on() -> None:
     def value(config: dict[str, Any]) -> float:
         return abs(math.log10(config["learning_rate"]) + 3)
 
-    trials = view(play(sweep_of(sampler="random", pruner="none"), 40, value))
-    matter = importances(memory_study(trials))
+    records = play(sweep_of(sampler="random", pruner="none"), 40, value)
+    matter = importances(records)
 
     shares = {key: share for key, (share, _, _) in matter.items()}
 
     assert list(shares) == sorted(shares, key=shares.__getitem__, reverse=True)
     assert all(0 <= low <= high <= 1 for _, low, high in matter.values())
     assert matter["learning_rate"][1] > max(high for _, _, high in [*matter.values()][1:])
-    assert importances(memory_study(trials)) == matter  # whenever it is asked
+    assert importances(records) == matter  # whenever it is asked
     assert matter.keys() == SPACE.keys() and next(iter(matter)) == "learning_rate"
-    assert [importances(memory_study(trials[:n])) for n in (0, 2, 9)] == [{}, {}, {}]
-    assert importances(memory_study(trials[:10])).keys() == SPACE.keys()
+    assert [importances(records[:n]) for n in (0, 2, 9)] == [{}, {}, {}]
+    assert importances(records[:10]).keys() == SPACE.keys()
 
 
 # Divergence
