@@ -232,7 +232,7 @@ class Sweeping:
             study,
             replace(self.rules, excused=failed),
             self.propose,
-            {"config": {"epochs": self.rules.epochs, "seed": 0}, "record": {}},
+            {"config": {"epochs": self.rules.epochs, "seed": 0}},
             lambda: slots,
             notify,
             self.runs.parent / "stop",

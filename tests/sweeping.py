@@ -10,7 +10,7 @@ from typing import Any
 from sda_ray import CONFIG, Sweep, choice, loguniform
 from sda_ray.core.lease import Lease
 from sda_ray.search.promotion import decide
-from sda_ray.search.study import Study, draw_run
+from sda_ray.search.study import Study, draw_run, replicate_run
 from sda_ray.sweep.record import write_sweep
 
 SPACE = {
@@ -48,6 +48,15 @@ def make_sweep(
     return play_sweep(runs, Sweep(name, config, space or SPACE, trials=count, **settings), ends)
 
 
+def make_sweep_of_seeds(runs: Path, name: str, count: int) -> Study:
+    r"""Makes a finished sweep of three seeds, each of which adds 0.01 to the loss."""
+
+    config = CONFIG | {"epochs": 30}
+    sweep = Sweep(name, config, SPACE, trials=count, sampler="random", seeds=3)
+
+    return play_sweep(runs, sweep, loss=lambda c, epoch: loss(c, epoch) + 0.01 * c["seed"])
+
+
 def play_sweep(
     runs: Path,
     sweep: Sweep,
@@ -71,6 +80,9 @@ def play_sweep(
     while (action := decide(study.records(), (), sweep.rules)).kind != "stop":
         if action.kind == "draw":
             trial = draw_run(study, study.records(), sweep.rules, config, sweep.propose)
+        elif action.kind == "replicate":
+            assert action.record is not None
+            trial = replicate_run(study, action.record, config)
         else:
             assert action.record is not None
             trial = study.start(action.record, action.until, action.shown)

@@ -218,7 +218,9 @@ class Trial(tune.Trainable):
             wandb=Wandb(**spec["wandb"]),
             attempt=spec["attempt"],
             takeover=True,
-            record=spec["record"] | {"trial": spec["index"], "params": spec.get("params")},
+            record=spec["record"]
+            | {"trial": spec["index"], "params": spec.get("params")}
+            | ({"replica_of": n} if (n := spec.get("replica_of")) else {}),
             device=device,
         )
         self.tracker = self.run.tracker  # which outlives the run's end

@@ -650,7 +650,7 @@ def importances(records: Sequence[TrialRecord]) -> dict[str, tuple[float, float,
     """
 
     complete = [record for record in average_seeds(records) if record.state == "complete"]
-    objectives = max((len(record.finals) for record in complete), default=1)
+    objectives = max((len(record.finals) for record in complete), default=0) or 1
     trials = [t for t in view(complete, None, objectives) if t.state == TrialState.COMPLETE]
 
     if len(trials) < TELLING:

@@ -175,7 +175,6 @@ class Driver:
         self.live[trial] = record.index
         self.losses.places.pop(record.index, None)  # its node is not known yet
         self.notify(action.kind, record)
-        replica = {"replica_of": record.replica_of} if record.replica_of else {}
 
         return self.spec | {
             "config": self.spec["config"] | record.config,
@@ -185,7 +184,7 @@ class Driver:
             "attempt": record.attempt,
             "short": record.memory_errors,
             "avoid": sorted(self.losses.avoided),
-            "record": self.spec["record"] | replica,
+            "replica_of": record.replica_of,
         }
 
     def _decide(

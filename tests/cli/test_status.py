@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from conftest import Cli, Start
-from sweeping import EPOCH, make_sweep
+from sweeping import EPOCH, make_sweep, make_sweep_of_seeds
 
 from sda_ray import choice
 from sda_ray.cli.status import follow
@@ -75,6 +75,26 @@ def test_numbers_are_those_of_the_study(study: Study, told: Callable[..., Any]) 
     assert status["saved"] == sum(30 - r.last for r in records if r.state == "pruned") > 0
     assert status["epochs"] <= status["most"] and status["left"] is None
     assert {x["index"]: x["state"] for x in status["failures"]} == ENDS
+
+
+def test_configurations_are_ranked_by_the_mean_over_seeds(
+    tmp_path: Path, told: Callable[..., Any]
+) -> None:
+    records = make_sweep_of_seeds(tmp_path / "runs", "seeds", 12).records()
+    firsts = [r for r in records if r.state == "complete" and not r.replica_of]
+    best, (row,) = told("best", "seeds", "--top=9", "--json"), told("sweeps", "--json")
+
+    assert len(best) == len(firsts) and row["trials"] == 12
+    assert row["epochs"] == sum(r.last for r in records)
+
+    for x in best:  # a seed adds 0.01
+        value = next(r.values[30] for r in firsts if r.index == x["index"])
+        assert x["seeds"] == pytest.approx([value, value + 0.01, value + 0.02])
+        assert x["value"] == pytest.approx(value + 0.01)
+        assert x["se"] == pytest.approx(0.01 / 3**0.5)
+
+    text = told("best", "seeds")
+    assert "seeds" in text and "the value is their mean" in text and "One seed" not in text
 
 
 def test_texts_say_the_same(study: Study, told: Callable[..., Any]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from studies import no_sync  # noqa: F401
-from sweeping import EPOCH, START, make_sweep
+from sweeping import EPOCH, START, make_sweep, make_sweep_of_seeds
 
 from sda_ray.core.errors import UserError
 from sda_ray.report.findings import Findings, read_findings
@@ -44,6 +44,20 @@ def test_trials_are_those_of_the_study_from_best_to_worst(
     }
     assert findings.best is not None and findings.best.record.run_id == records[0].run_id
     assert list(findings.shares) == []  # too few are complete
+
+
+def test_configurations_are_compared_by_the_mean_over_seeds(tmp_path: Path) -> None:
+    records = make_sweep_of_seeds(tmp_path, "seeds", 24).records()
+    findings = read_findings(tmp_path, "seeds")
+    replicas = [t for t in findings.trials if t.record.replica_of]
+
+    assert len(findings.trials) == len(records) and findings.best is not None
+    assert len(replicas) == 2 * len(findings.complete)
+    assert all(t.why.startswith("another seed of run ") for t in replicas)
+    assert findings.error(findings.best) == pytest.approx(0.01 / 3**0.5)
+    assert "the mean of 3 seeds" in next(findings.found())
+    assert not any("One seed" in text for text in findings.doubts())
+    assert not {t.record.run_id for t in replicas} & {*findings.expected}
 
 
 def test_each_run_has_a_reason_why_it_stopped(findings: Findings) -> None:

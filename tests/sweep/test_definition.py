@@ -60,6 +60,12 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"rungs": (3, 9), "min_epochs": 2}, "from min_epochs (=2)"),
     ({"space": {"epochs": integer(8, 16)}}, "SPACE has 'epochs', but pruned trials are compared"),
     ({"space": {"epochs": integer(8, 16)}, "pruner": "median"}, "or take pruner='none'"),
+    ({"seeds": 0}, "seeds is 0, but must be an integer from 1"),
+    ({"seeds": 2, "space": {"seed": integer(1, 9)}}, "seeds is 2, but SPACE has 'seed'"),
+    (
+        {"seeds": 2, "space": lambda trial: {"seed": trial.suggest_int("s", 1, 9)}},
+        "seeds is 2, but SPACE has 'seed'",
+    ),
 ]
 
 

@@ -25,7 +25,7 @@ from sda_ray.core.lease import is_alive, read_holder
 from sda_ray.runs.metrics import read_history
 from sda_ray.runs.path import RunPath
 from sda_ray.runs.record import read_record
-from sda_ray.search.promotion import TrialRecord
+from sda_ray.search.promotion import TrialRecord, count_trials
 from sda_ray.search.study import Study
 from sda_ray.sweep.definition import load_script
 from sda_ray.sweep.launch import _resume_command, launch_sweep
@@ -317,6 +317,39 @@ def test_killed_confirmation_ends_with_fresh_seeds_and_the_same_table(place: Pla
     assert "Confirmation of pair" in place.run("sweep", "pair-confirm")
     out = place.run(*words, "--json")
     assert json.loads(out[out.index("\n{\n") :])["seeds"] == [1, 2]
+
+
+def test_killed_sweep_judges_what_reaches_the_end_by_all_seeds(place: Place) -> None:
+    words = ("tiny.py", "--name=seeds", "--trials=4", "epochs=3")
+    driver = place.start(*words, "--seeds=2", "--parallel=2")
+    study = place.runs / "sweeps" / "seeds" / "study.journal"
+    place.wait(lambda: study.exists() and any(r.replica_of for r in place.records("seeds")))
+    driver.kill()
+    driver.communicate()
+
+    place.run("sweep", "seeds")
+    out = place.run("sweep", "seeds", "--seeds=3")  # more of them later
+    assert "seeds was 2 and is 3" in out and "the value is their mean" in out
+
+    def outcome() -> list[Any]:
+        records = place.records("seeds")
+        return [(r.run_id, r.config, r.replica_of, r.state, r.values) for r in records]
+
+    records, before = place.records("seeds"), outcome()
+    firsts = [r for r in records if r.state == "complete" and not r.replica_of]
+    replicas = [r for r in records if r.replica_of]
+    rates = {r.index: r.config["learning_rate"] for r in records}
+    assert firsts and count_trials(records) == 4
+    assert sorted((r.replica_of, r.config["seed"]) for r in replicas) == [
+        (r.index, seed) for r in firsts for seed in (1, 2)
+    ]
+    assert {r.state for r in replicas} == {"complete"}
+    assert all(rates[r.index] == rates[r.replica_of] for r in replicas)
+    assert place.same_as_alone(replicas[0])
+
+    study.unlink()
+    place.run("sweep", "seeds")
+    assert outcome() == before
 
 
 def test_killed_worker_and_stopped_driver_cost_no_bit(place: Place) -> None:

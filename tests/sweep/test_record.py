@@ -183,11 +183,11 @@ def test_changed_objectives_are_refused(sweep: Sweep) -> None:
     assert line.startswith('objectives was ["loss_valid"] and is ["loss_valid", "parameters"]')
 
 
-def test_finalists_may_change(sweep: Sweep) -> None:
-    changes = compare(record(sweep), record(replace(sweep, finalists=3)))
+def test_finalists_and_seeds_may_change(sweep: Sweep) -> None:
+    changes = compare(record(sweep), record(replace(sweep, finalists=3, seeds=2)))
 
     assert changes.refused == ()
-    assert changes.widened == ("finalists was 1 and is 3",)
+    assert {*changes.widened} == {"finalists was 1 and is 3", "seeds was 1 and is 2"}
 
 
 def test_config_of_a_key_that_varies_plays_no_role(sweep: Sweep) -> None:
