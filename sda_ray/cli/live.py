@@ -425,7 +425,9 @@ class LiveTable:
         head = self._head()
         lines = [] if self.screen is None else self.screen.lines
         messages = lines[-min(MESSAGES, height // 6) :]
-        ranked = sorted(with_averages(self.now), key=lambda r: (r.status != "running", rank_key(r)))
+        ranked = sorted(
+            with_averages(self.now), key=lambda r: (r.status != "running", rank_key(r))
+        )
         low = height <= 15
         head = head[:3] if low else head
         rest = 3 if low else 5  # lines: two of the header, and those around the table

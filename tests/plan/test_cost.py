@@ -11,7 +11,7 @@ import torch
 from sda_ray.core.config import CONFIG, Config
 from sda_ray.nn.precision import lowered
 from sda_ray.plan.cost import MemoryMeter, measure, shape_of
-from sda_ray.plan.plan import forecast
+from sda_ray.plan.plan import expect, forecast
 from sda_ray.plan.probe import Sample, Speed, speed_of, take_steps
 from sda_ray.runs.checkpoint import save_checkpoint, save_state
 from sda_ray.runs.path import RunPath
@@ -180,6 +180,17 @@ def test_forecast_without_pruning_is_exact() -> None:
     assert found.epochs == 120
     assert found.busy == 12 * 20
     assert found.finish == 3 * 20
+
+
+def test_further_seeds_of_what_reaches_the_end_are_foreseen() -> None:
+    every = Rules(12, 10, pruner="none", seeds=3)
+    once, thrice = Rules(64, 64, 4), Rules(64, 64, 4, seeds=3)
+
+    assert forecast(every, 4, [1.0]).epochs == 3 * 12 * 10
+    assert expect(every, ()).most == 3 * 12 * 10
+
+    more = forecast(thrice, 4, [1.0]).epochs - forecast(once, 4, [1.0]).epochs
+    assert 2 * 64 < more < 2 * 64 * 16  # some go to the end, not many
 
 
 @pytest.mark.parametrize("slots", [1, 8])
