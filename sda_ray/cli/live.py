@@ -33,6 +33,7 @@ from ..search import (
     Rules,
     TrialRecord,
     average_seeds,
+    count_trials,
     rank_key,
     standing,
     with_averages,
@@ -378,7 +379,9 @@ class LiveTable:
         statuses = [record.status for record in self.now]
         counts = ", ".join(f"{statuses.count(x)} {x}" for x in STYLES if x in statuses)
 
-        return f"{len(statuses)}/{self.rules.target} runs: {counts or 'starting Ray'}"
+        trials = f"{count_trials(self.now)}/{self.rules.target} trials"
+
+        return f"{trials}: {counts or 'starting Ray'}"
 
     def _spent(self) -> str:
         totals, size = self._totals(), self.size()
@@ -452,7 +455,7 @@ class LiveTable:
             return {id: show(x) for id, row in found.items() if (x := row.get(key))}
 
         more = {
-            "curve": {r.run_id: sparkline(r.curve.values(), ascii_only) for r in records},
+            "curve": {r.run_id: sparkline(r.trajectory.values(), ascii_only) for r in records},
             "left": {
                 r.run_id: f"{format_duration(x)} to {r.until}"
                 for r in records

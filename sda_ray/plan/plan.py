@@ -230,27 +230,7 @@ def _forecast(plan: Plan, sweep: Sweep, slots: Slots) -> None:
         plan.warnings.append("times are without torch.compile: it slows the first steps only.")
 
     check_memory(plan)
-<<<<<<< HEAD
     places = []  # trials of the mean memory at a time, and their speed
-=======
-    places = _places(plan)
-    plan.slots = sum(n for n, _ in places)
-    plan.slots = min(plan.slots, slots.most or plan.slots)
-    speeds = [(n, speed) for n, speed in places if speed is not None]
-    plan.known = plan.slots > 0 and len(speeds) == len(places)
-    seconds, end = _times(plan, speeds) if plan.known else ([1.0], [0.0])
-    rules, n = sweep.rules, max(1, plan.slots)
-    every = replace(rules, min_epochs=None, recorded=None, pruner="none")
-    plan.whole = forecast(every, n, seconds, end)
-    plan.pruned = forecast(rules, n, seconds, end, sweep.stops())
-    check_time(plan)
-
-
-def _places(plan: Plan) -> list[tuple[int, Speed | None]]:
-    r"""Returns the trials at a time, of the mean memory, and the speed of each node with any."""
-
-    places = []
->>>>>>> aa53222 (Judge configurations that reach the end by several seeds)
 
     for node in plan.nodes:
         mean = statistics.fmean(memory_of(node, plan.shapes[i].cost) for i in plan.order)
@@ -267,7 +247,7 @@ def _places(plan: Plan) -> list[tuple[int, Speed | None]]:
     ]
     seconds = [total / rates[i] for i in plan.order] if plan.known else [1.0]
     rules, n = sweep.rules, max(1, plan.slots)
-    every = Rules(rules.target, rules.epochs, pruner="none")
+    every = replace(rules, min_epochs=None, recorded=None, pruner="none")
     plan.whole = forecast(every, n, seconds)
     plan.pruned = forecast(rules, n, seconds, sweep.stops())
     check_time(plan)

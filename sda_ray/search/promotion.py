@@ -81,7 +81,13 @@ class TrialRecord:
     def value(self) -> float | None:
         r"""The newest value that is known, or the mean over seeds."""
 
-        return statistics.fmean(self.seeds) if self.seeds else _filled(self.values).get(self.last)
+        return statistics.fmean(self.seeds) if self.seeds else self.trajectory.get(self.last)
+
+    @cached_property
+    def trajectory(self) -> dict[int, float]:
+        r"""The newest value at each epoch, also of those that do not count for others."""
+
+        return _filled(self.values)
 
     @property
     def error_over_seeds(self) -> float | None:

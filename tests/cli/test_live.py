@@ -15,7 +15,7 @@ from rich.console import Console
 from test_table import records
 
 from sda_ray.cli.live import LiveTable, Pace
-from sda_ray.search.promotion import Rules, TrialRecord
+from sda_ray.search.promotion import Rules, TrialRecord, count_trials
 
 RULES = Rules(40, 9, 1, 3)
 TESTS = Path(__file__).parent
@@ -78,7 +78,7 @@ def test_view_fits_the_terminal(runs: Path, width: int, height: int) -> None:
     assert len(lines) <= height
     assert all(len(line) <= width for line in lines)
     assert lines[0].startswith("sweep demo  0:00:00  ━━━")
-    assert lines[1].startswith("33/40 runs: 1 running"[: width - 1])
+    assert lines[1].startswith(f"{count_trials(table.now)}/40 trials: 1 running"[: width - 1])
     assert lines[2].startswith("best loss_valid 0.2500: run 1 crimson-cloud-0"[: width - 1])
     assert "run00000" in lines[first]  # those in flight come first
     assert lines[-1].startswith("and ") == (height < 40)
