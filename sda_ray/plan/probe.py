@@ -228,7 +228,6 @@ class Node:
     kind: str  # its hardware: models and counts
     fit: int  # trials that its CPUs and GPUs hold at a time
     memory: int  # bytes of the machine, or of one of its GPUs if trials use them
-    gpus: int = 0
     id: str = ""  # Ray's
     faults: tuple[str, ...] = ()  # what keeps trials from running there
     missing: tuple[str, ...] = ()  # directories of the head that it does not see, and need not
@@ -305,7 +304,6 @@ def _node(record: dict[str, Any], facts: Facts, slots: Slots) -> Node:
         kind=_kind(facts.get("cpu", ""), resources, "GPU" in slots.wanted),
         fit=fitting(slots.wanted, resources),
         memory=facts.get("limit", 0),
-        gpus=int(resources.get("GPU", 0)),
         id=record["NodeID"],
         faults=tuple(f"node {name}: {fault}" for fault in faults),
         missing=missing,

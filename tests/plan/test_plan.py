@@ -193,12 +193,12 @@ def test_memory_limits_the_trials_at_a_time(made: Plan) -> None:
     node = replace(made.nodes[0], memory=1000, fit=4)
 
     assert [at_a_time(node, memory, 0) for memory in (100, 400, 1001)] == [4, 2, 0]
-    assert at_a_time(replace(node, gpus=2), 400, 0.5) == 4
+    assert at_a_time(node, 400, 0.5) == 4
 
 
 @pytest.mark.parametrize(("gpus", "most"), [(1, 850), (0.5, 425), (0.25, 212), (2, 850)])
 def test_trial_fits_its_share_of_a_gpu_with_a_margin(made: Plan, gpus: float, most: int) -> None:
-    node = replace(made.nodes[0], memory=1000, fit=4, gpus=4)
+    node = replace(made.nodes[0], memory=1000, fit=4)
 
     assert at_a_time(node, most, gpus) == 4
     assert at_a_time(node, most + 1, gpus) == 0
@@ -206,7 +206,7 @@ def test_trial_fits_its_share_of_a_gpu_with_a_margin(made: Plan, gpus: float, mo
 
 def test_share_of_a_gpu_that_is_too_small_is_caught(made: Plan) -> None:
     takes = memory_of(made.nodes[0], max(made.shapes, key=lambda x: x.cost.peak).cost)
-    nodes = [replace(node, memory=2 * takes, gpus=1) for node in made.nodes]
+    nodes = [replace(node, memory=2 * takes) for node in made.nodes]
     tight = replace(made, nodes=nodes, faults=[], warnings=[], wanted={"GPU": 0.75})
 
     check_memory(tight)
