@@ -13,6 +13,7 @@ from .skill import chi_square as chi_square
 from .skill import cross_spectral_error as cross_spectral_error
 from .skill import crps as crps
 from .skill import divergence_ratio as divergence_ratio
+from .skill import earth_movers_distance as earth_movers_distance
 from .skill import energy as energy
 from .skill import enstrophy as enstrophy
 from .skill import log_likelihood as log_likelihood

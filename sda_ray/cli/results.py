@@ -145,7 +145,7 @@ def evaluate_command(args: Args) -> None:
 
     Trajectories are observed in the ways of a fixed panel, and ensembles are drawn from the
     posterior; others are drawn without an observation. The numbers go into evaluation.json in each
-    run's directory, and figures into evaluation/. What is there is not computed
+    run's directory, and figures with their numbers into evaluation/. What is there is not computed
     again: the command may be killed and repeated. docs/skill.md explains the numbers.
 
       sda-ray evaluate --sweep width --top 5 --table skill.tex

@@ -1,4 +1,4 @@
-r"""Figures of runs. Those of evaluations are PNG and PDF, with the numbers of curves as CSV."""
+r"""Figures of runs. Those of evaluations are PNG and PDF, with the numbers behind them as CSV."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -42,8 +42,8 @@ def draw_evaluation(path: RunPath, name: str, fields: dict[str, np.ndarray]) -> 
     directory = path.directory / "evaluation"
     directory.mkdir(exist_ok=True)
 
-    _save(directory / f"{name}-fields", _fields(w, ws, fields.get("y")))
-    _save(directory / f"{name}-strip", _strip(w, ws))
+    _save(directory / f"{name}-fields", *_fields(w, ws, fields.get("y")))
+    _save(directory / f"{name}-strip", *_strip(w, ws))
     _save(directory / f"{name}-spectra", *_spectra(*spectra))
 
     if "y" in fields:
@@ -73,15 +73,14 @@ def draw_curve(file: Path, lines: Sequence["Metrics"]) -> None:
         figure.savefig(f, format="png", dpi=150, bbox_inches="tight")
 
 
-def _save(stem: Path, figure: "Figure", columns: Mapping[str, np.ndarray] | None = None) -> None:
+def _save(stem: Path, figure: "Figure", columns: Mapping[str, np.ndarray]) -> None:
     for kind in ("png", "pdf"):
         with open_atomic(stem.with_name(f"{stem.name}.{kind}")) as f:
             figure.savefig(f, format=kind, dpi=150, bbox_inches="tight")
 
-    if columns:
-        with open_atomic(stem.with_name(f"{stem.name}.csv")) as f:
-            table = np.stack([*columns.values()], axis=1)
-            np.savetxt(f, table, "%.6g", ",", header=",".join(columns), comments="")
+    with open_atomic(stem.with_name(f"{stem.name}.csv")) as f:
+        table = np.stack([*columns.values()], axis=1)
+        np.savetxt(f, table, "%.6g", ",", header=",".join(columns), comments="")
 
 
 def _figure(rows: int, columns: int, width: float, height: float) -> tuple["Figure", Any]:
@@ -105,7 +104,19 @@ def _image(axes: "Axes", w: np.ndarray, title: str, **options: Any) -> None:
     axes.set_yticks([])
 
 
-def _fields(w: np.ndarray, ws: np.ndarray, y: np.ndarray | None) -> "Figure":
+def _cells(states: Sequence[int], pictures: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    r"""Returns the cells of pictures at some states, a row for each."""
+
+    drawn = {name.replace(" ", "_"): x[[*states]] for name, x in pictures.items()}
+    i, x, y = np.indices(next(iter(drawn.values())).shape)
+    columns = {"state": np.array(states)[i], "x": x, "y": y, **drawn}
+
+    return {name: column.ravel() for name, column in columns.items()}
+
+
+def _fields(
+    w: np.ndarray, ws: np.ndarray, y: np.ndarray | None
+) -> tuple["Figure", dict[str, np.ndarray]]:
     r"""Draws the vorticity of some states: truth, mean, spread and members; and what is observed."""
 
     states = _spaced(len(w), SHOWN)
@@ -129,20 +140,22 @@ def _fields(w: np.ndarray, ws: np.ndarray, y: np.ndarray | None) -> "Figure":
         for row in axes[len(observed) :]:
             row[-1].set_axis_off()
 
-    return figure
+    return figure, _cells(states, pictures)
 
 
-def _strip(w: np.ndarray, ws: np.ndarray) -> "Figure":
+def _strip(w: np.ndarray, ws: np.ndarray) -> tuple["Figure", dict[str, np.ndarray]]:
     r"""Draws the vorticity of the truth above that of a member, along the trajectory."""
 
     states = _spaced(len(w), STRIP)
     figure, axes = _figure(2, len(states), len(states) * SIDE, 2.2 * SIDE)
 
-    for row, name, x in zip(axes, ("truth", "member 0"), (w, ws[0]), strict=True):
+    pictures = {"truth": w, "member 0": ws[0]}
+
+    for row, (name, x) in zip(axes, pictures.items(), strict=True):
         for ax, i in zip(row, states, strict=True):
             _image(ax, x[i], f"{name}, {i}")
 
-    return figure
+    return figure, _cells(states, pictures)
 
 
 def _spectra(truth: np.ndarray, members: np.ndarray) -> tuple["Figure", dict[str, np.ndarray]]:

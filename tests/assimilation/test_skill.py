@@ -19,6 +19,7 @@ from sda_ray.assimilation import (
     cross_spectral_error,
     crps,
     divergence_ratio,
+    earth_movers_distance,
     energy,
     enstrophy,
     log_likelihood,
@@ -274,6 +275,22 @@ def test_divergence_is_relative_to_that_of_the_data() -> None:
     assert divergence_ratio(noise, data) > 1e6
 
 
+# Sets
+
+
+def test_earth_movers_distance_is_that_of_the_best_assignment() -> None:
+    x = normal(50, 3, 4)
+    shift = normal(3, 4)
+
+    assert earth_movers_distance(x, x[torch.randperm(50)]) == 0
+    assert torch.allclose(earth_movers_distance(x, x.flip(0) + shift), shift.norm())
+
+    x, y = normal(2, 50)
+    assert torch.allclose(
+        earth_movers_distance(x, y), (x.sort().values - y.sort().values).abs().mean()
+    )
+
+
 # Intervals
 
 
@@ -340,12 +357,15 @@ def test_shapes_that_do_not_match_are_refused(
         metric(torch.zeros(()), torch.zeros(()))
 
 
-@pytest.mark.parametrize("metric", [*METRICS, spectral_error])
+@pytest.mark.parametrize("metric", [*METRICS, spectral_error, earth_movers_distance])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_values_that_are_not_finite_are_refused(
     metric: Callable[[Tensor, Tensor], Tensor], value: float
 ) -> None:
     x, truth = torch.zeros(4, 2, 16, 16), torch.zeros(2, 16, 16)
+
+    if metric is earth_movers_distance:
+        truth = torch.zeros_like(x)
 
     for wrong in x, truth:
         wrong[-1, -1, -1] = value
@@ -356,7 +376,7 @@ def test_values_that_are_not_finite_are_refused(
         wrong[-1, -1, -1] = 0
 
     with pytest.raises(ValueError, match=r"There is nothing in a tensor of shape|must have \(M"):
-        metric(x[:, :0], truth[:0])
+        metric(x[:, :0], truth[:, :0] if metric is earth_movers_distance else truth[:0])
 
 
 @pytest.mark.parametrize(
@@ -372,6 +392,7 @@ def test_values_that_are_not_finite_are_refused(
             lambda x: spectral_error(x, x),
             "fields of the same size (H, W), at least 10 points wide.",
         ),
+        (lambda x: earth_movers_distance(x, x[1:]), "and y (3, 2, 8, 8), but must have the same"),
         (lambda x: bootstrap(x[:1]), "values has a single row, but an interval needs at least 2."),
     ],
 )

@@ -188,7 +188,7 @@ def test_summary_pools_before_it_takes_roots() -> None:
     assert summary["spread_skill"][0] == pytest.approx((0.035 / (0.065 - 0.035 / 4)) ** 0.5)
 
 
-def test_curves_come_with_their_numbers(runs: Path, data: Path) -> None:
+def test_figures_come_with_their_numbers(runs: Path, data: Path) -> None:
     path = path_of(runs, 4)
     evaluate(runs, data, draw=draw_evaluation)
     directory = path.directory / "evaluation"
@@ -197,11 +197,15 @@ def test_curves_come_with_their_numbers(runs: Path, data: Path) -> None:
     expected = {f"{stem}.{kind}" for stem in stems for kind in ("png", "pdf")}
 
     names = {file.name for file in directory.iterdir()}
-    assert names == expected | {f"{stem}.csv" for stem in curves}
+    assert names == expected | {f"{stem}.csv" for stem in stems}
     table = np.genfromtxt(directory / "circle-spectra.csv", delimiter=",", names=True)
     assert table.dtype.names == ("k", "truth", "low", "median", "high")
     assert table["k"].tolist() == [*range(1, len(table) + 1)]
     assert (table["low"] <= table["median"]).all() and (table["truth"] > 0).all()
+
+    table = np.genfromtxt(directory / "circle-fields.csv", delimiter=",", names=True)
+    assert {"state", "x", "y", "truth", "mean", "spread"} <= {*(table.dtype.names or ())}
+    assert len(table) == 3 * 16 * 16
 
 
 def test_evaluation_that_is_damaged_is_explained(runs: Path, data: Path) -> None:
