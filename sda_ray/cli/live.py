@@ -34,9 +34,8 @@ from ..search import (
     TrialRecord,
     average_seeds,
     count_trials,
-    rank_key,
+    ranked,
     standing,
-    with_averages,
 )
 from .render import STYLES, format_loss, run_table, short_settings, sparkline
 
@@ -428,17 +427,15 @@ class LiveTable:
         head = self._head()
         lines = [] if self.screen is None else self.screen.lines
         messages = lines[-min(MESSAGES, height // 6) :]
-        ranked = sorted(
-            with_averages(self.now), key=lambda r: (r.status != "running", rank_key(r))
-        )
+        rows = sorted(ranked(self.now), key=lambda r: r.status != "running")
         low = height <= 15
         head = head[:3] if low else head
         rest = 3 if low else 5  # lines: two of the header, and those around the table
-        shown = ranked[: max(1, height - len(head) - len(messages) - rest)]
+        shown = rows[: max(1, height - len(head) - len(messages) - rest)]
         parts = self.rows(shown, width)[: 1 if low else 2] if shown else []
 
-        if len(ranked) > len(shown):
-            parts.append(Text(f"and {len(ranked) - len(shown)} more", style="dim"))
+        if len(rows) > len(shown):
+            parts.append(Text(f"and {len(rows) - len(shown)} more", style="dim"))
 
         for line in (*head, *(bottom := [Text(plain(x), style="yellow") for x in messages])):
             line.no_wrap, line.overflow = True, "ellipsis"

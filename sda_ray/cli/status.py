@@ -59,7 +59,7 @@ def _read(runs: Path, name: str) -> tuple[Row, list["TrialRecord"], Row]:
         UserError: If there is no such sweep, or it is damaged.
     """
 
-    from ..search import Study, count_trials, rank_key, with_averages
+    from ..search import Study, count_trials, ranked
     from ..sweep import read_sweep
     from .table import exhausted
 
@@ -77,7 +77,7 @@ def _read(runs: Path, name: str) -> tuple[Row, list["TrialRecord"], Row]:
     ended = count_trials(records) >= target or (exhausted(records, target) and not endless)
     own = [record for record in records if not record.source]
     statuses = [r.status if running or r.status != "running" else "interrupted" for r in own]
-    records = sorted(with_averages(records), key=rank_key)
+    records = ranked(records)
     complete = [record for record in records if _is_complete(record)]
     row = {
         "name": name,

@@ -365,12 +365,14 @@ def _contour(findings: Findings) -> Figure | None:
 def _seeds(findings: Findings) -> Figure | None:
     groups: dict[str, list[float]] = {}
 
-    for trial in findings.complete:
+    complete = [t for t in findings.trials if t.record.state == "complete"]
+
+    for trial in complete:
         others = {k: x for k, x in trial.record.config.items() if k != "seed"}
         name = ", ".join(f"{k}={brief(x)}" for k, x in others.items()) or "all"
-        groups.setdefault(name, []).append(trial.record.value or math.nan)
+        groups.setdefault(name, []).append(trial.record.values[trial.record.last])
 
-    if "seed" not in {key for t in findings.complete for key in t.record.config}:
+    if "seed" not in {key for t in complete for key in t.record.config}:
         return None
 
     shown = sorted(groups.items(), key=lambda item: sum(item[1]) / len(item[1]))[:20]

@@ -24,9 +24,8 @@ from ..search import (
     best_at_rung,
     count_trials,
     importances,
-    rank_key,
+    ranked,
     standing,
-    with_averages,
 )
 from ..sweep import read_study, read_sweep, recorded_rules
 
@@ -128,16 +127,27 @@ class Findings:
         return sum(t.record.last for t in self.trials if not t.record.source)
 
     def error(self, trial: Trial) -> float | None:
-        r"""Returns the standard error of a run's objective, over seeds if it has any, if known."""
-
-        if trial.record.error_over_seeds is not None:
-            return trial.record.error_over_seeds
+        r"""Returns the standard error of a run's objective, if it is known."""
 
         lines = (line for line in reversed(trial.metrics) if self.objective in line)
         line: dict[str, Any] = next(lines, {})
         found = line.get(f"{self.objective}_se")
 
         return float(found) if isinstance(found, int | float) and math.isfinite(found) else None
+
+    def settings(self, trial: Trial) -> dict[str, Any]:
+        r"""Returns the keys of CONFIG by which a run differs, with their values."""
+
+        seed = {"seed": self.sweep["definition"]["config"]["seed"]}
+
+        return (seed if self.rules.seeds > 1 else {}) | trial.record.config
+
+    def uncertainty(self, trial: Trial) -> float | None:
+        r"""Returns the standard error of a configuration's objective, over seeds if it has any."""
+
+        over_seeds = trial.record.error_over_seeds
+
+        return self.error(trial) if over_seeds is None else over_seeds
 
     @cached_property
     def expected(self) -> dict[str, float]:
@@ -239,14 +249,14 @@ class Findings:
             yield "No run is complete yet."
             return
 
-        value, error = best.record.value or math.nan, self.error(best)
+        value, error = best.record.value or math.nan, self.uncertainty(best)
         shown = f"{value:.4g}" + ("" if error is None else f" ± {error:.1g}")
         over = f", the mean of {n} seeds" if (n := len(best.record.seeds)) > 1 else ""
         text = f"Run {best.record.index} is the best: {self.objective} {shown}{over}"
 
         if len(self.complete) > 1:
             gap = (self.complete[1].record.value or math.nan) - value
-            errors = [self.error(t) for t in self.complete[:2]]
+            errors = [self.uncertainty(t) for t in self.complete[:2]]
             text += f", {gap:.2g} below the next, run {self.complete[1].record.index}"
 
             if all(errors):
@@ -270,8 +280,9 @@ class Findings:
         text = f"{self.spent} epochs, which took {format_duration(seconds)} of training"
 
         if trials:
-            share = self.spent / (trials * whole)
-            text += f": {share:.0%} of what all {trials} trials would take to the end"
+            share = self.spent / (trials * whole * self.rules.seeds)
+            each = f" with {self.rules.seeds} seeds each" * (self.rules.seeds > 1)
+            text += f": {share:.0%} of what all {trials} trials would take to the end{each}"
 
         yield f"{text}."
 
@@ -338,7 +349,7 @@ def read_findings(runs: Path, name: str) -> Findings:
 
     sweep, study = read_sweep(runs, name), read_study(runs, name)
     rules = recorded_rules(sweep)
-    records = sorted(with_averages(study.records()), key=rank_key)
+    records = ranked(study.records())
     paths = {path.id: path for path in RunPath.all(runs)}
     trials = [_trial(r, paths.get(r.run_id), why_stopped(r, records, rules)) for r in records]
 

@@ -2,6 +2,7 @@ r"""Sweeps and runs in Python: as tables, and as an Optuna study. Nothing is wri
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,8 @@ class LoadedSweep:
         The columns are the number, the name and the directory (None if it is gone) of a run, its
         status, the epochs it has trained and those it would train, the objective and its standard
         error (NaN if unknown), `seconds` of training, `why` it stopped where it did, and its
-        values of SPACE.
+        values of SPACE. A sweep of several seeds also has `replica_of`, the number of the run whose
+        configuration a run trains again, and the mean over seeds and its standard error.
         """
 
         import pandas as pd
@@ -133,6 +135,11 @@ def _runs(runs: Path | str | None) -> Path:
 
 def _row(findings: Findings, trial: Trial) -> dict[str, Any]:
     record = trial.record
+    seeds = {
+        "replica_of": record.replica_of or None,
+        f"{findings.objective}_mean": record.value if record.seeds else math.nan,
+        f"{findings.objective}_mean_se": record.error_over_seeds,
+    }
 
     return {
         "number": record.index,
@@ -141,9 +148,10 @@ def _row(findings: Findings, trial: Trial) -> dict[str, Any]:
         "status": record.status,
         "epoch": record.last,
         "epochs": record.epochs,
-        findings.objective: record.value,
+        findings.objective: record.trajectory.get(record.last),
         f"{findings.objective}_se": findings.error(trial),
         "seconds": trial.seconds,
         "why": trial.why,
-        **record.config,
+        **(seeds if findings.rules.seeds > 1 else {}),
+        **findings.settings(trial),
     }

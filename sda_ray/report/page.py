@@ -16,6 +16,7 @@ from urllib.parse import quote
 from .. import __version__
 from ..core import Hold, UserError, format_duration, format_value, plain, write_atomic
 from ..runs import RunPath, timestamp
+from ..search import TrialRecord, count_trials
 from .figures import STATES, Figure, brief, figures, history_of_all
 from .findings import Findings, Trial, read_findings
 
@@ -110,7 +111,8 @@ def _library() -> str:
 def _sweep(findings: Findings, file: Path) -> dict[str, Any]:
     best = findings.best
     definition = findings.sweep["definition"]
-    keys = list(dict.fromkeys(key for t in findings.trials for key in t.record.config))
+    keys = list(dict.fromkeys(key for t in findings.trials for key in findings.settings(t)))
+    mean = ["mean over seeds"] if findings.rules.seeds > 1 else []
 
     return {
         "name": findings.name,
@@ -120,11 +122,11 @@ def _sweep(findings: Findings, file: Path) -> dict[str, Any]:
         "doubts": list(findings.doubts()),
         "best": best and {k: format_value(x) for k, x in best.record.config.items()},
         "value": best and brief(best.record.value),
-        "count": len(findings.trials),
+        "count": count_trials([trial.record for trial in findings.trials]),
         "target": findings.rules.target,
         "complete": len(findings.complete),
         "spent": findings.spent,
-        "titles": [*COLUMNS, findings.objective, "±", "sample_std", *keys, "time", WHY],
+        "titles": [*COLUMNS, findings.objective, "±", *mean, "sample_std", *keys, "time", WHY],
         "rows": [_row(findings, trial, keys, file) for trial in findings.trials],
         "failures": [
             (t.record.index, t.name, t.record.status, plain(t.record.error))
@@ -140,17 +142,18 @@ def _sweep(findings: Findings, file: Path) -> dict[str, Any]:
 def _row(findings: Findings, trial: Trial, keys: list[str], file: Path) -> dict[str, Any]:
     r"""Returns a row of the table: cells of a text and what to sort it by, and a link."""
 
-    record = trial.record
+    record, settings = trial.record, findings.settings(trial)
     last = trial.metrics[-1] if trial.metrics else {}
     cells: list[tuple[str, Any]] = [
         (str(record.index), record.index),
         (trial.name, trial.name),
         (trial.record.status, trial.record.status),
         (f"{record.last}/{record.epochs}", record.last),
-        (brief(trial.record.value), trial.record.value),
+        (brief(own := record.trajectory.get(record.last)), own),
         (brief(findings.error(trial)), findings.error(trial)),
+        *([(_mean(record), record.value if record.seeds else None)] * (findings.rules.seeds > 1)),
         (brief(last.get("sample_std")), last.get("sample_std")),
-        *((brief(record.config.get(key)), record.config.get(key)) for key in keys),
+        *((brief(settings.get(key)), settings.get(key)) for key in keys),
         (format_duration(trial.seconds), trial.seconds),
         (trial.why, trial.why),
     ]
@@ -165,6 +168,15 @@ def _row(findings: Findings, trial: Trial, keys: list[str], file: Path) -> dict[
         "link": link,
         "cells": [(plain(text), _key(value)) for text, value in cells],
     }
+
+
+def _mean(record: TrialRecord) -> str:
+    if not record.seeds:
+        return "–"
+
+    error = record.error_over_seeds
+
+    return brief(record.value) + ("" if error is None else f" ± {error:.1g} ({len(record.seeds)})")
 
 
 def _key(value: Any) -> str:

@@ -12,9 +12,9 @@ from .promotion import count_trials as count_trials
 from .promotion import decide as decide
 from .promotion import geometric_rungs as geometric_rungs
 from .promotion import rank_key as rank_key
+from .promotion import ranked as ranked
 from .promotion import standing as standing
 from .promotion import unhide as unhide
-from .promotion import with_averages as with_averages
 from .pruners import hyperband_brackets as hyperband_brackets
 from .pruners import prune_rule as prune_rule
 from .reconcile import catch_up as catch_up

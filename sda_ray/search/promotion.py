@@ -278,6 +278,18 @@ def with_averages(records: Sequence[TrialRecord]) -> list[TrialRecord]:
     return [_averaged(r, () if r.replica_of else replicas[r.index]) for r in records]
 
 
+def ranked(records: Sequence[TrialRecord]) -> list[TrialRecord]:
+    r"""Returns all runs from best to worst, as :func:`with_averages` has them.
+
+    Further seeds follow the first run of their configuration.
+    """
+
+    records = with_averages(records)
+    keys = {r.index: rank_key(r) for r in records}
+
+    return sorted(records, key=lambda r: (keys.get(r.replica_of, keys[r.index]), r.index))
+
+
 def _averaged(first: TrialRecord, replicas: Sequence[TrialRecord]) -> TrialRecord:
     complete = [record for record in (first, *replicas) if record.state == "complete"]
     diverged = next((record for record in replicas if record.state == "diverged"), None)

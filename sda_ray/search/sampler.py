@@ -13,6 +13,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import cache
 from itertools import chain
 from typing import Any
@@ -649,7 +650,8 @@ def importances(records: Sequence[TrialRecord]) -> dict[str, tuple[float, float,
         | https://arxiv.org/abs/2304.10255
     """
 
-    complete = [record for record in average_seeds(records) if record.state == "complete"]
+    whole = (record for record in average_seeds(records) if record.state == "complete")
+    complete = [replace(record, shown=None) for record in whole]  # also if that is hidden
     objectives = max((len(record.finals) for record in complete), default=0) or 1
     trials = [t for t in view(complete, None, objectives) if t.state == TrialState.COMPLETE]
 

@@ -54,7 +54,7 @@ def test_configurations_are_compared_by_the_mean_over_seeds(tmp_path: Path) -> N
     assert len(findings.trials) == len(records) and findings.best is not None
     assert len(replicas) == 2 * len(findings.complete)
     assert all(t.why.startswith("another seed of run ") for t in replicas)
-    assert findings.error(findings.best) == pytest.approx(0.01 / 3**0.5)
+    assert findings.uncertainty(findings.best) == pytest.approx(0.01 / 3**0.5)
     assert "the mean of 3 seeds" in next(findings.found())
     assert not any("One seed" in text for text in findings.doubts())
     assert not {t.record.run_id for t in replicas} & {*findings.expected}

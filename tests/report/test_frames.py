@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 
 import pytest
-from sweeping import make_sweep
+from sweeping import make_sweep, make_sweep_of_seeds
 
 from sda_ray import load_runs, load_sweep
 from sda_ray.core.errors import UserError
@@ -61,3 +61,15 @@ def test_unknown_and_unfinished_sweeps_are_named(tmp_path: Path) -> None:
 
     with pytest.raises(UserError, match="no run of sweep 'width' is complete"):
         _ = load_sweep("width", tmp_path).best
+
+
+def test_further_seeds_are_told_from_the_runs_that_they_repeat(tmp_path: Path) -> None:
+    make_sweep_of_seeds(tmp_path, "seeds", 12)
+    trials, best = load_sweep("seeds", tmp_path).trials, load_sweep("seeds", tmp_path).best
+    whole = trials[trials["status"] == "complete"]
+    first = whole[whole["number"] == best["number"]].iloc[0]
+
+    assert whole["seed"].tolist() == [0, 1, 2] * (len(whole) // 3)  # beside each other
+    assert whole["replica_of"].iloc[:3].fillna(0).tolist() == [0, first["number"], first["number"]]
+    assert best["loss_valid_mean"] == pytest.approx(first["loss_valid"] + 0.01)
+    assert best["loss_valid_mean_se"] == pytest.approx(0.01 / 3**0.5)
