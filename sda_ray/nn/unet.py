@@ -1,128 +1,14 @@
-r"""Neural networks on periodic fields.
+r"""Neural networks on periodic fields."""
 
-Feature maps are kept in memory with their channels last, from the first convolution to the last:
-the kernels of the convolutions and of the layer norm are fastest there, and any operation that
-falls back to the other layout costs a copy before and after.
-"""
-
-import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .precision import full, lower
-
-
-class CircularPad(torch.autograd.Function):
-    r"""Pads a periodic field with its own opposite borders, or is the transpose of that.
-
-    As a composition of slices, autograd would write one full-size gradient for each slice. The
-    derivatives of any order and in any mode are the padding or its transpose again, so that it
-    works under every transform of :mod:`torch.func`.
-    """
-
-    @staticmethod
-    def forward(x: Tensor, p: int, transposed: bool) -> Tensor:
-        return _pad_transposed(x, p) if transposed else _pad(x, p)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, int, bool], output: Tensor) -> None:
-        _, ctx.p, ctx.transposed = inputs
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return CircularPad.apply(grad, ctx.p, not ctx.transposed), None, None
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        return CircularPad.apply(tangent, ctx.p, ctx.transposed)
-
-    @staticmethod
-    def vmap(info: Any, dims: Any, x: Tensor, p: int, transposed: bool) -> tuple[Tensor, int]:
-        x = x.movedim(dims[0], 0)
-        y = CircularPad.apply(x.flatten(0, 1), p, transposed)
-
-        return y.unflatten(0, x.shape[:2]), 0
-
-
-def circular_pad(x: Tensor, padding: int) -> Tensor:
-    r"""Pads a periodic field :math:`(B, C, H, W)` with its own opposite borders.
-
-    The result has its channels last in memory, whatever the layout of the field. The padding is at
-    most :math:`\min(H, W)` cells on each side.
-    """
-
-    if padding > min(x.shape[-2:]):
-        raise ValueError(
-            f"padding is {padding}, but must be at most the size of the field, here "
-            f"{tuple(x.shape[-2:])}. Use a smaller kernel or fewer levels."
-        )
-
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return F.pad(x, (padding,) * 4, mode="circular")
-
-    return CircularPad.apply(x, padding, False)
-
-
-def _pad(x: Tensor, p: int) -> Tensor:
-    B, C, H, W = x.shape
-    out = x.new_empty(B, H + 2 * p, W + 2 * p, C)
-    out[:, p : H + p, p : W + p] = x.permute(0, 2, 3, 1)
-
-    out[:, p : H + p, :p] = out[:, p : H + p, W : W + p]
-    out[:, p : H + p, W + p :] = out[:, p : H + p, p : 2 * p]
-    out[:, :p] = out[:, H : H + p]
-    out[:, H + p :] = out[:, p : 2 * p]
-
-    return out.permute(0, 3, 1, 2)
-
-
-def _pad_transposed(y: Tensor, p: int) -> Tensor:
-    r"""Returns the sum of all cells of a padded field that are the same cell of the field."""
-
-    H, W = (n - 2 * p for n in y.shape[2:])
-    y = y.permute(0, 2, 3, 1)
-    out = y[:, p : H + p, p : W + p].contiguous()
-    rows = (slice(H - p, H), slice(p)), (slice(p), slice(H + p, None))
-    columns = (slice(W - p, W), slice(p)), (slice(p), slice(W + p, None))
-
-    for i, k in rows:
-        out[:, i] += y[:, k, p : W + p]
-
-    for j, m in columns:
-        out[:, :, j] += y[:, p : H + p, m]
-
-    for (i, k), (j, m) in itertools.product(rows, columns):
-        out[:, i, j] += y[:, k, m]
-
-    return out.permute(0, 3, 1, 2)
-
-
-class CircularConv2d(nn.Conv2d):
-    r"""Creates a convolution of periodic fields that keeps their size, or divides it.
-
-    The size of the kernel must be odd.
-    """
-
-    def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1
-    ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, stride)
-
-    def forward(self, x: Tensor) -> Tensor:
-        size, stride = self.kernel_size[0], self.stride[0]
-
-        if size > 1:
-            return F.conv2d(circular_pad(lower(x), size // 2), self.weight, self.bias, stride)
-
-        # The backward pass of oneDNN's 1x1 convolution writes out of bounds (torch 2.13 with AVX2).
-        x = lower(x)[:, :, ::stride, ::stride].permute(0, 2, 3, 1)
-
-        return F.linear(x, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+from .conv import CircularConv2d, upsampled_conv2d
+from .precision import full
 
 
 class LayerNorm(nn.Module):
@@ -216,9 +102,11 @@ class UpTail(nn.ModuleList):
         )
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        norm, upsample, conv = self
+        # The upsampling has its place in the names of the weights, and is done by the convolution.
+        norm, _, conv = self
+        assert isinstance(conv, CircularConv2d) and conv.bias is not None
 
-        return conv(upsample(lower(norm(x)))) + skip
+        return upsampled_conv2d(norm(x), conv.weight, conv.bias, skip)
 
 
 class UNet(nn.Module):

@@ -2,18 +2,12 @@ r"""Tests of the U-Net and its parts."""
 
 import pytest
 import torch
-import torch.nn.functional as F
 from plain import normalize, plain_unet
 from torch import nn
 
-from sda_ray.nn.unet import (
-    CircularConv2d,
-    LayerNorm,
-    ModResidualBlock,
-    Residue,
-    UNet,
-    circular_pad,
-)
+from sda_ray.nn.conv import _tap_sums
+from sda_ray.nn.unet import LayerNorm, ModResidualBlock, Residue, UNet
+from sda_ray.nn.winograd import _matrices
 
 CONFIGS = [
     {"hidden_channels": (4, 6), "hidden_blocks": (1, 2), "kernel_size": 3},
@@ -27,59 +21,6 @@ CONFIGS = [
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
-
-
-# Convolutions
-
-
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("kernel_size", [1, 3, 5])
-def test_convolution_is_torchs_circular_convolution(kernel_size: int, stride: int) -> None:
-    conv = CircularConv2d(3, 4, kernel_size, stride).double()
-    plain = torch.nn.Conv2d(
-        3, 4, kernel_size, stride, padding=kernel_size // 2, padding_mode="circular"
-    ).double()
-    plain.load_state_dict(conv.state_dict())
-    x = torch.randn(2, 3, 8, 6, dtype=torch.double)
-
-    assert torch.allclose(conv(x), plain(x), rtol=0, atol=1e-13)
-
-
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize(("size", "padding"), [((6, 8), 1), ((5, 4), 2), ((2, 3), 2), ((4, 4), 0)])
-def test_pad_is_torchs_circular_pad(
-    size: tuple[int, int], padding: int, layout: torch.memory_format
-) -> None:
-    x = torch.randn(2, 3, *size).to(memory_format=layout).requires_grad_()
-    y = F.pad(x, (padding,) * 4, mode="circular")
-    z = circular_pad(x, padding)
-    w = torch.randn_like(y)
-
-    assert z.equal(y)
-    assert z.is_contiguous(memory_format=torch.channels_last)
-
-    (expected,) = torch.autograd.grad((w * y).sum(), x)
-    (grad,) = torch.autograd.grad((w * z).sum(), x)
-
-    assert torch.allclose(grad, expected, atol=1e-6)
-
-
-def test_pad_does_not_change_the_gradient_it_is_given() -> None:
-    x = torch.randn(1, 2, 4, 4, requires_grad=True)
-    z = circular_pad(x, 1)
-    grad = torch.randn_like(z)
-    before = grad.clone()
-    z.backward(grad)
-
-    assert grad.equal(before)
-
-
-def test_pad_wider_than_the_field_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"padding is 3, but must be at most"):
-        circular_pad(torch.zeros(1, 1, 4, 2), 3)
-
-
-# Blocks
 
 
 @pytest.mark.parametrize("channels", [2, 3, 16, 96])
@@ -185,3 +126,19 @@ def test_weights_have_channels_last_in_memory_and_their_usual_shapes() -> None:
 def test_levels_of_channels_and_blocks_must_agree() -> None:
     with pytest.raises(ValueError, match="argument"):
         UNet(3, 2, 5, (4, 6), (1, 1, 1))
+
+
+def test_network_that_was_used_in_inference_mode_trains() -> None:
+    unet = UNet(2, 2, mod_features=3, hidden_channels=(48, 48), hidden_blocks=(1, 1))
+    x, e = torch.randn(8, 2, 16, 16), torch.randn(1, 3)
+    _matrices.cache_clear()
+    _tap_sums.cache_clear()
+
+    with torch.inference_mode():
+        expected = unet(x, e)
+
+    y = unet(x, e)
+    y.square().mean().backward()
+
+    assert torch.equal(y, expected)
+    assert all(p.grad is not None for p in unet.parameters())

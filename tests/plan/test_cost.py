@@ -1,6 +1,7 @@
 r"""Tests for sda_ray.plan.cost, and for what is made of it: times, memory and forecasts."""
 
 import itertools
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from sda_ray.runs.checkpoint import save_checkpoint, save_state
 from sda_ray.runs.path import RunPath
 from sda_ray.search.promotion import Rules
 from sda_ray.training.loop import TrainState
+from sda_ray.training.validation import Validation
 
 CHANGES: dict[str, dict[str, Any]] = {
     "small": {},
@@ -41,17 +43,24 @@ def by_hand(config: Config, size: int) -> tuple[float, float]:
     tail = 2 * taps * levels[0] * window * cells[0]
     time = 2 * 32 * 256
     rest = tail + 2 * 256 * features
+    sums = 0  # of the taps of upsampled kernels, once for all items
 
     for i, (c, n) in enumerate(zip(levels, config["hidden_blocks"], strict=True)):
         rest += 2 * n * (2 * features * c + 2 * (2 * taps * c * c * cells[i]))
 
         if i > 0:
-            rest += 2 * taps * levels[i - 1] * c * (cells[i] + cells[i - 1])  # down and up
+            p = config["kernel_size"] // 2
+            down = 2 * taps * levels[i - 1] * c * cells[i]
+            side = math.isqrt(cells[i]) + (2 * ((p + 1) // 2) - p)  # a border more, if p is odd
+            up = 2 * (p + 1) ** 2 * c * 4 * levels[i - 1] * side**2
+            rest += down + up
+            sums += 2 * 4 * (p + 1) ** 2 * taps * c * levels[i - 1]
 
     # The gradient of weights and of inputs, but that of the data
+    forward = first + time + rest
     step = 3 * rest + 2 * (first + time)
 
-    return first + time + rest, step * config["batch_size"]
+    return forward + sums / Validation.chunk, step * config["batch_size"] + 2 * sums
 
 
 @cases
