@@ -5,8 +5,9 @@ sweep's SPACE, as an Optuna trial has them. A queued configuration may give some
 others are drawn.
 """
 
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,7 +32,7 @@ from ..core import (
     short_repr,
     split_group,
 )
-from ..runs import RunPath, read_history, read_record
+from ..runs import RunPath, finals, read_history, read_record
 from ..search import CallbackTrial, Study, TrialRecord, distributions, random_answer
 from .definition import Sweep
 
@@ -331,13 +332,16 @@ def bring_in(study: Study, item: Mapping[str, Any]) -> bool:
     return new
 
 
-def restore_runs(study: Study, sweep: Sweep, runs: Path, data: str, since: str) -> list[str]:
+def restore_runs(
+    study: Study, sweep: Sweep, runs: Path, data: str, since: str, pending: Container[str] = ()
+) -> list[str]:
     r"""Adds the runs of a sweep that its study has lost, and returns lines about it.
 
     The journal may be gone, or an older copy. Settings and parameters are in the directories of the
-    runs; :func:`sda_ray.search.reconcile.catch_up` reads values and ends from there. What was
-    queued or brought in is not restored. Runs before the first start of the sweep, `since`, are
-    those of another one of the name.
+    runs, also of those that were brought in; :func:`sda_ray.search.reconcile.catch_up` reads values
+    and ends of the others from there. The queue is nowhere else. Runs before the first start of the
+    sweep, `since`, are those of another one of the name, and those in `pending` are about to be
+    brought in.
 
     Raises:
         UserError: If the study is empty, and none of its runs can be restored.
@@ -349,7 +353,7 @@ def restore_runs(study: Study, sweep: Sweep, runs: Path, data: str, since: str) 
     restored, refused = 0, []
 
     for path in RunPath.all(runs):
-        if path.id not in known:
+        if path.id not in known and path.id not in pending:
             with suppress(UserError, OSError):
                 run = read_record(path)
 
@@ -358,12 +362,13 @@ def restore_runs(study: Study, sweep: Sweep, runs: Path, data: str, since: str) 
 
     found.sort(key=lambda item: item[1].get("created", ""))
     newest = {run["trial"]: (path, run) for path, run in found if type(run.get("trial")) is int}
+    copies = [(path, run) for path, run in found if run.get("status") == "adopted"]
 
-    for path, run in (newest[n] for n in sorted(newest.keys() - numbers)):
+    for path, run in (*(newest[n] for n in sorted(newest.keys() - numbers)), *copies):
         try:
             _restore(study, sweep, path, run, data)
             restored += 1
-        except (UserError, OSError, KeyError, TypeError) as error:
+        except (UserError, OSError, KeyError, TypeError, ValueError) as error:
             refused.append(f"  {path.directory.name}: {'; '.join(str(error).splitlines())}")
 
     if refused and not (records or restored):
@@ -377,7 +382,7 @@ def restore_runs(study: Study, sweep: Sweep, runs: Path, data: str, since: str) 
     if restored:
         lines.append(
             f"{file} had lost {restored} runs: they are restored from their directories. What was "
-            "queued or brought in is not: give it again."
+            "queued is not: give it by --enqueue again."
         )
 
     if refused:
@@ -387,7 +392,7 @@ def restore_runs(study: Study, sweep: Sweep, runs: Path, data: str, since: str) 
 
 
 def _restore(study: Study, sweep: Sweep, path: RunPath, run: Mapping[str, Any], data: str) -> None:
-    r"""Adds a run to a study, as one that is in flight no more."""
+    r"""Adds a run to a study: as one that is in flight no more, or as it was brought in."""
 
     from optuna.trial import TrialState, create_trial
 
@@ -396,9 +401,10 @@ def _restore(study: Study, sweep: Sweep, path: RunPath, run: Mapping[str, Any], 
 
     config = load_config(path.config)
     match = fit(sweep, config, run.get("params"))
-
+    adopted, history = run.get("status") == "adopted", read_history(path.metrics)
     replica_of = int(run.get("replica_of", 0))
-    differences = [x for key, x in match.differences.items() if not (replica_of and key == "seed")]
+    seeded = replica_of or adopted
+    differences = [x for key, x in match.differences.items() if not (seeded and key == "seed")]
 
     if faults := [*match.faults, *differences]:
         raise UserError("\n".join(faults))
@@ -407,7 +413,15 @@ def _restore(study: Study, sweep: Sweep, path: RunPath, run: Mapping[str, Any], 
     drawn = create_trial(
         state=TrialState.PRUNED, params=match.params, distributions=match.distributions
     )
-    last = max(read_history(path.metrics), default=0)
+
+    if adopted:
+        curve = {epoch: x.get(study.objectives[0], math.nan) for epoch, x in history.items()}
+        record = TrialRecord(study.next_index(), path.id, "complete", epochs, epochs, curve)
+        ends, origin = tuple(finals(path, sweep.objectives)), str(run["origin"]["path"])
+        study.add(replace(record, config=match.values, source=origin, finals=ends), drawn)
+        return
+
+    last = max(history, default=0)
     until = min(rules.after(last - 1), epochs) if rules.min_epochs and not replica_of else epochs
     values = match.values | ({"seed": config["seed"]} if replica_of else {})
     record = TrialRecord(run["trial"], path.id, "running", until, epochs, config=values)

@@ -347,7 +347,7 @@ def adopt(words: Sequence[str], sweep: Sweep, options: Options) -> None:
         UserError: If another sweep of the name is recorded, or it covers none of the runs.
     """
 
-    runs, data = options.runs, options.data
+    runs, data, start = options.runs, options.data, timestamp()
     sources = [path for word in words for path in _expand(word, runs)]
     info = check_data(data)
     sweep = with_recorded_rungs(sweep, runs).check(info)
@@ -368,12 +368,16 @@ def adopt(words: Sequence[str], sweep: Sweep, options: Options) -> None:
     try:
         if (directory / "sweep.json").exists():
             record |= {"trials": read_sweep(runs, sweep.name)["trials"]}
+        else:  # copies that are older than the sweep would be those of another one of the name
+            record |= {"created": start}
 
         remove_leftovers(directory)
         since = write_sweep(directory, record, sweep.script)
         study = Study(directory / "study.journal", sweep.name, lease, sweep.objectives)
 
-        for line in restore_runs(study, sweep, runs, info.fingerprint, since):
+        pending = {str(item["run_id"]) for item in items}
+
+        for line in restore_runs(study, sweep, runs, info.fingerprint, since, pending):
             say(line)
 
         say(f"{bring_all(study, items)}.")

@@ -260,6 +260,11 @@ def test_lost_runs_are_restored_from_their_directories(
 
     assert record is not None
 
+    # One that was brought in, with another seed
+    adopted = {"status": "adopted", "origin": {"path": "/old"}, "trial": None}
+    config = sweep.config | record.config | {"seed": 9}
+    make_run(runs, "brought0", config, described | adopted, 3)
+
     # Runs of an earlier sweep of the name, and of others
     for name, more in {"old": {"created": "2026-01-01"}, "other": {"sweep": "y"}}.items():
         make_run(runs, f"{name:0<8}", sweep.config, described | {"trial": 9} | more, 3)
@@ -274,12 +279,14 @@ def test_lost_runs_are_restored_from_their_directories(
         return record.index, record.run_id, record.config, trial.params, trial.distributions
 
     assert line == (
-        "again.journal had lost 4 runs: they are restored from their directories. What was queued "
-        "or brought in is not: give it again."
+        "again.journal had lost 5 runs: they are restored from their directories. What was queued "
+        "is not: give it by --enqueue again."
     )
-    assert [*map(drawn, after)] == [*map(drawn, before)]
-    assert [r.state for r in after] == ["complete", "running", "failed", "running"]
-    assert [r.paused for r in after] == [False, True, False, False]
+    assert [*map(drawn, after[:4])] == [*map(drawn, before)]
+    assert [r.state for r in after] == ["complete", "running", "failed", "running", "complete"]
+    assert [r.paused for r in after[:4]] == [False, True, False, False]
+    assert (after[4].source, after[4].last, after[4].finals) == ("/old", 3, (1 / 3,))
+    assert (after[4].run_id, after[4].config) == ("brought0", after[3].config)
     assert [r.values.keys() for r in after[:2]] == [{1, 2, 3}, {1}]
     assert restore_runs(again, sweep, runs, "d", "2026-04-01") == []
 

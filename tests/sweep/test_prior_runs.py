@@ -622,6 +622,21 @@ def test_later_adoption_is_not_taken_for_a_loss(
     assert out.count("1 run brought in") == 2 and "had lost" not in out
 
 
+def test_runs_that_were_brought_in_outlive_their_source_and_the_journal(
+    elsewhere: Path, sweep: Sweep, runs: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adopt([str(by_id(elsewhere, "1" * 8))], sweep, options_of(runs, data))
+    (first,) = records(runs, "x")
+    (sweep_directory(runs, "x") / "study.journal").unlink()
+    adopt([str(by_id(elsewhere, "2" * 8))], sweep, options_of(runs, data))
+    restored, _ = records(runs, "x")
+
+    assert "study.journal had lost 1 runs" in " ".join(capsys.readouterr().out.split())
+    assert (restored.run_id, restored.values) == (first.run_id, first.values)
+    assert (restored.source, restored.finals) == (first.source, first.finals)
+    assert (restored.config, restored.trial.params) == (first.config, first.trial.params)
+
+
 def test_runs_of_the_same_directory_are_brought_in(
     elsewhere: Path, sweep: Sweep, data: Path, tmp_path: Path
 ) -> None:
