@@ -18,6 +18,7 @@ from ..core import (
     ProgressBar,
     UserError,
     check_config,
+    is_alive,
     load_config,
     say,
 )
@@ -146,19 +147,18 @@ def _stopped(runs: Path, config: Config, record: dict[str, Any]) -> RunPath | No
     stopped = [
         entry
         for entry in entries(runs)
-        if entry.status in ("interrupted", "failed") and entry.sweep is None
+        if entry.status in ("running", "interrupted", "failed") and entry.sweep is None
         if entry.config == config
         if all(entry.record.get(key) == record.get(key) for key in ("data", "parent", "extends"))
     ]
 
-    if not stopped:
-        return None
+    for entry in sorted(stopped, key=lambda entry: str(entry.record.get("updated")), reverse=True):
+        if not is_alive(entry.path.lease):  # on a host that has died, it seems to run for a minute
+            name = entry.path.directory.name
+            say(f"{name} has the same settings and data, and is resumed. --new starts another.")
+            return entry.path
 
-    path = max(stopped, key=lambda entry: str(entry.record.get("updated"))).path
-    name = path.directory.name
-    say(f"{name} has the same settings and data, and is resumed. --new starts another.")
-
-    return path
+    return None
 
 
 def _check_resume(path: RunPath) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import shutil
 import signal
 import subprocess
 import time
+from functools import partial
 from pathlib import Path
 
 import h5py
@@ -11,7 +12,9 @@ import numpy as np
 import pytest
 from conftest import Cli, Start
 
+from sda_ray.cli import session
 from sda_ray.core.config import Config
+from sda_ray.core.lease import is_alive
 from sda_ray.runs.metrics import COSTS
 from sda_ray.runs.path import RunPath
 from sda_ray.runs.run import Run
@@ -147,6 +150,17 @@ def test_same_command_resumes_the_run_that_was_stopped(
         assert done.stdout.count("is resumed") == number
 
     assert len(list(RunPath.all(tmp_path / "runs"))) == 5
+
+
+def test_run_whose_host_has_just_died_is_resumed(
+    small: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "is_alive", partial(is_alive, patience=0.2))
+    run = Run(tmp_path, small, wandb=Wandb("disabled"))
+    holder = json.loads(run.path.lease.read_text())
+    run.path.lease.write_text(json.dumps(holder | {"host": "elsewhere", "boot": "other"}))
+
+    assert session._stopped(tmp_path, run.config, {}) == run.path
 
 
 def test_settings_of_a_run_do_not_hide_that_it_began_with_weights(
