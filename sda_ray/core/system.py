@@ -229,10 +229,15 @@ def deadline(hours: float | None, environ: Mapping[str, str]) -> float | None:
         ends.append(time.monotonic() + 3600 * hours)
 
     if end := environ.get("SLURM_JOB_END_TIME"):
-        if (left := float(end) - time.time()) > 0:
-            ends.append(time.monotonic() + left - (SLURM - LEAST))
-        else:  # as in a tmux that a job has started
-            logger.warning("SLURM_JOB_END_TIME is that of a job that has ended: it is ignored.")
+        try:
+            if (left := float(end) - time.time()) > 0:
+                ends.append(time.monotonic() + left - (SLURM - LEAST))
+            else:  # as in a tmux that a job has started
+                logger.warning(
+                    "SLURM_JOB_END_TIME is that of a job that has ended: it is ignored."
+                )
+        except ValueError:
+            logger.warning("SLURM_JOB_END_TIME is %r, which is not a time: it is ignored.", end)
 
     return min(ends, default=None)
 

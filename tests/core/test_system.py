@@ -100,6 +100,13 @@ def test_end_of_a_job_that_has_ended_is_ignored_with_a_warning(
     assert left(1.0, SLURM_JOB_END_TIME=past) == pytest.approx(3600, abs=2)
 
 
+def test_end_of_a_job_that_is_no_time_is_ignored_with_a_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert left(1.0, SLURM_JOB_END_TIME="Unknown") == pytest.approx(3600, abs=2)
+    assert "SLURM_JOB_END_TIME is 'Unknown', which is not a time" in caplog.text
+
+
 @pytest.mark.parametrize("hours", [0.0, -1.0, math.nan, math.inf])
 def test_hours_that_are_none_are_refused(hours: float) -> None:
     with pytest.raises(UserError, match="--hours is"):
