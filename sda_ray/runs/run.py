@@ -224,7 +224,7 @@ class Run:
         r"""Saves a checkpoint, unless the newest one is at this step.
 
         A full disk does not stop the training: the old checkpoint stays. One at the start of a
-        decay, from which longer runs start, stays as `checkpoint.decay.pth` in any case.
+        decay, from which longer runs start, stays as `checkpoint.decay.pth`, if it can.
         """
 
         if state.saved == state.position:
@@ -236,7 +236,7 @@ class Run:
             self.history.write()
 
             if steady and state.saved == (steady, 0):
-                keep_checkpoint(self.path, self.lease.hold)
+                self._keep_start()
 
             save_checkpoint(self.path, state.tensors(), state.info(), self.lease.hold)
             state.saved = state.position
@@ -250,6 +250,16 @@ class Run:
 
         self._last_save = time.monotonic()
         self._interval = max(self._least, (self._last_save - start) / CHECKPOINT_COST)
+
+    def _keep_start(self) -> None:
+        try:
+            keep_checkpoint(self.path, self.lease.hold)
+        except OSError as error:
+            logger.warning(
+                "%s cannot be kept, so the run cannot be extended later: %s.",
+                self.path.decay,
+                error,
+            )
 
     @property
     def due(self) -> bool:

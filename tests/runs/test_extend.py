@@ -189,6 +189,18 @@ def test_start_of_the_decay_is_kept_by_the_next_attempt_if_need_be(
     assert run.path.decay.read_bytes() == kept
 
 
+def test_start_of_the_decay_that_cannot_be_kept_hinders_no_later_checkpoint(
+    small: Config, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Run(tmp_path, small | {"scheduler": "wsd", "epochs": 11}, wandb=DISABLED)
+    run.path.decay.mkdir()
+    list(train_run(run, data))
+    run.close("finished")
+
+    assert read_checkpoint(run.path.checkpoint)[1]["epoch"] == 11
+    assert "checkpoint.decay.pth cannot be kept, so the run cannot be extended" in caplog.text
+
+
 def test_schedule_that_decays_over_all_epochs_is_refused_with_the_reason(
     shorter: Callable[[str], RunPath],
 ) -> None:
