@@ -157,7 +157,9 @@ class RayNode:
         idle. Trials look at the file, see :func:`is_leaving`: Ray has no public call for it.
         """
 
-        (self.directory / "leaving").touch()
+        with suppress(OSError):  # a disk that is full, or cleaned: nothing is told, but it leaves
+            (self.directory / "leaving").touch()
+
         self.process.terminate()
 
         with suppress(subprocess.TimeoutExpired):

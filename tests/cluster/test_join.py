@@ -226,6 +226,12 @@ def test_node_leaves_a_head_that_does_not_answer(
         process.kill()
 
 
+def test_node_whose_directory_was_cleaned_leaves_all_the_same(tmp_path: Path) -> None:
+    with subprocess.Popen(["sleep", "60"]) as process:
+        RayNode(process, tmp_path / "gone", "127.0.0.1:1", 1, 0).leave()
+        assert process.poll() == -signal.SIGTERM
+
+
 def wait(condition: Callable[[], Any], *processes: "subprocess.Popen[str]") -> None:
     deadline = time.monotonic() + 300
 
