@@ -1,6 +1,6 @@
 r"""The plan of a sweep before its start: time, memory, disk, and faults.
 
-Configurations are drawn as the sweep would draw them, the operations of each distinct network are
+Configurations are drawn as the sweep would draw them, the operations of some networks are
 counted on the meta device, and a few training steps on each kind of node turn them into seconds.
 
 :func:`forecast` simulates the sweep. The rule that decides in a sweep decides here, too, see

@@ -290,6 +290,10 @@ def test_lost_runs_are_restored_from_their_directories(
     assert [r.values.keys() for r in after[:2]] == [{1, 2, 3}, {1}]
     assert restore_runs(again, sweep, runs, "d", "2026-04-01") == []
 
+    # One that a stranger has made
+    make_run(runs, "strange0", config, described | {"trial": 9, "replica_of": "x"}, 3)
+    assert "apt-boar-9_strange0: invalid" in restore_runs(again, sweep, runs, "d", "2026-04")[1]
+
     with pytest.raises(UserError, match="it was trained on other data"):
         restore_runs(Study(tmp_path / "none.journal", "x", lease), sweep, runs, "e", "")
 
