@@ -410,6 +410,9 @@ def _redrawn(sweep: Sweep, journal: Path) -> Iterator[str]:
         records = Study(journal, sweep.name, None, sweep.objectives).records()
 
     for record in records:
+        if record.replica_of:
+            continue
+
         config = check_config(sweep.config | record.config)
         match = fit(sweep, config, record.trial.params)
 

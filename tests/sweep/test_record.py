@@ -16,7 +16,7 @@ from sda_ray.core.lease import Lease
 from sda_ray.core.space import choice, integer, loguniform, uniform
 from sda_ray.runs.path import sweep_directory
 from sda_ray.search.promotion import Rules
-from sda_ray.search.study import Study, draw_run
+from sda_ray.search.study import Study, draw_run, replicate_run
 from sda_ray.sweep.definition import Sweep, load_script
 from sda_ray.sweep.record import (
     check_changes,
@@ -263,8 +263,10 @@ def test_function_must_make_the_same_of_the_parameters_of_all_runs(tmp_path: Pat
         (tmp_path / "x.py").write_text(FUNCTION.replace(old, new))
         return load_script(tmp_path / "x.py").check()
 
-    rules = Rules(1, 9)
-    draw_run(study, [], rules, {"epochs": 9}, sweep_of().propose)
+    rules, config = Rules(1, 9), {"epochs": 9, "seed": 0}
+    first = draw_run(study, [], rules, config, sweep_of().propose)
+    assert first is not None
+    replicate_run(study, first, config)  # whose seed is no change
     write_sweep(directory, record(sweep_of()), None)
     lease.release()
 
