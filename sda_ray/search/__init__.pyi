@@ -11,6 +11,7 @@ from .promotion import best_at_rung as best_at_rung
 from .promotion import count_trials as count_trials
 from .promotion import decide as decide
 from .promotion import geometric_rungs as geometric_rungs
+from .promotion import lacking_seeds as lacking_seeds
 from .promotion import rank_key as rank_key
 from .promotion import ranked as ranked
 from .promotion import standing as standing

@@ -294,7 +294,7 @@ def _averaged(first: TrialRecord, replicas: Sequence[TrialRecord]) -> TrialRecor
     complete = [record for record in (first, *replicas) if record.state == "complete"]
     diverged = next((record for record in replicas if record.state == "diverged"), None)
 
-    if first.state != "complete" or not replicas:
+    if first.state != "complete" or first.seeds or not replicas:
         return first
     elif diverged is not None:
         return replace(first, state="diverged", error=f"run {diverged.index}: {diverged.error}")
@@ -305,7 +305,7 @@ def _averaged(first: TrialRecord, replicas: Sequence[TrialRecord]) -> TrialRecor
     return replace(first, seeds=seeds, finals=finals)
 
 
-def _lacks_seeds(records: Sequence[TrialRecord], seeds: int) -> Iterator[TrialRecord]:
+def lacking_seeds(records: Sequence[TrialRecord], seeds: int) -> Iterator[TrialRecord]:
     r"""Yields the runs that may go to the end and whose configuration lacks a seed."""
 
     counts = Counter(record.replica_of for record in records)
@@ -416,7 +416,7 @@ def decide(
         rules: The rules of the sweep.
         exhausted: Whether no new configuration is left to draw.
         stops: The final verdict on a run at a rung; None if runs are promoted, or not pruned.
-        queued: Whether configurations are queued, which come before promotions.
+        queued: Whether configurations are queued, which come before promotions and seeds.
     """
 
     runs = unhide(records, rules)
@@ -447,8 +447,8 @@ def decide(
             if record.paused and record.index not in live:
                 return Action("promote", record, rules.after(rung))
 
-    for record in _lacks_seeds(runs, rules.seeds):
-        return Action("replicate", record, record.epochs)
+        for record in lacking_seeds(runs, rules.seeds):
+            return Action("replicate", record, record.epochs)
 
     # New runs
     if room:

@@ -9,7 +9,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import zip_longest
+from itertools import count, zip_longest
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -390,8 +390,9 @@ def draw_run(
 def replicate_run(study: Study, record: TrialRecord, config: dict[str, Any]) -> TrialRecord:
     r"""Adds a run with the configuration of another one and the next seed that it lacks."""
 
-    number = 1 + sum(r.replica_of == record.index for r in study.records())
-    seed = ((config | record.config)["seed"] + number) % 2**63
+    first = (config | record.config)["seed"]
+    used = {r.config["seed"] for r in study.records() if r.replica_of == record.index}
+    seed = next(s for n in count(1) if (s := (first + n) % 2**63) not in used)
     replica = TrialRecord(
         study.next_index(),
         new_id(),

@@ -220,6 +220,23 @@ def test_a_configuration_is_compared_by_the_mean_over_seeds_that_are_complete() 
     assert other.values == lucky.values  # its own
 
 
+def test_means_of_means_are_the_same() -> None:
+    first = run(1, *[1.0] * 9, state="complete", finals=(1.0, 8.0))
+    records = [first, replace(replica(2, 1, *[3.0] * 9), finals=(3.0, 4.0))]
+    (once,) = average_seeds(records)
+
+    assert once.finals == (2.0, 6.0)
+    assert average_seeds([once, records[1]]) == [once]
+
+
+def test_queued_configurations_come_before_further_seeds() -> None:
+    records = [run(1, *[1.0] * 9, state="complete")]
+    rules = replace(RULES, target=2, seeds=2)
+
+    assert decide(records, (), rules, queued=True).kind == "draw"
+    assert decide(records, (), replace(rules, target=1), queued=True).kind == "replicate"
+
+
 def test_a_configuration_one_of_whose_seeds_diverges_has_diverged() -> None:
     records = [run(1, *[1.0] * 9, state="complete"), replica(2, 1, 5.0, state="diverged")]
     (only,) = average_seeds(records)
