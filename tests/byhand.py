@@ -24,6 +24,7 @@ class ManualDriver:
         first: int | None = None,
         slots: int = 8,
         objectives: tuple[str, ...] = ("loss_valid",),
+        seeds: int = 1,
         **more: Any,
     ) -> None:
         directory.mkdir(exist_ok=True)
@@ -33,10 +34,10 @@ class ManualDriver:
         self.slots = slots
         self.driver = Driver(
             self.study,
-            Rules(trials, 9, first, 3),
+            Rules(trials, 9, first, 3, seeds=seeds),
             lambda seen, fixed: propose(draw, seen, 0, "random", fixed),
             {
-                "config": {"epochs": 9},
+                "config": {"epochs": 9, "seed": 0},
                 "runs": str(directory),
                 "wandb": {"mode": "online", "project": "flows"},
             },

@@ -201,9 +201,15 @@ class Driver:
             if before.shown != after.shown:
                 self.study.set_shown(before, after.shown)
 
+        stopped = [
+            replace(r, state="stopped")
+            if r.index in self.cancelled and r.state == "running"
+            else r
+            for r in shown
+        ]
         queued = bool(self.study.queue())
 
-        return decide(shown, busy, self.rules, self.exhausted, self.stops, queued), shown
+        return decide(stopped, busy, self.rules, self.exhausted, self.stops, queued), shown
 
     def at_work(self) -> set[int]:
         r"""Returns the runs that have a process, also those whose process is closing them."""

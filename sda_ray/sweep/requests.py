@@ -408,8 +408,10 @@ class RequestServer:
         if record.state != "running" and not self._resumable(record):
             raise UserError(f"run {n} is {record.state} already.")
 
-        self._stop_file(n).touch()
-        driver.cancelled.add(n)
+        for other in records:
+            if n in (other.index, other.replica_of * (other.state == "running")):
+                self._stop_file(other.index).touch()
+                driver.cancelled.add(other.index)
 
         if n in driver.live.values():
             return f"run {n} stops after its step, at epoch {record.last} or later"

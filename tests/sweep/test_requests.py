@@ -192,6 +192,34 @@ def test_running_trial_is_stopped_alone_and_stays_stopped(tmp_path: Path) -> Non
     assert sweep.study.records()[0].last == 3
 
 
+def test_stopped_configuration_is_trained_with_no_further_seed(tmp_path: Path) -> None:
+    sweep = ServedSweep(tmp_path, trials=1, seeds=3)
+
+    for name in "ab":  # the second is another seed of the first
+        sweep.driver.suggest(name)
+
+    assert sweep.ask("stop", trial=1)[1]
+    assert (tmp_path / "stop.1").exists() and (tmp_path / "stop.2").exists()
+    assert not sweep.tell("a", "stopped", last=3)
+    assert sweep.driver.suggest("c") is None
+    assert not sweep.tell("b", "stopped", last=2)
+    sweep.server()
+    assert sweep.states() == ["stopped", "stopped"]
+
+
+def test_stopped_seed_is_not_replaced_and_leaves_the_others_alone(tmp_path: Path) -> None:
+    sweep = ServedSweep(tmp_path, trials=1, seeds=2)
+
+    for name in "ab":
+        sweep.driver.suggest(name)
+
+    assert sweep.ask("stop", trial=2)[1]
+    assert not sweep.tell("b", "stopped", last=2)
+    assert sweep.driver.suggest("c") is None
+    sweep.server()
+    assert sweep.states() == ["running", "stopped"]
+
+
 @pytest.mark.parametrize("end", ["lost", "complete", "failed"])
 def test_run_that_ends_before_it_notices_the_stop(sweep: ServedSweep, end: str) -> None:
     sweep.driver.suggest("a")
