@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ..core import UserError, format_size
 from ..runs import RunPath, prune_run, resumable
-from ..search import TrialRecord, rank_key
+from ..search import TrialRecord, rank_key, with_averages
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class Retention:
     def finish(self) -> None:
         r"""Deletes all that is to be deleted, and warns if space is short."""
 
-        records = [record for record in self.records() if not record.source]
+        records = [record for record in with_averages(self.records()) if not record.source]
 
         try:
             paths = {path.id: path for path in RunPath.all(self.runs)}
@@ -116,7 +116,8 @@ class Retention:
     def _candidates(self, records: Sequence[TrialRecord]) -> Iterator[TrialRecord]:
         r"""Yields the runs whose checkpoints are to be deleted, while there is a reason to."""
 
-        best = sorted((r for r in records if r.state not in ("diverged", "failed")), key=rank_key)
+        firsts = (r for r in records if not r.replica_of)
+        best = sorted((r for r in firsts if r.state not in ("diverged", "failed")), key=rank_key)
         kept = {record.index for record in best[: self.keep]}
         busy = {r.index for r in records if r.state == "running" and not r.paused}
         idle = [r for r in records if r.index not in busy and self._sizes.get(r.run_id)]

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,18 @@ def test_running_paused_and_the_best_runs_keep_theirs(
     keeping: Callable[..., Keeping], keep: int, left: set[int]
 ) -> None:
     assert keeping(keep=keep).left == left
+
+
+def test_best_runs_are_those_of_the_best_means_over_seeds(keeping: Callable[..., Keeping]) -> None:
+    kept = keeping()
+    lucky = kept.records[3]
+    kept.records += [
+        replace(lucky, index=9, run_id="9" * 8, values={3: 9.0}, replica_of=lucky.index)
+    ]
+    kept.retention.keep = 1
+    kept.retention.finish()
+
+    assert kept.left == {1, 2, 3, 7, 5}
 
 
 def test_finally_pruned_runs_do_not_count_as_paused(runs: Path) -> None:
