@@ -11,7 +11,7 @@ from collections.abc import Container, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..core import (
     KEYS,
@@ -35,6 +35,9 @@ from ..core import (
 from ..runs import RunPath, finals, read_history, read_record
 from ..search import CallbackTrial, Study, TrialRecord, distributions, random_answer
 from .definition import Sweep
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
 
 DRAWS = 100  # of a SPACE that is a function, to learn what it suggests
 
@@ -296,6 +299,8 @@ def _plain(option: Any) -> str:
 def bring_in(study: Study, item: Mapping[str, Any]) -> bool:
     r"""Adds a run to a study as a complete one, and returns whether it was not there before.
 
+    One whose configuration was brought in before is a further seed of it.
+
     Raises:
         UserError: If the item is not one of :attr:`sda_ray.sweep.prior_runs.Prior.item`.
     """
@@ -327,9 +332,15 @@ def bring_in(study: Study, item: Mapping[str, Any]) -> bool:
         raise UserError(f"{short_repr(item)} is no finished run: {error}.") from error
 
     if new := all(record.run_id != other.run_id for other in records):
-        study.add(record, drawn)
+        _add_prior(study, record, drawn)
 
     return new
+
+
+def _add_prior(study: Study, record: TrialRecord, drawn: "FrozenTrial") -> None:
+    priors = [r for r in study.records() if r.source and not r.replica_of]
+    first = next((r.index for r in priors if r.trial.params == drawn.params), 0)
+    study.add(replace(record, replica_of=first), drawn)
 
 
 def restore_runs(
@@ -418,7 +429,8 @@ def _restore(study: Study, sweep: Sweep, path: RunPath, run: Mapping[str, Any], 
         curve = {epoch: x.get(study.objectives[0], math.nan) for epoch, x in history.items()}
         record = TrialRecord(study.next_index(), path.id, "complete", epochs, epochs, curve)
         ends, origin = tuple(finals(path, sweep.objectives)), str(run["origin"]["path"])
-        study.add(replace(record, config=match.values, source=origin, finals=ends), drawn)
+        record = replace(record, config=match.values, source=origin, finals=ends)
+        _add_prior(study, record, drawn)
         return
 
     last = max(history, default=0)

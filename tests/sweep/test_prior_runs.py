@@ -45,7 +45,7 @@ from sda_ray.runs.path import RunPath, sweep_directory
 from sda_ray.runs.record import read_record
 from sda_ray.runs.run import Run
 from sda_ray.runs.train import train_run
-from sda_ray.search.promotion import TrialRecord, decide
+from sda_ray.search.promotion import TrialRecord, average_seeds, decide
 from sda_ray.search.sampler import distributions, memory_study, propose, view
 from sda_ray.search.study import Study
 from sda_ray.sweep.definition import Sweep
@@ -363,6 +363,11 @@ def test_malformed_items_are_not_brought_in(sweep: Sweep, runs: Path, data: Path
     assert study.records() == []
     assert bring_in(study, good)
     assert not bring_in(study, good)
+
+    # Another seed of the configuration, with which it is averaged
+    assert bring_in(study, good | {"run_id": "b" * 8, "values": [[3, 0.7]], "finals": [0.7]})
+    (first,) = average_seeds(study.records())
+    assert first.value == pytest.approx(0.6)
     lease.release()
 
 
