@@ -51,6 +51,7 @@ EVENTS = {
     "draw": "starts",
     "adopt": "is resumed",
     "promote": "is promoted",
+    "replicate": "starts, another seed",
     "lost": "is lost",
     "memory": "is out of memory and is tried once more",
 }
