@@ -59,7 +59,7 @@ def _read(runs: Path, name: str) -> tuple[Row, list["TrialRecord"], Row]:
         UserError: If there is no such sweep, or it is damaged.
     """
 
-    from ..search import Study, count_trials, ranked
+    from ..search import Study, count_trials, lacking_seeds, ranked
     from ..sweep import read_sweep
     from .table import exhausted
 
@@ -72,6 +72,7 @@ def _read(runs: Path, name: str) -> tuple[Row, list["TrialRecord"], Row]:
 
     running = driver is not None and driver["alive"]
     closed = bool(records) and all(r.state != "running" for r in records)
+    closed = closed and not any(lacking_seeds(records, sweep["definition"]["seeds"]))
     domains = [x for record in records for x in record.trial.distributions.values()]
     endless = any(getattr(domain, "step", 1) is None for domain in domains)  # a range of floats
     ended = count_trials(records) >= target or (exhausted(records, target) and not endless)

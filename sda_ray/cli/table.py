@@ -22,6 +22,7 @@ from ..search import (
     average_seeds,
     count_trials,
     importances,
+    lacking_seeds,
     rank_key,
 )
 from ..sweep import read_study, read_sweep, recorded_rules, watch
@@ -291,7 +292,9 @@ def show_end(runs: Path, name: str, study: Study) -> None:
     records = study.records()
     sweep, objective = read_sweep(runs, name), study.objectives[0]
     target = sweep["trials"]
-    under_way = sum(record.state == "running" for record in records)
+    unfinished = {record.index for record in records if record.state == "running"}
+    unfinished |= {r.index for r in lacking_seeds(records, sweep["definition"]["seeds"])}
+    under_way = len(unfinished)
 
     if "confirms" in sweep and records and not under_way:
         from .results import show_confirmation
@@ -305,6 +308,6 @@ def show_end(runs: Path, name: str, study: Study) -> None:
 
     leaderboard(name, records, runs, objective=objective)
     say(
-        f"\n{len(records)} of {target} runs so far, {under_way} of them not at their end: "
+        f"\n{count_trials(records)} of {target} trials so far, {under_way} not at their end: "
         f"`sda-ray sweep {name}` carries them on."
     )

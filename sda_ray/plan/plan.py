@@ -393,7 +393,9 @@ def expect(rules: Rules, records: Sequence[TrialRecord], slots: int = 1) -> Expe
 
     # Of a long sweep, the simulations have some of the runs
     share = max(1.0, max(rules.target, len(records)) / SOME)
-    few = [records[int(i * share)] for i in range(math.ceil(len(records) / share))]
+    whole = [r.index for r in records if not r.replica_of]
+    some = {whole[int(i * share)] for i in range(math.ceil(len(whole) / share))}
+    few = [r for r in records if (r.replica_of or r.index) in some]
     target, finalists = (
         count_trials(few) + math.ceil(new / share),
         math.ceil(rules.finalists / share),

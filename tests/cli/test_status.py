@@ -77,6 +77,17 @@ def test_numbers_are_those_of_the_study(study: Study, told: Callable[..., Any]) 
     assert {x["index"]: x["state"] for x in status["failures"]} == ENDS
 
 
+def test_sweep_that_lacks_seeds_is_not_finished(tmp_path: Path, told: Callable[..., Any]) -> None:
+    make_sweep(tmp_path / "runs", "width", 4, pruner="none")
+    file = tmp_path / "runs" / "sweeps" / "width" / "sweep.json"
+    record = json.loads(file.read_text())
+    assert told("status", "width", "--json")["state"] == "finished"
+
+    file.write_text(json.dumps(record | {"definition": record["definition"] | {"seeds": 2}}))
+    assert told("status", "width", "--json")["state"] == "stopped"
+    assert "4 of 4 trials so far, 4 not at their end" in told("attach", "width")
+
+
 def test_configurations_are_ranked_by_the_mean_over_seeds(
     tmp_path: Path, told: Callable[..., Any]
 ) -> None:
