@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ..core import UserError, format_size
 from ..runs import RunPath, prune_run, resumable
-from ..search import TrialRecord, rank_key, with_averages
+from ..search import TrialRecord, rank_key, ranked
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class Retention:
     def finish(self) -> None:
         r"""Deletes all that is to be deleted, and warns if space is short."""
 
-        records = [record for record in with_averages(self.records()) if not record.source]
+        records = [record for record in ranked(self.records()) if not record.source]
 
         try:
             paths = {path.id: path for path in RunPath.all(self.runs)}
