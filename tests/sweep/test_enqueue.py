@@ -290,15 +290,16 @@ def test_lost_runs_are_restored_from_their_directories(
     assert [r.values.keys() for r in after[:2]] == [{1, 2, 3}, {1}]
     assert restore_runs(again, sweep, runs, "d", "2026-04-01") == []
 
-    # A further seed, and one whose record is nonsense
-    for name, of in {"seed": 1, "wild": "x"}.items():
-        config = sweep.config | before[0].config | {"seed": 5}
-        wrong = {"params": before[0].trial.params, "replica_of": of, "trial": 5 + (of == "x")}
-        make_run(runs, f"{name:0<8}", config, described | wrong, 2)
+    # One that a stranger has made
+    make_run(runs, "strange0", config, described | {"trial": 9, "replica_of": "x"}, 3)
+    assert "apt-boar-9_strange0: invalid" in restore_runs(again, sweep, runs, "d", "2026-04")[1]
 
-    _, _, why = restore_runs(again, sweep, runs, "d", "2026-04-01")
-    seed = again.records()[4]
-    assert why.startswith("  apt-boar-6_wild")
+    # A further seed; the next one differs
+    further = {"params": before[0].trial.params, "replica_of": 1, "trial": 6}
+    config = sweep.config | before[0].config | {"seed": 5}
+    make_run(runs, "further0", config, described | further, 2)
+    restore_runs(again, sweep, runs, "d", "2026-04-01")
+    seed = again.records()[-1]
     assert (seed.replica_of, seed.config["seed"], seed.until) == (1, 5, seed.epochs)
     assert replicate_run(again, before[0], sweep.config | {"seed": 4}).config["seed"] == 6
 
