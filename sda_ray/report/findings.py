@@ -140,7 +140,13 @@ class Findings:
 
         seed = {"seed": self.sweep["definition"]["config"]["seed"]}
 
-        return (seed if self.rules.seeds > 1 else {}) | trial.record.config
+        return (seed if self.seeded and not trial.record.source else {}) | trial.record.config
+
+    @property
+    def seeded(self) -> bool:
+        r"""Whether configurations have several seeds, here or where they were brought in from."""
+
+        return self.rules.seeds > 1 or any(t.record.replica_of for t in self.trials)
 
     def uncertainty(self, trial: Trial) -> float | None:
         r"""Returns the standard error of a configuration's objective, over seeds if it has any."""

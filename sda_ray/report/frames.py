@@ -152,6 +152,6 @@ def _row(findings: Findings, trial: Trial) -> dict[str, Any]:
         f"{findings.objective}_se": findings.error(trial),
         "seconds": trial.seconds,
         "why": trial.why,
-        **(seeds if findings.rules.seeds > 1 else {}),
+        **(seeds if findings.seeded else {}),
         **findings.settings(trial),
     }

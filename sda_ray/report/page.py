@@ -112,7 +112,7 @@ def _sweep(findings: Findings, file: Path) -> dict[str, Any]:
     best = findings.best
     definition = findings.sweep["definition"]
     keys = list(dict.fromkeys(key for t in findings.trials for key in findings.settings(t)))
-    mean = ["mean over seeds"] if findings.rules.seeds > 1 else []
+    mean = ["mean over seeds"] if findings.seeded else []
 
     return {
         "name": findings.name,
@@ -151,7 +151,7 @@ def _row(findings: Findings, trial: Trial, keys: list[str], file: Path) -> dict[
         (f"{record.last}/{record.epochs}", record.last),
         (brief(own := record.trajectory.get(record.last)), own),
         (brief(findings.error(trial)), findings.error(trial)),
-        *([(_mean(record), record.value if record.seeds else None)] * (findings.rules.seeds > 1)),
+        *([(_mean(record), record.value if record.seeds else None)] * findings.seeded),
         (brief(last.get("sample_std")), last.get("sample_std")),
         *((brief(settings.get(key)), settings.get(key)) for key in keys),
         (format_duration(trial.seconds), trial.seconds),

@@ -1,5 +1,6 @@
 r"""Tests for sda_ray.report.frames: sweeps and runs as tables."""
 
+import json
 import math
 from pathlib import Path
 
@@ -73,3 +74,9 @@ def test_further_seeds_are_told_from_the_runs_that_they_repeat(tmp_path: Path) -
     assert whole["replica_of"].iloc[:3].fillna(0).tolist() == [0, first["number"], first["number"]]
     assert best["loss_valid_mean"] == pytest.approx(first["loss_valid"] + 0.01)
     assert best["loss_valid_mean_se"] == pytest.approx(0.01 / 3**0.5)
+
+    # Also once fewer are wanted
+    file = tmp_path / "sweeps" / "seeds" / "sweep.json"
+    record = json.loads(file.read_text())
+    file.write_text(json.dumps(record | {"definition": record["definition"] | {"seeds": 1}}))
+    assert load_sweep("seeds", tmp_path).trials.equals(trials)
