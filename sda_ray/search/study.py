@@ -6,6 +6,7 @@ when it dies is reconstructed by the next one, see :mod:`sda_ray.search.reconcil
 """
 
 import logging
+import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -70,13 +71,10 @@ class Study:
                 msgspec.convert(vars(record), TrialRecord)
 
                 for key, domain in record.trial.distributions.items():
-                    domain.to_internal_repr(record.trial.params[key])
+                    if hasattr(domain, "low") and not math.isfinite(record.trial.params[key]):
+                        raise ValueError(f"{key} is {record.trial.params[key]}")
         except (KeyError, TypeError, ValueError) as error:
-            what = (
-                f"lacks {error}"
-                if isinstance(error, KeyError)
-                else f"is wrong: {error}".rstrip(".")
-            )
+            what = f"lacks {error}" if isinstance(error, KeyError) else f"is wrong: {error}"
             raise UserError(
                 f"{file} is damaged: the record of a run {what}. Restore a copy of the file."
             ) from error
