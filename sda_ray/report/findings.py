@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..core import UserError, format_duration, format_value
+from ..core import CONFIG, UserError, format_duration, format_value
 from ..runs import RunPath, is_off, read_metrics, read_record, sweep_directory
 from ..search import (
     FINAL,
@@ -138,11 +138,14 @@ class Findings:
     def settings(self, trial: Trial) -> dict[str, Any]:
         r"""Returns the keys of CONFIG by which a run differs, with their values."""
 
-        seed = {"seed": self.sweep["definition"]["config"]["seed"]}
+        if not self.seeded or trial.record.source:
+            return trial.record.config
 
-        return (seed if self.seeded and not trial.record.source else {}) | trial.record.config
+        return {
+            "seed": (CONFIG | self.sweep["definition"]["config"])["seed"]
+        } | trial.record.config
 
-    @property
+    @cached_property
     def seeded(self) -> bool:
         r"""Whether configurations have several seeds, here or where they were brought in from."""
 

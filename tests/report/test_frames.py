@@ -1,6 +1,7 @@
 r"""Tests for sda_ray.report.frames: sweeps and runs as tables."""
 
 import json
+import json
 import math
 from pathlib import Path
 
@@ -80,3 +81,13 @@ def test_further_seeds_are_told_from_the_runs_that_they_repeat(tmp_path: Path) -
     record = json.loads(file.read_text())
     file.write_text(json.dumps(record | {"definition": record["definition"] | {"seeds": 1}}))
     assert load_sweep("seeds", tmp_path).trials.equals(trials)
+
+
+def test_sweep_whose_record_lacks_a_key_of_config_has_tables(tmp_path: Path) -> None:
+    make_sweep(tmp_path, "width", 12)
+    file = tmp_path / "sweeps" / "width" / "sweep.json"
+    record = json.loads(file.read_text())
+    del record["definition"]["config"]["seed"]  # as a version before it would
+    file.write_text(json.dumps(record))
+
+    assert len(load_sweep("width", tmp_path).trials) == 12
