@@ -418,8 +418,8 @@ def estimate(rules: Rules, wanted: dict[str, float], parallel: int | None) -> st
     slots = f", {parallel} trials at a time" if parallel else ""
 
     return (
-        f"about {expected.epochs:,} ± {expected.deviation:,.0f} epochs{slots}, each with {each}; `sda-ray plan` measures "
-        "how long they take"
+        f"about {expected.epochs:,} ± {expected.deviation:,.0f} epochs{slots}, each with {each}; "
+        "`sda-ray plan` measures how long they take"
     )
 
 
