@@ -1,7 +1,6 @@
 r"""Tests for sda_ray.report.frames: sweeps and runs as tables."""
 
 import json
-import json
 import math
 from pathlib import Path
 
